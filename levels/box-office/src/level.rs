@@ -1,0 +1,83 @@
+//! What a level is: a table of strategies, each with its guarantee, its schema, and a way to open it.
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+use sqlx::{PgPool, migrate::Migrator};
+
+use crate::{Guarantee, No, Order, Outcome, Steps};
+
+/// One way to sell a ticket.
+#[async_trait]
+pub trait Reserve: Send + Sync {
+    /// Sells one ticket to the buyer of `order`, or says why not. `steps` marks the places where a test can hold it.
+    ///
+    /// # Errors
+    /// A [`Refusal`](crate::Refusal) where "no" is the truth, [`Undecided`](crate::Undecided) where nobody can say.
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No>;
+}
+
+/// A level of the workbook. Each level's library exports one.
+pub struct Level {
+    /// The short name: `lv1`.
+    pub name: &'static str,
+    /// The name of its package and of its server: `lv1-race-condition`.
+    pub package: &'static str,
+    /// What it shows, in one line.
+    pub summary: &'static str,
+    /// Its strategies; the first is what a server sells with unless told otherwise.
+    pub strategies: &'static [Strategy],
+}
+
+impl Level {
+    /// Finds a strategy by its name.
+    pub fn strategy(&self, name: &str) -> Option<&'static Strategy> {
+        self.strategies.iter().find(|strategy| strategy.name == name)
+    }
+}
+
+/// A strategy as its level lists it.
+pub struct Strategy {
+    /// The name within the level: `read-then-write`.
+    pub name: &'static str,
+    /// The idea, in one line.
+    pub summary: &'static str,
+    /// Where the reader meets it.
+    pub place: Place,
+    /// What it keeps and what it breaks.
+    pub guarantee: Guarantee,
+    /// How many requests each buyer must send at once, each under its own key, for the guarantee to be tried.
+    pub clicks: u32,
+    /// The tables it runs on.
+    pub schema: Schema,
+    /// The path of its source file, from the root of the repository.
+    pub source: &'static str,
+    /// Makes it ready to sell.
+    pub open: fn(Stage) -> BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>,
+}
+
+/// Where a reader meets a strategy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On the reader's path.
+    Trail,
+    /// Beside it, for the curious.
+    Shelf,
+    /// Wrong on purpose: it grades the suite.
+    Broken,
+}
+
+/// The tables that a strategy runs on.
+#[derive(Clone, Copy)]
+pub struct Schema {
+    /// Names it in messages and in the names of databases: `bare`.
+    pub name: &'static str,
+    /// Makes the tables, and the views `sale_now` and `reservation_now`.
+    pub migrations: &'static Migrator,
+}
+
+/// What a strategy is opened with.
+#[derive(Clone)]
+pub struct Stage {
+    /// Connections to the level's own database, which is migrated already.
+    pub database: PgPool,
+}

@@ -1,0 +1,2 @@
+//! The command `oversold`.
+fn main() {}

@@ -1,0 +1,3 @@
+//! The suite: real services, a rush of buyers, a judge, and exact schedules. It knows no level's name.
+
+pub mod history;
