@@ -33,9 +33,7 @@ pub struct Level {
 impl Level {
     /// Finds a strategy by its name.
     pub fn strategy(&self, name: &str) -> Option<&'static Strategy> {
-        self.strategies
-            .iter()
-            .find(|strategy| strategy.name == name)
+        self.strategies.iter().find(|strategy| strategy.name == name)
     }
 }
 

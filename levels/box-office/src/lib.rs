@@ -17,8 +17,7 @@ mod telemetry;
 pub mod trace;
 
 pub use domain::{
-    BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation,
-    SaleId, Undecided,
+    BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation, SaleId, Undecided,
 };
 pub use guarantee::{Guarantee, Invariant, Promise, Promises};
 pub use level::{Level, Place, Reserve, Schema, Stage, Strategy};

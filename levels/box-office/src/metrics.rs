@@ -5,9 +5,7 @@ use std::{fmt, time::Duration};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text},
-    metrics::{
-        counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram, info::Info,
-    },
+    metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram, info::Info},
     registry::Registry,
 };
 use sqlx::PgPool;
@@ -42,12 +40,7 @@ struct ReservationLabels {
 
 impl Metrics {
     /// `strategy` is `lv1/read-then-write`; `in_flight` holds the reservations that run.
-    pub(crate) fn new(
-        strategy: &str,
-        instance: &str,
-        database: PgPool,
-        in_flight: TaskTracker,
-    ) -> Self {
+    pub(crate) fn new(strategy: &str, instance: &str, database: PgPool, in_flight: TaskTracker) -> Self {
         let mut registry = Registry::with_prefix("oversold");
         let server = [("strategy", strategy), ("instance_name", instance)];
         registry.register(
@@ -60,10 +53,9 @@ impl Metrics {
             ),
         );
 
-        let answers =
-            Family::<AnswerLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| {
-                Histogram::new(LATENCY_BUCKETS_SECONDS)
-            });
+        let answers = Family::<AnswerLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| {
+            Histogram::new(LATENCY_BUCKETS_SECONDS)
+        });
         registry.register(
             "http_request_duration_seconds",
             "How long answers took, by route and answer",
@@ -77,10 +69,7 @@ impl Metrics {
             reservations.clone(),
         );
 
-        registry.register_collector(Box::new(Pool {
-            database,
-            in_flight,
-        }));
+        registry.register_collector(Box::new(Pool { database, in_flight }));
         Self {
             registry,
             answers,
@@ -95,9 +84,7 @@ impl Metrics {
             route: route.to_owned(),
             status,
         };
-        self.answers
-            .get_or_create(&labels)
-            .observe(took.as_secs_f64());
+        self.answers.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// A reservation came to its end; `None`: it panicked.
@@ -107,9 +94,7 @@ impl Metrics {
             Some(Err(no)) => ProblemKind::from(no).name(),
             None => ProblemKind::Crashed.name(),
         };
-        self.reservations
-            .get_or_create(&ReservationLabels { answer })
-            .inc();
+        self.reservations.get_or_create(&ReservationLabels { answer }).inc();
     }
 
     /// Everything, in the text format of OpenMetrics.
