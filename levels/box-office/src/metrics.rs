@@ -41,11 +41,12 @@ struct ReservationLabels {
 }
 
 impl Metrics {
-    /// `strategy` is `lv1/read-then-write`; `in_flight` holds the reservations that run.
+    /// `strategy` is `lv1/read-then-write`; `clients` holds the open connections, `in_flight` the reservations that run.
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
         database: PgPool,
+        clients: TaskTracker,
         in_flight: TaskTracker,
     ) -> Self {
         let mut registry = Registry::with_prefix("oversold");
@@ -77,8 +78,9 @@ impl Metrics {
             reservations.clone(),
         );
 
-        registry.register_collector(Box::new(Pool {
+        registry.register_collector(Box::new(Now {
             database,
+            clients,
             in_flight,
         }));
         Self {
@@ -120,19 +122,20 @@ impl Metrics {
     }
 }
 
-/// The state of the connection pool, looked up when it is asked for.
-struct Pool {
+/// What is going on, looked up when it is asked for.
+struct Now {
     database: PgPool,
+    clients: TaskTracker,
     in_flight: TaskTracker,
 }
 
-impl fmt::Debug for Pool {
+impl fmt::Debug for Now {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").finish_non_exhaustive()
+        f.debug_struct("Now").finish_non_exhaustive()
     }
 }
 
-impl Collector for Pool {
+impl Collector for Now {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let open = u64::from(self.database.size());
         let idle = (self.database.num_idle() as u64).min(open);
@@ -141,14 +144,15 @@ impl Collector for Pool {
         let gauges = [
             (
                 "pool_connections_in_use",
-                "Database connections that somebody uses",
+                "Database connections in use",
                 in_use,
             ),
             (
                 "pool_connections_idle",
-                "Database connections that are open and unused",
+                "Database connections that are open and free",
                 idle,
             ),
+            ("connections_open", "Clients that are connected", self.clients.len() as u64),
             ("reservations_in_flight", "Reservations that run", in_flight),
             (
                 "pool_waiting",

@@ -194,6 +194,7 @@ impl Server {
         let (listener, address) =
             listen(address).map_err(|why| StartError::Address { address, why })?;
 
+        let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
         let app = Arc::new(App {
             seller,
@@ -201,6 +202,7 @@ impl Server {
                 &name,
                 &settings.instance,
                 database.clone(),
+                connections.clone(),
                 reservations.clone(),
             ),
             database,
@@ -211,7 +213,6 @@ impl Server {
         });
 
         let stop = CancellationToken::new();
-        let connections = TaskTracker::new();
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
         let accept = accept(
             listener,
