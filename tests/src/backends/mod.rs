@@ -1,0 +1,247 @@
+//! Backends: where the services of a test or a rush come from.
+//!
+//! Each service is looked for on its own, in this order, and one line on stderr says what was chosen and why:
+//!
+//! 1. **external**: its URL is set (`DATABASE_URL`).
+//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE` names another image.
+//! 3. **native**: its programs are on this machine. `OVERSOLD_POSTGRES_BIN` names their folder where they can't be found.
+//!
+//! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
+//! this process ends, in whatever way it ends.
+
+pub mod keeper;
+mod native;
+mod postgres;
+
+use std::{
+    env,
+    ffi::OsString,
+    fmt,
+    net::{Ipv4Addr, TcpListener},
+    sync::Arc,
+};
+
+use serde::Serialize;
+use tokio::sync::OnceCell;
+
+pub use postgres::{Database, Durability, Postgres, Private};
+
+/// The Postgres of this process: found or started once, and shared by all its tests. It trades durability for speed.
+///
+/// # Errors
+/// There is none; the error says what was tried and how to get one. It is remembered.
+pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
+    static SHARED: OnceCell<Result<Arc<Postgres>, Missing>> = OnceCell::const_new();
+    let found =
+        SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
+    found.await.clone()
+}
+
+/// Where a service comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// Somebody runs it, and told its URL.
+    External,
+    /// A container, started by this process.
+    Docker,
+    /// A process, started by this process.
+    Native,
+}
+
+impl Source {
+    /// The name in settings and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::External => "external",
+            Self::Docker => "docker",
+            Self::Native => "native",
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What a service is and where it came from, as `oversold doctor` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The service: `postgres`.
+    pub service: &'static str,
+    /// Where it comes from.
+    pub source: Source,
+    /// Why not from a source that comes earlier.
+    pub reason: String,
+    /// The version, as the service tells it.
+    pub version: String,
+    /// Host and port.
+    pub address: String,
+    /// From the start of the search to the first answer.
+    pub start_up_ms: u64,
+    /// The settings in force that decide what a crash can lose, such as `fsync`.
+    pub durability: Vec<(&'static str, String)>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            service,
+            source,
+            reason,
+            version,
+            address,
+            start_up_ms,
+            ..
+        } = self;
+        write!(
+            f,
+            "{service}: {source}, {version} at {address}, ready in {start_up_ms} ms ({reason})"
+        )
+    }
+}
+
+/// Why there is no service.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Missing {
+    /// A setting can't be understood.
+    #[error("{variable} is `{held}`; it takes {takes}")]
+    BadSetting {
+        /// The environment variable.
+        variable: &'static str,
+        /// What it holds, without secrets.
+        held: String,
+        /// What it takes.
+        takes: &'static str,
+    },
+    /// No source has it.
+    #[error("there is no {service}:{}\n{remedy}", lines(tried))]
+    Nowhere {
+        /// The service: `Postgres`.
+        service: &'static str,
+        /// The sources that were tried, and what was wrong with each.
+        tried: Vec<(Source, String)>,
+        /// What to do about it.
+        remedy: String,
+    },
+}
+
+fn lines(tried: &[(Source, String)]) -> String {
+    tried
+        .iter()
+        .map(|(source, reason)| format!("\n  {source}: {reason}"))
+        .collect()
+}
+
+/// The source that `OVERSOLD_BACKENDS` forces, if it does.
+fn forced() -> Result<Option<Source>, Missing> {
+    const VARIABLE: &str = "OVERSOLD_BACKENDS";
+    match env::var_os(VARIABLE).as_ref().map(|held| held.to_str()) {
+        None | Some(Some("")) => Ok(None),
+        Some(Some("docker")) => Ok(Some(Source::Docker)),
+        Some(Some("native")) => Ok(Some(Source::Native)),
+        Some(held) => Err(Missing::BadSetting {
+            variable: VARIABLE,
+            held: held.unwrap_or("not UTF-8").to_owned(),
+            takes: "`docker` or `native`",
+        }),
+    }
+}
+
+/// Why no earlier source was chosen, in one line.
+fn reason(passed_over: &[(Source, String)]) -> String {
+    let reasons: Vec<&str> = passed_over
+        .iter()
+        .filter_map(|(_, reason)| reason.lines().next())
+        .collect();
+    reasons.join("; ")
+}
+
+/// What to do when there is no such service.
+fn remedy(service: &str, forced: Option<Source>) -> String {
+    let start_docker = "start a Docker engine";
+    let install = if cfg!(target_os = "macos") {
+        "`brew install postgresql@17`".to_owned()
+    } else {
+        [
+            ("apt-get", "apt-get install --yes postgresql"),
+            ("dnf", "dnf install postgresql-server"),
+            ("pacman", "pacman -S postgresql"),
+        ]
+        .into_iter()
+        .find(|(manager, _)| native::on_path(manager).is_some())
+        .map_or_else(
+            || format!("install {service}"),
+            |(_, command)| format!("`sudo {command}`"),
+        )
+    };
+    match forced {
+        Some(Source::Docker) => format!("To get one: {start_docker}, or unset OVERSOLD_BACKENDS."),
+        Some(_) => format!("To get one: {install}."),
+        None => format!("To get one: {install}, or {start_docker}."),
+    }
+}
+
+/// A setting that is there and not empty.
+fn setting(variable: &str) -> Option<OsString> {
+    env::var_os(variable).filter(|held| !held.is_empty())
+}
+
+/// A URL without what is secret in it: its password and its parameters.
+pub fn without_secrets(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let shown = match rest.rsplit_once('@') {
+        None => rest.to_owned(),
+        Some((user, place)) => match user.split_once(':') {
+            None => rest.to_owned(),
+            Some((name, _)) => format!("{name}:***@{place}"),
+        },
+    };
+    if scheme.is_empty() {
+        shown
+    } else {
+        format!("{scheme}://{shown}")
+    }
+}
+
+/// A port on which nobody listens, outside the range from which systems take the ports of outgoing connections: a server
+/// that stops and starts again finds it free.
+fn free_port() -> std::io::Result<u16> {
+    const TRIES: usize = 100;
+    let mut last = std::io::ErrorKind::AddrInUse.into();
+    for _ in 0..TRIES {
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, rand::random_range(15_000..32_000))) {
+            Ok(listener) => return Ok(listener.local_addr()?.port()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shown_url_has_no_password_and_no_parameters() {
+        for (url, shown) in [
+            (
+                "postgres://me:s3cret@db:5432/sale",
+                "postgres://me:***@db:5432/sale",
+            ),
+            (
+                "postgres://me:s3:c@r/et@db/sale?password=s3cret",
+                "postgres://me:***@db/sale",
+            ),
+            ("postgres://me@db/sale", "postgres://me@db/sale"),
+            ("redis://:s3cret@cache:6379/0", "redis://:***@cache:6379/0"),
+            ("me:s3cret@db", "me:***@db"),
+            ("db:5432", "db:5432"),
+        ] {
+            assert_eq!(without_secrets(url), shown);
+        }
+    }
+}
