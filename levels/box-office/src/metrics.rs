@@ -39,8 +39,14 @@ struct ReservationLabels {
 }
 
 impl Metrics {
-    /// `strategy` is `lv1/read-then-write`; `in_flight` holds the reservations that run.
-    pub(crate) fn new(strategy: &str, instance: &str, database: PgPool, in_flight: TaskTracker) -> Self {
+    /// `strategy` is `lv1/read-then-write`; `clients` holds the open connections, `in_flight` the reservations that run.
+    pub(crate) fn new(
+        strategy: &str,
+        instance: &str,
+        database: PgPool,
+        clients: TaskTracker,
+        in_flight: TaskTracker,
+    ) -> Self {
         let mut registry = Registry::with_prefix("oversold");
         let server = [("strategy", strategy), ("instance_name", instance)];
         registry.register(
@@ -69,7 +75,11 @@ impl Metrics {
             reservations.clone(),
         );
 
-        registry.register_collector(Box::new(Pool { database, in_flight }));
+        registry.register_collector(Box::new(Now {
+            database,
+            clients,
+            in_flight,
+        }));
         Self {
             registry,
             answers,
@@ -105,34 +115,36 @@ impl Metrics {
     }
 }
 
-/// The state of the connection pool, looked up when it is asked for.
-struct Pool {
+/// What is going on, looked up when it is asked for.
+struct Now {
     database: PgPool,
+    clients: TaskTracker,
     in_flight: TaskTracker,
 }
 
-impl fmt::Debug for Pool {
+impl fmt::Debug for Now {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").finish_non_exhaustive()
+        f.debug_struct("Now").finish_non_exhaustive()
     }
 }
 
-impl Collector for Pool {
+impl Collector for Now {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let open = u64::from(self.database.size());
         let idle = (self.database.num_idle() as u64).min(open);
         let in_use = open - idle;
         let in_flight = self.in_flight.len() as u64;
         let gauges = [
-            (
-                "pool_connections_in_use",
-                "Database connections that somebody uses",
-                in_use,
-            ),
+            ("pool_connections_in_use", "Database connections in use", in_use),
             (
                 "pool_connections_idle",
-                "Database connections that are open and unused",
+                "Database connections that are open and free",
                 idle,
+            ),
+            (
+                "connections_open",
+                "Clients that are connected",
+                self.clients.len() as u64,
             ),
             ("reservations_in_flight", "Reservations that run", in_flight),
             (

@@ -181,10 +181,17 @@ impl Server {
         let address = SocketAddr::new(settings.host, settings.port);
         let (listener, address) = listen(address).map_err(|why| StartError::Address { address, why })?;
 
+        let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
         let app = Arc::new(App {
             seller,
-            metrics: Metrics::new(&name, &settings.instance, database.clone(), reservations.clone()),
+            metrics: Metrics::new(
+                &name,
+                &settings.instance,
+                database.clone(),
+                connections.clone(),
+                reservations.clone(),
+            ),
             database,
             recorder,
             reservations,
@@ -193,7 +200,6 @@ impl Server {
         });
 
         let stop = CancellationToken::new();
-        let connections = TaskTracker::new();
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
         let accept = accept(listener, Arc::clone(&app), stop.clone(), connections.clone());
         Ok(Self {

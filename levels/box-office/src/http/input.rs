@@ -119,6 +119,10 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     // Looks at the whole text without building anything from it, however deep it nests.
     serde_json::from_str::<IgnoredAny>(text).map_err(|why| malformed(format!("the body is not JSON: {why}")))?;
 
+    // serde would take `[42]` for `{"buyer_id": 42}`.
+    if !text.trim_ascii_start().starts_with('{') {
+        return Err(Problem::new(ProblemKind::InvalidBody, "the body is not a JSON object"));
+    }
     let mut json = serde_json::Deserializer::from_str(text);
     serde_path_to_error::deserialize(&mut json).map_err(|why| {
         let field = why.path().to_string();

@@ -2,6 +2,7 @@
 
 mod envelope;
 mod input;
+mod openapi;
 mod operations;
 mod reservations;
 mod sales;
@@ -38,7 +39,7 @@ pub(crate) struct App {
 }
 
 /// Every path, with what it takes.
-fn table() -> [(&'static str, MethodRouter<Arc<App>>); 7] {
+fn table() -> [(&'static str, MethodRouter<Arc<App>>); 8] {
     [
         ("/api/sales/{id}/reservations", post(reservations::reserve)),
         ("/api/reservations/{id}", get(reservations::look_up)),
@@ -47,6 +48,7 @@ fn table() -> [(&'static str, MethodRouter<Arc<App>>); 7] {
         ("/readyz", get(operations::ready)),
         ("/metrics", get(operations::metrics)),
         ("/problems/{name}", get(operations::explain_problem)),
+        ("/openapi.json", get(openapi::document)),
     ]
 }
 

@@ -22,6 +22,32 @@ use crate::{
 };
 
 /// Buys one ticket.
+///
+/// The same `Idempotency-Key` always leads to the same reservation: whoever is left without a final answer repeats the
+/// request with the same key.
+#[utoipa::path(
+    post,
+    path = "/api/sales/{id}/reservations",
+    operation_id = "reserve",
+    params(
+        ("id" = i64, Path, description = "The sale", minimum = 0),
+        (
+            "Idempotency-Key" = Option<String>,
+            Header,
+            description = "The request key. Without one, every request is a new one",
+            min_length = 1,
+            max_length = 128,
+            pattern = "^[!-~]+$"
+        ),
+    ),
+    request_body = api::NewReservation,
+    responses((
+        status = 201,
+        description = "Confirmed: the reservation is durable",
+        body = api::Reservation,
+        headers(("Location" = String, description = "The reservation")),
+    ))
+)]
 pub(super) async fn reserve(
     State(app): State<Arc<App>>,
     Extension(request): Extension<RequestId>,
@@ -72,6 +98,13 @@ async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Ou
 }
 
 /// Shows a reservation.
+#[utoipa::path(
+    get,
+    path = "/api/reservations/{id}",
+    operation_id = "reservation",
+    params(("id" = Uuid, Path, description = "The reservation")),
+    responses((status = 200, description = "As it is", body = api::Reservation))
+)]
 pub(super) async fn look_up(
     State(app): State<Arc<App>>,
     ReservationInPath(id): ReservationInPath,

@@ -19,6 +19,13 @@ use crate::{
 };
 
 /// Shows a sale.
+#[utoipa::path(
+    get,
+    path = "/api/sales/{id}",
+    operation_id = "sale",
+    params(("id" = i64, Path, description = "The sale", minimum = 0)),
+    responses((status = 200, description = "As it is", body = api::Sale))
+)]
 pub(super) async fn look_up(
     State(app): State<Arc<App>>,
     SaleInPath(sale): SaleInPath,
@@ -46,6 +53,18 @@ async fn find(database: &PgPool, sale: SaleId) -> Result<api::Sale, Problem> {
 }
 
 /// Opens a sale. The same again changes nothing.
+#[utoipa::path(
+    put,
+    path = "/api/sales/{id}",
+    operation_id = "open_sale",
+    params(("id" = i64, Path, description = "The sale", minimum = 0)),
+    request_body = api::NewSale,
+    responses(
+        (status = 201, description = "Open", body = api::Sale),
+        (status = 200, description = "Open already, and no different", body = api::Sale),
+    ),
+    security(("admin token" = []))
+)]
 pub(super) async fn open(
     _: Admin,
     State(app): State<Arc<App>>,
