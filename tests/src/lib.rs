@@ -1,4 +1,12 @@
 //! The suite: real services, a rush of buyers, a judge, and exact schedules. It knows no level's name.
 
 pub mod backends;
+mod contract;
 pub mod history;
+pub mod http_contract;
+pub mod judge;
+pub mod rows;
+pub mod rush;
+pub mod schedule;
+
+pub use contract::{RED, contract};

@@ -32,8 +32,7 @@ pub use postgres::{Database, Durability, Postgres, Private};
 /// There is none; the error says what was tried and how to get one. It is remembered.
 pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
     static SHARED: OnceCell<Result<Arc<Postgres>, Missing>> = OnceCell::const_new();
-    let found =
-        SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
+    let found = SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
     found.await.clone()
 }
 
@@ -228,10 +227,7 @@ mod tests {
     #[test]
     fn a_shown_url_has_no_password_and_no_parameters() {
         for (url, shown) in [
-            (
-                "postgres://me:s3cret@db:5432/sale",
-                "postgres://me:***@db:5432/sale",
-            ),
+            ("postgres://me:s3cret@db:5432/sale", "postgres://me:***@db:5432/sale"),
             (
                 "postgres://me:s3:c@r/et@db/sale?password=s3cret",
                 "postgres://me:***@db/sale",

@@ -70,11 +70,7 @@ impl Postgres {
     /// # Errors
     /// There is none; the error says what was tried and how to get one.
     pub async fn find(durability: Durability) -> Result<Self, Missing> {
-        Self::search(
-            &[Source::External, Source::Docker, Source::Native],
-            durability,
-        )
-        .await
+        Self::search(&[Source::External, Source::Docker, Source::Native], durability).await
     }
 
     /// Starts a server that nobody else uses, at an address that it keeps when it is stopped and started again. It is never an external one.
@@ -97,13 +93,15 @@ impl Postgres {
                     // Whoever names a server wants that one, so nothing else is tried when it is not there.
                     Some(url) => {
                         let found = external(&url.to_string_lossy()).await;
-                        return Self::new(found, source, began, format!("{URL_VARIABLE} is set")).await.map_err(|error| {
-                            Missing::Nowhere {
+                        return Self::new(found, source, began, format!("{URL_VARIABLE} is set"))
+                            .await
+                            .map_err(|error| Missing::Nowhere {
                                 service: SERVICE,
                                 tried: vec![(source, format!("{error:#}"))],
-                                remedy: format!("Set {URL_VARIABLE} to a server that answers, or unset it to have one started."),
-                            }
-                        });
+                                remedy: format!(
+                                    "Set {URL_VARIABLE} to a server that answers, or unset it to have one started."
+                                ),
+                            });
                     }
                 },
                 Source::Docker => Err(anyhow::anyhow!("containers are not supported")),
@@ -138,9 +136,7 @@ impl Postgres {
         let mut connection = admin.connect().await?;
         let mut show = async |setting: &'static str| -> sqlx::Result<String> {
             let statement = sqlx::AssertSqlSafe(format!("show {setting}"));
-            sqlx::query_scalar(statement)
-                .fetch_one(&mut connection)
-                .await
+            sqlx::query_scalar(statement).fetch_one(&mut connection).await
         };
         let report = Report {
             service: SERVICE,
@@ -174,32 +170,26 @@ impl Postgres {
 /// The server at a URL that the user gave.
 async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
     // sqlx's own messages name the part that is wrong and not what it holds.
-    let admin = PgConnectOptions::from_str(url)
-        .with_context(|| format!("{URL_VARIABLE} is no URL of a Postgres database"))?;
+    let admin =
+        PgConnectOptions::from_str(url).with_context(|| format!("{URL_VARIABLE} is no URL of a Postgres database"))?;
     let shown = super::without_secrets(url);
     let mut connection = admin
         .connect()
         .await
         .with_context(|| format!("{shown} does not answer"))?;
-    let may_create: bool = sqlx::query_scalar(
-        "select rolcreatedb or rolsuper from pg_roles where rolname = current_user",
-    )
-    .fetch_one(&mut connection)
-    .await?;
+    let may_create: bool =
+        sqlx::query_scalar("select rolcreatedb or rolsuper from pg_roles where rolname = current_user")
+            .fetch_one(&mut connection)
+            .await?;
     if !may_create {
-        bail!(
-            "the user of {shown} may not create databases, and every test has its own (`alter role … createdb`)"
-        );
+        bail!("the user of {shown} may not create databases, and every test has its own (`alter role … createdb`)");
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))
 }
 
 /// Waits until a server answers that was just started. `still_there` says why there is nothing to wait for any more.
-async fn answers(
-    admin: &PgConnectOptions,
-    mut still_there: impl FnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+async fn answers(admin: &PgConnectOptions, mut still_there: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     /// Postgres: it is starting up, or shutting down.
     const CANNOT_CONNECT_NOW: &str = "57P03";
 

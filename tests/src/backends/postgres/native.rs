@@ -45,8 +45,7 @@ pub(super) struct Server {
 impl Server {
     /// Makes a data folder and starts a server on it.
     pub(super) async fn start(durability: Durability) -> anyhow::Result<Self> {
-        let mut server =
-            tokio::task::spawn_blocking(move || Self::initialise(durability)).await??;
+        let mut server = tokio::task::spawn_blocking(move || Self::initialise(durability)).await??;
         for tries_left in (0..PORTS_TO_TRY).rev() {
             server.port = free_port()?;
             match server.launch().await {
@@ -127,12 +126,7 @@ impl Server {
                 .arg("-D")
                 .arg(self.data())
                 .args(["-p", &self.port.to_string()])
-                .args([
-                    "-c",
-                    "listen_addresses=127.0.0.1",
-                    "-c",
-                    "unix_socket_directories=",
-                ])
+                .args(["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="])
                 .args(settings(self.durability))
                 .spawn()?;
             *process = Some(child);
@@ -188,10 +182,7 @@ impl Server {
                 }
             }
             if began.elapsed() > ENDS_WITHIN {
-                bail!(
-                    "postgres did not end within {ENDS_WITHIN:?}: {}",
-                    self.log()
-                );
+                bail!("postgres did not end within {ENDS_WITHIN:?}: {}", self.log());
             }
             tokio::time::sleep(LOOK_AGAIN_AFTER).await;
         }
@@ -218,10 +209,7 @@ impl Server {
 
     /// One of Postgres's programs, as the user that it runs as, writing to the log.
     fn command(&self, program: &str) -> anyhow::Result<Command> {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.log_file())?;
+        let log = File::options().create(true).append(true).open(self.log_file())?;
         let mut command = keeper::command(self.programs.join(program))?;
         command
             .current_dir(&self.folder)
@@ -267,9 +255,7 @@ impl Drop for Server {
 
 /// The processes whose parent is this one.
 fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
-    let table = Command::new("ps")
-        .args(["-A", "-o", "ppid=,pid="])
-        .output()?;
+    let table = Command::new("ps").args(["-A", "-o", "ppid=,pid="]).output()?;
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
     let child = |line: &str| {
         let (ppid, pid) = line.trim().split_once(char::is_whitespace)?;
@@ -297,8 +283,7 @@ fn programs() -> anyhow::Result<PathBuf> {
         return Ok(folder);
     }
     // On PATH there may be links, to only some of the programs.
-    let on_path = on_path("initdb")
-        .and_then(|initdb| Some(fs::canonicalize(initdb).ok()?.parent()?.to_owned()));
+    let on_path = on_path("initdb").and_then(|initdb| Some(fs::canonicalize(initdb).ok()?.parent()?.to_owned()));
     on_path
         .into_iter()
         .chain(versioned("/usr/lib/postgresql", "", "bin"))

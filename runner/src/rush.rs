@@ -1,0 +1,283 @@
+//! `oversold rush`: every strategy through the same rush, one table, one verdict each.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{BufWriter, IsTerminal, Write, stderr, stdout},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::Context;
+use box_office::{Invariant, Promise, Promises};
+use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
+use indicatif::ProgressBar;
+use serde::Serialize;
+use suite::{
+    backends::{self, Durability, Postgres},
+    judge::Conclusion,
+    rush::{Answers, Latency, Program, Report, Rush},
+};
+
+use crate::{
+    Ended, RushArgs,
+    levels::Choice,
+    machine::{Machine, commit},
+};
+
+/// Runs the rush on every chosen strategy, and prints the table.
+pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
+    let mut chosen = vec![];
+    for name in &args.levels {
+        chosen.extend(Choice::trail(name)?);
+    }
+    if chosen.is_empty() {
+        chosen = Choice::whole_trail();
+    }
+    if let Some(folder) = &args.history {
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    }
+    // Before the run: nobody should wait for figures that can't be written.
+    let json = args.json.as_deref().map(create).transpose()?;
+    let postgres = Postgres::find(Durability::Durable).await?;
+
+    println!(
+        "{} buyers, {} tickets, {} instance{}",
+        args.buyers,
+        args.capacity,
+        args.instances,
+        if args.instances == 1 { "" } else { "s" }
+    );
+    let mut table = Table::new();
+    table
+        .load_style(presets::UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(COLUMNS);
+    for unbroken in [0, 3, 4, 5, 7, 8, 9] {
+        let column = table.column_mut(unbroken).expect("the header has it");
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
+    if !stdout().is_terminal() {
+        table.set_width(WIDTH_OF_A_FILE);
+    }
+    let mut results = vec![];
+    for choice in &chosen {
+        let result = one(args, choice, &postgres).await.with_context(|| choice.name())?;
+        table.add_row(result.row());
+        results.push(result);
+    }
+    println!("{table}");
+    for result in &results {
+        println!("{}: {}", result.strategy, result.seen);
+        println!("    promised: {}; verdict: {}", result.promises, result.verdict);
+    }
+    let ended = results
+        .iter()
+        .map(|result| result.ended)
+        .max()
+        .unwrap_or(Ended::AsPromised);
+
+    if let Some(json) = json {
+        let figures = Figures {
+            command: env::args()
+                .skip(1)
+                .fold("oversold".to_owned(), |command, word| command + " " + &word),
+            commit: commit(),
+            machine: Machine::this(),
+            postgres: postgres.report().clone(),
+            capacity: args.capacity,
+            buyers: args.buyers,
+            instances: args.instances,
+            hold_ms: args.hold_ms,
+            strategies: &results,
+        };
+        let mut json = BufWriter::new(json);
+        serde_json::to_writer_pretty(&mut json, &figures)?;
+        writeln!(json)?;
+        json.flush()?;
+    }
+    Ok(ended)
+}
+
+fn create(path: &Path) -> anyhow::Result<File> {
+    File::create(path).with_context(|| format!("writing {}", path.display()))
+}
+
+async fn one(args: &RushArgs, choice: &Choice, postgres: &Postgres) -> anyhow::Result<Outcome> {
+    let rush = Rush {
+        capacity: args.capacity,
+        buyers: args.buyers,
+        clicks: args.clicks.unwrap_or(choice.strategy.clicks),
+        instances: args.instances as usize,
+        hold: Duration::from_millis(args.hold_ms.into()),
+        ..Rush::default()
+    };
+    let program = Program::new(env::current_exe()?)
+        .argument("serve")
+        .argument(choice.level.name);
+
+    let progress = stderr().is_terminal().then(ProgressBar::new_spinner);
+    if let Some(progress) = &progress {
+        progress.set_message(format!("{}: the buyers come", choice.name()));
+        progress.enable_steady_tick(Duration::from_millis(100));
+    }
+    let database = postgres.database(choice.strategy.schema).await?;
+    let report = rush.run_on(&database, &program, choice.level, choice.strategy).await;
+    if let Some(progress) = progress {
+        progress.finish_and_clear();
+    }
+    let report = report?;
+
+    if let Some(folder) = &args.history {
+        let path = folder.join(format!("{}.jsonl", choice.name().replace('/', "-")));
+        let mut file = BufWriter::new(create(&path)?);
+        report.history.write(&mut file)?;
+        file.flush()?;
+    }
+    Ok(Outcome::new(choice, &rush, &report))
+}
+
+/// The figures of one run of this command. The names are stable.
+#[derive(Serialize)]
+struct Figures<'a> {
+    command: String,
+    commit: Option<String>,
+    machine: Machine,
+    postgres: backends::Report,
+    capacity: u32,
+    buyers: u32,
+    instances: u32,
+    hold_ms: u32,
+    strategies: &'a [Outcome],
+}
+
+/// What came of one strategy.
+#[derive(Serialize)]
+struct Outcome {
+    strategy: String,
+    promises: String,
+    clicks: u32,
+    requests: usize,
+    sold: u64,
+    stock: Option<i64>,
+    oversold_by: u64,
+    duplicates: u64,
+    answers: Answers,
+    requests_a_second: f64,
+    took_ms: f64,
+    answered: Latency,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completed: Option<Latency>,
+    greatest_overlap: u64,
+    client_share: f64,
+    broken: Vec<Invariant>,
+    seen: String,
+    verdict: String,
+    #[serde(skip)]
+    ended: Ended,
+}
+
+/// How wide the table may be where there is no terminal to tell.
+const WIDTH_OF_A_FILE: u16 = 150;
+
+const COLUMNS: [&str; 11] = [
+    "strategy",
+    "sold",
+    "oversold by",
+    "stock",
+    "duplicates",
+    "201 / 409 / 503",
+    "req/s",
+    "p50 / p95 / p99 ms",
+    "overlap",
+    "client",
+    "verdict",
+];
+
+impl Outcome {
+    fn new(choice: &Choice, rush: &Rush, report: &Report) -> Self {
+        let promises = choice.strategy.guarantee.on(rush.instances);
+        let verdict = &report.verdict;
+        let conclusion = verdict.conclude(&promises);
+        let broken: Vec<Invariant> = verdict.findings.iter().map(|finding| finding.invariant).collect();
+        Self {
+            strategy: choice.name(),
+            promises: crate::list::in_words(&promises),
+            clicks: rush.clicks,
+            requests: report.history.requests.len(),
+            sold: verdict.tally.sold,
+            stock: verdict.tally.stock,
+            oversold_by: verdict.tally.oversold_by,
+            duplicates: verdict.tally.duplicates,
+            answers: report.answers,
+            requests_a_second: report.requests_a_second().round(),
+            took_ms: (report.took.as_secs_f64() * 1e4).round() / 10.0,
+            answered: report.answered,
+            completed: report.completed,
+            greatest_overlap: verdict.coverage.greatest_overlap,
+            client_share: (report.client_share * 1000.0).round() / 1000.0,
+            seen: seen(&broken, &promises, report, rush),
+            broken,
+            verdict: conclusion.to_string(),
+            ended: match conclusion {
+                Conclusion::AsPromised => Ended::AsPromised,
+                Conclusion::Broken(_) => Ended::Broken,
+                Conclusion::Inconclusive(_) => Ended::Inconclusive,
+            },
+        }
+    }
+
+    fn row(&self) -> [String; COLUMNS.len()] {
+        let Answers {
+            confirmed,
+            accepted,
+            sold_out,
+            already_reserved,
+            otherwise_refused,
+            undecided,
+            ..
+        } = self.answers;
+        let Latency {
+            p50_ms, p95_ms, p99_ms, ..
+        } = self.answered;
+        [
+            self.strategy.clone(),
+            self.sold.to_string(),
+            self.oversold_by.to_string(),
+            self.stock.map_or_else(|| "?".to_owned(), |stock| stock.to_string()),
+            self.duplicates.to_string(),
+            format!(
+                "{} / {} / {undecided}",
+                confirmed + accepted,
+                sold_out + already_reserved + otherwise_refused
+            ),
+            format!("{:.0}", self.requests_a_second),
+            format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
+            self.greatest_overlap.to_string(),
+            format!("{:.0} %", self.client_share * 100.0),
+            self.verdict.clone(),
+        ]
+    }
+}
+
+/// One line on what the rush brought to light.
+fn seen(broken: &[Invariant], promises: &Promises, report: &Report, rush: &Rush) -> String {
+    let tally = &report.verdict.tally;
+    let Some(first) = broken.first() else {
+        return format!("{} sold of {}, nothing broken", tally.sold, rush.capacity);
+    };
+    let codes: Vec<&str> = broken.iter().map(|invariant| invariant.code()).collect();
+    let what = match first {
+        Invariant::NoDuplicate => format!("{} duplicate reservations", tally.duplicates),
+        _ => format!("{} sold of {}", tally.sold, rush.capacity),
+    };
+    let on_purpose = broken
+        .iter()
+        .all(|&invariant| promises.about(invariant) != Promise::Keeps);
+    let comment = if on_purpose {
+        " This strategy exists to show it."
+    } else {
+        ""
+    };
+    format!("BROKEN ({}): {what}.{comment}", codes.join(", "))
+}

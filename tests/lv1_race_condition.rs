@@ -1,0 +1,235 @@
+//! LV.1: the contract, broken; how it breaks; and the exact order of steps that breaks it.
+
+#![allow(clippy::unwrap_used)]
+
+use box_office::{
+    Invariant::{Conservation, NoDuplicate, NoOversell, NothingInvented, NothingLost, OneAnswer, Progress},
+    ProblemKind, Promises, Strategy,
+};
+use lv1_race_condition::{BARE, LEVEL};
+use rstest::rstest;
+use suite::{
+    backends::{self, Durability, Postgres},
+    contract,
+    history::{Answer, History},
+    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    judge::judge,
+    rush::{FaultKind, PlannedFault, Program, Report, Rush, SALE},
+    schedule::Rehearsal,
+};
+
+fn program() -> Program {
+    Program::new(env!("CARGO_BIN_EXE_lv1-race-condition"))
+}
+
+fn strategy(name: &str) -> &'static Strategy {
+    LEVEL.strategy(name).unwrap()
+}
+
+/// More tickets sold than there are, and a stock that does not tell.
+const OVERSELLS: Promises = Promises::ALL_KEPT
+    .breaks(&[NoOversell, Conservation])
+    .leaves_open(&[NoDuplicate, OneAnswer]);
+
+/// Two tickets for one buyer.
+const DUPLICATES: Promises = Promises::ALL_KEPT.breaks(&[NoDuplicate]).leaves_open(&[OneAnswer]);
+
+#[rstest]
+#[case::read_then_write("read-then-write", 1, OVERSELLS)]
+#[case::read_then_write_on_three("read-then-write", 3, OVERSELLS)]
+#[case::check_then_decrement("check-then-decrement", 1, OVERSELLS)]
+#[case::check_then_decrement_on_three("check-then-decrement", 3, OVERSELLS)]
+#[case::check_then_insert("check-then-insert", 1, DUPLICATES)]
+#[case::check_then_insert_on_three("check-then-insert", 3, DUPLICATES)]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
+    let rush = Rush::for_strategy(strategy(name)).instances(instances);
+    contract(&program(), &LEVEL, name, rush, expected).await;
+}
+
+/// How often each forced order is run: it does not break by luck.
+const RUNS: usize = 100;
+
+#[rstest]
+#[case::read_then_write("read-then-write", 2, 0)]
+#[case::check_then_decrement("check-then-decrement", 2, -1)]
+#[tokio::test]
+async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold: usize, #[case] stock: i64) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    for _ in 0..RUNS {
+        let script = rehearsal.both_look_before_either_writes().await.unwrap();
+        let history = script.history().await.unwrap();
+
+        assert_eq!(history.rows.as_ref().unwrap().len(), sold, "{}", script.trace());
+        assert_eq!(history.header.stock, Some(stock), "{}", script.trace());
+        assert!(judge(&history).breaks(NoOversell), "{}", script.trace());
+    }
+}
+
+#[tokio::test]
+async fn two_clicks_of_one_buyer_take_two_tickets_in_every_run() {
+    let rehearsal = Rehearsal::of(strategy("check-then-insert")).await.unwrap();
+    for _ in 0..RUNS {
+        let script = rehearsal.both_look_before_either_writes().await.unwrap();
+        let verdict = judge(&script.history().await.unwrap());
+
+        assert!(verdict.breaks(NoDuplicate), "{}", script.trace());
+        assert!(!verdict.breaks(NoOversell), "{}", script.trace());
+    }
+}
+
+/// The update waits for the row's lock, the check before it does not: that is why no update is lost, and the stock is negative all the same.
+#[tokio::test]
+async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
+    let rehearsal = Rehearsal::of(strategy("check-then-decrement")).await.unwrap();
+    let mut script = rehearsal.sale(1).await.unwrap();
+    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+
+    script.run_until(bob, "decided to sell").await.unwrap();
+    script.run_until(ann, "stock written").await.unwrap();
+    script.run_until_blocked(bob).await.unwrap();
+    script.run_to_its_answer(ann).await.unwrap();
+    script.run_to_its_answer(bob).await.unwrap();
+
+    let history = script.history().await.unwrap();
+    assert_eq!(history.header.stock, Some(-1), "{}", script.trace());
+    assert!(
+        script.trace().to_string().contains("waits for Ann's row lock"),
+        "{}",
+        script.trace()
+    );
+}
+
+/// One after the other, each of them is right: nobody finds these bugs by trying.
+#[rstest]
+#[case::read_then_write("read-then-write")]
+#[case::check_then_decrement("check-then-decrement")]
+#[case::check_then_insert("check-then-insert")]
+#[tokio::test]
+async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &str) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let mut script = rehearsal.sale(2).await.unwrap();
+    let ann = script.buyer("Ann");
+    let again = script.click(ann);
+    let lanes = [ann, again, script.buyer("Bob"), script.buyer("Carol")];
+    for lane in lanes {
+        script.run_to_its_answer(lane).await.unwrap();
+    }
+    let verdict = judge(&script.history().await.unwrap());
+    assert!(verdict.findings.is_empty(), "{verdict}\n{}", script.trace());
+}
+
+#[rstest]
+#[case::read_then_write("read-then-write")]
+#[case::check_then_decrement("check-then-decrement")]
+#[case::check_then_insert("check-then-insert")]
+#[tokio::test]
+async fn the_http_contract_holds(#[case] name: &str) {
+    let database = backends::postgres().await.unwrap().database(BARE).await.unwrap();
+    let talk = Talk::with(&database, &program(), &LEVEL, strategy(name)).await.unwrap();
+
+    sells_refuses_and_repeats(&talk).await.unwrap();
+    refuses_bad_input(&talk).await.unwrap();
+    let sale = talk.sale(SALE).await.unwrap();
+    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
+    talk.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
+    let postgres = Postgres::private(Durability::Fast).await.unwrap();
+    let database = postgres.database(BARE).await.unwrap();
+    let talk = Talk::with(&database, &program(), &LEVEL, strategy("read-then-write"))
+        .await
+        .unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
+
+    postgres.stop().await.unwrap();
+    let away = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+    away.is(ProblemKind::BackendAway)
+        .or_else(|_| away.is(ProblemKind::Overloaded))
+        .unwrap();
+    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
+    assert_eq!(talk.get("/livez").await.unwrap().status, 200);
+
+    postgres.start().await.unwrap();
+    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    talk.stop().await.unwrap();
+}
+
+/// What holds of a rush in which instances come and go, whatever the strategy sells.
+fn nothing_is_lost(report: &Report) {
+    for invariant in [NothingLost, NothingInvented, Progress] {
+        assert!(!report.verdict.breaks(invariant), "{}", report.verdict);
+    }
+}
+
+fn undecided(history: &History) -> Vec<&suite::history::Request> {
+    history
+        .requests
+        .iter()
+        .filter(|request| request.answer == Answer::Undecided)
+        .collect()
+}
+
+#[tokio::test]
+async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
+    const INSTANCES: usize = 3;
+    let rush = Rush::default().instances(INSTANCES).fault(PlannedFault {
+        after_answers: 100,
+        instance: 1,
+        kind: FaultKind::Kill,
+    });
+    let report = rush.run(&program(), &LEVEL, strategy("read-then-write")).await.unwrap();
+
+    let [fault] = &report.history.faults[..] else {
+        panic!("one fault was planned: {:?}", report.history.faults)
+    };
+    assert!(
+        fault.fault.contains("signal: 9"),
+        "the fault did not strike: {}",
+        fault.fault
+    );
+    let undecided = undecided(&report.history);
+    assert!(
+        !undecided.is_empty(),
+        "the fault did not strike: nothing was in flight on the instance"
+    );
+    assert!(
+        undecided.len() <= report.history.requests.len() / INSTANCES + 1,
+        "{} undecided",
+        undecided.len()
+    );
+    for request in undecided {
+        assert!(
+            request.sent_us <= fault.struck_us,
+            "sent after the kill, and yet undecided: {request:?}"
+        );
+    }
+    nothing_is_lost(&report);
+}
+
+#[tokio::test]
+async fn a_rolling_restart_leaves_nobody_undecided() {
+    let mut rush = Rush::default().instances(3);
+    for instance in 0..3 {
+        rush = rush.fault(PlannedFault {
+            after_answers: 100 * (instance as u64 + 1),
+            instance,
+            kind: FaultKind::Restart,
+        });
+    }
+    let report = rush.run(&program(), &LEVEL, strategy("read-then-write")).await.unwrap();
+
+    assert_eq!(report.history.faults.len(), 3);
+    for fault in &report.history.faults {
+        assert!(
+            fault.fault.contains("exit status: 0"),
+            "SIGTERM did not end it in peace: {}",
+            fault.fault
+        );
+    }
+    assert_eq!(undecided(&report.history).len(), 0, "{}", report.verdict);
+    nothing_is_lost(&report);
+}

@@ -1,0 +1,357 @@
+//! The HTTP contract that all levels share, tried on a level's own server over real sockets.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, ensure};
+use box_office::{Level, ProblemKind, SaleId, Strategy, api};
+use http_body_util::Full;
+use hyper::{Method, Request, StatusCode, body::Bytes, header};
+use serde::de::DeserializeOwned;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+use uuid::Uuid;
+
+use crate::{
+    backends::Database,
+    rush::{Answered, Connection, Program, Rush, SALE, Servers},
+};
+
+/// How long any single answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A level's server that a test talks to.
+pub struct Talk {
+    servers: Servers,
+    address: SocketAddr,
+}
+
+/// One call, and what must come back.
+struct Call<'a> {
+    method: Method,
+    path: String,
+    key: Option<&'a str>,
+    token: Option<String>,
+    body: Option<Vec<u8>>,
+}
+
+impl Talk {
+    /// Starts one server.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn with(
+        database: &Database,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Self> {
+        let servers = Servers::start(&Rush::default(), database, program, level, strategy).await?;
+        let address = *servers.live().borrow().first().context("one was started")?;
+        Ok(Self { servers, address })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The process, for a look at it from outside.
+    ///
+    /// # Errors
+    /// It has left.
+    pub async fn pid(&self) -> anyhow::Result<u32> {
+        self.servers.pid(0).await
+    }
+
+    /// Stops the server, which must leave with exit code 0.
+    ///
+    /// # Errors
+    /// It did not.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.servers.stop().await.map(drop)
+    }
+
+    async fn call(&self, call: Call<'_>) -> anyhow::Result<Answered> {
+        let mut request = Request::builder().method(call.method).uri(call.path);
+        if let Some(key) = call.key {
+            request = request.header("idempotency-key", key);
+        }
+        if let Some(token) = call.token {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        }
+        if call.body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        let request = request.body(Full::<Bytes>::from(call.body.unwrap_or_default()))?;
+        let mut connection = Connection::open(self.address).await?;
+        timeout(PATIENCE, connection.send(request))
+            .await
+            .context("no answer in time")?
+    }
+
+    /// `GET path`.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn get(&self, path: &str) -> anyhow::Result<Answered> {
+        self.call(Call {
+            method: Method::GET,
+            path: path.to_owned(),
+            key: None,
+            token: None,
+            body: None,
+        })
+        .await
+    }
+
+    /// Asks for a ticket.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn reserve(&self, sale: SaleId, buyer: i64, key: Option<&str>) -> anyhow::Result<Answered> {
+        let body = serde_json::to_vec(&api::NewReservation { buyer_id: buyer })?;
+        self.post(sale, key, body).await
+    }
+
+    /// Sends any body where a reservation is expected.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn post(&self, sale: SaleId, key: Option<&str>, body: Vec<u8>) -> anyhow::Result<Answered> {
+        self.call(Call {
+            method: Method::POST,
+            path: format!("/api/sales/{sale}/reservations"),
+            key,
+            token: None,
+            body: Some(body),
+        })
+        .await
+    }
+
+    /// Opens a sale with any token.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn open_sale(&self, sale: SaleId, capacity: i64, token: Option<&str>) -> anyhow::Result<Answered> {
+        let body = serde_json::to_vec(&api::NewSale {
+            name: "the last tickets".to_owned(),
+            capacity,
+        })?;
+        self.call(Call {
+            method: Method::PUT,
+            path: format!("/api/sales/{sale}"),
+            key: None,
+            token: token.map(str::to_owned),
+            body: Some(body),
+        })
+        .await
+    }
+
+    /// Opens the sale of the rush, as an administrator.
+    ///
+    /// # Errors
+    /// It was open already, or there is no answer.
+    pub async fn opens_a_sale(&self, capacity: u32) -> anyhow::Result<()> {
+        self.servers.open_sale(SALE, capacity).await
+    }
+
+    /// The sale as the server tells it.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn sale(&self, sale: SaleId) -> anyhow::Result<api::Sale> {
+        self.get(&format!("/api/sales/{sale}")).await?.json()
+    }
+
+    /// Writes raw bytes, and reads until the server closes or has said something.
+    ///
+    /// # Errors
+    /// The connection can't be had.
+    pub async fn raw(&self, bytes: &[u8]) -> anyhow::Result<String> {
+        let mut stream = TcpStream::connect(self.address).await?;
+        // The server may well close before it has read everything.
+        let _ = stream.write_all(bytes).await;
+        let mut answer = vec![0; 4096];
+        let read = timeout(PATIENCE, stream.read(&mut answer))
+            .await
+            .context("neither answered nor closed")?;
+        answer.truncate(read.unwrap_or(0));
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    }
+}
+
+impl Answered {
+    /// The body, as what it must be.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn json<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
+        serde_json::from_slice(&self.body)
+            .with_context(|| format!("{} {}", self.status, String::from_utf8_lossy(&self.body)))
+    }
+
+    /// Checks that this is the problem, with everything that RFC 9457 and the contract ask of it.
+    ///
+    /// # Errors
+    /// What differs.
+    pub fn is(&self, kind: ProblemKind) -> anyhow::Result<api::Problem> {
+        let problem: api::Problem = self.json()?;
+        ensure!(
+            (problem.kind.as_str(), self.status) == (kind.uri().as_str(), kind.status()),
+            "expected {} with {}, got {} with {}: {}",
+            kind.uri(),
+            kind.status(),
+            problem.kind,
+            self.status,
+            problem.detail
+        );
+        ensure!(
+            problem.status == self.status.as_u16(),
+            "the body says {}, the answer {}",
+            problem.status,
+            self.status
+        );
+        ensure!(
+            self.headers
+                .get(header::CONTENT_TYPE)
+                .is_some_and(|kind| kind == "application/problem+json")
+        );
+        let id = self.headers.get("x-request-id").and_then(|id| id.to_str().ok());
+        ensure!(
+            id == Some(problem.request_id.as_str()),
+            "request id {id:?}, in the body {:?}",
+            problem.request_id
+        );
+        ensure!(
+            (self.status == StatusCode::SERVICE_UNAVAILABLE) == self.headers.contains_key(header::RETRY_AFTER),
+            "503, and only 503, says when to try again"
+        );
+        Ok(problem)
+    }
+}
+
+/// Everything the contract says about selling, refusing and repeating, for a level that answers at once.
+///
+/// # Errors
+/// The first thing that is not as the contract says.
+pub async fn sells_refuses_and_repeats(talk: &Talk) -> anyhow::Result<()> {
+    use ProblemKind::{
+        AlreadyReserved, KeyOfAnotherBuyer, SaleDiffers, SoldOut, Unauthorized, UnknownReservation, UnknownSale,
+    };
+
+    let token = talk.servers.admin_token();
+    talk.open_sale(SALE, 2, None).await?.is(Unauthorized)?;
+    talk.open_sale(SALE, 2, Some("wrong")).await?.is(Unauthorized)?;
+    talk.get(&format!("/api/sales/{SALE}")).await?.is(UnknownSale)?;
+    ensure!(talk.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::CREATED);
+    ensure!(talk.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::OK);
+    talk.open_sale(SALE, 3, Some(token)).await?.is(SaleDiffers)?;
+
+    let first = talk.reserve(SALE, 1, Some("a")).await?;
+    ensure!(first.status == StatusCode::CREATED, "{}", first.status);
+    let reservation: api::Reservation = first.json()?;
+    ensure!((reservation.sale_id, reservation.buyer_id) == (SALE, 1));
+    let location = first
+        .headers
+        .get(header::LOCATION)
+        .context("201 says where the reservation is")?
+        .to_str()?;
+    ensure!(talk.get(location).await?.json::<api::Reservation>()? == reservation);
+
+    let again = talk.reserve(SALE, 1, Some("a")).await?;
+    ensure!(
+        again.status == first.status && again.json::<api::Reservation>()? == reservation,
+        "a repeat answers as the first did"
+    );
+    let other_key = talk.reserve(SALE, 1, Some("b")).await?.is(AlreadyReserved)?;
+    ensure!(
+        other_key.reservation_id == Some(reservation.id),
+        "it names the reservation that is there"
+    );
+    talk.reserve(SALE, 2, Some("a")).await?.is(KeyOfAnotherBuyer)?;
+    talk.reserve(99, 1, None).await?.is(UnknownSale)?;
+
+    ensure!(
+        talk.reserve(SALE, 2, None).await?.status == StatusCode::CREATED,
+        "a key is optional"
+    );
+    talk.reserve(SALE, 3, None).await?.is(SoldOut)?;
+    let repeat_after_the_end = talk.reserve(SALE, 1, Some("a")).await?;
+    ensure!(
+        repeat_after_the_end.json::<api::Reservation>()? == reservation,
+        "sold out, and yet the same answer"
+    );
+    let sale = talk.sale(SALE).await?;
+    ensure!((sale.capacity, sale.stock, sale.reserved) == (2, 0, 2), "{sale:?}");
+
+    talk.get(&format!("/api/reservations/{}", Uuid::new_v4()))
+        .await?
+        .is(UnknownReservation)?;
+    Ok(())
+}
+
+/// Whatever a client gets wrong is answered with a 4xx that says what it was, and sells nothing.
+///
+/// # Errors
+/// The first answer that does not.
+pub async fn refuses_bad_input(talk: &Talk) -> anyhow::Result<()> {
+    use ProblemKind::{
+        BodyTooLarge, InvalidBody, MalformedBody, MalformedKey, MalformedPath, MethodNotAllowed, NotFound,
+        UnknownReservation,
+    };
+
+    let deep = [b"[".repeat(10_000), b"]".repeat(10_000)].concat();
+    for (body, problem, says) in [
+        (b"{".to_vec(), MalformedBody, ""),
+        (b"{\"buyer_id\": 1".to_vec(), MalformedBody, ""),
+        (b"\"\xff\xfe\"".to_vec(), MalformedBody, ""),
+        (vec![], MalformedBody, ""),
+        (deep[..8_000].to_vec(), MalformedBody, ""),
+        (b"{}".to_vec(), InvalidBody, "buyer_id"),
+        (b"{\"buyer_id\": -1}".to_vec(), InvalidBody, "-1"),
+        (b"{\"buyer_id\": \"1\"}".to_vec(), InvalidBody, "buyer_id"),
+        (b"{\"buyer_id\": 1.5}".to_vec(), InvalidBody, "1.5"),
+        (b"{\"buyer_id\": 1, \"vip\": true}".to_vec(), InvalidBody, "vip"),
+        (b"{\"buyer_id\": 99999999999999999999}".to_vec(), InvalidBody, ""),
+        (deep, BodyTooLarge, ""),
+    ] {
+        let start = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
+        let answered = talk.post(SALE, None, body).await.with_context(|| start.clone())?;
+        let told = answered.is(problem).with_context(|| start.clone())?;
+        ensure!(
+            told.detail.contains(says),
+            "{start} is answered with {:?}, which does not say {says:?}",
+            told.detail
+        );
+    }
+    for key in ["with space", "", &"k".repeat(129)] {
+        talk.reserve(SALE, 1, Some(key))
+            .await?
+            .is(MalformedKey)
+            .with_context(|| format!("key {key:?}"))?;
+    }
+    for (path, problem) in [
+        ("/api/sales/one", MalformedPath),
+        ("/api/sales/-1", MalformedPath),
+        ("/api/reservations/17", UnknownReservation),
+        ("/api/nothing", NotFound),
+        ("/api/sales/1/reservations", MethodNotAllowed),
+    ] {
+        talk.get(path).await?.is(problem).with_context(|| path.to_owned())?;
+    }
+    for raw in [
+        &b"\x00\xff\xfe garbage\r\n\r\n"[..],
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/9.9\r\n\r\n",
+    ] {
+        let answer = talk.raw(raw).await?;
+        ensure!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+            "{raw:?} is answered with {answer:?}"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! The rows at quiescence, read through the two views that every level has.
+
+use box_office::{BuyerId, SaleId};
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::history::{Row, Status};
+
+/// What the database says of one sale.
+#[derive(Clone, Debug)]
+pub struct Sold {
+    /// The tickets that are left; negative where a strategy let it.
+    pub stock: i64,
+    /// Every reservation.
+    pub rows: Vec<Row>,
+}
+
+/// Reads one sale. Only meaningful once nothing moves any more.
+///
+/// # Errors
+/// The views can't be read, or the sale is not there.
+pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
+    let stock = sqlx::query_scalar("select stock from sale_now where sale_id = $1")
+        .bind(sale)
+        .fetch_one(pool)
+        .await?;
+    let reservations: Vec<(Uuid, BuyerId, String, String, i64)> = sqlx::query_as(
+        "select id, buyer_id, request_key, status, (extract(epoch from changed_at) * 1000000)::bigint
+           from reservation_now
+          where sale_id = $1",
+    )
+    .bind(sale)
+    .fetch_all(pool)
+    .await?;
+    let rows = reservations
+        .into_iter()
+        .map(|(reservation, buyer, key, status, changed_us)| {
+            let status = match status.as_str() {
+                "confirmed" => Status::Confirmed,
+                "held" => Status::Held,
+                "released" => Status::Released,
+                unknown => anyhow::bail!("reservation {reservation} has the status {unknown:?}, which nobody knows"),
+            };
+            Ok(Row {
+                reservation,
+                buyer,
+                key,
+                status,
+                taken_us: u64::try_from(changed_us)?,
+                released_us: None,
+            })
+        });
+    Ok(Sold {
+        stock,
+        rows: rows.collect::<anyhow::Result<_>>()?,
+    })
+}

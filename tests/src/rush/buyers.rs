@@ -1,0 +1,321 @@
+//! The buyers: each clicks, and repeats what stayed undecided, under the same key, until a patience runs out.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::anyhow;
+use box_office::{BuyerId, ProblemKind, SaleId, api, trace::now_monotonic_us};
+use futures_util::future::{join_all, try_join_all};
+use http_body_util::Full;
+use hyper::{Request as HttpRequest, StatusCode, body::Bytes, header};
+use rand::RngExt;
+use serde::Deserialize;
+use tokio::{
+    sync::{Barrier, watch},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use uuid::Uuid;
+
+use super::{
+    Rush, SALE, Servers,
+    connection::{Answered, Connection},
+    report::Clock,
+};
+use crate::history::{Answer, Ending, Micros, Refused, Request};
+
+/// How many connections are opened at once: fewer than a listener's backlog.
+const OPENING_AT_ONCE: usize = 64;
+
+/// How often an accepted order is asked about until its final state is there.
+const ASK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Everybody is here and connected; nobody has asked yet.
+pub(super) struct Gate {
+    buyers: JoinSet<Vec<Request>>,
+    opened: Arc<Barrier>,
+    start: watch::Sender<Option<Start>>,
+}
+
+#[derive(Clone)]
+struct Start {
+    started_us: Micros,
+    answered: Arc<watch::Sender<u64>>,
+}
+
+/// What came of a rush, as its clients saw it.
+pub(super) struct Released {
+    pub(super) requests: Vec<Request>,
+    pub(super) clock: Clock,
+}
+
+/// One click of one buyer, and every repeat of it.
+struct Click {
+    number: u64,
+    buyer: BuyerId,
+    key: String,
+    connection: Option<Connection>,
+    live: watch::Receiver<Vec<SocketAddr>>,
+    patience: Duration,
+}
+
+impl Gate {
+    /// Connects every buyer and warms every connection.
+    pub(super) async fn new(rush: &Rush, servers: &Servers) -> anyhow::Result<Self> {
+        let live = servers.live();
+        let addresses = live.borrow().clone();
+        let clicks: Vec<(BuyerId, u32)> = (1..=rush.buyers)
+            .flat_map(|buyer| (1..=rush.clicks).map(move |click| (BuyerId::from(buyer), click)))
+            .collect();
+        let mut connections = Vec::with_capacity(clicks.len());
+        for (group, clicks) in clicks.chunks(OPENING_AT_ONCE).enumerate() {
+            let opening = (0..clicks.len()).map(|place| {
+                let click = group * OPENING_AT_ONCE + place;
+                Connection::open_warm(addresses[click % addresses.len()])
+            });
+            connections.extend(try_join_all(opening).await?);
+        }
+
+        let opened = Arc::new(Barrier::new(rush.buyers as usize + 1));
+        let (start, started) = watch::channel(None);
+        let mut clicks =
+            clicks
+                .into_iter()
+                .zip(connections)
+                .enumerate()
+                .map(|(number, ((buyer, click), connection))| Click {
+                    number: number as u64,
+                    buyer,
+                    key: format!("buyer-{buyer}-click-{click}"),
+                    connection: Some(connection),
+                    live: live.clone(),
+                    patience: rush.patience,
+                });
+        let mut buyers = JoinSet::new();
+        for _ in 0..rush.buyers {
+            // One task for all clicks of a buyer: they leave in the same breath.
+            let clicks: Vec<Click> = clicks.by_ref().take(rush.clicks as usize).collect();
+            buyers.spawn(buy(clicks, started.clone(), opened.clone()));
+        }
+        // Every buyer has run up to the gate before it opens.
+        opened.wait().await;
+        Ok(Self { buyers, opened, start })
+    }
+
+    /// Opens, and waits until everybody has gone home.
+    pub(super) async fn open(self, started_us: Micros, answered: Arc<watch::Sender<u64>>) -> Released {
+        drop(self.opened);
+        let clock = Clock::start();
+        self.start.send_replace(Some(Start { started_us, answered }));
+        let mut requests: Vec<Request> = self.buyers.join_all().await.into_iter().flatten().collect();
+        let clock = clock.stop();
+        requests.sort_by_key(|request| (request.sent_us, request.request));
+        Released { requests, clock }
+    }
+}
+
+/// One buyer, up to the gate and through it.
+async fn buy(clicks: Vec<Click>, mut started: watch::Receiver<Option<Start>>, opened: Arc<Barrier>) -> Vec<Request> {
+    opened.wait().await;
+    drop(opened);
+    let Ok(start) = started.wait_for(Option::is_some).await.map(|start| start.clone()) else {
+        return vec![]; // The rush was given up before it began.
+    };
+    drop(started);
+    let Some(start) = start else { return vec![] };
+    join_all(clicks.into_iter().map(|click| click.run(start.clone())))
+        .await
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+impl Click {
+    async fn run(mut self, start: Start) -> Vec<Request> {
+        let first_sent_us = now_monotonic_us() - start.started_us;
+        let mut requests = vec![];
+        loop {
+            let number = self.number + (requests.len() as u64) * 1_000_000;
+            let (request, retry_after) = self.ask(number, start.started_us).await;
+            start.answered.send_modify(|answered| *answered += 1);
+            let undecided = request.answer == Answer::Undecided;
+            requests.push(request);
+            let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
+            let left = self.patience.saturating_sub(Duration::from_micros(spent_us));
+            if !undecided || left.is_zero() {
+                return requests;
+            }
+            sleep(retry_after.min(left)).await;
+        }
+    }
+
+    /// Sends one request and follows it to its end. Also tells how long to wait before a repeat.
+    async fn ask(&mut self, number: u64, started_us: Micros) -> (Request, Duration) {
+        let mut request = Request {
+            request: number,
+            buyer: self.buyer,
+            key: self.key.clone(),
+            sent_us: now_monotonic_us() - started_us,
+            answered_us: None,
+            answer: Answer::Undecided,
+            steps: vec![],
+        };
+        let mut retry_after = jittered(Duration::from_millis(50));
+        // The client's own deadline: it hangs up, the server may go on.
+        if let Ok(Ok(answered)) = timeout(self.patience, self.send(number)).await {
+            request.answered_us = Some(now_monotonic_us() - started_us);
+            if let Some(seconds) = answered.headers.get(header::RETRY_AFTER) {
+                let seconds = seconds.to_str().ok().and_then(|seconds| seconds.parse().ok());
+                retry_after = jittered(seconds.map_or(retry_after, Duration::from_secs));
+            }
+            request.answer = self.understand(answered, started_us).await;
+        }
+        if request.answered_us.is_none() {
+            self.connection = None;
+        }
+        (request, retry_after)
+    }
+
+    async fn send(&mut self, number: u64) -> anyhow::Result<Answered> {
+        let request = order(SALE, self.buyer, &self.key, number)?;
+        self.connection().await?.send(request).await
+    }
+
+    /// The buyer's connection; a new one, to an instance that lives, if the old one is gone.
+    async fn connection(&mut self) -> anyhow::Result<&mut Connection> {
+        if self.connection.as_mut().is_some_and(Connection::is_closed) {
+            self.connection = None;
+        }
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => {
+                let live = self.live.borrow().clone();
+                let at = rand::rng().random_range(0..live.len().max(1));
+                let address = *live.get(at).ok_or_else(|| anyhow!("no instance lives"))?;
+                Connection::open(address).await?
+            }
+        };
+        Ok(self.connection.insert(connection))
+    }
+
+    async fn understand(&mut self, answered: Answered, started_us: Micros) -> Answer {
+        match understand(&answered) {
+            Understood::Final(answer) => answer,
+            Understood::Accepted { reservation, location } => {
+                let ending = timeout(self.patience, self.follow(&location, started_us))
+                    .await
+                    .ok()
+                    .flatten();
+                Answer::Accepted { reservation, ending }
+            }
+        }
+    }
+
+    /// Asks about an accepted order until it is decided, at any instance that lives.
+    async fn follow(&mut self, location: &str, started_us: Micros) -> Option<Ending> {
+        loop {
+            if let Ok(state) = self.state(location).await
+                && let Some(refused) = state.decided()
+            {
+                return Some(Ending {
+                    at_us: now_monotonic_us() - started_us,
+                    refused,
+                    changed_to: None,
+                });
+            }
+            sleep(ASK_AGAIN).await;
+        }
+    }
+
+    async fn state(&mut self, location: &str) -> anyhow::Result<State> {
+        let request = HttpRequest::get(location).body(Full::default())?;
+        let answered = self.connection().await?.send(request).await?;
+        Ok(serde_json::from_slice(&answered.body)?)
+    }
+}
+
+/// A reservation as `GET /api/reservations/{id}` tells it.
+#[derive(Deserialize)]
+struct State {
+    status: String,
+    reason: Option<String>,
+}
+
+impl State {
+    /// `None` while it is under way; then whether, and why, it was refused.
+    #[expect(clippy::option_option, reason = "not decided yet, decided yes, decided no")]
+    fn decided(&self) -> Option<Option<Refused>> {
+        match (self.status.as_str(), self.reason.as_deref()) {
+            ("confirmed", _) => Some(None),
+            ("refused", Some("sold-out")) => Some(Some(Refused::SoldOut)),
+            ("refused", Some("expired")) => Some(Some(Refused::Expired)),
+            ("refused", Some("declined")) => Some(Some(Refused::Declined)),
+            _ => None,
+        }
+    }
+}
+
+enum Understood {
+    Final(Answer),
+    Accepted { reservation: Uuid, location: String },
+}
+
+/// What an HTTP answer means, by the contract that all levels share.
+fn understand(answered: &Answered) -> Understood {
+    let answer = match answered.status {
+        StatusCode::CREATED => reservation(answered).map(|reservation| Answer::Confirmed { reservation }),
+        StatusCode::ACCEPTED => {
+            let location = answered
+                .headers
+                .get(header::LOCATION)
+                .and_then(|location| location.to_str().ok());
+            if let (Some(reservation), Some(location)) = (reservation(answered), location) {
+                let location = location.to_owned();
+                return Understood::Accepted { reservation, location };
+            }
+            None
+        }
+        StatusCode::SERVICE_UNAVAILABLE => Some(Answer::Undecided),
+        StatusCode::TOO_MANY_REQUESTS => Some(Answer::Refused(Refused::RateLimited)),
+        _ => refused(answered).map(Answer::Refused),
+    };
+    Understood::Final(answer.unwrap_or_else(|| {
+        let start: String = String::from_utf8_lossy(&answered.body).chars().take(200).collect();
+        Answer::Unexpected {
+            what: format!("{} {start}", answered.status),
+        }
+    }))
+}
+
+fn reservation(answered: &Answered) -> Option<Uuid> {
+    serde_json::from_slice::<api::Reservation>(&answered.body)
+        .ok()
+        .map(|reservation| reservation.id)
+}
+
+fn refused(answered: &Answered) -> Option<Refused> {
+    let problem: api::Problem = serde_json::from_slice(&answered.body).ok()?;
+    let kind = ProblemKind::from_uri(&problem.kind).filter(|kind| kind.status() == answered.status)?;
+    match kind {
+        ProblemKind::SoldOut => Some(Refused::SoldOut),
+        ProblemKind::AlreadyReserved => problem
+            .reservation_id
+            .map(|earlier| Refused::AlreadyReserved { earlier }),
+        ProblemKind::KeyOfAnotherBuyer => Some(Refused::KeyOfAnotherBuyer),
+        ProblemKind::UnknownSale => Some(Refused::UnknownSale),
+        _ => None,
+    }
+}
+
+fn order(sale: SaleId, buyer: BuyerId, key: &str, number: u64) -> anyhow::Result<HttpRequest<Full<Bytes>>> {
+    let body = serde_json::to_vec(&api::NewReservation { buyer_id: buyer })?;
+    Ok(HttpRequest::post(format!("/api/sales/{sale}/reservations"))
+        .header(header::CONTENT_TYPE, "application/json")
+        .header("idempotency-key", key)
+        .header("x-request-id", number.to_string())
+        .body(Full::from(body))?)
+}
+
+/// Somewhere between the time and one and a half times it, so that those who were refused together do not come back together.
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(rand::rng().random_range(1.0..1.5))
+}

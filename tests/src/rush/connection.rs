@@ -1,0 +1,104 @@
+//! One buyer's connection: HTTP/1.1, open and warm before the gate opens.
+
+use std::{net::SocketAddr, pin::pin};
+
+use anyhow::{Context, ensure};
+use futures_util::FutureExt;
+use http_body_util::{BodyExt, Full};
+use hyper::{
+    Request, StatusCode,
+    body::Bytes,
+    client::conn::http1::{Connection as Driver, SendRequest, handshake},
+    header::{HOST, HeaderMap},
+};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+/// A connection to one server, for one request at a time.
+pub struct Connection {
+    address: SocketAddr,
+    sender: SendRequest<Full<Bytes>>,
+    /// Moves the bytes, in the task that sends: handed to a task of its own, the clicks of one buyer would leave in whatever order the
+    /// scheduler likes.
+    driver: Option<Driver<TokioIo<TcpStream>, Full<Bytes>>>,
+}
+
+/// An answer, read to its last byte.
+pub struct Answered {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Bytes,
+}
+
+impl Connection {
+    /// Connects.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
+        let stream = TcpStream::connect(address)
+            .await
+            .with_context(|| format!("connecting to {address}"))?;
+        stream.set_nodelay(true)?;
+        let (sender, driver) = handshake(TokioIo::new(stream)).await?;
+        Ok(Self {
+            address,
+            sender,
+            driver: Some(driver),
+        })
+    }
+
+    /// Connects, and asks whether the server is ready, so that the first real request finds everything warm, its database pool too.
+    pub(super) async fn open_warm(address: SocketAddr) -> anyhow::Result<Self> {
+        let mut connection = Self::open(address).await?;
+        let answered = connection.send(Request::get("/readyz").body(Full::default())?).await?;
+        ensure!(
+            answered.status.is_success(),
+            "{address} answered /readyz with {}",
+            answered.status
+        );
+        Ok(connection)
+    }
+
+    /// Sends a request and reads the answer to its end.
+    ///
+    /// # Errors
+    /// The connection ends before the answer does.
+    pub async fn send(&mut self, mut request: Request<Full<Bytes>>) -> anyhow::Result<Answered> {
+        request.headers_mut().insert(HOST, self.address.to_string().parse()?);
+        let sender = &mut self.sender;
+        let mut exchange = pin!(async move {
+            sender.ready().await?;
+            let (head, body) = sender.send_request(request).await?.into_parts();
+            anyhow::Ok(Answered {
+                status: head.status,
+                headers: head.headers,
+                body: body.collect().await?.to_bytes(),
+            })
+        });
+        if let Some(driver) = &mut self.driver {
+            tokio::select! {
+                biased;
+                answered = &mut exchange => return answered,
+                // The server closed; what it had said before is still to be read.
+                _ = driver => self.driver = None,
+            }
+        }
+        exchange.await
+    }
+
+    /// Whether the server has closed it.
+    pub(super) fn is_closed(&mut self) -> bool {
+        if self
+            .driver
+            .as_mut()
+            .is_some_and(|driver| driver.now_or_never().is_some())
+        {
+            self.driver = None;
+        }
+        self.driver.is_none()
+    }
+}

@@ -1,0 +1,220 @@
+//! A rush: N buyers, released at once through a gate, against one sale.
+//!
+//! Servers are real processes and buyers talk HTTP, each over a connection of its own that is open and warm before the gate opens.
+//! What happened is written down as a [`History`]; the judge reads nothing else.
+
+mod buyers;
+mod connection;
+mod report;
+mod servers;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, ensure};
+use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
+use tokio::sync::watch;
+
+pub use connection::{Answered, Connection};
+pub use report::{Answers, Latency, Report};
+pub use servers::{Program, Servers, Steps};
+
+use crate::{
+    backends::{self, Database},
+    history::{FORMAT_VERSION, Fault, Header, History, Micros},
+    rows,
+};
+
+/// The sale that a rush opens.
+pub const SALE: SaleId = 1;
+
+/// How a rush is run. The defaults are the question of this workbook: 1,000 buyers, 100 tickets, one instant.
+#[derive(Clone, Debug)]
+pub struct Rush {
+    /// Tickets on sale.
+    pub capacity: u32,
+    /// Buyers, all at once.
+    pub buyers: u32,
+    /// Requests each buyer sends at once, each under its own key.
+    pub clicks: u32,
+    /// Server processes that the buyers are spread over.
+    pub instances: usize,
+    /// Business time inside the critical section.
+    pub hold: Duration,
+    /// Connections in each server's pool. `None`: the server's own default.
+    pub pool_size: Option<u32>,
+    /// How long a buyer repeats an undecided request before giving up; also the deadline of a single request.
+    pub patience: Duration,
+    /// Whether the servers write down every step of every request, for the evidence of a verdict.
+    pub traced: bool,
+    /// What to do to the servers while they sell.
+    pub faults: Vec<PlannedFault>,
+}
+
+impl Default for Rush {
+    fn default() -> Self {
+        Self {
+            capacity: 100,
+            buyers: 1000,
+            clicks: 1,
+            instances: 1,
+            hold: Duration::ZERO,
+            pool_size: None,
+            patience: Duration::from_secs(20),
+            traced: false,
+            faults: vec![],
+        }
+    }
+}
+
+/// Something to do to a server while it sells.
+#[derive(Clone, Copy, Debug)]
+pub struct PlannedFault {
+    /// Strikes as soon as so many requests have their answer.
+    pub after_answers: u64,
+    /// Which instance, counted from 0.
+    pub instance: usize,
+    /// What happens to it.
+    pub kind: FaultKind,
+}
+
+/// What happens to an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// SIGKILL, and it stays away.
+    Kill,
+    /// SIGTERM; once it has left, a new one takes its place.
+    Restart,
+}
+
+impl Rush {
+    /// The rush that tries a strategy's guarantee: the defaults, with the clicks that it needs.
+    pub fn for_strategy(strategy: &Strategy) -> Self {
+        Self {
+            clicks: strategy.clicks,
+            ..Self::default()
+        }
+    }
+
+    /// The same, over so many instances.
+    pub fn instances(self, instances: usize) -> Self {
+        Self { instances, ..self }
+    }
+
+    /// The same, with every step written down.
+    pub fn traced(self) -> Self {
+        Self { traced: true, ..self }
+    }
+
+    /// The same, with one more fault.
+    pub fn fault(mut self, fault: PlannedFault) -> Self {
+        self.faults.push(fault);
+        self
+    }
+
+    /// Starts the servers on a fresh database of the shared Postgres, and runs the rush.
+    ///
+    /// # Errors
+    /// A backend is missing, or a server does not start or stop as it should. What buyers are told is never an error here: the judge
+    /// decides about that.
+    pub async fn run(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
+        let database = backends::postgres().await?.database(strategy.schema).await?;
+        self.run_on(&database, program, level, strategy).await
+    }
+
+    /// The same, on a database of the caller's.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub async fn run_on(
+        &self,
+        database: &Database,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Report> {
+        ensure!(self.instances > 0, "a rush needs an instance to run against");
+        let servers = Servers::start(self, database, program, level, strategy).await?;
+        servers.open_sale(SALE, self.capacity).await?;
+
+        let gate = buyers::Gate::new(self, &servers)
+            .await
+            .context("connecting the buyers")?;
+        let (answered, answers) = watch::channel(0);
+        let started_us = now_monotonic_us();
+        let (released, faults) = tokio::join!(
+            gate.open(started_us, Arc::new(answered)),
+            strike(&self.faults, answers, &servers, started_us)
+        );
+        let faults = faults?;
+
+        let mut requests = released.requests;
+        let steps = servers.stop().await?;
+        steps.add_to(&mut requests, started_us);
+
+        let pool = database.pool(1).await?;
+        let sold = rows::read(&pool, SALE).await?;
+        pool.close().await;
+        let history = History {
+            header: Header {
+                version: FORMAT_VERSION,
+                strategy: format!("{}/{}", level.name, strategy.name),
+                sale: SALE,
+                capacity: self.capacity.into(),
+                deadline_us: micros(self.patience),
+                expiry_us: None,
+                stock: Some(sold.stock),
+            },
+            requests,
+            rows: Some(sold.rows),
+            faults,
+        };
+        Ok(Report::new(self, history, &released.clock))
+    }
+}
+
+/// Carries out the plan, each fault at its moment, and writes down when it struck and when it was mended.
+async fn strike(
+    plan: &[PlannedFault],
+    mut answers: watch::Receiver<u64>,
+    servers: &Servers,
+    started_us: Micros,
+) -> anyhow::Result<Vec<Fault>> {
+    let mut faults = vec![];
+    for planned in plan {
+        answers
+            .wait_for(|answered| *answered >= planned.after_answers)
+            .await
+            .with_context(|| {
+                format!(
+                    "the rush was over before {} answers: the fault did not strike",
+                    planned.after_answers
+                )
+            })?;
+        let number = planned.instance + 1;
+        let (fault, struck_us, healed_us) = match planned.kind {
+            FaultKind::Kill => {
+                let status = servers.kill(planned.instance).await?;
+                (format!("instance {number} killed ({status})"), now_monotonic_us(), None)
+            }
+            FaultKind::Restart => {
+                let struck_us = now_monotonic_us();
+                let status = servers.restart(planned.instance).await?;
+                (
+                    format!("instance {number} restarted ({status})"),
+                    struck_us,
+                    Some(now_monotonic_us()),
+                )
+            }
+        };
+        faults.push(Fault {
+            fault,
+            struck_us: struck_us - started_us,
+            healed_us: healed_us.map(|healed_us| healed_us - started_us),
+        });
+    }
+    Ok(faults)
+}
+
+fn micros(duration: Duration) -> Micros {
+    u64::try_from(duration.as_micros()).unwrap_or(Micros::MAX)
+}

@@ -1,0 +1,186 @@
+//! What a rush measured, beside what the judge says of it.
+
+use std::{collections::HashMap, time::Duration};
+
+use hdrhistogram::Histogram;
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use super::Rush;
+use crate::{
+    history::{Answer, History, Micros, Refused},
+    judge::{Verdict, judge},
+};
+
+/// A rush, judged and measured.
+#[derive(Debug)]
+pub struct Report {
+    /// What happened.
+    pub history: History,
+    /// What the judge says of it.
+    pub verdict: Verdict,
+    /// How many requests got which answer.
+    pub answers: Answers,
+    /// From a buyer's first click to the last answer to it.
+    pub answered: Latency,
+    /// From a buyer's first click to the final state, where orders are accepted first and decided later.
+    pub completed: Option<Latency>,
+    /// From the opening of the gate to the last answer.
+    pub took: Duration,
+    /// The share of this machine's processors that the clients themselves used in that time, from 0 to 1.
+    pub client_share: f64,
+    /// Server processes.
+    pub instances: usize,
+}
+
+/// How many requests got which answer.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Answers {
+    /// 201.
+    pub confirmed: u64,
+    /// 202.
+    pub accepted: u64,
+    /// 409, every ticket is taken.
+    pub sold_out: u64,
+    /// 409, the buyer has a reservation.
+    pub already_reserved: u64,
+    /// Every other refusal.
+    pub otherwise_refused: u64,
+    /// 503, or no answer.
+    pub undecided: u64,
+    /// What the HTTP contract does not know.
+    pub unexpected: u64,
+}
+
+/// How long buyers waited, in milliseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Latency {
+    /// Half of them at most so long.
+    pub p50_ms: f64,
+    /// 95 of 100 at most so long.
+    pub p95_ms: f64,
+    /// 99 of 100 at most so long.
+    pub p99_ms: f64,
+    /// Nobody longer.
+    pub max_ms: f64,
+}
+
+/// Wall-clock and processor time of the clients' own process.
+pub(super) struct Clock {
+    pub(super) wall: Duration,
+    pub(super) processor: Duration,
+}
+
+impl Clock {
+    pub(super) fn start() -> Self {
+        Self {
+            wall: read(ClockId::Monotonic),
+            processor: read(ClockId::ProcessCPUTime),
+        }
+    }
+
+    pub(super) fn stop(self) -> Self {
+        Self {
+            wall: read(ClockId::Monotonic).saturating_sub(self.wall),
+            processor: read(ClockId::ProcessCPUTime).saturating_sub(self.processor),
+        }
+    }
+}
+
+fn read(clock: ClockId) -> Duration {
+    let time = clock_gettime(clock);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or_default(),
+        u32::try_from(time.tv_nsec).unwrap_or_default(),
+    )
+}
+
+impl Report {
+    pub(super) fn new(rush: &Rush, history: History, clock: &Clock) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let (answered, completed) = waits(&history);
+        Self {
+            verdict: judge(&history),
+            answers: Answers::count(&history),
+            answered: Latency::of(&answered),
+            completed: (!completed.is_empty()).then(|| Latency::of(&completed)),
+            took: clock.wall,
+            client_share: clock.processor.as_secs_f64() / (clock.wall.as_secs_f64() * processors as f64),
+            instances: rush.instances,
+            history,
+        }
+    }
+
+    /// Requests answered in a second.
+    pub fn requests_a_second(&self) -> f64 {
+        self.history.requests.len() as f64 / self.took.as_secs_f64()
+    }
+}
+
+impl Answers {
+    fn count(history: &History) -> Self {
+        let mut answers = Self::default();
+        for request in &history.requests {
+            *match &request.answer {
+                Answer::Confirmed { .. } => &mut answers.confirmed,
+                Answer::Accepted { .. } => &mut answers.accepted,
+                Answer::Refused(Refused::SoldOut) => &mut answers.sold_out,
+                Answer::Refused(Refused::AlreadyReserved { .. }) => &mut answers.already_reserved,
+                Answer::Refused(_) => &mut answers.otherwise_refused,
+                Answer::Undecided => &mut answers.undecided,
+                Answer::Unexpected { .. } => &mut answers.unexpected,
+            } += 1;
+        }
+        answers
+    }
+}
+
+impl Latency {
+    fn of(waits_us: &[Micros]) -> Self {
+        let mut histogram = Histogram::<u64>::new(3).expect("three digits are a valid precision");
+        for &wait_us in waits_us {
+            histogram.record(wait_us).expect("the histogram grows by itself");
+        }
+        let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1000.0;
+        Self {
+            p50_ms: at(0.50),
+            p95_ms: at(0.95),
+            p99_ms: at(0.99),
+            max_ms: histogram.max() as f64 / 1000.0,
+        }
+    }
+}
+
+/// How long each click waited for its last answer, and for its final state; repeats are part of the wait.
+fn waits(history: &History) -> (Vec<Micros>, Vec<Micros>) {
+    #[derive(Default)]
+    struct Click {
+        first_sent_us: Option<Micros>,
+        answered_us: Option<Micros>,
+        ended_us: Option<Micros>,
+    }
+    let mut clicks: HashMap<&str, Click> = HashMap::new();
+    for request in &history.requests {
+        let click = clicks.entry(&request.key).or_default();
+        let first = click.first_sent_us.get_or_insert(request.sent_us);
+        *first = request.sent_us.min(*first);
+        click.answered_us = click.answered_us.max(request.answered_us);
+        if let Answer::Accepted {
+            ending: Some(ending), ..
+        } = &request.answer
+        {
+            click.ended_us = click.ended_us.max(Some(ending.at_us));
+        }
+    }
+    let since_first = |click: &Click, at: Option<Micros>| Some(at?.saturating_sub(click.first_sent_us?));
+    (
+        clicks
+            .values()
+            .filter_map(|click| since_first(click, click.answered_us))
+            .collect(),
+        clicks
+            .values()
+            .filter_map(|click| since_first(click, click.ended_us))
+            .collect(),
+    )
+}

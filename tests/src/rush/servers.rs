@@ -1,0 +1,315 @@
+//! The servers of a rush: real processes of the level's own program.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use box_office::{Level, SaleId, Strategy, api, trace::Record};
+use http_body_util::Full;
+use hyper::{Request, StatusCode, header};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader as AsyncBufReader},
+    process::{Child, Command},
+    sync::{Mutex, watch},
+    time::timeout,
+};
+use uuid::Uuid;
+
+use super::{Rush, connection::Connection};
+use crate::{
+    backends::{Database, keeper},
+    history::{self, Micros, Step},
+};
+
+/// How long a server may take to listen, or to leave.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How to start a server: a program, and the arguments it takes. Everything else it is told through its environment.
+#[derive(Clone, Debug)]
+pub struct Program {
+    executable: PathBuf,
+    arguments: Vec<String>,
+}
+
+/// The server processes of one rush.
+pub struct Servers {
+    program: Program,
+    environment: Vec<(&'static str, String)>,
+    admin_token: String,
+    traced: bool,
+    instances: Vec<Mutex<Instance>>,
+    live: watch::Sender<Vec<SocketAddr>>,
+    folder: PathBuf,
+}
+
+/// One server process.
+struct Instance {
+    process: Child,
+    address: SocketAddr,
+    log: PathBuf,
+    traces: Vec<PathBuf>,
+}
+
+/// The steps that the servers wrote down, by the number of the request.
+pub struct Steps(HashMap<u64, Vec<Record>>);
+
+impl Program {
+    /// A program that serves when it is started without arguments, as a level's own server does.
+    pub fn new(executable: impl Into<PathBuf>) -> Self {
+        Self {
+            executable: executable.into(),
+            arguments: vec![],
+        }
+    }
+
+    /// The same, started with one more argument.
+    pub fn argument(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.to_owned());
+        self
+    }
+}
+
+impl Servers {
+    /// Starts the servers of a rush, all at once, and waits until each listens.
+    ///
+    /// # Errors
+    /// One does not start; with the end of its log.
+    pub async fn start(
+        rush: &Rush,
+        database: &Database,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Self> {
+        ensure!(
+            level.strategies.iter().any(|known| std::ptr::eq(known, strategy)),
+            "{} has no strategy {}",
+            level.name,
+            strategy.name
+        );
+        let admin_token = Uuid::new_v4().to_string();
+        let mut environment = vec![
+            ("DATABASE_URL", database.url()),
+            ("HOST", "127.0.0.1".to_owned()),
+            ("PORT", "0".to_owned()),
+            ("STRATEGY", strategy.name.to_owned()),
+            ("HOLD_MS", rush.hold.as_millis().to_string()),
+            ("OVERSOLD_ADMIN_TOKEN", admin_token.clone()),
+        ];
+        if let Some(pool_size) = rush.pool_size {
+            environment.push(("DATABASE_POOL_SIZE", pool_size.to_string()));
+        }
+        let folder = keeper::folder("rush")?;
+        let mut servers = Self {
+            program: program.clone(),
+            environment,
+            admin_token,
+            traced: rush.traced,
+            instances: vec![],
+            live: watch::Sender::new(vec![]),
+            folder,
+        };
+        let starting = (0..rush.instances).map(|number| servers.launch(number, 0));
+        let instances = futures_util::future::try_join_all(starting).await?;
+        servers
+            .live
+            .send_replace(instances.iter().map(|instance| instance.address).collect());
+        servers.instances = instances.into_iter().map(Mutex::new).collect();
+        Ok(servers)
+    }
+
+    /// The addresses of those that live, as a proxy in front of them would know them.
+    pub fn live(&self) -> watch::Receiver<Vec<SocketAddr>> {
+        self.live.subscribe()
+    }
+
+    /// Opens a sale, as an administrator.
+    ///
+    /// # Errors
+    /// The sale was open already, or there is no answer.
+    pub async fn open_sale(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
+        let address = *self.live.borrow().first().context("no instance lives")?;
+        let body = serde_json::to_vec(&api::NewSale {
+            name: "the last tickets".to_owned(),
+            capacity: capacity.into(),
+        })?;
+        let request = Request::put(format!("/api/sales/{sale}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::AUTHORIZATION, format!("Bearer {}", self.admin_token))
+            .body(Full::from(body))?;
+        let answered = Connection::open(address).await?.send(request).await?;
+        ensure!(
+            answered.status == StatusCode::CREATED,
+            "opening the sale was answered with {}: {}",
+            answered.status,
+            String::from_utf8_lossy(&answered.body)
+        );
+        Ok(())
+    }
+
+    /// SIGKILL. The clients know at once that this instance is gone.
+    pub(super) async fn kill(&self, instance: usize) -> anyhow::Result<ExitStatus> {
+        let mut instance = self.instance(instance)?.lock().await;
+        self.leave_out(instance.address);
+        instance.process.start_kill()?;
+        Ok(instance.process.wait().await?)
+    }
+
+    /// SIGTERM; when the process has left, a new one takes its place.
+    pub(super) async fn restart(&self, number: usize) -> anyhow::Result<ExitStatus> {
+        let mut instance = self.instance(number)?.lock().await;
+        self.leave_out(instance.address);
+        let status = instance.terminate().await?;
+        let traces = std::mem::take(&mut instance.traces);
+        *instance = self.launch(number, traces.len()).await?;
+        instance.traces.splice(0..0, traces);
+        self.live.send_modify(|live| live.push(instance.address));
+        Ok(status)
+    }
+
+    /// The token that opens sales on these servers.
+    pub fn admin_token(&self) -> &str {
+        &self.admin_token
+    }
+
+    /// The process of an instance.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn pid(&self, instance: usize) -> anyhow::Result<u32> {
+        self.instance(instance)?
+            .lock()
+            .await
+            .process
+            .id()
+            .context("it has left")
+    }
+
+    /// SIGTERM to all that still run. Each must answer what is in flight and leave with exit code 0.
+    ///
+    /// # Errors
+    /// One does not; with the end of its log.
+    pub async fn stop(self) -> anyhow::Result<Steps> {
+        let mut records: HashMap<u64, Vec<Record>> = HashMap::new();
+        for instance in self.instances {
+            let mut instance = instance.into_inner();
+            if instance.process.try_wait()?.is_none() {
+                let status = instance.terminate().await?;
+                ensure!(status.success(), "a server left with {status}\n{}", tail(&instance.log));
+            }
+            for trace in instance.traces.iter().filter(|trace| trace.exists()) {
+                for line in BufReader::new(File::open(trace)?).lines() {
+                    let record: Record = serde_json::from_str(&line?)?;
+                    if let Ok(request) = record.request.parse() {
+                        records.entry(request).or_default().push(record);
+                    }
+                }
+            }
+        }
+        fs::remove_dir_all(&self.folder)?;
+        Ok(Steps(records))
+    }
+
+    fn instance(&self, number: usize) -> anyhow::Result<&Mutex<Instance>> {
+        let running = self.instances.len();
+        self.instances
+            .get(number)
+            .with_context(|| format!("there is no instance {}, only {running}", number + 1))
+    }
+
+    fn leave_out(&self, address: SocketAddr) {
+        self.live.send_modify(|live| live.retain(|&other| other != address));
+    }
+
+    async fn launch(&self, number: usize, generation: usize) -> anyhow::Result<Instance> {
+        let name = format!("instance-{}-{generation}", number + 1);
+        let log = self.folder.join(format!("{name}.log"));
+        let mut command = Command::from(keeper::command(&self.program.executable)?);
+        command
+            .args(&self.program.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .env("INSTANCE", (number + 1).to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log)?)
+            .kill_on_drop(true);
+        let mut traces = vec![];
+        if self.traced {
+            let trace = self.folder.join(format!("{name}.trace"));
+            command.env("OVERSOLD_TRACE_FILE", &trace);
+            traces.push(trace);
+        }
+        let mut process = command
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.executable.display()))?;
+        let output = process.stdout.take().context("its output is piped")?;
+        let mut line = String::new();
+        let mut output = AsyncBufReader::new(output);
+        let read = timeout(PATIENCE, output.read_line(&mut line)).await;
+        let address = line
+            .trim()
+            .rsplit_once("http://")
+            .and_then(|(_, address)| address.parse().ok());
+        match (read, address) {
+            (Ok(Ok(_)), Some(address)) => Ok(Instance {
+                process,
+                address,
+                log,
+                traces,
+            }),
+            (Err(_), _) => bail!(
+                "after {PATIENCE:?} the server did not say where it listens\n{}",
+                tail(&log)
+            ),
+            (Ok(read), _) => {
+                read?;
+                bail!("the server did not say where it listens\n{}", tail(&log))
+            }
+        }
+    }
+}
+
+impl Instance {
+    async fn terminate(&mut self) -> anyhow::Result<ExitStatus> {
+        let pid = self.process.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        kill_process(pid.context("it has left already")?, Signal::TERM)?;
+        timeout(PATIENCE, self.process.wait())
+            .await
+            .map_err(|_| anyhow!("{PATIENCE:?} after SIGTERM the server still runs\n{}", tail(&self.log)))?
+            .map_err(Into::into)
+    }
+}
+
+impl Steps {
+    /// Puts each request's steps beside it.
+    pub(super) fn add_to(mut self, requests: &mut [history::Request], started_us: Micros) {
+        for request in requests {
+            let mut records = self.0.remove(&request.request).unwrap_or_default();
+            records.sort_by_key(|record| record.at_us);
+            request.steps = records
+                .into_iter()
+                .map(|record| Step {
+                    at_us: record.at_us.saturating_sub(started_us),
+                    step: record.step,
+                    saw: record.saw,
+                    place: record.place,
+                })
+                .collect();
+        }
+    }
+}
+
+/// The last lines of a log, for a message about a server that failed.
+fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

@@ -1,0 +1,126 @@
+//! Who is blocked, as Postgres itself sees it, and which request each of its backends works for.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use sqlx::{
+    PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+
+/// Which request holds which connection. A connection is given back only after its transaction has ended.
+#[derive(Clone, Default)]
+pub(super) struct Holders(Arc<Mutex<HashMap<i32, Holder>>>);
+
+/// One request of one script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Holder {
+    pub(super) script: i64,
+    pub(super) lane: usize,
+}
+
+tokio::task_local! {
+    /// For which request the task works.
+    pub(super) static WORKS_FOR: Holder;
+}
+
+impl Holders {
+    /// A pool that writes down which request takes which connection, and when it comes back.
+    pub(super) async fn pool(&self, options: PgConnectOptions, size: u32) -> sqlx::Result<PgPool> {
+        let (connected, taken, returned) = (self.clone(), self.clone(), self.clone());
+        PgPoolOptions::new()
+            .max_connections(size)
+            .after_connect(move |connection, _| {
+                let holders = connected.clone();
+                Box::pin(async move { holders.take(connection).await })
+            })
+            .before_acquire(move |connection, _| {
+                let holders = taken.clone();
+                Box::pin(async move { holders.take(connection).await.map(|()| true) })
+            })
+            .after_release(move |connection, _| {
+                let holders = returned.clone();
+                Box::pin(async move {
+                    let pid = pid_of(connection).await?;
+                    holders.all(|holders| holders.remove(&pid));
+                    Ok(true)
+                })
+            })
+            .connect_with(options)
+            .await
+    }
+
+    async fn take(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        // The pool's own first connection is nobody's.
+        if let Ok(holder) = WORKS_FOR.try_with(|holder| *holder) {
+            let pid = pid_of(connection).await?;
+            self.all(|holders| holders.insert(pid, holder));
+        }
+        Ok(())
+    }
+
+    /// The request that holds this backend's connection.
+    pub(super) fn of(&self, pid: i32) -> Option<Holder> {
+        self.all(|holders| holders.get(&pid).copied())
+    }
+
+    /// Whether a request holds a connection.
+    pub(super) fn holds(&self, holder: Holder) -> bool {
+        self.all(|holders| holders.values().any(|&other| other == holder))
+    }
+
+    fn all<T>(&self, look: impl FnOnce(&mut HashMap<i32, Holder>) -> T) -> T {
+        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+async fn pid_of(connection: &mut PgConnection) -> sqlx::Result<i32> {
+    sqlx::query_scalar("select pg_backend_pid()")
+        .fetch_one(connection)
+        .await
+}
+
+/// The blocked backends of one database, at one moment.
+#[derive(Debug)]
+pub(super) struct Blocked {
+    /// For each blocked backend, those that it waits for.
+    waits_for: HashMap<i32, Vec<i32>>,
+}
+
+impl Blocked {
+    /// Asks Postgres which backends of the database wait for which.
+    pub(super) async fn look(observer: &PgPool) -> sqlx::Result<Self> {
+        let waiting: Vec<(i32, Vec<i32>)> = sqlx::query_as(
+            "select pid, pg_blocking_pids(pid)
+               from pg_stat_activity
+              where datname = current_database()
+                and wait_event_type = 'Lock'
+                and cardinality(pg_blocking_pids(pid)) > 0",
+        )
+        .fetch_all(observer)
+        .await?;
+        Ok(Self {
+            waits_for: waiting.into_iter().collect(),
+        })
+    }
+
+    pub(super) fn pids(&self) -> impl Iterator<Item = i32> {
+        self.waits_for.keys().copied()
+    }
+
+    /// The backend that `pid` waits for in the end: one that is not blocked itself. `None`: they wait for each other in a circle,
+    /// and Postgres will soon choose a victim.
+    pub(super) fn root(&self, pid: i32) -> Option<i32> {
+        let mut seen = HashSet::new();
+        let mut next = pid;
+        while let Some(blockers) = self.waits_for.get(&next) {
+            if !seen.insert(next) {
+                return None;
+            }
+            next = *blockers.first()?;
+        }
+        Some(next)
+    }
+}

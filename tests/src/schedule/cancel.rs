@@ -1,0 +1,156 @@
+//! A reservation that is cancelled: its future is dropped after the n-th poll, for every n until it completes.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use box_office::{BuyerId, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, trace::now_monotonic_us};
+use futures_util::future::{BoxFuture, try_join_all};
+use tokio::time::timeout;
+
+use super::script::{answer_of, open_sale};
+use crate::{
+    backends,
+    history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
+    judge::judge,
+    rows,
+};
+
+/// Connections of the strategy's pool: few, so that one that is lost is missed.
+const CONNECTIONS: u32 = 2;
+
+/// How long anything may take once the cancelled reservation is gone.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Polls a future so often and no more.
+struct Limited<'a> {
+    reserving: BoxFuture<'a, Result<Outcome, No>>,
+    polls_left: usize,
+}
+
+impl Future for Limited<'_> {
+    /// `None`: it was not done by then.
+    type Output = Option<Result<Outcome, No>>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if self.polls_left == 0 {
+            return Poll::Ready(None);
+        }
+        self.polls_left -= 1;
+        self.reserving.as_mut().poll(context).map(Some)
+    }
+}
+
+/// Cancels a reservation at every place where it can be, and checks each time that nothing half done stays behind: no open transaction, a whole
+/// pool, a buyer who repeats with the same key gets the one reservation, and the next buyer the other ticket.
+///
+/// Returns how often it was cancelled.
+///
+/// # Errors
+/// What stayed behind, and after how many polls.
+pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::Result<usize> {
+    let database = backends::postgres().await?.database(strategy.schema).await?;
+    let observer = database.pool(1).await?;
+    for polls in 0.. {
+        let pool = database.pool(CONNECTIONS).await?;
+        let stage = Stage {
+            database: pool.clone(),
+            hold: Duration::ZERO,
+        };
+        let reserve = (strategy.open)(stage).await?;
+        let sale = SaleId::try_from(polls + 1)?;
+        open_sale(&observer, sale, 2).await?;
+
+        let first = order(sale, 1)?;
+        let mut requests = vec![request(&first)];
+        let unobserved = Steps::unobserved();
+        let limited = Limited {
+            reserving: reserve.reserve(&first, &unobserved),
+            polls_left: polls,
+        };
+        let completed = limited.await;
+        if let Some(result) = completed {
+            ensure!(polls > 1, "it completed after {polls} polls: nothing was cancelled");
+            result.context("it completed, but not with a ticket")?;
+            return Ok(polls);
+        }
+
+        let after = async {
+            drop(
+                try_join_all((0..CONNECTIONS).map(|_| pool.acquire()))
+                    .await
+                    .context("the pool is not whole")?,
+            );
+            let open: i64 = sqlx::query_scalar(
+                "select count(*)
+                   from pg_stat_activity
+                  where datname = current_database()
+                    and state like 'idle in transaction%'",
+            )
+            .fetch_one(&observer)
+            .await?;
+            ensure!(open == 0, "a transaction is still open");
+            for buyer in [1, 2] {
+                let order = order(sale, buyer)?;
+                let mut request = request(&order);
+                request.answer = answer_of(reserve.reserve(&order, &Steps::unobserved()).await);
+                request.answered_us = Some(now_monotonic_us());
+                ensure!(
+                    matches!(request.answer, Answer::Confirmed { .. }),
+                    "buyer {buyer}, who comes after it, is told {:?}",
+                    request.answer
+                );
+                requests.push(request);
+            }
+            let sold = rows::read(&observer, sale).await?;
+            let history = History {
+                header: Header {
+                    version: FORMAT_VERSION,
+                    strategy: strategy.name.to_owned(),
+                    sale,
+                    capacity: 2,
+                    deadline_us: Micros::MAX / 2,
+                    expiry_us: None,
+                    stock: Some(sold.stock),
+                },
+                requests,
+                rows: Some(sold.rows),
+                faults: vec![],
+            };
+            let verdict = judge(&history);
+            ensure!(verdict.findings.is_empty(), "{verdict}");
+            Ok(())
+        };
+        timeout(PATIENCE, after)
+            .await
+            .with_context(|| format!("{PATIENCE:?} later somebody still waits"))
+            .flatten()
+            .with_context(|| format!("cancelled after {polls} polls"))?;
+        pool.close().await;
+    }
+    unreachable!("the polls do not run out")
+}
+
+fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
+    Ok(Order {
+        sale,
+        buyer,
+        key: RequestKey::try_from(format!("buyer-{buyer}"))?,
+    })
+}
+
+/// A request that has no answer yet.
+fn request(order: &Order) -> Request {
+    Request {
+        request: now_monotonic_us(),
+        buyer: order.buyer,
+        key: order.key.to_string(),
+        sent_us: now_monotonic_us(),
+        answered_us: None,
+        answer: Answer::Undecided,
+        steps: vec![],
+    }
+}

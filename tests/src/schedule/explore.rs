@@ -1,0 +1,131 @@
+//! Every feasible order of a few requests, one after another.
+//!
+//! The search is depth first, by replay: a run follows the choices of its prefix, then always takes the first request that can move; the
+//! last choice that had an alternative is changed for the next run. What the engine decides by itself, such as who wins among waiters, is
+//! not a choice: a replay that meets another set of movable requests goes on from what it finds.
+
+use anyhow::ensure;
+
+use super::{Lane, Rehearsal, Script, Trace};
+use crate::{
+    history::History,
+    judge::{Verdict, judge},
+};
+
+/// A bound on the search: more runs than this are a mistake in the test, not a longer wait.
+const MOST_RUNS: usize = 5_000;
+
+/// What is tried in every order.
+#[derive(Clone, Copy, Debug)]
+pub struct Scenario {
+    /// Tickets on sale.
+    pub capacity: u32,
+    /// One for each buyer: how many requests that buyer sends, each under its own key.
+    pub clicks: &'static [u32],
+    /// How often a request may be interrupted while it could go on. `None`: as often as there are points.
+    pub preemptions: Option<usize>,
+}
+
+/// What came of every order.
+#[derive(Debug)]
+pub struct Explored {
+    /// How many orders there were.
+    pub orders: usize,
+    /// In how many of them somebody was blocked, so that the order went on differently than was chosen.
+    pub blocked: usize,
+    /// Those in which something was broken.
+    pub broken: Vec<Broken>,
+}
+
+/// An order that broke something.
+#[derive(Debug)]
+pub struct Broken {
+    /// What the judge says.
+    pub verdict: Verdict,
+    /// How it came about.
+    pub trace: Trace,
+}
+
+/// One decision of a run: who was moved, and who could have been.
+struct Decision {
+    chosen: usize,
+    movable: Vec<Lane>,
+}
+
+impl Rehearsal {
+    /// Runs the scenario in every feasible order.
+    ///
+    /// # Errors
+    /// A step did not end in time, or there are too many orders.
+    pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Explored> {
+        let mut explored = Explored {
+            orders: 0,
+            blocked: 0,
+            broken: vec![],
+        };
+        let mut prefix: Vec<usize> = vec![];
+        loop {
+            ensure!(
+                explored.orders < MOST_RUNS,
+                "more than {MOST_RUNS} orders: take fewer requests or preemptions"
+            );
+            let (script, decisions) = self.one_order(scenario, &prefix).await?;
+            explored.orders += 1;
+            explored.blocked += usize::from(script.was_anybody_blocked());
+            let history: History = script.history().await?;
+            let verdict = judge(&history);
+            if !verdict.findings.is_empty() {
+                explored.broken.push(Broken {
+                    verdict,
+                    trace: script.trace(),
+                });
+            }
+            // The last decision with an alternative that was not tried yet.
+            let Some(last) = decisions
+                .iter()
+                .rposition(|decision| decision.chosen + 1 < decision.movable.len())
+            else {
+                return Ok(explored);
+            };
+            prefix = decisions[..=last].iter().map(|decision| decision.chosen).collect();
+            prefix[last] += 1;
+        }
+    }
+
+    async fn one_order(&self, scenario: Scenario, prefix: &[usize]) -> anyhow::Result<(Script<'_>, Vec<Decision>)> {
+        const NAMES: [&str; 3] = ["Ann", "Bob", "Carol"];
+
+        let mut script = self.sale(scenario.capacity).await?;
+        for (&clicks, name) in scenario.clicks.iter().zip(NAMES) {
+            let first = script.buyer(name);
+            for _ in 1..clicks {
+                script.click(first);
+            }
+        }
+        let mut decisions: Vec<Decision> = vec![];
+        let mut moving: Option<Lane> = None;
+        let mut preemptions = 0;
+        loop {
+            let mut movable = script.movable();
+            if movable.is_empty() {
+                break;
+            }
+            // The one that is on its way comes first, so that the first run is the one without preemption.
+            if let Some(at) = moving.and_then(|lane| movable.iter().position(|&other| other == lane)) {
+                movable.swap(0, at);
+                if scenario.preemptions.is_some_and(|most| preemptions == most) {
+                    movable.truncate(1);
+                }
+            }
+            let wanted = prefix.get(decisions.len()).copied().unwrap_or(0);
+            let chosen = wanted.min(movable.len() - 1);
+            let next = movable[chosen];
+            preemptions += usize::from(moving.is_some_and(|lane| lane != next && movable.contains(&lane)));
+            moving = Some(next);
+            decisions.push(Decision { chosen, movable });
+            script.step(next).await?;
+        }
+        script.everybody_has_answered()?;
+        Ok((script, decisions))
+    }
+}

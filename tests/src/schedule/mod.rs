@@ -1,0 +1,15 @@
+//! Exact schedules: hold every request at its scheduling points, and let one move at a time.
+//!
+//! A [`Script`] of a [`Rehearsal`] calls the strategy itself, in this process, on a real database. Nothing is timed: a step ends when every request that
+//! is not held has reached its next point, has answered, or is seen to be blocked by one that is held.
+
+mod blocked;
+mod cancel;
+mod explore;
+mod script;
+mod trace;
+
+pub use cancel::cancelled_after_every_poll;
+pub use explore::{Broken, Explored, Scenario};
+pub use script::{Lane, Rehearsal, Script};
+pub use trace::{Event, Happened, Trace};

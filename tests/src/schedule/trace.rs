@@ -1,0 +1,86 @@
+//! The trace of a schedule: who did what, in which order. One trace, three views: tests print it, the runner shows it, the book includes it.
+
+use std::fmt;
+
+use comfy_table::{Table, TableStyle, presets};
+
+/// What happened, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Trace {
+    /// A name for each lane, in the order in which they were introduced.
+    pub lanes: Vec<String>,
+    /// Every step of every lane.
+    pub events: Vec<Event>,
+}
+
+/// One step of one lane.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Index into [`Trace::lanes`].
+    pub lane: usize,
+    /// What it was.
+    pub happened: Happened,
+}
+
+/// What a request did.
+#[derive(Clone, Debug)]
+pub enum Happened {
+    /// It passed a scheduling point.
+    Passed {
+        /// The point's name.
+        step: &'static str,
+        /// What was found there.
+        saw: Option<String>,
+        /// `levels/…/file.rs:12`.
+        place: String,
+    },
+    /// It waits for another.
+    Waits {
+        /// For what, in words: `waits for Ann's row lock`.
+        why: String,
+    },
+    /// It got its answer.
+    Answered {
+        /// The answer in words.
+        answer: String,
+    },
+}
+
+impl Trace {
+    /// The table as the book includes it.
+    pub fn markdown(&self) -> String {
+        self.table(presets::ASCII_MARKDOWN)
+    }
+
+    /// A lane a buyer, a row a step.
+    fn table(&self, style: TableStyle) -> String {
+        let mut table = Table::new();
+        table.load_style(style);
+        let names = self.lanes.iter().map(String::as_str);
+        table.set_header(["#"].into_iter().chain(names).chain(["where"]));
+        for (index, event) in self.events.iter().enumerate() {
+            let (text, place) = match &event.happened {
+                Happened::Passed { step, saw, place } => {
+                    let saw = saw.as_ref().map(|saw| format!(": {saw}"));
+                    let file = place.rsplit('/').next().unwrap_or(place);
+                    (format!("{step}{}", saw.unwrap_or_default()), file)
+                }
+                Happened::Waits { why } => (why.clone(), ""),
+                Happened::Answered { answer } => (format!("→ {answer}"), ""),
+            };
+            let mut cells = vec![String::new(); self.lanes.len() + 2];
+            cells[0] = (index + 1).to_string();
+            cells[event.lane + 1] = text;
+            cells[self.lanes.len() + 1] = place.to_owned();
+            table.add_row(cells);
+        }
+        table.trim_fmt()
+    }
+}
+
+impl fmt::Display for Trace {
+    /// The table as a terminal shows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.table(presets::UTF8_FULL_CONDENSED))
+    }
+}
