@@ -152,7 +152,11 @@ impl Collector for Now {
                 "Database connections that are open and free",
                 idle,
             ),
-            ("connections_open", "Clients that are connected", self.clients.len() as u64),
+            (
+                "connections_open",
+                "Clients that are connected",
+                self.clients.len() as u64,
+            ),
             ("reservations_in_flight", "Reservations that run", in_flight),
             (
                 "pool_waiting",

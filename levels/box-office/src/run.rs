@@ -49,13 +49,10 @@ pub fn main(level: &'static Level) -> ExitCode {
                 .map(|strategy| strategy.name)
                 .collect();
             let held = settings.strategy.as_deref().unwrap_or_default();
+            let takes = known.join(" or ");
             complain(
                 USAGE,
-                format!(
-                    "STRATEGY (--strategy) holds {held:?}; {} knows {}",
-                    level.name,
-                    known.join(", ")
-                ),
+                format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"),
             )
         }
     }
@@ -65,9 +62,7 @@ pub fn main(level: &'static Level) -> ExitCode {
 ///
 /// Once it is ready it prints one line on stdout, which ends in its address; all else goes to stderr.
 pub fn serve(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
-    if let Err(why) = telemetry::start(settings.log_format) {
-        return complain(USAGE, why);
-    }
+    telemetry::start(settings);
     raise_open_files_limit();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
