@@ -81,9 +81,7 @@ pub struct Problem {
 fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
     let id = i64::deserialize(deserializer)?;
     if id < 0 {
-        return Err(de::Error::custom(format_args!(
-            "{id} is negative, and an id is not"
-        )));
+        return Err(de::Error::custom(format_args!("{id} is negative, and an id is not")));
     }
     Ok(id)
 }

@@ -102,8 +102,8 @@ pub struct Promises([Promise; Invariant::ALL.len()]);
 
 impl Promises {
     /// Every invariant but the order of service, which only a queue can promise.
-    pub const ALL_KEPT: Self = Self([Promise::Keeps; Invariant::ALL.len()])
-        .with(&[Invariant::Order], Promise::NotPromised);
+    pub const ALL_KEPT: Self =
+        Self([Promise::Keeps; Invariant::ALL.len()]).with(&[Invariant::Order], Promise::NotPromised);
 
     /// The same, but these are broken, and must be seen to be.
     pub const fn breaks(self, invariants: &[Invariant]) -> Self {
@@ -157,10 +157,6 @@ impl Guarantee {
 
     /// The promises for so many instances.
     pub const fn on(&self, instances: usize) -> Promises {
-        if instances == 1 {
-            self.alone
-        } else {
-            self.together
-        }
+        if instances == 1 { self.alone } else { self.together }
     }
 }

@@ -5,9 +5,7 @@ use std::{fmt, time::Duration};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text},
-    metrics::{
-        counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram, info::Info,
-    },
+    metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram, info::Info},
     registry::Registry,
 };
 use sqlx::PgPool;
@@ -61,10 +59,9 @@ impl Metrics {
             ),
         );
 
-        let answers =
-            Family::<AnswerLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| {
-                Histogram::new(LATENCY_BUCKETS_SECONDS)
-            });
+        let answers = Family::<AnswerLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| {
+            Histogram::new(LATENCY_BUCKETS_SECONDS)
+        });
         registry.register(
             "http_request_duration_seconds",
             "How long answers took, by route and answer",
@@ -97,9 +94,7 @@ impl Metrics {
             route: route.to_owned(),
             status,
         };
-        self.answers
-            .get_or_create(&labels)
-            .observe(took.as_secs_f64());
+        self.answers.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// A reservation came to its end; `None`: it panicked.
@@ -109,9 +104,7 @@ impl Metrics {
             Some(Err(no)) => ProblemKind::from(no).name(),
             None => ProblemKind::Crashed.name(),
         };
-        self.reservations
-            .get_or_create(&ReservationLabels { answer })
-            .inc();
+        self.reservations.get_or_create(&ReservationLabels { answer }).inc();
     }
 
     /// Everything, in the text format of OpenMetrics.
@@ -142,11 +135,7 @@ impl Collector for Now {
         let in_use = open - idle;
         let in_flight = self.in_flight.len() as u64;
         let gauges = [
-            (
-                "pool_connections_in_use",
-                "Database connections in use",
-                in_use,
-            ),
+            ("pool_connections_in_use", "Database connections in use", in_use),
             (
                 "pool_connections_idle",
                 "Database connections that are open and free",

@@ -43,17 +43,10 @@ pub fn main(level: &'static Level) -> ExitCode {
     match strategy {
         Some(strategy) => serve(level, strategy, &settings),
         None => {
-            let known: Vec<&str> = level
-                .strategies
-                .iter()
-                .map(|strategy| strategy.name)
-                .collect();
+            let known: Vec<&str> = level.strategies.iter().map(|strategy| strategy.name).collect();
             let held = settings.strategy.as_deref().unwrap_or_default();
             let takes = known.join(" or ");
-            complain(
-                USAGE,
-                format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"),
-            )
+            complain(USAGE, format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"))
         }
     }
 }
@@ -74,16 +67,9 @@ pub fn serve(level: &'static Level, strategy: &'static Strategy, settings: &Sett
     code
 }
 
-async fn serve_until_told(
-    level: &'static Level,
-    strategy: &'static Strategy,
-    settings: &Settings,
-) -> ExitCode {
+async fn serve_until_told(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
     // Listened for before anybody can know that there is a server to stop.
-    let signals = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-    );
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     let (mut terminate, mut interrupt) = match signals {
         (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
         (Err(why), _) | (_, Err(why)) => return complain(1, format!("no signals: {why}")),

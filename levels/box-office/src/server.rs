@@ -71,15 +71,10 @@ pub struct Server {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// `DATABASE_URL` is not there.
-    #[error(
-        "DATABASE_URL (--database-url) is not set; it takes {}",
-        DatabaseUrl::TAKES
-    )]
+    #[error("DATABASE_URL (--database-url) is not set; it takes {}", DatabaseUrl::TAKES)]
     NoDatabaseUrl,
     /// The trace file can't be written.
-    #[error(
-        "OVERSOLD_TRACE_FILE (--trace-file) holds {path:?}; it takes a file that can be written: {why}"
-    )]
+    #[error("OVERSOLD_TRACE_FILE (--trace-file) holds {path:?}; it takes a file that can be written: {why}")]
     TraceFile {
         /// What the variable held.
         path: std::path::PathBuf,
@@ -134,9 +129,7 @@ impl StartError {
 
 /// What had to be left behind at the end of a server.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "not drained in {after:?}: {connections} connections and {reservations} reservations were cut off"
-)]
+#[error("not drained in {after:?}: {connections} connections and {reservations} reservations were cut off")]
 pub struct CutOff {
     /// How long the server waited.
     pub after: Duration,
@@ -157,10 +150,7 @@ impl Server {
         settings: &Settings,
     ) -> Result<Self, StartError> {
         let name = format!("{}/{}", level.name, strategy.name);
-        let url = settings
-            .database_url
-            .as_ref()
-            .ok_or(StartError::NoDatabaseUrl)?;
+        let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
         let recorder = match &settings.trace_file {
             None => None,
             Some(path) => Some(Recorder::create(path).map_err(|why| StartError::TraceFile {
@@ -183,16 +173,13 @@ impl Server {
             database: database.clone(),
             hold: settings.hold,
         };
-        let seller = (strategy.open)(stage)
-            .await
-            .map_err(|why| StartError::Strategy {
-                strategy: strategy.name,
-                why,
-            })?;
+        let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
+            strategy: strategy.name,
+            why,
+        })?;
 
         let address = SocketAddr::new(settings.host, settings.port);
-        let (listener, address) =
-            listen(address).map_err(|why| StartError::Address { address, why })?;
+        let (listener, address) = listen(address).map_err(|why| StartError::Address { address, why })?;
 
         let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
@@ -214,12 +201,7 @@ impl Server {
 
         let stop = CancellationToken::new();
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
-        let accept = accept(
-            listener,
-            Arc::clone(&app),
-            stop.clone(),
-            connections.clone(),
-        );
+        let accept = accept(listener, Arc::clone(&app), stop.clone(), connections.clone());
         Ok(Self {
             address,
             _stop_when_dropped: stop.clone().drop_guard(),
@@ -270,11 +252,7 @@ impl Server {
 /// Makes the tables, on a connection of its own: a pool would hide why the database can't be reached.
 ///
 /// Several instances may do this at once: sqlx takes an advisory lock.
-async fn migrate(
-    connect: &PgConnectOptions,
-    url: &DatabaseUrl,
-    strategy: &Strategy,
-) -> Result<(), StartError> {
+async fn migrate(connect: &PgConnectOptions, url: &DatabaseUrl, strategy: &Strategy) -> Result<(), StartError> {
     let unreachable = |why: String| StartError::Database {
         place: url.to_string(),
         why,
@@ -292,10 +270,7 @@ async fn migrate(
             schema: strategy.schema.name,
             why,
         })?;
-    connection
-        .close()
-        .await
-        .map_err(|why| unreachable(why.to_string()))
+    connection.close().await.map_err(|why| unreachable(why.to_string()))
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
@@ -312,12 +287,7 @@ fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
     Ok((listener, address))
 }
 
-async fn accept(
-    listener: TcpListener,
-    app: Arc<App>,
-    stop: CancellationToken,
-    connections: TaskTracker,
-) {
+async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, connections: TaskTracker) {
     /// Out of files, most likely: until somebody leaves there is nothing to do.
     const BREATHER: Duration = Duration::from_millis(50);
 
@@ -330,10 +300,7 @@ async fn accept(
     loop {
         let next = async {
             let permit = Arc::clone(&free).acquire_owned().await;
-            (
-                permit.expect("the semaphore is never closed"),
-                listener.accept().await,
-            )
+            (permit.expect("the semaphore is never closed"), listener.accept().await)
         };
         let (permit, accepted) = tokio::select! {
             biased;

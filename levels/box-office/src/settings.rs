@@ -168,12 +168,7 @@ impl fmt::Display for DatabaseUrl {
         let database = self.0.get_database().unwrap_or(self.0.get_username());
         match self.0.get_socket() {
             Some(socket) => write!(f, "{}, database {database}", socket.display()),
-            None => write!(
-                f,
-                "{}:{}, database {database}",
-                self.0.get_host(),
-                self.0.get_port()
-            ),
+            None => write!(f, "{}:{}, database {database}", self.0.get_host(), self.0.get_port()),
         }
     }
 }
@@ -227,17 +222,12 @@ fn host(text: &str) -> Result<IpAddr, &'static str> {
 }
 
 fn port(text: &str) -> Result<u16, &'static str> {
-    whole_number(
-        text,
-        0..=u16::MAX,
-        "a port number, 0 (any free one) to 65535",
-    )
+    whole_number(text, 0..=u16::MAX, "a port number, 0 (any free one) to 65535")
 }
 
 /// A reservation that holds longer than this would be cut off by the database's own time-outs.
 fn hold(text: &str) -> Result<Duration, &'static str> {
-    whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000")
-        .map(Duration::from_millis)
+    whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
 }
 
 fn log_filter(text: &str) -> Result<String, &'static str> {
@@ -263,9 +253,7 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
     command.build();
     let command = &command;
     let argument = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(shown)) => {
-            arguments(command).find(|argument| argument.to_string() == *shown)
-        }
+        Some(ContextValue::String(shown)) => arguments(command).find(|argument| argument.to_string() == *shown),
         _ => None,
     };
     let Some(argument) = argument else {
@@ -276,27 +264,19 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
         });
         return match (error.kind(), unreadable) {
             (ErrorKind::InvalidUtf8, Some(argument)) => {
-                format!(
-                    "{} holds something that is not UTF-8; it takes text",
-                    name(argument)
-                )
+                format!("{} holds something that is not UTF-8; it takes text", name(argument))
             }
             // clap's first line says what is wrong; the rest is advice.
             _ => {
                 let text = error.render().to_string();
                 let line = text.lines().next().unwrap_or_default();
-                format!(
-                    "{}; --help lists what there is",
-                    line.trim_start_matches("error: ")
-                )
+                format!("{}; --help lists what there is", line.trim_start_matches("error: "))
             }
         };
     };
 
     let held = match error.get(ContextKind::InvalidValue) {
-        _ if argument.is_hide_env_values_set() => {
-            "holds something else (not shown: it is a secret)".to_owned()
-        }
+        _ if argument.is_hide_env_values_set() => "holds something else (not shown: it is a secret)".to_owned(),
         Some(ContextValue::String(value)) if !value.is_empty() => format!("holds {value:?}"),
         _ => "holds nothing".to_owned(),
     };

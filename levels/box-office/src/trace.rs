@@ -69,10 +69,7 @@ impl Recorder {
 
     fn note(&self, request: &Arc<str>, sighting: Sighting) {
         let at_us = now_monotonic_us();
-        let mut sightings = self
-            .sightings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut sightings = self.sightings.lock().unwrap_or_else(PoisonError::into_inner);
         if sightings.len() == Self::MOST_RECORDS {
             self.forgotten.fetch_add(1, Ordering::Relaxed);
             return;
@@ -82,12 +79,7 @@ impl Recorder {
 
     /// Writes what was noted.
     pub(crate) fn write(&self) -> io::Result<()> {
-        let sightings = std::mem::take(
-            &mut *self
-                .sightings
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
+        let sightings = std::mem::take(&mut *self.sightings.lock().unwrap_or_else(PoisonError::into_inner));
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let mut lines = BufWriter::new(&mut *file);
         for (request, at_us, sighting) in sightings {
@@ -104,11 +96,7 @@ impl Recorder {
         lines.flush()?;
         match self.forgotten.load(Ordering::Relaxed) {
             0 => {}
-            forgotten => tracing::warn!(
-                forgotten,
-                "the trace holds the first {} steps only",
-                Self::MOST_RECORDS
-            ),
+            forgotten => tracing::warn!(forgotten, "the trace holds the first {} steps only", Self::MOST_RECORDS),
         }
         Ok(())
     }

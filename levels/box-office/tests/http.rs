@@ -9,8 +9,8 @@ use std::{
 
 use box_office::{ProblemKind, trace::Record};
 use house::{
-    EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand,
-    stand_with, start, until, within,
+    EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start, until,
+    within,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
@@ -45,11 +45,7 @@ const fn buys(body: &'static str, status: u16, problem: &'static str, says: &'st
     }
 }
 
-const fn buys_with(
-    headers: &'static [(&'static str, &'static str)],
-    status: u16,
-    problem: &'static str,
-) -> Case {
+const fn buys_with(headers: &'static [(&'static str, &'static str)], status: u16, problem: &'static str) -> Case {
     Case {
         headers,
         ..buys(r#"{"buyer_id": 42}"#, status, problem, "")
@@ -69,11 +65,7 @@ const fn opens(body: &'static str, status: u16, problem: &'static str, says: &'s
     }
 }
 
-const fn opens_with(
-    headers: &'static [(&'static str, &'static str)],
-    status: u16,
-    problem: &'static str,
-) -> Case {
+const fn opens_with(headers: &'static [(&'static str, &'static str)], status: u16, problem: &'static str) -> Case {
     Case {
         headers,
         ..opens(r#"{"name": "Night", "capacity": 100}"#, status, problem, "")
@@ -105,39 +97,15 @@ const CASES: &[Case] = &[
         422,
         "key-of-another-buyer",
     ),
-    buys_with(
-        &[JSON, ("Idempotency-Key", "unknown-sale")],
-        404,
-        "unknown-sale",
-    ),
-    buys_with(
-        &[JSON, ("Idempotency-Key", "overloaded")],
-        503,
-        "overloaded",
-    ),
+    buys_with(&[JSON, ("Idempotency-Key", "unknown-sale")], 404, "unknown-sale"),
+    buys_with(&[JSON, ("Idempotency-Key", "overloaded")], 503, "overloaded"),
     buys_with(&[JSON, ("Idempotency-Key", "timed-out")], 503, "timed-out"),
-    buys_with(
-        &[JSON, ("Idempotency-Key", "backend-away")],
-        503,
-        "backend-away",
-    ),
+    buys_with(&[JSON, ("Idempotency-Key", "backend-away")], 503, "backend-away"),
     buys_with(&[JSON, ("Idempotency-Key", "panic")], 500, "crashed"),
     // Request keys.
-    buys_with(
-        &[JSON, ("Idempotency-Key", "")],
-        400,
-        "malformed-request-key",
-    ),
-    buys_with(
-        &[JSON, ("Idempotency-Key", "two words")],
-        400,
-        "malformed-request-key",
-    ),
-    buys_with(
-        &[JSON, ("Idempotency-Key", "naïve")],
-        400,
-        "malformed-request-key",
-    ),
+    buys_with(&[JSON, ("Idempotency-Key", "")], 400, "malformed-request-key"),
+    buys_with(&[JSON, ("Idempotency-Key", "two words")], 400, "malformed-request-key"),
+    buys_with(&[JSON, ("Idempotency-Key", "naïve")], 400, "malformed-request-key"),
     buys_with(
         &[JSON, ("Idempotency-Key", "a"), ("Idempotency-Key", "b")],
         400,
@@ -146,12 +114,7 @@ const CASES: &[Case] = &[
     // Bodies that are not JSON, or not said to be.
     buys("", 400, "malformed-body", "EOF"),
     buys("{", 400, "malformed-body", "line 1 column 1"),
-    buys(
-        r#"{"buyer_id": 42} and more"#,
-        400,
-        "malformed-body",
-        "trailing",
-    ),
+    buys(r#"{"buyer_id": 42} and more"#, 400, "malformed-body", "trailing"),
     buys(r#"{"buyer_id": 42,}"#, 400, "malformed-body", "line 1"),
     buys(r#"{"buyer_id": "x" "#, 400, "malformed-body", "EOF"),
     buys_with(&[], 415, "not-json"),
@@ -161,12 +124,7 @@ const CASES: &[Case] = &[
     buys("{}", 422, "invalid-body", "`buyer_id`"),
     buys("42", 422, "invalid-body", "not a JSON object"),
     buys("[42]", 422, "invalid-body", "not a JSON object"),
-    buys(
-        r#"{"buyer_id": -1}"#,
-        422,
-        "invalid-body",
-        "`buyer_id`: -1 is negative",
-    ),
+    buys(r#"{"buyer_id": -1}"#, 422, "invalid-body", "`buyer_id`: -1 is negative"),
     buys(r#"{"buyer_id": "42"}"#, 422, "invalid-body", "`buyer_id`"),
     buys(r#"{"buyer_id": null}"#, 422, "invalid-body", "`buyer_id`"),
     buys(r#"{"buyer_id": 4.2}"#, 422, "invalid-body", "`buyer_id`"),
@@ -176,12 +134,7 @@ const CASES: &[Case] = &[
         "invalid-body",
         "`buyer_id`",
     ),
-    buys(
-        r#"{"buyer_id": 42, "vip": true}"#,
-        422,
-        "invalid-body",
-        "`vip`",
-    ),
+    buys(r#"{"buyer_id": 42, "vip": true}"#, 422, "invalid-body", "`vip`"),
     buys(
         r#"{"buyer_id": 42, "buyer_id": 43}"#,
         422,
@@ -205,12 +158,7 @@ const CASES: &[Case] = &[
         path: "/api/sales/%ff/reservations",
         ..buys(r#"{"buyer_id": 42}"#, 400, "malformed-path", "")
     },
-    at(
-        "GET",
-        "/api/sales/9223372036854775808",
-        400,
-        "malformed-path",
-    ),
+    at("GET", "/api/sales/9223372036854775808", 400, "malformed-path"),
     at("GET", "/api/sales/404", 404, "unknown-sale"),
     at(
         "GET",
@@ -218,41 +166,19 @@ const CASES: &[Case] = &[
         404,
         "unknown-reservation",
     ),
-    at(
-        "GET",
-        "/api/reservations/not-an-id",
-        404,
-        "unknown-reservation",
-    ),
+    at("GET", "/api/reservations/not-an-id", 404, "unknown-reservation"),
     at("GET", "/api/reservations/%ff", 404, "unknown-reservation"),
     at("GET", "/problems/no-such-problem", 404, "not-found"),
     // Opening a sale.
     opens_with(&[JSON], 401, "unauthorized"),
-    opens_with(
-        &[JSON, ("Authorization", "Bearer open-sesam")],
-        401,
-        "unauthorized",
-    ),
-    opens_with(
-        &[JSON, ("Authorization", "Bearer open-sesame!")],
-        401,
-        "unauthorized",
-    ),
-    opens_with(
-        &[JSON, ("Authorization", "Basic open-sesame")],
-        401,
-        "unauthorized",
-    ),
+    opens_with(&[JSON, ("Authorization", "Bearer open-sesam")], 401, "unauthorized"),
+    opens_with(&[JSON, ("Authorization", "Bearer open-sesame!")], 401, "unauthorized"),
+    opens_with(&[JSON, ("Authorization", "Basic open-sesame")], 401, "unauthorized"),
     opens_with(&[JSON, ("Authorization", "x")], 401, "unauthorized"),
     opens_with(&[ADMIN], 415, "not-json"),
     Case {
         path: "/api/sales/x",
-        ..opens(
-            r#"{"name": "Night", "capacity": 100}"#,
-            400,
-            "malformed-path",
-            "",
-        )
+        ..opens(r#"{"name": "Night", "capacity": 100}"#, 400, "malformed-path", "")
     },
     opens("{", 400, "malformed-body", ""),
     opens(r#"{"name": "Night"}"#, 422, "invalid-body", "`capacity`"),
@@ -268,12 +194,7 @@ const CASES: &[Case] = &[
         "invalid-body",
         "`capacity`: 1000001",
     ),
-    opens(
-        r#"{"name": "", "capacity": 100}"#,
-        422,
-        "invalid-body",
-        "`name`",
-    ),
+    opens(r#"{"name": "", "capacity": 100}"#, 422, "invalid-body", "`name`"),
     opens(
         r#"{"name": "a\u0000b", "capacity": 100}"#,
         422,
@@ -289,44 +210,18 @@ const CASES: &[Case] = &[
 ];
 
 /// Problems that need more than one plain request; each has a test of its own, here or in `limits.rs`.
-const ELSEWHERE: [&str; 4] = [
-    "body-too-large",
-    "body-too-slow",
-    "sale-differs",
-    "no-admin-token",
-];
+const ELSEWHERE: [&str; 4] = ["body-too-large", "body-too-slow", "sale-differs", "no-admin-token"];
 
 #[tokio::test]
 async fn every_bad_request_is_answered_with_its_problem() {
     let server = stand().await;
     for case in CASES {
-        let answer = ask(
-            server.address(),
-            case.method,
-            case.path,
-            case.headers,
-            case.body,
-        )
-        .await;
-        println!(
-            "{} {} {:?} {}",
-            case.method, case.path, case.headers, case.body
-        );
+        let answer = ask(server.address(), case.method, case.path, case.headers, case.body).await;
+        println!("{} {} {:?} {}", case.method, case.path, case.headers, case.body);
         answer.is_problem(case.status, case.problem);
-        let detail = answer.json()["detail"]
-            .as_str()
-            .expect("a detail")
-            .to_owned();
-        assert!(
-            detail.contains(case.says),
-            "{detail:?} does not say {:?}",
-            case.says
-        );
-        assert!(
-            !answer.text().contains("the backend's own words"),
-            "{}",
-            answer.text()
-        );
+        let detail = answer.json()["detail"].as_str().expect("a detail").to_owned();
+        assert!(detail.contains(case.says), "{detail:?} does not say {:?}", case.says);
+        assert!(!answer.text().contains("the backend's own words"), "{}", answer.text());
 
         let retry_after = if case.status == 503 { "1" } else { "" };
         assert_eq!(answer.header("retry-after"), retry_after);
@@ -351,25 +246,17 @@ fn documented_as(path: &str) -> &str {
 #[tokio::test]
 async fn the_document_lists_the_problems_that_are_answered_and_no_other() {
     let server = stand().await;
-    let document = ask(server.address(), "GET", "/openapi.json", &[], "")
-        .await
-        .json();
+    let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
     assert_eq!(document["openapi"], "3.1.0");
 
     let mut documented: BTreeSet<(String, String, u16, String)> = BTreeSet::new();
     for (path, method, operation) in operations(&document) {
         let responses = operation["responses"].as_object().expect("responses");
         for (status, response) in responses {
-            let kinds = &response["content"]["application/problem+json"]["schema"]["allOf"][1]["properties"]
-                ["type"];
+            let kinds = &response["content"]["application/problem+json"]["schema"]["allOf"][1]["properties"]["type"];
             for kind in kinds["enum"].as_array().into_iter().flatten() {
                 let kind = kind.as_str().expect("a type").to_owned();
-                documented.insert((
-                    method.clone(),
-                    path.clone(),
-                    status.parse().expect("a status"),
-                    kind,
-                ));
+                documented.insert((method.clone(), path.clone(), status.parse().expect("a status"), kind));
             }
         }
     }
@@ -387,10 +274,7 @@ async fn the_document_lists_the_problems_that_are_answered_and_no_other() {
         .collect();
 
     let undocumented: Vec<_> = answered.difference(&documented).collect();
-    assert!(
-        undocumented.is_empty(),
-        "not in the document: {undocumented:?}"
-    );
+    assert!(undocumented.is_empty(), "not in the document: {undocumented:?}");
     let untested: Vec<_> = documented
         .difference(&answered)
         // A database that is away or slow is the same for every call that asks it; a body that is bad for one is for all.
@@ -414,9 +298,7 @@ fn operations(document: &Value) -> Vec<(String, String, &Value)> {
 #[tokio::test]
 async fn every_documented_call_is_served_and_no_other_method_is() {
     let server = stand().await;
-    let document = ask(server.address(), "GET", "/openapi.json", &[], "")
-        .await
-        .json();
+    let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
     let mut documented: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (path, method, _) in operations(&document) {
         documented.entry(path).or_default().insert(method);
@@ -430,11 +312,7 @@ async fn every_documented_call_is_served_and_no_other_method_is() {
         if methods.contains("GET") {
             methods.insert("HEAD".to_owned());
         }
-        let allowed: BTreeSet<String> = refused
-            .header("allow")
-            .split(',')
-            .map(str::to_owned)
-            .collect();
+        let allowed: BTreeSet<String> = refused.header("allow").split(',').map(str::to_owned).collect();
         assert_eq!(allowed, methods, "{path}");
     }
     ask(server.address(), "GET", "/", &[], "")
@@ -452,16 +330,9 @@ async fn every_problem_type_leads_to_its_explanation() {
     for kind in ProblemKind::ALL {
         let explained = ask(server.address(), "GET", &kind.uri(), &[], "").await;
         assert_eq!(explained.status, 200);
-        assert!(
-            explained.text().contains(kind.meaning()),
-            "{}",
-            explained.text()
-        );
+        assert!(explained.text().contains(kind.meaning()), "{}", explained.text());
         assert_eq!(ProblemKind::from_uri(&kind.uri()), Some(kind));
-        assert!(
-            uris.insert(kind.uri()),
-            "{kind:?} shares its type with another"
-        );
+        assert!(uris.insert(kind.uri()), "{kind:?} shares its type with another");
     }
 }
 
@@ -473,23 +344,13 @@ async fn a_reservation_is_confirmed_and_can_be_looked_up() {
     assert_eq!(confirmed.status, 201);
     let body = confirmed.json();
     let id = body["id"].as_str().expect("an id");
-    assert_eq!(
-        confirmed.header("location"),
-        format!("/api/reservations/{id}")
-    );
+    assert_eq!(confirmed.header("location"), format!("/api/reservations/{id}"));
     assert_eq!(
         body,
         json!({"id": id, "sale_id": 1, "buyer_id": 42, "status": "confirmed"})
     );
 
-    let seen = ask(
-        server.address(),
-        "GET",
-        confirmed.header("location"),
-        &[],
-        "",
-    )
-    .await;
+    let seen = ask(server.address(), "GET", confirmed.header("location"), &[], "").await;
     assert_eq!((seen.status, seen.json()), (200, body));
 }
 
@@ -506,16 +367,7 @@ async fn who_has_a_reservation_is_told_which() {
 #[tokio::test]
 async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
     let server = stand().await;
-    let put = async |body: &str| {
-        ask(
-            server.address(),
-            "PUT",
-            "/api/sales/7",
-            &[JSON, ADMIN],
-            body,
-        )
-        .await
-    };
+    let put = async |body: &str| ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
     let night = json!({"id": 7, "name": "Night", "capacity": 3, "stock": 3, "reserved": 0});
 
     let opened = put(r#"{"name": "Night", "capacity": 3}"#).await;
@@ -537,14 +389,7 @@ async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
 async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
     let server = stand().await;
     let body = r#"{"name": "Night", "capacity": 3}"#;
-    ask(
-        server.address(),
-        "PUT",
-        "/api/sales/1",
-        &[JSON, ADMIN],
-        body,
-    )
-    .await;
+    ask(server.address(), "PUT", "/api/sales/1", &[JSON, ADMIN], body).await;
     let mut rows = server.connect().await;
     for (buyer, status) in [(1, "confirmed"), (2, "held"), (3, "released")] {
         sqlx::query("insert into reservation values (gen_random_uuid(), 1, $1, $1::text, $2)")
@@ -562,14 +407,7 @@ async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
 async fn without_an_admin_token_nobody_opens_a_sale() {
     let server = stand_with(|settings| settings.admin_token = None).await;
     let body = r#"{"name": "Night", "capacity": 3}"#;
-    let refused = ask(
-        server.address(),
-        "PUT",
-        "/api/sales/7",
-        &[JSON, ADMIN],
-        body,
-    )
-    .await;
+    let refused = ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
     refused.is_problem(403, "no-admin-token");
     ask(server.address(), "GET", "/api/sales/7", &[], "")
         .await
@@ -580,14 +418,7 @@ async fn without_an_admin_token_nobody_opens_a_sale() {
 async fn a_sane_request_id_is_kept_and_any_other_replaced() {
     let server = stand().await;
     let sent = async |id: &str| {
-        let answer = ask(
-            server.address(),
-            "GET",
-            "/nowhere",
-            &[("X-Request-Id", id)],
-            "",
-        )
-        .await;
+        let answer = ask(server.address(), "GET", "/nowhere", &[("X-Request-Id", id)], "").await;
         answer.is_problem(404, "not-found");
         answer.header("x-request-id").to_owned()
     };
@@ -612,9 +443,7 @@ async fn a_sane_request_id_is_kept_and_any_other_replaced() {
 #[tokio::test]
 async fn a_panic_fails_its_own_request_only() {
     let server = stand().await;
-    let mut stream = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let post = |key: &str| {
         let body = r#"{"buyer_id": 1}"#;
         format!(
@@ -623,23 +452,14 @@ async fn a_panic_fails_its_own_request_only() {
             body.len()
         )
     };
-    stream
-        .write_all(post("panic").as_bytes())
-        .await
-        .expect("it reads");
+    stream.write_all(post("panic").as_bytes()).await.expect("it reads");
     read_answer(&mut stream)
         .await
         .expect("an answer")
         .is_problem(500, "crashed");
     // Not even its connection suffers.
-    stream
-        .write_all(post("fine").as_bytes())
-        .await
-        .expect("it reads");
-    assert_eq!(
-        read_answer(&mut stream).await.expect("an answer").status,
-        201
-    );
+    stream.write_all(post("fine").as_bytes()).await.expect("it reads");
+    assert_eq!(read_answer(&mut stream).await.expect("an answer").status, 201);
     assert_eq!(
         metric(&server, r#"oversold_reservations_total{answer="crashed"}"#).await,
         1.0
@@ -651,19 +471,14 @@ async fn a_reservation_outlives_the_buyer_who_hangs_up() {
     let server = stand().await;
     let holder = server.hold_up_buyer_42().await;
 
-    let mut stream = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let body = r#"{"buyer_id": 42}"#;
     let request = format!(
         "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
          Idempotency-Key: wait\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
-    stream
-        .write_all(request.as_bytes())
-        .await
-        .expect("it reads");
+    stream.write_all(request.as_bytes()).await.expect("it reads");
     until("the reservation to begin", async || {
         metric(&server, "oversold_reservations_in_flight").await == 1.0
     })
@@ -673,10 +488,7 @@ async fn a_reservation_outlives_the_buyer_who_hangs_up() {
         metric(&server, "oversold_connections_open").await == 1.0
     })
     .await;
-    assert_eq!(
-        metric(&server, "oversold_reservations_in_flight").await,
-        1.0
-    );
+    assert_eq!(metric(&server, "oversold_reservations_in_flight").await, 1.0);
 
     holder.let_go().await;
     until("the reservation's row", async || {
@@ -684,11 +496,7 @@ async fn a_reservation_outlives_the_buyer_who_hangs_up() {
     })
     .await;
     assert_eq!(
-        metric(
-            &server,
-            r#"oversold_reservations_total{answer="confirmed"}"#
-        )
-        .await,
+        metric(&server, r#"oversold_reservations_total{answer="confirmed"}"#).await,
         1.0
     );
 }
@@ -729,10 +537,7 @@ async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
         r#"oversold_http_request_duration_seconds_count{method="other",route="unknown",status="404"} 2"#,
         "# EOF",
     ] {
-        assert!(
-            text.lines().any(|found| found == line),
-            "no line {line:?} in\n{text}"
-        );
+        assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
     }
     // A connection goes back to its pool, and one to its client goes away, a moment after the answer.
     for (gauge, value) in [
@@ -759,20 +564,14 @@ async fn metrics_show_who_waits_for_the_pool() {
     let buyers: Vec<_> = (0..3)
         .map(|n| tokio::spawn(async move { reserve(address, 42, &format!("wait-{n}")).await }))
         .collect();
-    until(
-        "one to have the connection and two to wait for it",
-        async || {
-            metric(&server, "oversold_pool_connections_in_use").await == 1.0
-                && metric(&server, "oversold_pool_waiting").await == 2.0
-        },
-    )
+    until("one to have the connection and two to wait for it", async || {
+        metric(&server, "oversold_pool_connections_in_use").await == 1.0
+            && metric(&server, "oversold_pool_waiting").await == 2.0
+    })
     .await;
     holder.let_go().await;
     for buyer in buyers {
-        assert_eq!(
-            within("a buyer", buyer).await.expect("no panic").status,
-            201
-        );
+        assert_eq!(within("a buyer", buyer).await.expect("no panic").status, 201);
     }
 }
 
@@ -797,10 +596,7 @@ async fn a_database_that_goes_away_makes_answers_undecided_until_it_is_back() {
     let postgres = Postgres::private(Durability::Fast)
         .await
         .unwrap_or_else(|missing| panic!("{missing}"));
-    let database = postgres
-        .database(LEVEL.strategies[0].schema)
-        .await
-        .expect("a database");
+    let database = postgres.database(LEVEL.strategies[0].schema).await.expect("a database");
     let server = start(&on(&database.url())).await;
     let ready = async || ask(server.address(), "GET", "/readyz", &[], "").await;
     assert_eq!(ready().await.status, 200);
@@ -823,19 +619,12 @@ async fn a_database_that_goes_away_makes_answers_undecided_until_it_is_back() {
         reserve(address, 2, "during"),
     );
     for answer in [probed, looked_up, sale, opened, reserved] {
-        assert_eq!(
-            (answer.status, answer.header("retry-after")),
-            (503, "1"),
-            "{answer:?}"
-        );
+        assert_eq!((answer.status, answer.header("retry-after")), (503, "1"), "{answer:?}");
     }
     assert_eq!(ask(address, "GET", "/livez", &[], "").await.status, 200);
 
     postgres.start().await.expect("it starts again");
-    until("the server to be ready again", async || {
-        ready().await.status == 200
-    })
-    .await;
+    until("the server to be ready again", async || ready().await.status == 200).await;
     assert_eq!(ask(address, "GET", reservation, &[], "").await.status, 200);
     assert_eq!(reserve(address, 2, "during").await.status, 201);
 }
@@ -865,10 +654,7 @@ async fn several_instances_make_the_tables_at_once() {
         .await
         .expect("the database is there");
     let empty = sqlx::raw_sql("drop schema public cascade; create schema public");
-    empty
-        .execute(&mut connection)
-        .await
-        .expect("an empty database");
+    empty.execute(&mut connection).await.expect("an empty database");
 
     let settings = on(&database.url());
     let servers = futures_util::future::join_all((0..8).map(|_| start(&settings))).await;
@@ -897,11 +683,7 @@ async fn a_trace_holds_every_step_with_request_time_and_place() {
     )
     .await;
     let after_us = box_office::trace::now_monotonic_us();
-    server
-        .server
-        .shut_down()
-        .await
-        .expect("nothing is in flight");
+    server.server.shut_down().await.expect("nothing is in flight");
 
     let written = std::fs::read_to_string(&file).expect("the trace");
     let trace: Vec<Record> = written
@@ -932,8 +714,5 @@ async fn a_trace_holds_every_step_with_request_time_and_place() {
         last_us = record.at_us;
     }
     let spent_us = trace[1].at_us - trace[0].at_us;
-    assert!(
-        spent_us >= 20_000,
-        "HOLD_MS is 20, but {spent_us} µs were spent"
-    );
+    assert!(spent_us >= 20_000, "HOLD_MS is 20, but {spent_us} µs were spent");
 }

@@ -8,9 +8,7 @@ use std::{
 };
 
 use box_office::Limits;
-use house::{
-    Holder, Stand, ask, read_answer, reservations, reserve, send, stand, stand_with, until, within,
-};
+use house::{Holder, Stand, ask, read_answer, reservations, reserve, send, stand, stand_with, until, within};
 use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -20,8 +18,7 @@ use tokio::{
 /// What a test can afford to wait for.
 const SHORT: Duration = Duration::from_millis(300);
 
-const HEAD: &str =
-    "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+const HEAD: &str = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
 
 async fn with_limits(limits: Limits) -> Stand {
     stand_with(|settings| settings.limits = limits).await
@@ -31,11 +28,7 @@ async fn with_limits(limits: Limits) -> Stand {
 async fn closed(mut stream: TcpStream) {
     let mut rest = Vec::new();
     // A reset is a close as well.
-    let _ = within(
-        "the server to close the connection",
-        stream.read_to_end(&mut rest),
-    )
-    .await;
+    let _ = within("the server to close the connection", stream.read_to_end(&mut rest)).await;
 }
 
 async fn it_sells(to: SocketAddr) {
@@ -65,14 +58,7 @@ async fn a_body_of_exactly_the_limit_is_read() {
     let body = format!(r#"{{"buyer_id": 42}}{}"#, " ".repeat(16 * 1024 - 16));
     assert_eq!(body.len(), 16 * 1024);
     let headers = [("Content-Type", "application/json")];
-    let sold = ask(
-        server.address(),
-        "POST",
-        "/api/sales/1/reservations",
-        &headers,
-        &body,
-    )
-    .await;
+    let sold = ask(server.address(), "POST", "/api/sales/1/reservations", &headers, &body).await;
     assert_eq!(sold.status, 201);
     let longer = ask(
         server.address(),
@@ -98,9 +84,7 @@ async fn a_chunked_body_over_the_limit_is_refused() {
 #[tokio::test]
 async fn an_endless_chunked_body_is_cut_off() {
     let server = stand().await;
-    let mut stream = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     stream
         .write_all(format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n").as_bytes())
         .await
@@ -126,17 +110,11 @@ async fn an_endless_chunked_body_is_cut_off() {
 #[case::half_a_surrogate(br#"{"buyer_id": "\ud800"}"#, 422, "invalid-body")]
 #[case::a_long_number(&[b'9'; 16 * 1024], 422, "invalid-body")]
 #[tokio::test]
-async fn a_hostile_body_is_a_problem_like_any_other(
-    #[case] body: &[u8],
-    #[case] status: u16,
-    #[case] problem: &str,
-) {
+async fn a_hostile_body_is_a_problem_like_any_other(#[case] body: &[u8], #[case] status: u16, #[case] problem: &str) {
     let server = stand().await;
     let mut request = format!("{HEAD}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
     request.extend_from_slice(body);
-    send(server.address(), &request)
-        .await
-        .is_problem(status, problem);
+    send(server.address(), &request).await.is_problem(status, problem);
     it_sells(server.address()).await;
 }
 
@@ -144,11 +122,7 @@ async fn a_hostile_body_is_a_problem_like_any_other(
 async fn deep_json_does_not_reach_the_end_of_the_stack() {
     let server = stand().await;
     let deep = 8_000;
-    let body = format!(
-        r#"{{"buyer_id": {}{}}}"#,
-        "[".repeat(deep),
-        "]".repeat(deep)
-    );
+    let body = format!(r#"{{"buyer_id": {}{}}}"#, "[".repeat(deep), "]".repeat(deep));
     let request = format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len());
     send(server.address(), request.as_bytes())
         .await
@@ -157,14 +131,8 @@ async fn deep_json_does_not_reach_the_end_of_the_stack() {
 }
 
 #[rstest]
-#[case::no_http(
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 this is TLS\r\n\r\n",
-    400
-)]
-#[case::two_lengths(
-    b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-    400
-)]
+#[case::no_http(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 this is TLS\r\n\r\n", 400)]
+#[case::two_lengths(b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400)]
 #[case::no_length(b"GET / HTTP/1.1\r\nContent-Length: many\r\n\r\n", 400)]
 #[case::unknown_version(b"GET / HTTP/9.9\r\n\r\n", 400)]
 #[tokio::test]
@@ -177,10 +145,7 @@ async fn what_is_not_http_is_a_400(#[case] bytes: &[u8], #[case] status: u16) {
 #[tokio::test]
 async fn headers_without_end_are_refused() {
     let server = stand().await;
-    let long = format!(
-        "GET /livez HTTP/1.1\r\nX-Long: {}\r\n\r\n",
-        "x".repeat(64 * 1024)
-    );
+    let long = format!("GET /livez HTTP/1.1\r\nX-Long: {}\r\n\r\n", "x".repeat(64 * 1024));
     assert_eq!(send(server.address(), long.as_bytes()).await.status, 431);
     let many = format!("GET /livez HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(200));
     assert_eq!(send(server.address(), many.as_bytes()).await.status, 431);
@@ -194,29 +159,15 @@ async fn slow_headers_and_idle_connections_are_cut_off() {
         ..Limits::default()
     })
     .await;
-    let idle = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
-    let mut slow = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
-    slow.write_all(b"GET /livez HTTP/1.1\r\nX-")
-        .await
-        .expect("it reads");
-    let mut kept_alive = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let idle = TcpStream::connect(server.address()).await.expect("it listens");
+    let mut slow = TcpStream::connect(server.address()).await.expect("it listens");
+    slow.write_all(b"GET /livez HTTP/1.1\r\nX-").await.expect("it reads");
+    let mut kept_alive = TcpStream::connect(server.address()).await.expect("it listens");
     kept_alive
         .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         .await
         .expect("it reads");
-    assert_eq!(
-        read_answer(&mut kept_alive)
-            .await
-            .expect("an answer")
-            .status,
-        200
-    );
+    assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
 
     let began = Instant::now();
     tokio::join!(closed(idle), closed(slow), closed(kept_alive));
@@ -235,9 +186,7 @@ async fn a_slow_body_is_answered_and_cut_off() {
         ..Limits::default()
     })
     .await;
-    let mut slow = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut slow = TcpStream::connect(server.address()).await.expect("it listens");
     slow.write_all(format!("{HEAD}Content-Length: 16\r\n\r\n{{").as_bytes())
         .await
         .expect("it reads");
@@ -251,9 +200,7 @@ async fn a_slow_body_is_answered_and_cut_off() {
 #[tokio::test]
 async fn a_body_that_breaks_off_harms_nobody() {
     let server = stand().await;
-    let mut broken = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut broken = TcpStream::connect(server.address()).await.expect("it listens");
     broken
         .write_all(format!("{HEAD}Content-Length: 16\r\n\r\n{{").as_bytes())
         .await
@@ -268,14 +215,9 @@ async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
     let server = stand().await;
     let mut idle = Vec::new();
     for n in 0..2_000 {
-        let mut stream = TcpStream::connect(server.address())
-            .await
-            .expect("it listens");
+        let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
         if n % 2 == 0 {
-            stream
-                .write_all(b"GET /livez HTTP/1.1\r\n")
-                .await
-                .expect("it reads");
+            stream.write_all(b"GET /livez HTTP/1.1\r\n").await.expect("it reads");
         }
         idle.push(stream);
     }
@@ -302,9 +244,7 @@ async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
         "the end took {:?}",
         began.elapsed()
     );
-    TcpStream::connect(address)
-        .await
-        .expect_err("nobody listens any more");
+    TcpStream::connect(address).await.expect_err("nobody listens any more");
 }
 
 #[tokio::test]
@@ -316,66 +256,42 @@ async fn over_the_limit_of_connections_the_next_waits_until_one_leaves() {
     .await;
     let mut held = Vec::new();
     for _ in 0..2 {
-        let mut stream = TcpStream::connect(server.address())
-            .await
-            .expect("it listens");
+        let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
         stream
             .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             .await
             .expect("it reads");
-        assert_eq!(
-            read_answer(&mut stream).await.expect("an answer").status,
-            200
-        );
+        assert_eq!(read_answer(&mut stream).await.expect("an answer").status, 200);
         held.push(stream);
     }
     let address = server.address();
     let third = tokio::spawn(async move { reserve(address, 1, "fine").await });
     let early = tokio::time::timeout(SHORT, read_answer(&mut held[0])).await;
-    assert!(
-        early.is_err() && !third.is_finished(),
-        "a third connection was served"
-    );
+    assert!(early.is_err() && !third.is_finished(), "a third connection was served");
     held.clear();
-    assert_eq!(
-        within("the third", third).await.expect("no panic").status,
-        201
-    );
+    assert_eq!(within("the third", third).await.expect("no panic").status, 201);
 }
 
 #[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let server = stand().await;
-    let mut stream = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let mut requests = String::new();
     for buyer in 0..50 {
         let body = format!(r#"{{"buyer_id": {buyer}}}"#);
-        requests.push_str(&format!(
-            "{HEAD}Content-Length: {}\r\n\r\n{body}",
-            body.len()
-        ));
+        requests.push_str(&format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len()));
     }
-    stream
-        .write_all(requests.as_bytes())
-        .await
-        .expect("it reads");
+    stream.write_all(requests.as_bytes()).await.expect("it reads");
     for buyer in 0..50 {
         let answer = read_answer(&mut stream).await.expect("an answer");
-        assert_eq!(
-            (answer.status, answer.json()["buyer_id"].as_i64()),
-            (201, Some(buyer))
-        );
+        assert_eq!((answer.status, answer.json()["buyer_id"].as_i64()), (201, Some(buyer)));
     }
 }
 
 #[tokio::test]
 async fn http_1_0_is_answered_and_closed() {
     let server = stand().await;
-    let mut stream = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     stream
         .write_all(b"GET /livez HTTP/1.0\r\n\r\n")
         .await
@@ -389,9 +305,7 @@ async fn http_1_0_is_answered_and_closed() {
 async fn with_one_in_flight(limits: Limits) -> (Stand, Holder, TcpStream) {
     let server = with_limits(limits).await;
     let holder = server.hold_up_buyer_42().await;
-    let mut buyer = TcpStream::connect(server.address())
-        .await
-        .expect("it listens");
+    let mut buyer = TcpStream::connect(server.address()).await.expect("it listens");
     let body = r#"{"buyer_id": 42}"#;
     let request = format!(
         "{HEAD}Idempotency-Key: wait\r\nContent-Length: {}\r\n\r\n{body}",
@@ -423,23 +337,12 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
         .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         .await
         .expect("it reads");
-    assert_eq!(
-        read_answer(&mut kept_alive)
-            .await
-            .expect("an answer")
-            .status,
-        200
-    );
+    assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
 
     let end = tokio::spawn(server.server.shut_down());
     tokio::join!(closed(fresh), closed(kept_alive));
-    TcpStream::connect(address)
-        .await
-        .expect_err("nobody listens any more");
-    assert!(
-        !end.is_finished(),
-        "it did not wait for the request in flight"
-    );
+    TcpStream::connect(address).await.expect_err("nobody listens any more");
+    assert!(!end.is_finished(), "it did not wait for the request in flight");
 
     holder.let_go().await;
     let answer = read_answer(&mut buyer).await.expect("an answer");
@@ -482,9 +385,7 @@ async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
         .expect_err("something is in flight");
     assert_eq!((cut_off.connections, cut_off.reservations), (1, 1));
     assert!(
-        cut_off
-            .to_string()
-            .contains("1 connections and 1 reservations"),
+        cut_off.to_string().contains("1 connections and 1 reservations"),
         "{cut_off}"
     );
 }

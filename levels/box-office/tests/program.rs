@@ -29,15 +29,9 @@ fn main() -> ExitCode {
         .map(|wrong| trial(wrong.name, || says_what_is_wrong(wrong)))
         .collect();
     trials.extend([
-        trial(
-            "a_value_that_is_not_utf8_is_named",
-            a_value_that_is_not_utf8_is_named,
-        ),
+        trial("a_value_that_is_not_utf8_is_named", a_value_that_is_not_utf8_is_named),
         trial("a_port_in_use_is_named", a_port_in_use_is_named),
-        trial(
-            "a_missing_database_is_exit_code_3",
-            a_missing_database_is_exit_code_3,
-        ),
+        trial("a_missing_database_is_exit_code_3", a_missing_database_is_exit_code_3),
         trial(
             "a_strategy_that_cannot_be_opened_is_exit_code_3",
             a_strategy_that_cannot_be_opened_is_exit_code_3,
@@ -46,14 +40,12 @@ fn main() -> ExitCode {
             "help_names_every_variable_and_no_secret",
             help_names_every_variable_and_no_secret,
         ),
-        trial(
-            "it_is_ready_with_one_line_and_ends_with_0_on_sigterm",
-            || ends_on(Signal::TERM),
-        ),
-        trial(
-            "it_is_ready_with_one_line_and_ends_with_0_on_ctrl_c",
-            || ends_on(Signal::INT),
-        ),
+        trial("it_is_ready_with_one_line_and_ends_with_0_on_sigterm", || {
+            ends_on(Signal::TERM)
+        }),
+        trial("it_is_ready_with_one_line_and_ends_with_0_on_ctrl_c", || {
+            ends_on(Signal::INT)
+        }),
         trial(
             "json_log_lines_are_json_even_after_a_panic",
             json_log_lines_are_json_even_after_a_panic,
@@ -94,10 +86,7 @@ struct Wrong {
 }
 
 /// Nobody answers here; no row of the table gets so far as to ask.
-const NOBODY: (&str, &str) = (
-    "DATABASE_URL",
-    "postgres://ann:hunter2@127.0.0.1:1/oversold",
-);
+const NOBODY: (&str, &str) = ("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1:1/oversold");
 
 const WRONG: &[Wrong] = &[
     Wrong {
@@ -117,10 +106,7 @@ const WRONG: &[Wrong] = &[
     Wrong {
         name: "a_broken_database_url_is_not_shown",
         variables: &[],
-        flags: &[
-            "--database-url",
-            "postgres://ann:hunter2@localhost:port/oversold",
-        ],
+        flags: &["--database-url", "postgres://ann:hunter2@localhost:port/oversold"],
         line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
                Postgres database, such as postgres://user:password@localhost:5432/oversold",
     },
@@ -212,9 +198,7 @@ const WRONG: &[Wrong] = &[
 ];
 
 fn says_what_is_wrong(wrong: &Wrong) {
-    let output = program(wrong.variables, wrong.flags)
-        .output()
-        .expect("it runs");
+    let output = program(wrong.variables, wrong.flags).output().expect("it runs");
     fails_with(&output, 2, wrong.line);
 }
 
@@ -253,18 +237,13 @@ fn a_port_in_use_is_named() {
         let output = program(&[("DATABASE_URL", &url), ("PORT", &port)], &[])
             .output()
             .expect("it runs");
-        let line =
-            format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}; it can't be listened on");
+        let line = format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}; it can't be listened on");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
             stderr.starts_with(&format!("error: {line}: Address already in use")),
             "{stderr}"
         );
-        assert_eq!(
-            (output.status.code(), stderr.lines().count()),
-            (Some(2), 1),
-            "{stderr}"
-        );
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 1), "{stderr}");
     });
 }
 
@@ -276,10 +255,7 @@ fn a_missing_database_is_exit_code_3() {
         stderr.starts_with(start) && stderr.contains("Connection refused"),
         "{stderr}"
     );
-    assert!(
-        !stderr.contains("hunter2") && stderr.lines().count() == 1,
-        "{stderr}"
-    );
+    assert!(!stderr.contains("hunter2") && stderr.lines().count() == 1, "{stderr}");
     assert_eq!(
         (nobody.status.code(), nobody.stdout.as_slice()),
         (Some(3), b"".as_slice())
@@ -290,9 +266,7 @@ fn a_missing_database_is_exit_code_3() {
         let url = stand.database.url();
         let (place, options) = url.split_once('?').unwrap_or((&url, ""));
         let url = format!("{place}_of_nobody?{options}");
-        let unknown = program(&[("DATABASE_URL", &url)], &[])
-            .output()
-            .expect("it runs");
+        let unknown = program(&[("DATABASE_URL", &url)], &[]).output().expect("it runs");
         let stderr = String::from_utf8_lossy(&unknown.stderr);
         assert!(
             stderr.contains("_of_nobody") && stderr.contains("does not exist"),
@@ -309,17 +283,10 @@ fn a_missing_database_is_exit_code_3() {
 fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
     in_a_runtime(async {
         let url = stand().await.database;
-        let output = program(
-            &[("DATABASE_URL", &url.url()), ("STRATEGY", "stillborn")],
-            &[],
-        )
-        .output()
-        .expect("it runs");
-        fails_with(
-            &output,
-            3,
-            "stillborn can't be made ready: it was never alive",
-        );
+        let output = program(&[("DATABASE_URL", &url.url()), ("STRATEGY", "stillborn")], &[])
+            .output()
+            .expect("it runs");
+        fails_with(&output, 3, "stillborn can't be made ready: it was never alive");
     });
 }
 
@@ -366,11 +333,7 @@ impl Process {
             .strip_prefix("lv0/obedient listens on http://")
             .unwrap_or_else(|| panic!("{ready:?}"));
         let address = address.trim_end().parse().expect("an address");
-        Self {
-            child,
-            stdout,
-            address,
-        }
+        Self { child, stdout, address }
     }
 
     fn tell(&self, signal: Signal) {
@@ -437,15 +400,9 @@ fn json_log_lines_are_json_even_after_a_panic() {
             ("X-Request-Id", "r-7"),
         ];
         let path = "/api/sales/1/reservations";
-        ask(
-            process.address,
-            "POST",
-            path,
-            &headers,
-            r#"{"buyer_id": 1}"#,
-        )
-        .await
-        .is_problem(500, "crashed");
+        ask(process.address, "POST", path, &headers, r#"{"buyer_id": 1}"#)
+            .await
+            .is_problem(500, "crashed");
         process.tell(Signal::TERM);
         let (_, _, stderr) = process.end();
         let lines: Vec<Value> = stderr
@@ -463,10 +420,7 @@ fn json_log_lines_are_json_even_after_a_panic() {
             "{panicked}"
         );
         let spans = panicked["spans"].as_array().expect("spans");
-        assert!(
-            spans.iter().any(|span| span["instance"] == "box-3"),
-            "{panicked}"
-        );
+        assert!(spans.iter().any(|span| span["instance"] == "box-3"), "{panicked}");
         assert!(spans.iter().any(|span| span["id"] == "r-7"), "{panicked}");
     });
 }
@@ -474,10 +428,7 @@ fn json_log_lines_are_json_even_after_a_panic() {
 fn secrets_are_in_no_log_line() {
     in_a_runtime(async {
         let stand = stand().await;
-        let process = Process::start(
-            &stand,
-            &[("RUST_LOG", "trace"), ("OVERSOLD_ADMIN_TOKEN", "hunter2")],
-        );
+        let process = Process::start(&stand, &[("RUST_LOG", "trace"), ("OVERSOLD_ADMIN_TOKEN", "hunter2")]);
         let headers = [
             ("Content-Type", "application/json"),
             ("Authorization", "Bearer hunter2"),
@@ -493,9 +444,6 @@ fn secrets_are_in_no_log_line() {
         assert_eq!(opened.status, 201);
         process.tell(Signal::TERM);
         let (_, _, stderr) = process.end();
-        assert!(
-            stderr.contains("answered") && !stderr.contains("hunter2"),
-            "{stderr}"
-        );
+        assert!(stderr.contains("answered") && !stderr.contains("hunter2"), "{stderr}");
     });
 }

@@ -64,9 +64,7 @@ pub(super) fn request_key(headers: &HeaderMap) -> Result<RequestKey, Problem> {
         return Ok(RequestKey::fresh());
     };
     if sent.next().is_some() {
-        return Err(malformed(
-            "`Idempotency-Key` was sent more than once".to_owned(),
-        ));
+        return Err(malformed("`Idempotency-Key` was sent more than once".to_owned()));
     }
     let key = String::from_utf8_lossy(key.as_bytes()).into_owned();
     RequestKey::try_from(key).map_err(|why| malformed(format!("`Idempotency-Key`: {why}")))
@@ -88,9 +86,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonBody<T> {
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let declared = headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok());
+    let declared = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let essence = declared.and_then(|value| value.split(';').next());
     essence.is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
 }
@@ -108,10 +104,7 @@ async fn read(body: Body, limits: &Limits) -> Result<Bytes, Problem> {
     match timeout(limits.body_time, whole).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(_)) => Err(Problem::new(
-            ProblemKind::MalformedBody,
-            "the body broke off",
-        )),
+        Ok(Err(_)) => Err(Problem::new(ProblemKind::MalformedBody, "the body broke off")),
         Err(_) => {
             let detail = format!("the body did not come within {:?}", limits.body_time);
             Err(Problem::new(ProblemKind::BodyTooSlow, detail))
@@ -122,18 +115,13 @@ async fn read(body: Body, limits: &Limits) -> Result<Bytes, Problem> {
 /// Tells what is not JSON from what is not the JSON that the call takes.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let malformed = |why: String| Problem::new(ProblemKind::MalformedBody, why);
-    let text = std::str::from_utf8(bytes)
-        .map_err(|why| malformed(format!("the body is not UTF-8: {why}")))?;
+    let text = std::str::from_utf8(bytes).map_err(|why| malformed(format!("the body is not UTF-8: {why}")))?;
     // Looks at the whole text without building anything from it, however deep it nests.
-    serde_json::from_str::<IgnoredAny>(text)
-        .map_err(|why| malformed(format!("the body is not JSON: {why}")))?;
+    serde_json::from_str::<IgnoredAny>(text).map_err(|why| malformed(format!("the body is not JSON: {why}")))?;
 
     // serde would take `[42]` for `{"buyer_id": 42}`.
     if !text.trim_ascii_start().starts_with('{') {
-        return Err(Problem::new(
-            ProblemKind::InvalidBody,
-            "the body is not a JSON object",
-        ));
+        return Err(Problem::new(ProblemKind::InvalidBody, "the body is not a JSON object"));
     }
     let mut json = serde_json::Deserializer::from_str(text);
     serde_path_to_error::deserialize(&mut json).map_err(|why| {

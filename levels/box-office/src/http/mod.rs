@@ -56,9 +56,7 @@ fn table() -> [(&'static str, MethodRouter<Arc<App>>); 8] {
 pub(crate) fn routes(app: Arc<App>) -> Router {
     table()
         .into_iter()
-        .fold(Router::new(), |router, (path, methods)| {
-            router.route(path, methods)
-        })
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .fallback(async || Problem::from(ProblemKind::NotFound))
         .method_not_allowed_fallback(async || Problem::from(ProblemKind::MethodNotAllowed))
         .layer(CatchPanicLayer::custom(|_| -> Response {

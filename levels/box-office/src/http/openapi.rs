@@ -6,8 +6,7 @@ use axum::Json;
 use utoipa::{
     Modify, OpenApi,
     openapi::{
-        self, AllOfBuilder, Content, HeaderBuilder, HttpMethod, ObjectBuilder, RefOr, Response,
-        ResponseBuilder,
+        self, AllOfBuilder, Content, HeaderBuilder, HttpMethod, ObjectBuilder, RefOr, Response, ResponseBuilder,
         path::Operation,
         schema::{Schema, SchemaType, Type},
         security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
@@ -24,13 +23,7 @@ use crate::{
 const DATABASE: &[ProblemKind] = &[Overloaded, TimedOut, BackendAway];
 
 /// What every call can meet that takes a body.
-const BODY: &[ProblemKind] = &[
-    MalformedBody,
-    InvalidBody,
-    BodyTooLarge,
-    BodyTooSlow,
-    NotJson,
-];
+const BODY: &[ProblemKind] = &[MalformedBody, InvalidBody, BodyTooLarge, BodyTooSlow, NotJson];
 
 /// The problems of every call.
 const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 9] = [
@@ -112,11 +105,7 @@ struct WhatAllShare;
 impl Modify for WhatAllShare {
     fn modify(&self, contract: &mut openapi::OpenApi) {
         for (method, path, problems) in PROBLEMS {
-            let operation = contract
-                .paths
-                .paths
-                .get_mut(path)
-                .and_then(|item| call(item, &method));
+            let operation = contract.paths.paths.get_mut(path).and_then(|item| call(item, &method));
             let operation = operation.expect("every row of PROBLEMS is a documented call");
             document_problems(operation, problems.concat());
         }
@@ -140,10 +129,7 @@ fn call<'a>(item: &'a mut openapi::PathItem, method: &HttpMethod) -> Option<&'a 
 fn document_problems(operation: &mut Operation, problems: Vec<ProblemKind>) {
     let mut by_status: BTreeMap<u16, Vec<ProblemKind>> = BTreeMap::new();
     for problem in problems {
-        by_status
-            .entry(problem.status().as_u16())
-            .or_default()
-            .push(problem);
+        by_status.entry(problem.status().as_u16()).or_default().push(problem);
     }
     let responses = &mut operation.responses.responses;
     for (status, problems) in by_status {
@@ -154,9 +140,7 @@ fn document_problems(operation: &mut Operation, problems: Vec<ProblemKind>) {
             let id = HeaderBuilder::new().description(Some(
                 "Names this request in the server's log: the client's own, or a fresh one",
             ));
-            response
-                .headers
-                .insert("X-Request-Id".to_owned(), RefOr::T(id.build()));
+            response.headers.insert("X-Request-Id".to_owned(), RefOr::T(id.build()));
         }
     }
 }

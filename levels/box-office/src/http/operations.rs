@@ -46,10 +46,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, P
     ))
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
-    let text = app
-        .metrics
-        .text()
-        .expect("a string takes whatever is written to it");
+    let text = app.metrics.text().expect("a string takes whatever is written to it");
     let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, format)], text)
 }
@@ -64,10 +61,5 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
 )]
 pub(super) async fn explain_problem(Path(name): Path<String>) -> Result<String, Problem> {
     let kind = ProblemKind::named(&name).ok_or(ProblemKind::NotFound)?;
-    Ok(format!(
-        "{} ({})\n{}\n",
-        kind.title(),
-        kind.status(),
-        kind.meaning()
-    ))
+    Ok(format!("{} ({})\n{}\n", kind.title(), kind.status(), kind.meaning()))
 }

@@ -69,12 +69,7 @@ pub(super) async fn reserve(
                 buyer_id: body.buyer_id,
                 status: "confirmed".to_owned(),
             };
-            Ok((
-                StatusCode::CREATED,
-                [(header::LOCATION, location)],
-                Json(confirmed),
-            )
-                .into_response())
+            Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(confirmed)).into_response())
         }
     }
 }
@@ -122,7 +117,5 @@ pub(super) async fn look_up(
     .bind(id)
     .fetch_optional(&app.database)
     .await?;
-    found
-        .map(Json)
-        .ok_or(ProblemKind::UnknownReservation.into())
+    found.map(Json).ok_or(ProblemKind::UnknownReservation.into())
 }

@@ -12,8 +12,8 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, Promises, Refusal, Reservation,
-    Reserve, Schema, Server, Settings, Stage, Steps, Strategy, Undecided,
+    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, Promises, Refusal, Reservation, Reserve, Schema, Server,
+    Settings, Stage, Steps, Strategy, Undecided,
 };
 use serde_json::Value;
 use sqlx::{Connection, PgConnection, migrate::Migrator};
@@ -122,13 +122,8 @@ pub(crate) const TOKEN: &str = "open-sesame";
 
 /// A database of this test's own, with the tables in it.
 pub(crate) async fn database() -> Database {
-    let postgres = backends::postgres()
-        .await
-        .unwrap_or_else(|missing| panic!("{missing}"));
-    postgres
-        .database(LEVEL.strategies[0].schema)
-        .await
-        .expect("a database")
+    let postgres = backends::postgres().await.unwrap_or_else(|missing| panic!("{missing}"));
+    postgres.database(LEVEL.strategies[0].schema).await.expect("a database")
 }
 
 /// Settings for a server on this database, at any free port.
@@ -240,11 +235,7 @@ impl Answer {
     /// Whether the answer is exactly this problem, whole in every part that all problems have.
     #[track_caller]
     pub(crate) fn is_problem(&self, status: u16, name: &str) {
-        assert_eq!(
-            self.header("content-type"),
-            "application/problem+json",
-            "{self:?}"
-        );
+        assert_eq!(self.header("content-type"), "application/problem+json", "{self:?}");
         let body = self.json();
         assert_eq!(
             (self.status, &body["type"]),
@@ -263,15 +254,8 @@ impl Answer {
 }
 
 /// One request on a connection of its own.
-pub(crate) async fn ask(
-    to: SocketAddr,
-    method: &str,
-    path: &str,
-    headers: &[(&str, &str)],
-    body: &str,
-) -> Answer {
-    let mut request =
-        format!("{method} {path} HTTP/1.1\r\nHost: box-office\r\nConnection: close\r\n");
+pub(crate) async fn ask(to: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    let mut request = format!("{method} {path} HTTP/1.1\r\nHost: box-office\r\nConnection: close\r\n");
     for (name, value) in headers {
         request.push_str(&format!("{name}: {value}\r\n"));
     }
@@ -281,10 +265,7 @@ pub(crate) async fn ask(
 
 /// Reserves a ticket of sale 1, under this key.
 pub(crate) async fn reserve(to: SocketAddr, buyer: i64, key: &str) -> Answer {
-    let headers = [
-        ("Content-Type", "application/json"),
-        ("Idempotency-Key", key),
-    ];
+    let headers = [("Content-Type", "application/json"), ("Idempotency-Key", key)];
     let body = format!(r#"{{"buyer_id": {buyer}}}"#);
     ask(to, "POST", "/api/sales/1/reservations", &headers, &body).await
 }
@@ -313,14 +294,8 @@ pub(crate) async fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
         .get("content-length")
         .map_or(0, |length| length.parse().expect("a length"));
     let mut body = vec![0; length];
-    within("the body", stream.read_exact(&mut body))
-        .await
-        .ok()?;
-    Some(Answer {
-        status,
-        headers,
-        body,
-    })
+    within("the body", stream.read_exact(&mut body)).await.ok()?;
+    Some(Answer { status, headers, body })
 }
 
 /// What was waited for, or a failure that names it.
@@ -334,10 +309,7 @@ pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
 pub(crate) async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
     let began = Instant::now();
     while !so().await {
-        assert!(
-            began.elapsed() < Duration::from_secs(20),
-            "waited 20 s for {what}"
-        );
+        assert!(began.elapsed() < Duration::from_secs(20), "waited 20 s for {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
