@@ -12,8 +12,8 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, Promises, Refusal, Reservation, Reserve, Schema, Server,
-    Settings, Stage, Steps, Strategy, Undecided,
+    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, ProblemKind, Promises, Refusal, Reservation, Reserve,
+    Schema, Server, Settings, Stage, Steps, Strategy, Undecided,
 };
 use serde_json::Value;
 use sqlx::{Connection, PgConnection, migrate::Migrator};
@@ -243,6 +243,12 @@ impl Answer {
             "{body}"
         );
         assert_eq!(body["status"], status, "{body}");
+        let kind = ProblemKind::from_uri(&format!("/problems/{name}")).expect("a problem that the contract knows");
+        assert_eq!(
+            (kind.status().as_u16(), kind.title().into()),
+            (status, body["title"].clone()),
+            "{body}"
+        );
         assert_eq!(body["request_id"], self.header("x-request-id"), "{body}");
         for member in ["title", "detail", "request_id"] {
             assert!(
