@@ -327,7 +327,14 @@ async fn with_one_in_flight(limits: Limits) -> (Stand, Holder, TcpStream) {
 
 #[tokio::test]
 async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
-    let (server, holder, mut buyer) = with_one_in_flight(Limits::default()).await;
+    let (
+        Stand {
+            server,
+            database: _database,
+        },
+        holder,
+        mut buyer,
+    ) = with_one_in_flight(Limits::default()).await;
     let address = server.address();
     let fresh = TcpStream::connect(address).await.expect("it listens");
     let mut kept_alive = TcpStream::connect(address).await.expect("it listens");
@@ -336,9 +343,14 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
         .await
         .expect("it reads");
     assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
+    let mut half_said = TcpStream::connect(address).await.expect("it listens");
+    half_said
+        .write_all(b"GET /livez HTTP/1.1\r\nX-")
+        .await
+        .expect("it reads");
 
-    let end = tokio::spawn(server.server.shut_down());
-    tokio::join!(closed(fresh), closed(kept_alive));
+    let end = tokio::spawn(server.shut_down());
+    tokio::join!(closed(fresh), closed(kept_alive), closed(half_said));
     TcpStream::connect(address).await.expect_err("nobody listens any more");
     assert!(!end.is_finished(), "it did not wait for the request in flight");
 
@@ -353,32 +365,21 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
 
 #[tokio::test]
 async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
-    let (server, holder, buyer) = with_one_in_flight(Limits::default()).await;
-    let address = server.address();
+    let (Stand { server, database }, holder, buyer) = with_one_in_flight(Limits::default()).await;
     drop(buyer);
-    let end = tokio::spawn(server.server.shut_down());
-    until("the listener to close", async || {
-        TcpStream::connect(address).await.is_err()
-    })
-    .await;
-    // The lock is still held, so the reservation can't have ended.
-    assert!(!end.is_finished(), "it did not wait for the reservation");
-    holder.let_go().await;
-    within("the end", end)
-        .await
-        .expect("no panic")
-        .expect("all was drained");
-    assert_eq!(reservations(&server.database).await, 1);
+    let (end, ()) = tokio::join!(within("the end", server.shut_down()), holder.let_go());
+    end.expect("all was drained");
+    assert_eq!(reservations(&database).await, 1);
 }
 
 #[tokio::test]
 async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
-    let (server, _holder, _buyer) = with_one_in_flight(Limits {
+    let short = Limits {
         drain_time: SHORT,
         ..Limits::default()
-    })
-    .await;
-    let cut_off = within("the end", server.server.shut_down())
+    };
+    let (stand, _holder, _buyer) = with_one_in_flight(short).await;
+    let cut_off = within("the end", stand.server.shut_down())
         .await
         .expect_err("something is in flight");
     assert_eq!((cut_off.connections, cut_off.reservations), (1, 1));
@@ -386,6 +387,14 @@ async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
         cut_off.to_string().contains("1 connections and 1 reservations"),
         "{cut_off}"
     );
+
+    // A buyer who hung up leaves a reservation that is in flight all the same.
+    let (stand, _holder, buyer) = with_one_in_flight(short).await;
+    drop(buyer);
+    let cut_off = within("the end", stand.server.shut_down())
+        .await
+        .expect_err("something is in flight");
+    assert_eq!((cut_off.connections, cut_off.reservations), (0, 1));
 }
 
 #[tokio::test]
