@@ -21,7 +21,14 @@ const USAGE: u8 = 2;
 ///
 /// It exits with 0 after a graceful end, 2 if a flag or variable is wrong, 3 if a backend is missing, 1 for all else.
 pub fn main(level: &'static Level) -> ExitCode {
-    let command = Settings::augment_args(Command::new(level.package).about(level.summary));
+    let strategies: Vec<String> = level
+        .strategies
+        .iter()
+        .map(|strategy| format!("  {:24} {}", strategy.name, strategy.summary))
+        .collect();
+    let command = Settings::augment_args(Command::new(level.package))
+        .about(level.summary)
+        .after_help(format!("Strategies:\n{}", strategies.join("\n")));
     let parsed = command
         .clone()
         .try_get_matches()

@@ -37,8 +37,8 @@ fn main() -> ExitCode {
             a_strategy_that_cannot_be_opened_is_exit_code_3,
         ),
         trial(
-            "help_names_every_variable_and_no_secret",
-            help_names_every_variable_and_no_secret,
+            "help_names_every_variable_and_strategy_and_no_secret",
+            help_names_every_variable_and_strategy_and_no_secret,
         ),
         trial("it_is_ready_with_one_line_and_ends_with_0_on_sigterm", || {
             ends_on(Signal::TERM)
@@ -290,12 +290,12 @@ fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
     });
 }
 
-fn help_names_every_variable_and_no_secret() {
+fn help_names_every_variable_and_strategy_and_no_secret() {
     let secrets = [NOBODY, ("OVERSOLD_ADMIN_TOKEN", "hunter2")];
     let output = program(&secrets, &["--help"]).output().expect("it runs");
     let help = String::from_utf8(output.stdout).expect("text");
     assert_eq!(output.status.code(), Some(0));
-    for variable in [
+    for name in [
         "DATABASE_URL",
         "DATABASE_POOL_SIZE",
         "HOST",
@@ -307,8 +307,11 @@ fn help_names_every_variable_and_no_secret() {
         "LOG_FORMAT",
         "OVERSOLD_TRACE_FILE",
         "RUST_LOG",
+        LEVEL.summary,
+        LEVEL.strategies[0].summary,
+        LEVEL.strategies[1].summary,
     ] {
-        assert!(help.contains(variable), "no {variable} in\n{help}");
+        assert!(help.contains(name), "no {name} in\n{help}");
     }
     assert!(!help.contains("hunter2"), "{help}");
 }
