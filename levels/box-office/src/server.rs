@@ -8,6 +8,7 @@ use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::process::{Resource, getrlimit};
 use sqlx::{
     ConnectOptions, Connection,
     migrate::MigrateError,
@@ -288,7 +289,10 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
     const BREATHER: Duration = Duration::from_millis(50);
 
     let routes = http::routes(Arc::clone(&app));
-    let free = Arc::new(Semaphore::new(app.limits.connections));
+    // Clients may take half of the files that this process can open: the pool and the trace need some as well.
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let most = usize::try_from(files / 2).map_or(app.limits.connections, |half| half.min(app.limits.connections));
+    let free = Arc::new(Semaphore::new(most));
     let begin = |stream: TcpStream, permit: OwnedSemaphorePermit| {
         let converse = converse(stream, routes.clone(), app.limits, stop.clone(), permit);
         connections.spawn(converse.in_current_span());

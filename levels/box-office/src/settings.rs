@@ -92,7 +92,8 @@ impl Default for Settings {
 /// How long and how big things may get. A test that has to see one strike makes it smaller.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// How many clients may be connected at once; more wait until one leaves.
+    /// How many clients may be connected at once; more wait until one leaves. Never more than half of the files that the
+    /// process may open.
     pub connections: usize,
     /// How long the headers of a request may take. A connection that is idle for so long is closed as well.
     pub header_time: Duration,
