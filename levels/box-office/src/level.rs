@@ -54,8 +54,11 @@ pub struct Strategy {
     /// The path of its source file, from the root of the repository.
     pub source: &'static str,
     /// Makes it ready to sell.
-    pub open: fn(Stage) -> BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>,
+    pub open: fn(Stage) -> Opening,
 }
+
+/// A strategy that is made ready to sell.
+pub type Opening = BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>;
 
 /// Where a reader meets a strategy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,7 +20,7 @@ pub use domain::{
     BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation, SaleId, Undecided,
 };
 pub use guarantee::{Guarantee, Invariant, Promise, Promises};
-pub use level::{Level, Place, Reserve, Schema, Stage, Strategy};
+pub use level::{Level, Opening, Place, Reserve, Schema, Stage, Strategy};
 pub use problem::ProblemKind;
 pub use run::{main, raise_open_files_limit, serve};
 pub use server::{CutOff, Server, StartError};

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use axum::{
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use uuid::Uuid;
@@ -256,6 +256,17 @@ impl ProblemKind {
         format!("{}{}", Self::PATH, self.name())
     }
 
+    /// The header that it is answered with.
+    pub(crate) const fn header(self) -> Option<(HeaderName, &'static str)> {
+        match self.status() {
+            StatusCode::SERVICE_UNAVAILABLE => Some((header::RETRY_AFTER, "1")),
+            StatusCode::UNAUTHORIZED => Some((header::WWW_AUTHENTICATE, "Bearer")),
+            // What is left of the body may still come: nothing after it could be understood.
+            StatusCode::REQUEST_TIMEOUT => Some((header::CONNECTION, "close")),
+            _ => None,
+        }
+    }
+
     /// Finds a kind by its name.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
@@ -348,18 +359,8 @@ impl IntoResponse for Problem {
     /// The status and headers. The body is written by the envelope around every answer, which knows the request's id.
     fn into_response(self) -> Response {
         let mut response = self.kind.status().into_response();
-        let headers = response.headers_mut();
-        match self.kind.status() {
-            StatusCode::SERVICE_UNAVAILABLE => {
-                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-            }
-            StatusCode::UNAUTHORIZED => {
-                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-            }
-            StatusCode::REQUEST_TIMEOUT => {
-                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
-            }
-            _ => {}
+        if let Some((name, value)) = self.kind.header() {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
         }
         response.extensions_mut().insert(self);
         response

@@ -21,7 +21,14 @@ const USAGE: u8 = 2;
 ///
 /// It exits with 0 after a graceful end, 2 if a flag or variable is wrong, 3 if a backend is missing, 1 for all else.
 pub fn main(level: &'static Level) -> ExitCode {
-    let command = Settings::augment_args(Command::new(level.package).about(level.summary));
+    let strategies: Vec<String> = level
+        .strategies
+        .iter()
+        .map(|strategy| format!("  {:24} {}", strategy.name, strategy.summary))
+        .collect();
+    let command = Settings::augment_args(Command::new(level.package))
+        .about(level.summary)
+        .after_help(format!("Strategies:\n{}", strategies.join("\n")));
     let parsed = command
         .clone()
         .try_get_matches()
@@ -45,14 +52,8 @@ pub fn main(level: &'static Level) -> ExitCode {
         None => {
             let known: Vec<&str> = level.strategies.iter().map(|strategy| strategy.name).collect();
             let held = settings.strategy.as_deref().unwrap_or_default();
-            complain(
-                USAGE,
-                format!(
-                    "STRATEGY (--strategy) holds {held:?}; {} knows {}",
-                    level.name,
-                    known.join(", ")
-                ),
-            )
+            let takes = known.join(" or ");
+            complain(USAGE, format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"))
         }
     }
 }
@@ -61,9 +62,7 @@ pub fn main(level: &'static Level) -> ExitCode {
 ///
 /// Once it is ready it prints one line on stdout, which ends in its address; all else goes to stderr.
 pub fn serve(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
-    if let Err(why) = telemetry::start(settings.log_format) {
-        return complain(USAGE, why);
-    }
+    telemetry::start(settings);
     raise_open_files_limit();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,

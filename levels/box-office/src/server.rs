@@ -6,11 +6,9 @@
 use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::process::{Resource, getrlimit};
 use sqlx::{
     ConnectOptions, Connection,
     migrate::MigrateError,
@@ -26,6 +24,7 @@ use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
 };
+use tower::ServiceExt;
 use tracing::Instrument;
 
 use crate::{
@@ -89,10 +88,8 @@ pub enum StartError {
         /// What the driver said.
         why: String,
     },
-    /// The tables can't be made.
-    #[error(
-        "the tables of schema {schema:?} can't be made in this database: {why}; each schema needs a database of its own"
-    )]
+    /// The tables can't be made, as when the database holds those of another schema.
+    #[error("DATABASE_URL (--database-url): the tables of schema {schema:?} can't be made there: {why}")]
     Migrations {
         /// The schema's name.
         schema: &'static str,
@@ -292,7 +289,10 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
     const BREATHER: Duration = Duration::from_millis(50);
 
     let routes = http::routes(Arc::clone(&app));
-    let free = Arc::new(Semaphore::new(app.limits.connections));
+    // Clients may take half of the files that this process can open: the pool and the trace need some as well.
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let most = usize::try_from(files / 2).map_or(app.limits.connections, |half| half.min(app.limits.connections));
+    let free = Arc::new(Semaphore::new(most));
     let begin = |stream: TcpStream, permit: OwnedSemaphorePermit| {
         let converse = converse(stream, routes.clone(), app.limits, stop.clone(), permit);
         connections.spawn(converse.in_current_span());
@@ -303,9 +303,10 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
             (permit.expect("the semaphore is never closed"), listener.accept().await)
         };
         let (permit, accepted) = tokio::select! {
+            // The stop first: a crowd that never ends must not keep the server from ending.
             biased;
-            next = next => next,
             () = stop.cancelled() => break,
+            next = next => next,
         };
         match accepted {
             Ok((stream, _)) => begin(stream, permit),
@@ -316,9 +317,13 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
         }
     }
     // Who was connected by the kernel before the stop is still served; closing the listener would cut them off.
-    while let Ok(permit) = Arc::clone(&free).try_acquire_owned()
-        && let Some(Ok((stream, _))) = listener.accept().now_or_never()
-    {
+    for _ in 0..BACKLOG {
+        let Ok(permit) = Arc::clone(&free).try_acquire_owned() else {
+            break;
+        };
+        let Some(Ok((stream, _))) = listener.accept().now_or_never() else {
+            break;
+        };
         begin(stream, permit);
     }
 }
@@ -331,13 +336,18 @@ async fn converse(
     stop: CancellationToken,
     _permit: OwnedSemaphorePermit,
 ) {
+    /// What a client that is in the middle of its headers gets to finish them when the server ends.
+    const LAST_WORDS: Duration = Duration::from_millis(500);
+
     // An answer is one small write: waiting for more to send would only delay it.
     let _ = stream.set_nodelay(true);
+    let answering = TaskTracker::new();
+    let service = service_fn(|request| answering.track_future(routes.clone().oneshot(request)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_time)
         .max_buf_size(HEADER_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         // The connection first: a request that has arrived is in flight, even if the stop came in the same instant.
@@ -345,7 +355,16 @@ async fn converse(
         ended = connection.as_mut() => ended,
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                biased;
+                ended = connection.as_mut() => ended,
+                () = sleep(LAST_WORDS) => {
+                    if answering.is_empty() {
+                        return;
+                    }
+                    connection.await
+                }
+            }
         }
     };
     if let Err(why) = ended {

@@ -1,6 +1,7 @@
 //! Flags and environment: the same names everywhere, and one clear line where a value is wrong.
 
 use std::{
+    env,
     error::Error,
     fmt,
     net::{IpAddr, Ipv4Addr},
@@ -16,6 +17,10 @@ use clap::{
 };
 use sqlx::postgres::PgConnectOptions;
 use subtle::ConstantTimeEq;
+use tracing_subscriber::EnvFilter;
+
+/// The log lines that are written unless told otherwise. sqlx passes on Postgres's notices, which say nothing to an operator.
+const LOG: &str = "info,sqlx=warn";
 
 /// What a server is told when it starts.
 #[derive(Clone, Debug, clap::Args)]
@@ -53,6 +58,9 @@ pub struct Settings {
     /// How log lines on stderr are written
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
+    /// Which log lines are written: a level, or levels by module
+    #[arg(long, env = "RUST_LOG", value_name = "FILTER", default_value = LOG, value_parser = log_filter)]
+    pub log: String,
     /// Where to write every step of every reservation as JSON lines, when the server ends
     #[arg(long = "trace-file", env = "OVERSOLD_TRACE_FILE", value_name = "FILE")]
     pub trace_file: Option<PathBuf>,
@@ -74,6 +82,7 @@ impl Default for Settings {
             hold: Duration::ZERO,
             admin_token: None,
             log_format: LogFormat::Pretty,
+            log: LOG.to_owned(),
             trace_file: None,
             limits: Limits::default(),
         }
@@ -83,7 +92,8 @@ impl Default for Settings {
 /// How long and how big things may get. A test that has to see one strike makes it smaller.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// How many clients may be connected at once; more wait until one leaves.
+    /// How many clients may be connected at once; more wait until one leaves. Never more than half of the files that the
+    /// process may open.
     pub connections: usize,
     /// How long the headers of a request may take. A connection that is idle for so long is closed as well.
     pub header_time: Duration,
@@ -221,6 +231,13 @@ fn hold(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
 }
 
+fn log_filter(text: &str) -> Result<String, &'static str> {
+    match EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err("a tracing filter, such as info or box_office=debug"),
+    }
+}
+
 fn instance(text: &str) -> Result<String, &'static str> {
     let fits = (1..=40).contains(&text.len());
     if !fits || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -232,13 +249,24 @@ fn instance(text: &str) -> Result<String, &'static str> {
 /// Says in one line what is wrong with the command line or the environment: which variable, what it held (unless that
 /// is a secret), and what it takes.
 pub fn explain(error: &clap::Error, command: &Command) -> String {
+    // Before it is built, a command does not know how its arguments are written.
+    let mut command = command.clone();
+    command.build();
+    let command = &command;
     let argument = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(shown)) => arguments(command).find(|argument| argument.to_string() == *shown),
         _ => None,
     };
     let Some(argument) = argument else {
-        return match error.kind() {
-            ErrorKind::InvalidUtf8 => "a flag or environment variable is not UTF-8".to_owned(),
+        // clap does not say which value is not UTF-8.
+        let unreadable = arguments(command).find(|argument| {
+            let value = argument.get_env().and_then(env::var_os);
+            value.is_some_and(|value| value.to_str().is_none())
+        });
+        return match (error.kind(), unreadable) {
+            (ErrorKind::InvalidUtf8, Some(argument)) => {
+                format!("{} holds something that is not UTF-8; it takes text", name(argument))
+            }
             // clap's first line says what is wrong; the rest is advice.
             _ => {
                 let text = error.render().to_string();

@@ -8,24 +8,17 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
-use crate::LogFormat;
+use crate::{LogFormat, Settings};
 
 /// Sends the whole process's log lines to stderr, panics included. For a program's `main`, never for a library.
-///
-/// # Errors
-/// `RUST_LOG` can't be read.
-pub(crate) fn start(format: LogFormat) -> Result<(), String> {
-    let filter = match env::var("RUST_LOG") {
-        Ok(text) => EnvFilter::try_new(&text).map_err(|_| {
-            format!("RUST_LOG holds {text:?}; it takes a tracing filter, such as info or box_office=debug")
-        })?,
-        Err(_) => EnvFilter::new("info"),
-    };
+pub(crate) fn start(settings: &Settings) {
+    // The settings were read with the same filter: what can't be parsed does not come this far.
+    let filter = EnvFilter::new(&settings.log);
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr);
     // A program that has its own subscriber keeps it.
-    let _ = match format {
+    let _ = match settings.log_format {
         LogFormat::Json => lines.json().try_init(),
         LogFormat::Pretty => {
             let colours = io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none();
@@ -33,5 +26,4 @@ pub(crate) fn start(format: LogFormat) -> Result<(), String> {
         }
     };
     panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panicked")));
-    Ok(())
 }

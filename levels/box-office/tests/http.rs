@@ -2,12 +2,19 @@
 
 mod house;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use box_office::{ProblemKind, Server, trace::Record};
-use house::{Cuttable, EARLIER, ask, database, lock, on, read_answer, reserve, settings, start, until, within};
+use box_office::{ProblemKind, trace::Record};
+use house::{
+    EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start, until,
+    within,
+};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
+use suite::backends::{Durability, Postgres};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
@@ -207,7 +214,7 @@ const ELSEWHERE: [&str; 4] = ["body-too-large", "body-too-slow", "sale-differs",
 
 #[tokio::test]
 async fn every_bad_request_is_answered_with_its_problem() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     for case in CASES {
         let answer = ask(server.address(), case.method, case.path, case.headers, case.body).await;
         println!("{} {} {:?} {}", case.method, case.path, case.headers, case.body);
@@ -238,7 +245,7 @@ fn documented_as(path: &str) -> &str {
 
 #[tokio::test]
 async fn the_document_lists_the_problems_that_are_answered_and_no_other() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
     assert_eq!(document["openapi"], "3.1.0");
 
@@ -290,7 +297,7 @@ fn operations(document: &Value) -> Vec<(String, String, &Value)> {
 
 #[tokio::test]
 async fn every_documented_call_is_served_and_no_other_method_is() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
     let mut documented: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (path, method, _) in operations(&document) {
@@ -318,7 +325,7 @@ async fn every_documented_call_is_served_and_no_other_method_is() {
 
 #[tokio::test]
 async fn every_problem_type_leads_to_its_explanation() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut uris = BTreeSet::new();
     for kind in ProblemKind::ALL {
         let explained = ask(server.address(), "GET", &kind.uri(), &[], "").await;
@@ -331,7 +338,7 @@ async fn every_problem_type_leads_to_its_explanation() {
 
 #[tokio::test]
 async fn a_reservation_is_confirmed_and_can_be_looked_up() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
 
     let confirmed = reserve(server.address(), 42, "mine").await;
     assert_eq!(confirmed.status, 201);
@@ -349,7 +356,7 @@ async fn a_reservation_is_confirmed_and_can_be_looked_up() {
 
 #[tokio::test]
 async fn who_has_a_reservation_is_told_which() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let refused = reserve(server.address(), 42, "already-reserved").await;
     refused.is_problem(409, "already-reserved");
     assert_eq!(refused.json()["reservation_id"], EARLIER.to_string());
@@ -359,7 +366,7 @@ async fn who_has_a_reservation_is_told_which() {
 
 #[tokio::test]
 async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let put = async |body: &str| ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
     let night = json!({"id": 7, "name": "Night", "capacity": 3, "stock": 3, "reserved": 0});
 
@@ -380,11 +387,10 @@ async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
 
 #[tokio::test]
 async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
-    let database = database().await;
-    let server = start(&on(&database)).await;
+    let server = stand().await;
     let body = r#"{"name": "Night", "capacity": 3}"#;
     ask(server.address(), "PUT", "/api/sales/1", &[JSON, ADMIN], body).await;
-    let mut rows = PgConnection::connect(&database).await.expect("the database is there");
+    let mut rows = server.connect().await;
     for (buyer, status) in [(1, "confirmed"), (2, "held"), (3, "released")] {
         sqlx::query("insert into reservation values (gen_random_uuid(), 1, $1, $1::text, $2)")
             .bind(buyer)
@@ -399,9 +405,7 @@ async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
 
 #[tokio::test]
 async fn without_an_admin_token_nobody_opens_a_sale() {
-    let mut settings = settings().await;
-    settings.admin_token = None;
-    let server = start(&settings).await;
+    let server = stand_with(|settings| settings.admin_token = None).await;
     let body = r#"{"name": "Night", "capacity": 3}"#;
     let refused = ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
     refused.is_problem(403, "no-admin-token");
@@ -412,7 +416,7 @@ async fn without_an_admin_token_nobody_opens_a_sale() {
 
 #[tokio::test]
 async fn a_sane_request_id_is_kept_and_any_other_replaced() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let sent = async |id: &str| {
         let answer = ask(server.address(), "GET", "/nowhere", &[("X-Request-Id", id)], "").await;
         answer.is_problem(404, "not-found");
@@ -438,7 +442,7 @@ async fn a_sane_request_id_is_kept_and_any_other_replaced() {
 
 #[tokio::test]
 async fn a_panic_fails_its_own_request_only() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let post = |key: &str| {
         let body = r#"{"buyer_id": 1}"#;
@@ -464,11 +468,8 @@ async fn a_panic_fails_its_own_request_only() {
 
 #[tokio::test]
 async fn a_reservation_outlives_the_buyer_who_hangs_up() {
-    let database = database().await;
-    let server = start(&on(&database)).await;
-    let mut test = PgConnection::connect(&database).await.expect("the database is there");
-    let mut held = test.begin().await.expect("a transaction");
-    lock(&mut held, 42).await.expect("the lock");
+    let server = stand().await;
+    let holder = server.hold_up_buyer_42().await;
 
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let body = r#"{"buyer_id": 42}"#;
@@ -489,23 +490,18 @@ async fn a_reservation_outlives_the_buyer_who_hangs_up() {
     .await;
     assert_eq!(metric(&server, "oversold_reservations_in_flight").await, 1.0);
 
-    held.rollback().await.expect("the lock is let go");
-    until("the reservation's row", async || rows(&database).await == 1).await;
+    holder.let_go().await;
+    until("the reservation's row", async || {
+        reservations(&server.database).await == 1
+    })
+    .await;
     assert_eq!(
         metric(&server, r#"oversold_reservations_total{answer="confirmed"}"#).await,
         1.0
     );
 }
 
-async fn rows(database: &str) -> i64 {
-    let mut connection = PgConnection::connect(database).await.expect("the database is there");
-    let rows = sqlx::query_scalar("select count(*) from reservation")
-        .fetch_one(&mut connection)
-        .await;
-    rows.expect("a count")
-}
-
-async fn metric(server: &Server, line: &str) -> f64 {
+async fn metric(server: &Stand, line: &str) -> f64 {
     let metrics = ask(server.address(), "GET", "/metrics", &[], "").await;
     let value = metrics
         .text()
@@ -516,9 +512,7 @@ async fn metric(server: &Server, line: &str) -> f64 {
 
 #[tokio::test]
 async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
-    let mut settings = settings().await;
-    settings.instance = "box-3".to_owned();
-    let server = start(&settings).await;
+    let server = stand_with(|settings| settings.instance = "box-3".to_owned()).await;
     reserve(server.address(), 1, "fine").await;
     reserve(server.address(), 2, "sold-out").await;
     reserve(server.address(), 3, "sold-out").await;
@@ -563,13 +557,8 @@ async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
 
 #[tokio::test]
 async fn metrics_show_who_waits_for_the_pool() {
-    let database = database().await;
-    let mut settings = on(&database);
-    settings.database_pool_size = 1;
-    let server = start(&settings).await;
-    let mut test = PgConnection::connect(&database).await.expect("the database is there");
-    let mut held = test.begin().await.expect("a transaction");
-    lock(&mut held, 42).await.expect("the lock");
+    let server = stand_with(|settings| settings.database_pool_size = 1).await;
+    let holder = server.hold_up_buyer_42().await;
 
     let address = server.address();
     let buyers: Vec<_> = (0..3)
@@ -580,7 +569,7 @@ async fn metrics_show_who_waits_for_the_pool() {
             && metric(&server, "oversold_pool_waiting").await == 2.0
     })
     .await;
-    held.rollback().await.expect("the lock is let go");
+    holder.let_go().await;
     for buyer in buyers {
         assert_eq!(within("a buyer", buyer).await.expect("no panic").status, 201);
     }
@@ -588,13 +577,8 @@ async fn metrics_show_who_waits_for_the_pool() {
 
 #[tokio::test]
 async fn a_full_pool_is_undecided_and_never_a_refusal() {
-    let database = database().await;
-    let mut settings = on(&database);
-    settings.database_pool_size = 1;
-    let server = start(&settings).await;
-    let mut test = PgConnection::connect(&database).await.expect("the database is there");
-    let mut held = test.begin().await.expect("a transaction");
-    lock(&mut held, 42).await.expect("the lock");
+    let server = stand_with(|settings| settings.database_pool_size = 1).await;
+    let holder = server.hold_up_buyer_42().await;
 
     // The first waits for the lock until Postgres gives up, the second for the connection until the pool does.
     let (first, second) = tokio::join!(
@@ -603,39 +587,51 @@ async fn a_full_pool_is_undecided_and_never_a_refusal() {
     );
     first.is_problem(503, "overloaded");
     second.is_problem(503, "overloaded");
-    held.rollback().await.expect("the lock is let go");
+    holder.let_go().await;
     assert_eq!(reserve(server.address(), 42, "wait-1").await.status, 201);
 }
 
 #[tokio::test]
 async fn a_database_that_goes_away_makes_answers_undecided_until_it_is_back() {
-    let line = Cuttable::to(&database().await).await;
-    let server = start(&on(line.url())).await;
+    let postgres = Postgres::private(Durability::Fast)
+        .await
+        .unwrap_or_else(|missing| panic!("{missing}"));
+    let database = postgres.database(LEVEL.strategies[0].schema).await.expect("a database");
+    let server = start(&on(&database.url())).await;
     let ready = async || ask(server.address(), "GET", "/readyz", &[], "").await;
     assert_eq!(ready().await.status, 200);
-    let id = reserve(server.address(), 1, "before")
-        .await
-        .header("location")
-        .to_owned();
+    let before = reserve(server.address(), 1, "before").await;
+    let reservation = before.header("location");
 
-    line.cut();
-    for answer in [
-        ready().await,
-        ask(server.address(), "GET", &id, &[], "").await,
-        reserve(server.address(), 2, "during").await,
-    ] {
+    postgres.kill().await.expect("it is killed");
+    let address = server.address();
+    let (probed, looked_up, sale, opened, reserved) = tokio::join!(
+        ready(),
+        ask(address, "GET", reservation, &[], ""),
+        ask(address, "GET", "/api/sales/1", &[], ""),
+        ask(
+            address,
+            "PUT",
+            "/api/sales/1",
+            &[JSON, ADMIN],
+            r#"{"name": "Night", "capacity": 3}"#
+        ),
+        reserve(address, 2, "during"),
+    );
+    for answer in [probed, looked_up, sale, opened, reserved] {
         assert_eq!((answer.status, answer.header("retry-after")), (503, "1"), "{answer:?}");
     }
-    assert_eq!(ask(server.address(), "GET", "/livez", &[], "").await.status, 200);
+    assert_eq!(ask(address, "GET", "/livez", &[], "").await.status, 200);
 
-    line.mend();
+    postgres.start().await.expect("it starts again");
     until("the server to be ready again", async || ready().await.status == 200).await;
-    assert_eq!(reserve(server.address(), 2, "during").await.status, 201);
+    assert_eq!(ask(address, "GET", reservation, &[], "").await.status, 200);
+    assert_eq!(reserve(address, 2, "during").await.status, 201);
 }
 
 #[tokio::test]
 async fn two_servers_in_one_process_share_nothing() {
-    let (one, two) = (start(&settings().await).await, start(&settings().await).await);
+    let (one, two) = (stand().await, stand().await);
     assert_ne!(one.address(), two.address());
     reserve(one.address(), 1, "fine").await;
     assert_eq!(
@@ -647,13 +643,20 @@ async fn two_servers_in_one_process_share_nothing() {
             .await
             .is_nan()
     );
-    one.shut_down().await.expect("nothing is in flight");
+    one.server.shut_down().await.expect("nothing is in flight");
     assert_eq!(reserve(two.address(), 1, "fine").await.status, 201);
 }
 
 #[tokio::test]
 async fn several_instances_make_the_tables_at_once() {
-    let settings = settings().await;
+    let database = database().await;
+    let mut connection = PgConnection::connect(&database.url())
+        .await
+        .expect("the database is there");
+    let empty = sqlx::raw_sql("drop schema public cascade; create schema public");
+    empty.execute(&mut connection).await.expect("an empty database");
+
+    let settings = on(&database.url());
     let servers = futures_util::future::join_all((0..8).map(|_| start(&settings))).await;
     for (buyer, server) in (0..).zip(&servers) {
         assert_eq!(reserve(server.address(), buyer, "fine").await.status, 201);
@@ -663,10 +666,12 @@ async fn several_instances_make_the_tables_at_once() {
 #[tokio::test]
 async fn a_trace_holds_every_step_with_request_time_and_place() {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut settings = settings().await;
-    settings.trace_file = Some(folder.path().join("trace.jsonl"));
-    settings.hold = std::time::Duration::from_millis(20);
-    let server = start(&settings).await;
+    let file = folder.path().join("trace.jsonl");
+    let server = stand_with(|settings| {
+        settings.trace_file = Some(file.clone());
+        settings.hold = Duration::from_millis(20);
+    })
+    .await;
     let before_us = box_office::trace::now_monotonic_us();
     let headers = [JSON, ("Idempotency-Key", "wait"), ("X-Request-Id", "r-7")];
     ask(
@@ -678,9 +683,9 @@ async fn a_trace_holds_every_step_with_request_time_and_place() {
     )
     .await;
     let after_us = box_office::trace::now_monotonic_us();
-    server.shut_down().await.expect("nothing is in flight");
+    server.server.shut_down().await.expect("nothing is in flight");
 
-    let written = std::fs::read_to_string(folder.path().join("trace.jsonl")).expect("the trace");
+    let written = std::fs::read_to_string(&file).expect("the trace");
     let trace: Vec<Record> = written
         .lines()
         .map(|line| serde_json::from_str(line).expect("a record"))

@@ -7,10 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use box_office::{Limits, Server};
-use house::{ask, database, lock, on, read_answer, reserve, send, settings, start, until, within};
+use box_office::Limits;
+use house::{Holder, Stand, ask, read_answer, reservations, reserve, send, stand, stand_with, until, within};
 use rstest::rstest;
-use sqlx::{Connection, PgConnection};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -21,10 +20,8 @@ const SHORT: Duration = Duration::from_millis(300);
 
 const HEAD: &str = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
 
-async fn with_limits(limits: Limits) -> Server {
-    let mut settings = settings().await;
-    settings.limits = limits;
-    start(&settings).await
+async fn with_limits(limits: Limits) -> Stand {
+    stand_with(|settings| settings.limits = limits).await
 }
 
 /// Waits until the server closes the connection; whatever it still says is thrown away.
@@ -40,7 +37,7 @@ async fn it_sells(to: SocketAddr) {
 
 #[tokio::test]
 async fn a_declared_length_over_the_limit_is_refused_unread() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let request = format!(
         "{HEAD}Content-Length: {}\r\nExpect: 100-continue\r\n\r\n",
         16 * 1024 + 1
@@ -57,7 +54,7 @@ async fn a_declared_length_over_the_limit_is_refused_unread() {
 
 #[tokio::test]
 async fn a_body_of_exactly_the_limit_is_read() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let body = format!(r#"{{"buyer_id": 42}}{}"#, " ".repeat(16 * 1024 - 16));
     assert_eq!(body.len(), 16 * 1024);
     let headers = [("Content-Type", "application/json")];
@@ -76,7 +73,7 @@ async fn a_body_of_exactly_the_limit_is_read() {
 
 #[tokio::test]
 async fn a_chunked_body_over_the_limit_is_refused() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let body = " ".repeat(0x4001);
     let request = format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n4001\r\n{body}\r\n0\r\n\r\n");
     send(server.address(), request.as_bytes())
@@ -86,7 +83,7 @@ async fn a_chunked_body_over_the_limit_is_refused() {
 
 #[tokio::test]
 async fn an_endless_chunked_body_is_cut_off() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     stream
         .write_all(format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n").as_bytes())
@@ -114,7 +111,7 @@ async fn an_endless_chunked_body_is_cut_off() {
 #[case::a_long_number(&[b'9'; 16 * 1024], 422, "invalid-body")]
 #[tokio::test]
 async fn a_hostile_body_is_a_problem_like_any_other(#[case] body: &[u8], #[case] status: u16, #[case] problem: &str) {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut request = format!("{HEAD}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
     request.extend_from_slice(body);
     send(server.address(), &request).await.is_problem(status, problem);
@@ -123,7 +120,7 @@ async fn a_hostile_body_is_a_problem_like_any_other(#[case] body: &[u8], #[case]
 
 #[tokio::test]
 async fn deep_json_does_not_reach_the_end_of_the_stack() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let deep = 8_000;
     let body = format!(r#"{{"buyer_id": {}{}}}"#, "[".repeat(deep), "]".repeat(deep));
     let request = format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len());
@@ -140,14 +137,14 @@ async fn deep_json_does_not_reach_the_end_of_the_stack() {
 #[case::unknown_version(b"GET / HTTP/9.9\r\n\r\n", 400)]
 #[tokio::test]
 async fn what_is_not_http_is_a_400(#[case] bytes: &[u8], #[case] status: u16) {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     assert_eq!(send(server.address(), bytes).await.status, status);
     it_sells(server.address()).await;
 }
 
 #[tokio::test]
 async fn headers_without_end_are_refused() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let long = format!("GET /livez HTTP/1.1\r\nX-Long: {}\r\n\r\n", "x".repeat(64 * 1024));
     assert_eq!(send(server.address(), long.as_bytes()).await.status, 431);
     let many = format!("GET /livez HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(200));
@@ -202,7 +199,7 @@ async fn a_slow_body_is_answered_and_cut_off() {
 
 #[tokio::test]
 async fn a_body_that_breaks_off_harms_nobody() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut broken = TcpStream::connect(server.address()).await.expect("it listens");
     broken
         .write_all(format!("{HEAD}Content-Length: 16\r\n\r\n{{").as_bytes())
@@ -215,7 +212,7 @@ async fn a_body_that_breaks_off_harms_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut idle = Vec::new();
     for n in 0..2_000 {
         let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
@@ -234,12 +231,10 @@ async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
         began.elapsed()
     );
 
-    // Nor do they hold up the end: none of them is in flight.
+    // Nor do they hold up the end: none of them has asked for anything.
     let began = Instant::now();
     let address = server.address();
-    let unfinished: Vec<TcpStream> = idle.into_iter().step_by(2).collect();
-    drop(unfinished);
-    within("the end", server.shut_down())
+    within("the end", server.server.shut_down())
         .await
         .expect("nothing is in flight");
     assert!(
@@ -277,7 +272,7 @@ async fn over_the_limit_of_connections_the_next_waits_until_one_leaves() {
 
 #[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let mut requests = String::new();
     for buyer in 0..50 {
@@ -293,7 +288,7 @@ async fn pipelined_requests_are_answered_in_order() {
 
 #[tokio::test]
 async fn http_1_0_is_answered_and_closed() {
-    let server = start(&settings().await).await;
+    let server = stand().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     stream
         .write_all(b"GET /livez HTTP/1.0\r\n\r\n")
@@ -304,16 +299,10 @@ async fn http_1_0_is_answered_and_closed() {
     closed(stream).await;
 }
 
-/// A database, a server on it, and a lock that buyer 42 waits for.
-async fn with_one_in_flight(limits: Limits) -> (Server, PgConnection, TcpStream) {
-    let database = database().await;
-    let mut settings = on(&database);
-    settings.limits = limits;
-    let server = start(&settings).await;
-    let mut holder = PgConnection::connect(&database).await.expect("the database is there");
-    sqlx::query("begin").execute(&mut holder).await.expect("a transaction");
-    lock(&mut holder, 42).await.expect("the lock");
-
+/// A server with one reservation in flight, which waits for a lock.
+async fn with_one_in_flight(limits: Limits) -> (Stand, Holder, TcpStream) {
+    let server = with_limits(limits).await;
+    let holder = server.hold_up_buyer_42().await;
     let mut buyer = TcpStream::connect(server.address()).await.expect("it listens");
     let body = r#"{"buyer_id": 42}"#;
     let request = format!(
@@ -321,35 +310,31 @@ async fn with_one_in_flight(limits: Limits) -> (Server, PgConnection, TcpStream)
         body.len()
     );
     buyer.write_all(request.as_bytes()).await.expect("it reads");
+
+    let mut postgres = server.connect().await;
     until("the reservation to wait for its lock", async || {
-        waits_for_a_lock(&mut connect(&database).await).await
+        let waiting = sqlx::query_scalar(
+            "select exists (select
+                              from pg_stat_activity
+                             where datname = current_database()
+                               and wait_event_type = 'Lock')",
+        );
+        waiting.fetch_one(&mut postgres).await.expect("an answer")
     })
     .await;
     (server, holder, buyer)
 }
 
-async fn connect(database: &str) -> PgConnection {
-    PgConnection::connect(database).await.expect("the database is there")
-}
-
-async fn waits_for_a_lock(connection: &mut PgConnection) -> bool {
-    let waiting = sqlx::query_scalar(
-        "select exists (select from pg_stat_activity
-                         where datname = current_database() and wait_event_type = 'Lock')",
-    );
-    waiting.fetch_one(connection).await.expect("an answer")
-}
-
-async fn let_go(holder: &mut PgConnection) {
-    sqlx::query("rollback")
-        .execute(holder)
-        .await
-        .expect("the lock is let go");
-}
-
 #[tokio::test]
 async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
-    let (server, mut holder, mut buyer) = with_one_in_flight(Limits::default()).await;
+    let (
+        Stand {
+            server,
+            database: _database,
+        },
+        holder,
+        mut buyer,
+    ) = with_one_in_flight(Limits::default()).await;
     let address = server.address();
     let fresh = TcpStream::connect(address).await.expect("it listens");
     let mut kept_alive = TcpStream::connect(address).await.expect("it listens");
@@ -358,13 +343,18 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
         .await
         .expect("it reads");
     assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
+    let mut half_said = TcpStream::connect(address).await.expect("it listens");
+    half_said
+        .write_all(b"GET /livez HTTP/1.1\r\nX-")
+        .await
+        .expect("it reads");
 
     let end = tokio::spawn(server.shut_down());
-    tokio::join!(closed(fresh), closed(kept_alive));
+    tokio::join!(closed(fresh), closed(kept_alive), closed(half_said));
     TcpStream::connect(address).await.expect_err("nobody listens any more");
     assert!(!end.is_finished(), "it did not wait for the request in flight");
 
-    let_go(&mut holder).await;
+    holder.let_go().await;
     let answer = read_answer(&mut buyer).await.expect("an answer");
     assert_eq!((answer.status, answer.header("connection")), (201, "close"));
     within("the end", end)
@@ -375,36 +365,21 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
 
 #[tokio::test]
 async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
-    let (server, mut holder, buyer) = with_one_in_flight(Limits::default()).await;
-    let address = server.address();
+    let (Stand { server, database }, holder, buyer) = with_one_in_flight(Limits::default()).await;
     drop(buyer);
-    let end = tokio::spawn(server.shut_down());
-    until("the listener to close", async || {
-        TcpStream::connect(address).await.is_err()
-    })
-    .await;
-    // The lock is still held, so the reservation can't have ended.
-    assert!(!end.is_finished(), "it did not wait for the reservation");
-    let_go(&mut holder).await;
-    within("the end", end)
-        .await
-        .expect("no panic")
-        .expect("all was drained");
-    let sold: i64 = sqlx::query_scalar("select count(*) from reservation")
-        .fetch_one(&mut holder)
-        .await
-        .expect("a count");
-    assert_eq!(sold, 1);
+    let (end, ()) = tokio::join!(within("the end", server.shut_down()), holder.let_go());
+    end.expect("all was drained");
+    assert_eq!(reservations(&database).await, 1);
 }
 
 #[tokio::test]
 async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
-    let (server, _holder, _buyer) = with_one_in_flight(Limits {
+    let short = Limits {
         drain_time: SHORT,
         ..Limits::default()
-    })
-    .await;
-    let cut_off = within("the end", server.shut_down())
+    };
+    let (stand, _holder, _buyer) = with_one_in_flight(short).await;
+    let cut_off = within("the end", stand.server.shut_down())
         .await
         .expect_err("something is in flight");
     assert_eq!((cut_off.connections, cut_off.reservations), (1, 1));
@@ -412,11 +387,22 @@ async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
         cut_off.to_string().contains("1 connections and 1 reservations"),
         "{cut_off}"
     );
+
+    // A buyer who hung up leaves a reservation that is in flight all the same.
+    let (stand, _holder, buyer) = with_one_in_flight(short).await;
+    drop(buyer);
+    let cut_off = within("the end", stand.server.shut_down())
+        .await
+        .expect_err("something is in flight");
+    assert_eq!((cut_off.connections, cut_off.reservations), (0, 1));
 }
 
 #[tokio::test]
 async fn a_server_that_is_dropped_stops_to_listen() {
-    let server = start(&settings().await).await;
+    let Stand {
+        server,
+        database: _database,
+    } = stand().await;
     let address = server.address();
     drop(server);
     until("the listener to close", async || {

@@ -157,7 +157,16 @@ fn response(problems: &[ProblemKind]) -> Response {
     let schema = AllOfBuilder::new()
         .item(openapi::Ref::from_schema_name("Problem"))
         .item(ObjectBuilder::new().property("type", kind));
-    ResponseBuilder::new()
+    let header = problems.iter().find_map(|problem| problem.header());
+    let headers = header.map(|(name, value)| {
+        let documented = HeaderBuilder::new().description(Some(format!("`{value}`")));
+        (name.to_string(), documented.build())
+    });
+    headers
+        .into_iter()
+        .fold(ResponseBuilder::new(), |response, (name, header)| {
+            response.header(name, header)
+        })
         .description(lines.join("\n\n"))
         .content(
             "application/problem+json",

@@ -16,13 +16,23 @@ use crate::{
 };
 
 /// The process lives.
-#[utoipa::path(get, path = "/livez", operation_id = "livez", responses((status = 200, description = "It does", body = str)))]
+#[utoipa::path(
+    get,
+    path = "/livez",
+    operation_id = "livez",
+    responses((status = 200, description = "It does", body = str))
+)]
 pub(super) async fn alive() -> &'static str {
     "alive\n"
 }
 
 /// The database answers, through the pool that sells: a pool without a free connection is not ready for more.
-#[utoipa::path(get, path = "/readyz", operation_id = "readyz", responses((status = 200, description = "It does", body = str)))]
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    operation_id = "readyz",
+    responses((status = 200, description = "It does", body = str))
+)]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Problem> {
     let probe = sqlx::query("select 1").execute(&app.database);
     // One statement and no transaction: nothing is lost when it is given up.

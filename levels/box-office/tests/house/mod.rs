@@ -1,4 +1,8 @@
 //! A level whose only strategy answers as its request key asks it to: what is under test here is the house around it.
+//!
+//! Every test binary uses a part of it.
+
+#![allow(dead_code)]
 
 use std::{
     collections::HashMap,
@@ -8,11 +12,12 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, Promises, Refusal, Reservation, Reserve, Schema, Server,
-    Settings, Stage, Steps, Strategy, Undecided,
+    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, ProblemKind, Promises, Refusal, Reservation, Reserve,
+    Schema, Server, Settings, Stage, Steps, Strategy, Undecided,
 };
 use serde_json::Value;
-use sqlx::{Connection, Executor, PgConnection, migrate::Migrator};
+use sqlx::{Connection, PgConnection, migrate::Migrator};
+use suite::backends::{self, Database};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -82,11 +87,6 @@ impl Reserve for Obedient {
                 Err(Undecided::BackendAway(secret).into())
             }
             "panic" => panic!("as asked"),
-            "hold a connection" | "hold-a-connection" => {
-                let mut tx = self.stage.database.begin().await?;
-                lock(&mut tx, order.buyer).await?;
-                Ok(Outcome::Confirmed(Reservation { id: EARLIER }))
-            }
             _ => {
                 let id = Uuid::now_v7();
                 let mut tx = self.stage.database.begin().await?;
@@ -110,7 +110,7 @@ impl Reserve for Obedient {
 }
 
 /// A lock that a test can hold: the reservation of this buyer waits until it lets go.
-pub(crate) async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Result<()> {
+async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Result<()> {
     sqlx::query("select pg_advisory_xact_lock($1)")
         .bind(buyer)
         .execute(connection)
@@ -118,42 +118,96 @@ pub(crate) async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Res
         .map(drop)
 }
 
-/// A database of this test's own.
-pub(crate) async fn database() -> String {
-    let url = std::env::var("DATABASE_URL").expect("a Postgres to test on");
-    let name = format!("box_office_{}", Uuid::new_v4().simple());
-    let mut connection = PgConnection::connect(&url).await.expect("Postgres answers");
-    connection
-        .execute(sqlx::AssertSqlSafe(format!("create database {name}")))
-        .await
-        .expect("a database can be made");
-    let (server, _) = url.rsplit_once('/').expect("the URL names a database");
-    format!("{server}/{name}")
-}
-
 pub(crate) const TOKEN: &str = "open-sesame";
 
-/// Settings for a server on a database of its own and any free port.
-pub(crate) async fn settings() -> Settings {
-    on(&database().await)
+/// A database of this test's own, with the tables in it.
+pub(crate) async fn database() -> Database {
+    let postgres = backends::postgres().await.unwrap_or_else(|missing| panic!("{missing}"));
+    postgres.database(LEVEL.strategies[0].schema).await.expect("a database")
 }
 
-/// The same, on this database.
-pub(crate) fn on(database: &str) -> Settings {
+/// Settings for a server on this database, at any free port.
+pub(crate) fn on(url: &str) -> Settings {
     Settings {
-        database_url: Some(database.parse::<DatabaseUrl>().expect("a URL")),
+        database_url: Some(url.parse::<DatabaseUrl>().expect("a URL")),
         port: 0,
         admin_token: Some(TOKEN.parse().expect("a token")),
         ..Settings::default()
     }
 }
 
-/// A server of the obedient strategy.
+/// A server of the obedient strategy, and the database it sells from.
+pub(crate) struct Stand {
+    pub(crate) server: Server,
+    pub(crate) database: Database,
+}
+
+/// Opens a stand.
+pub(crate) async fn stand() -> Stand {
+    stand_with(|_| ()).await
+}
+
+/// Opens a stand with settings of its own.
+pub(crate) async fn stand_with(change: impl FnOnce(&mut Settings)) -> Stand {
+    let database = database().await;
+    let mut settings = on(&database.url());
+    change(&mut settings);
+    Stand {
+        server: start(&settings).await,
+        database,
+    }
+}
+
+/// Starts a server of the obedient strategy.
 pub(crate) async fn start(settings: &Settings) -> Server {
     box_office::raise_open_files_limit();
     Server::start(&LEVEL, &LEVEL.strategies[0], settings)
         .await
         .expect("it starts")
+}
+
+impl Stand {
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.server.address()
+    }
+
+    /// A connection past the server.
+    pub(crate) async fn connect(&self) -> PgConnection {
+        PgConnection::connect(&self.database.url())
+            .await
+            .expect("the database is there")
+    }
+
+    /// Makes the reservations of buyer 42 wait until the connection lets go.
+    pub(crate) async fn hold_up_buyer_42(&self) -> Holder {
+        let mut connection = self.connect().await;
+        sqlx::query("begin")
+            .execute(&mut connection)
+            .await
+            .expect("a transaction");
+        lock(&mut connection, 42).await.expect("the lock");
+        Holder(connection)
+    }
+}
+
+/// How many reservations there are.
+pub(crate) async fn reservations(database: &Database) -> i64 {
+    let mut connection = PgConnection::connect(&database.url())
+        .await
+        .expect("the database is there");
+    let rows = sqlx::query_scalar("select count(*) from reservation")
+        .fetch_one(&mut connection)
+        .await;
+    rows.expect("a count")
+}
+
+/// Holds the lock that buyer 42 waits for.
+pub(crate) struct Holder(PgConnection);
+
+impl Holder {
+    pub(crate) async fn let_go(self) {
+        self.0.close().await.expect("the connection closes");
+    }
 }
 
 /// What came back.
@@ -189,6 +243,12 @@ impl Answer {
             "{body}"
         );
         assert_eq!(body["status"], status, "{body}");
+        let kind = ProblemKind::from_uri(&format!("/problems/{name}")).expect("a problem that the contract knows");
+        assert_eq!(
+            (kind.status().as_u16(), kind.title().into()),
+            (status, body["title"].clone()),
+            "{body}"
+        );
         assert_eq!(body["request_id"], self.header("x-request-id"), "{body}");
         for member in ["title", "detail", "request_id"] {
             assert!(
@@ -257,58 +317,5 @@ pub(crate) async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
     while !so().await {
         assert!(began.elapsed() < Duration::from_secs(20), "waited 20 s for {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-/// A line to the database that can be cut.
-pub(crate) struct Cuttable {
-    url: String,
-    state: tokio::sync::watch::Sender<bool>,
-}
-
-impl Cuttable {
-    /// To the database of this URL.
-    pub(crate) async fn to(url: &str) -> Self {
-        let (scheme, rest) = url.split_once("://").expect("a URL");
-        let (user, place) = rest.split_once('@').expect("a user");
-        let (there, name) = place.split_once('/').expect("a database");
-        let there = there.to_owned();
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let here = listener.local_addr().expect("an address");
-        let (state, whole) = tokio::sync::watch::channel(true);
-        tokio::spawn(async move {
-            while let Ok((mut near, _)) = listener.accept().await {
-                let (there, mut whole) = (there.clone(), whole.clone());
-                tokio::spawn(async move {
-                    if !*whole.borrow() {
-                        return;
-                    }
-                    let mut far = TcpStream::connect(there).await.expect("Postgres listens");
-                    tokio::select! {
-                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
-                        _ = whole.wait_for(|whole| !whole) => {}
-                    }
-                });
-            }
-        });
-        Self {
-            url: format!("{scheme}://{user}@{here}/{name}"),
-            state,
-        }
-    }
-
-    /// The same database, through the line.
-    pub(crate) fn url(&self) -> &str {
-        &self.url
-    }
-
-    /// Nothing goes through, and nothing new connects.
-    pub(crate) fn cut(&self) {
-        self.state.send_replace(false);
-    }
-
-    /// As before.
-    pub(crate) fn mend(&self) {
-        self.state.send_replace(true);
     }
 }

@@ -1,0 +1,452 @@
+//! A level's server as a program: settings, the line it is ready with, signals, exit codes, and what it must not say.
+//!
+//! This test binary is that program as well: told by a variable, it acts as the server of the test double.
+
+mod house;
+
+use std::{
+    ffi::OsString,
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    os::unix::ffi::OsStringExt,
+    process::{Child, ChildStdout, Command, ExitCode, Output, Stdio},
+};
+
+use house::{LEVEL, Stand, ask, reserve, stand, until};
+use libtest_mimic::{Arguments, Trial};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tokio::runtime::Runtime;
+
+const ACT_AS_SERVER: &str = "BOX_OFFICE_TEST_ACTS_AS_SERVER";
+
+fn main() -> ExitCode {
+    if std::env::var_os(ACT_AS_SERVER).is_some() {
+        return box_office::main(&LEVEL);
+    }
+    let mut trials: Vec<Trial> = WRONG
+        .iter()
+        .map(|wrong| trial(wrong.name, || says_what_is_wrong(wrong)))
+        .collect();
+    trials.extend([
+        trial("a_value_that_is_not_utf8_is_named", a_value_that_is_not_utf8_is_named),
+        trial("a_port_in_use_is_named", a_port_in_use_is_named),
+        trial("a_missing_database_is_exit_code_3", a_missing_database_is_exit_code_3),
+        trial(
+            "a_strategy_that_cannot_be_opened_is_exit_code_3",
+            a_strategy_that_cannot_be_opened_is_exit_code_3,
+        ),
+        trial(
+            "help_names_every_variable_and_strategy_and_no_secret",
+            help_names_every_variable_and_strategy_and_no_secret,
+        ),
+        trial("it_is_ready_with_one_line_and_ends_with_0_on_sigterm", || {
+            ends_on(Signal::TERM)
+        }),
+        trial("it_is_ready_with_one_line_and_ends_with_0_on_ctrl_c", || {
+            ends_on(Signal::INT)
+        }),
+        trial(
+            "json_log_lines_are_json_even_after_a_panic",
+            json_log_lines_are_json_even_after_a_panic,
+        ),
+        trial("secrets_are_in_no_log_line", secrets_are_in_no_log_line),
+    ]);
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn trial(name: &str, test: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        test();
+        Ok(())
+    })
+}
+
+/// The program, with nothing in its environment but this.
+fn program(variables: &[(&str, &str)], flags: &[&str]) -> Command {
+    let mut program = Command::new(std::env::current_exe().expect("this test binary"));
+    program
+        .env_clear()
+        .env(ACT_AS_SERVER, "1")
+        .envs(variables.iter().copied())
+        .args(flags);
+    program
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    program
+}
+
+/// A setting that is wrong, and the one line that says so.
+struct Wrong {
+    name: &'static str,
+    variables: &'static [(&'static str, &'static str)],
+    flags: &'static [&'static str],
+    line: &'static str,
+}
+
+/// Nobody answers here; no row of the table gets so far as to ask.
+const NOBODY: (&str, &str) = ("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1:1/oversold");
+
+const WRONG: &[Wrong] = &[
+    Wrong {
+        name: "a_missing_database_url_is_named",
+        variables: &[],
+        flags: &[],
+        line: "DATABASE_URL (--database-url) is not set; it takes the URL of a Postgres database, \
+               such as postgres://user:password@localhost:5432/oversold",
+    },
+    Wrong {
+        name: "a_database_url_of_another_database_is_not_shown",
+        variables: &[("DATABASE_URL", "mysql://ann:hunter2@localhost/oversold")],
+        flags: &[],
+        line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
+               Postgres database, such as postgres://user:password@localhost:5432/oversold",
+    },
+    Wrong {
+        name: "a_broken_database_url_is_not_shown",
+        variables: &[],
+        flags: &["--database-url", "postgres://ann:hunter2@localhost:port/oversold"],
+        line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
+               Postgres database, such as postgres://user:password@localhost:5432/oversold",
+    },
+    Wrong {
+        name: "a_port_that_is_no_number_is_named",
+        variables: &[NOBODY, ("PORT", "http")],
+        flags: &[],
+        line: r#"PORT (--port) holds "http"; it takes a port number, 0 (any free one) to 65535"#,
+    },
+    Wrong {
+        name: "a_port_that_is_too_big_is_named",
+        variables: &[NOBODY],
+        flags: &["--port", "65536"],
+        line: r#"PORT (--port) holds "65536"; it takes a port number, 0 (any free one) to 65535"#,
+    },
+    Wrong {
+        name: "an_empty_value_is_named",
+        variables: &[NOBODY, ("PORT", "")],
+        flags: &[],
+        line: "PORT (--port) holds nothing; it takes a port number, 0 (any free one) to 65535",
+    },
+    Wrong {
+        name: "a_host_that_is_no_address_is_named",
+        variables: &[NOBODY, ("HOST", "localhost")],
+        flags: &[],
+        line: r#"HOST (--host) holds "localhost"; it takes an IP address, such as 127.0.0.1, or 0.0.0.0 for every interface"#,
+    },
+    Wrong {
+        name: "a_pool_of_nothing_is_named",
+        variables: &[NOBODY, ("DATABASE_POOL_SIZE", "0")],
+        flags: &[],
+        line: r#"DATABASE_POOL_SIZE (--database-pool-size) holds "0"; it takes a number of connections, 1 to 1000"#,
+    },
+    Wrong {
+        name: "a_negative_hold_is_named",
+        variables: &[NOBODY, ("HOLD_MS", "-1")],
+        flags: &[],
+        line: r#"HOLD_MS (--hold-ms) holds "-1"; it takes a number of milliseconds, 0 to 10000"#,
+    },
+    Wrong {
+        name: "a_hold_over_the_time_outs_is_named",
+        variables: &[NOBODY, ("HOLD_MS", "10001")],
+        flags: &[],
+        line: r#"HOLD_MS (--hold-ms) holds "10001"; it takes a number of milliseconds, 0 to 10000"#,
+    },
+    Wrong {
+        name: "an_instance_of_two_words_is_named",
+        variables: &[NOBODY, ("INSTANCE", "two words")],
+        flags: &[],
+        line: r#"INSTANCE (--instance) holds "two words"; it takes a name of 1 to 40 visible ASCII characters without spaces"#,
+    },
+    Wrong {
+        name: "an_unknown_log_format_is_named",
+        variables: &[NOBODY, ("LOG_FORMAT", "xml")],
+        flags: &[],
+        line: r#"LOG_FORMAT (--log-format) holds "xml"; it takes pretty or json"#,
+    },
+    Wrong {
+        name: "a_log_filter_that_is_none_is_named",
+        variables: &[NOBODY, ("RUST_LOG", "box_office=loud")],
+        flags: &[],
+        line: r#"RUST_LOG (--log) holds "box_office=loud"; it takes a tracing filter, such as info or box_office=debug"#,
+    },
+    Wrong {
+        name: "an_unknown_strategy_is_told_the_known",
+        variables: &[NOBODY, ("STRATEGY", "hope")],
+        flags: &[],
+        line: r#"STRATEGY (--strategy) holds "hope"; it takes obedient or stillborn"#,
+    },
+    Wrong {
+        name: "a_bad_admin_token_is_not_shown",
+        variables: &[NOBODY, ("OVERSOLD_ADMIN_TOKEN", "hunter2 hunter2")],
+        flags: &[],
+        line: "OVERSOLD_ADMIN_TOKEN (--admin-token) holds something else (not shown: it is a secret); \
+               it takes one or more visible ASCII characters without spaces",
+    },
+    Wrong {
+        name: "a_trace_file_that_cannot_be_written_is_named",
+        variables: &[NOBODY, ("OVERSOLD_TRACE_FILE", "/no/such/folder/trace")],
+        flags: &[],
+        line: r#"OVERSOLD_TRACE_FILE (--trace-file) holds "/no/such/folder/trace"; it takes a file that can be written: No such file or directory (os error 2)"#,
+    },
+    Wrong {
+        name: "an_unknown_flag_is_named",
+        variables: &[NOBODY],
+        flags: &["--fast"],
+        line: "unexpected argument '--fast' found; --help lists what there is",
+    },
+];
+
+fn says_what_is_wrong(wrong: &Wrong) {
+    let output = program(wrong.variables, wrong.flags).output().expect("it runs");
+    fails_with(&output, 2, wrong.line);
+}
+
+#[track_caller]
+fn fails_with(output: &Output, code: i32, line: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(stderr, format!("error: {line}\n"));
+    assert_eq!(
+        (output.status.code(), output.stdout.as_slice()),
+        (Some(code), b"".as_slice())
+    );
+}
+
+fn a_value_that_is_not_utf8_is_named() {
+    let mut program = program(&[NOBODY], &[]);
+    let output = program
+        .env("PORT", OsString::from_vec(vec![0xff]))
+        .output()
+        .expect("it runs");
+    fails_with(
+        &output,
+        2,
+        "PORT (--port) holds something that is not UTF-8; it takes text",
+    );
+}
+
+fn in_a_runtime<F: Future>(test: F) -> F::Output {
+    Runtime::new().expect("a runtime").block_on(test)
+}
+
+fn a_port_in_use_is_named() {
+    in_a_runtime(async {
+        let taken = stand().await;
+        let port = taken.address().port().to_string();
+        let url = taken.database.url();
+        let output = program(&[("DATABASE_URL", &url), ("PORT", &port)], &[])
+            .output()
+            .expect("it runs");
+        let line = format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}; it can't be listened on");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            stderr.starts_with(&format!("error: {line}: Address already in use")),
+            "{stderr}"
+        );
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 1), "{stderr}");
+    });
+}
+
+fn a_missing_database_is_exit_code_3() {
+    let nobody = program(&[NOBODY], &[]).output().expect("it runs");
+    let stderr = String::from_utf8_lossy(&nobody.stderr);
+    let start = "error: DATABASE_URL (--database-url): no connection to Postgres at 127.0.0.1:1, database oversold: ";
+    assert!(
+        stderr.starts_with(start) && stderr.contains("Connection refused"),
+        "{stderr}"
+    );
+    assert!(!stderr.contains("hunter2") && stderr.lines().count() == 1, "{stderr}");
+    assert_eq!(
+        (nobody.status.code(), nobody.stdout.as_slice()),
+        (Some(3), b"".as_slice())
+    );
+
+    in_a_runtime(async {
+        let stand = stand().await;
+        let url = stand.database.url();
+        let (place, options) = url.split_once('?').unwrap_or((&url, ""));
+        let url = format!("{place}_of_nobody?{options}");
+        let unknown = program(&[("DATABASE_URL", &url)], &[]).output().expect("it runs");
+        let stderr = String::from_utf8_lossy(&unknown.stderr);
+        assert!(
+            stderr.contains("_of_nobody") && stderr.contains("does not exist"),
+            "{stderr}"
+        );
+        assert_eq!(
+            (unknown.status.code(), stderr.lines().count()),
+            (Some(3), 1),
+            "{stderr}"
+        );
+    });
+}
+
+fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
+    in_a_runtime(async {
+        let url = stand().await.database;
+        let output = program(&[("DATABASE_URL", &url.url()), ("STRATEGY", "stillborn")], &[])
+            .output()
+            .expect("it runs");
+        fails_with(&output, 3, "stillborn can't be made ready: it was never alive");
+    });
+}
+
+fn help_names_every_variable_and_strategy_and_no_secret() {
+    let secrets = [NOBODY, ("OVERSOLD_ADMIN_TOKEN", "hunter2")];
+    let output = program(&secrets, &["--help"]).output().expect("it runs");
+    let help = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(output.status.code(), Some(0));
+    for name in [
+        "DATABASE_URL",
+        "DATABASE_POOL_SIZE",
+        "HOST",
+        "PORT",
+        "STRATEGY",
+        "INSTANCE",
+        "HOLD_MS",
+        "OVERSOLD_ADMIN_TOKEN",
+        "LOG_FORMAT",
+        "OVERSOLD_TRACE_FILE",
+        "RUST_LOG",
+        LEVEL.summary,
+        LEVEL.strategies[0].summary,
+        LEVEL.strategies[1].summary,
+    ] {
+        assert!(help.contains(name), "no {name} in\n{help}");
+    }
+    assert!(!help.contains("hunter2"), "{help}");
+}
+
+/// A server that runs as a process. It is killed if its test ends before it does.
+struct Process {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    address: SocketAddr,
+}
+
+impl Process {
+    /// Starts it, and reads where it listens.
+    fn start(stand: &Stand, variables: &[(&str, &str)]) -> Self {
+        let url = stand.database.url();
+        let mut program = program(variables, &["--port", "0"]);
+        let mut child = program.env("DATABASE_URL", url).spawn().expect("it starts");
+        let mut stdout = BufReader::new(child.stdout.take().expect("its stdout"));
+        let mut ready = String::new();
+        stdout.read_line(&mut ready).expect("its line");
+        let address = ready
+            .strip_prefix("lv0/obedient listens on http://")
+            .unwrap_or_else(|| panic!("{ready:?}"));
+        let address = address.trim_end().parse().expect("an address");
+        Self { child, stdout, address }
+    }
+
+    fn tell(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).expect("it lives");
+    }
+
+    /// Waits for its end: the exit code, the rest of stdout, and stderr.
+    fn end(mut self) -> (Option<i32>, String, String) {
+        let (mut stdout, mut stderr) = (String::new(), String::new());
+        self.stdout.read_to_string(&mut stdout).expect("text");
+        let mut errors = self.child.stderr.take().expect("its stderr");
+        errors.read_to_string(&mut stderr).expect("text");
+        (self.child.wait().expect("it ends").code(), stdout, stderr)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It has ended already, unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn ends_on(signal: Signal) {
+    in_a_runtime(async {
+        let stand = stand().await;
+        let process = Process::start(&stand, &[]);
+        let address = process.address;
+        assert_eq!(reserve(address, 1, "fine").await.status, 201);
+
+        let holder = stand.hold_up_buyer_42().await;
+        let in_flight = tokio::spawn(async move { reserve(address, 42, "wait").await });
+        until("the request to be in flight", async || {
+            let metrics = ask(address, "GET", "/metrics", &[], "").await;
+            metrics.text().contains("oversold_reservations_in_flight 1")
+        })
+        .await;
+        process.tell(signal);
+        until("the listener to close", async || {
+            tokio::net::TcpStream::connect(address).await.is_err()
+        })
+        .await;
+        holder.let_go().await;
+
+        assert_eq!(in_flight.await.expect("no panic").status, 201);
+        let (code, stdout, stderr) = process.end();
+        assert_eq!((code, stdout.as_str()), (Some(0), ""), "{stderr}");
+        assert!(
+            stderr.contains("told to stop") && stderr.contains("drained"),
+            "{stderr}"
+        );
+    });
+}
+
+fn json_log_lines_are_json_even_after_a_panic() {
+    in_a_runtime(async {
+        let stand = stand().await;
+        let process = Process::start(&stand, &[("LOG_FORMAT", "json"), ("INSTANCE", "box-3")]);
+        let headers = [
+            ("Content-Type", "application/json"),
+            ("Idempotency-Key", "panic"),
+            ("X-Request-Id", "r-7"),
+        ];
+        let path = "/api/sales/1/reservations";
+        ask(process.address, "POST", path, &headers, r#"{"buyer_id": 1}"#)
+            .await
+            .is_problem(500, "crashed");
+        process.tell(Signal::TERM);
+        let (_, _, stderr) = process.end();
+        let lines: Vec<Value> = stderr
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|why| panic!("{why}: {line}")))
+            .collect();
+        let panicked = lines
+            .iter()
+            .find(|line| line["fields"]["message"] == "panicked")
+            .expect("the panic");
+        assert!(
+            panicked["fields"]["panic"]
+                .as_str()
+                .is_some_and(|panic| panic.contains("as asked")),
+            "{panicked}"
+        );
+        let spans = panicked["spans"].as_array().expect("spans");
+        assert!(spans.iter().any(|span| span["instance"] == "box-3"), "{panicked}");
+        assert!(spans.iter().any(|span| span["id"] == "r-7"), "{panicked}");
+    });
+}
+
+fn secrets_are_in_no_log_line() {
+    in_a_runtime(async {
+        let stand = stand().await;
+        let process = Process::start(&stand, &[("RUST_LOG", "trace"), ("OVERSOLD_ADMIN_TOKEN", "hunter2")]);
+        let headers = [
+            ("Content-Type", "application/json"),
+            ("Authorization", "Bearer hunter2"),
+        ];
+        let opened = ask(
+            process.address,
+            "PUT",
+            "/api/sales/1",
+            &headers,
+            r#"{"name": "Night", "capacity": 3}"#,
+        )
+        .await;
+        assert_eq!(opened.status, 201);
+        process.tell(Signal::TERM);
+        let (_, _, stderr) = process.end();
+        assert!(stderr.contains("answered") && !stderr.contains("hunter2"), "{stderr}");
+    });
+}
