@@ -7,6 +7,8 @@ use box_office::{Level, Place, Strategy};
 pub(crate) static LEVELS: &[&Level] = &[
     #[cfg(feature = "lv1")]
     &lv1_race_condition::LEVEL,
+    #[cfg(feature = "lv2")]
+    &lv2_db_lock::LEVEL,
 ];
 
 /// A strategy and the level that it belongs to.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use sqlx::{PgPool, migrate::Migrator};
+use sqlx::{Executor, PgPool, Row, migrate::Migrator, postgres::PgPoolOptions, raw_sql};
 
 use crate::{Guarantee, No, Order, Outcome, Steps};
 
@@ -90,6 +90,26 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// How a server opens its connections to the database, so many at most.
+    ///
+    /// A `begin` that is cancelled half-way leaves its transaction open on a connection that believes there is none. Nothing is locked
+    /// by it, but whoever got that connection next would sell inside somebody else's transaction. So a connection is asked before it
+    /// is handed out, in place of the ping that sqlx would send.
+    pub fn pool_options(size: u32) -> PgPoolOptions {
+        PgPoolOptions::new()
+            .max_connections(size)
+            .test_before_acquire(false)
+            .before_acquire(|connection, _| {
+                Box::pin(async move {
+                    // As a simple query: then a transaction of its own begins with it, and one that was open before began earlier.
+                    let answer = connection
+                        .fetch_one(raw_sql("select now() = statement_timestamp()"))
+                        .await?;
+                    answer.try_get(0)
+                })
+            })
+    }
+
     /// Spends the business time. A strategy awaits it where a real one would call the payment or the seat map: between
     /// its first look and its last write.
     pub async fn business_time(&self) {

@@ -9,11 +9,7 @@ use futures_util::FutureExt;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, getrlimit};
-use sqlx::{
-    ConnectOptions, Connection,
-    migrate::MigrateError,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::{ConnectOptions, Connection, migrate::MigrateError, postgres::PgConnectOptions};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -162,8 +158,7 @@ impl Server {
             .application_name(&format!("{name} {}", settings.instance))
             .disable_statement_logging();
         migrate(&connect, url, strategy).await?;
-        let database = PgPoolOptions::new()
-            .max_connections(settings.database_pool_size)
+        let database = Stage::pool_options(settings.database_pool_size)
             .acquire_timeout(ACQUIRE_TIME)
             .connect_lazy_with(connect.options(DATABASE_TIMEOUTS));
         let stage = Stage {

@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
@@ -21,6 +21,9 @@ use crate::{
 
 /// Connections of the strategy's pool: few, so that one that is lost is missed.
 const CONNECTIONS: u32 = 2;
+
+/// How long a transaction that nobody wants any more may keep its locks.
+const ROLLBACK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long anything may take once the cancelled reservation is gone.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -55,7 +58,7 @@ pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::
     let database = backends::postgres().await?.database(strategy.schema).await?;
     let observer = database.pool(1).await?;
     for polls in 0.. {
-        let pool = database.pool(CONNECTIONS).await?;
+        let pool = Stage::pool_options(CONNECTIONS).connect(&database.url()).await?;
         let stage = Stage {
             database: pool.clone(),
             hold: Duration::ZERO,
@@ -79,20 +82,28 @@ pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::
         }
 
         let after = async {
-            drop(
-                try_join_all((0..CONNECTIONS).map(|_| pool.acquire()))
-                    .await
-                    .context("the pool is not whole")?,
-            );
-            let open: i64 = sqlx::query_scalar(
-                "select count(*)
-                   from pg_stat_activity
-                  where datname = current_database()
-                    and state like 'idle in transaction%'",
-            )
-            .fetch_one(&observer)
-            .await?;
-            ensure!(open == 0, "a transaction is still open");
+            let mut locked = true;
+            let gave_up = Instant::now() + ROLLBACK_PATIENCE;
+            while locked {
+                ensure!(
+                    Instant::now() < gave_up,
+                    "a transaction is still open, and holds its locks"
+                );
+                locked = sqlx::query_scalar(
+                    "select exists (
+                         select
+                           from pg_stat_activity
+                           join pg_locks using (pid)
+                          where datname = current_database()
+                            and state like 'idle in transaction%'
+                            and relation is not null
+                     )",
+                )
+                .fetch_one(&observer)
+                .await?;
+            }
+            let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
+            drop(whole.await.context("the pool is not whole")?);
             for buyer in [1, 2] {
                 let order = order(sale, buyer)?;
                 let mut request = request(&order);

@@ -22,6 +22,8 @@ pub struct Scenario {
     pub capacity: u32,
     /// One for each buyer: how many requests that buyer sends, each under its own key.
     pub clicks: &'static [u32],
+    /// Points that a request passes without being held: what happens right before and right after them is one step.
+    pub passes: &'static [&'static str],
     /// How often a request may be interrupted while it could go on. `None`: as often as there are points.
     pub preemptions: Option<usize>,
 }
@@ -96,6 +98,7 @@ impl Rehearsal {
         const NAMES: [&str; 3] = ["Ann", "Bob", "Carol"];
 
         let mut script = self.sale(scenario.capacity).await?;
+        script.passes(scenario.passes);
         for (&clicks, name) in scenario.clicks.iter().zip(NAMES) {
             let first = script.buyer(name);
             for _ in 1..clicks {

@@ -14,7 +14,10 @@ use box_office::{
     BuyerId, No, Observer, Order, Outcome, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage, Steps, Strategy,
     trace::now_monotonic_us,
 };
-use futures_util::future::BoxFuture;
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, ready},
+};
 use sqlx::PgPool;
 use tokio::sync::{Notify, Semaphore};
 
@@ -83,6 +86,8 @@ struct Board {
     lanes: Vec<LaneState>,
     /// Locks that were given back while somebody waited, each of which one waiter is about to get.
     releases: usize,
+    /// Points where nobody is held.
+    passes: &'static [&'static str],
 }
 
 struct LaneState {
@@ -183,6 +188,11 @@ impl Rehearsal {
 }
 
 impl Script<'_> {
+    /// Nobody is held at these points any more; they are written down all the same.
+    pub fn passes(&mut self, points: &'static [&'static str]) {
+        self.shared.board().passes = points;
+    }
+
     /// A new buyer, who will send one request under a key of its own.
     pub fn buyer(&mut self, name: &str) -> Lane {
         let buyer = 1 + self
@@ -561,10 +571,16 @@ struct Held {
 
 impl Observer for Held {
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()> {
-        {
+        let passes = {
             let mut board = self.shared.board();
             let place = format!("{}:{}", sighting.place.file(), sighting.place.line());
-            board.got_on(self.lane, Standing::Held(sighting.step));
+            let passes = board.passes.contains(&sighting.step);
+            let standing = if passes {
+                Standing::Running
+            } else {
+                Standing::Held(sighting.step)
+            };
+            board.got_on(self.lane, standing);
             if sighting.step == LOCK_RELEASED {
                 board.releases += 1;
                 board.releases = board.releases.min(board.waiting());
@@ -583,8 +599,12 @@ impl Observer for Held {
                     place,
                 },
             });
-        }
+            passes
+        };
         self.shared.changed.notify_one();
+        if passes {
+            return ready(()).boxed();
+        }
         Box::pin(async {
             let permit = self.go.acquire().await.expect("the script never closes it");
             permit.forget();

@@ -1,0 +1,119 @@
+//! Broken: the lock does nothing. `let _ =` keeps no value, so the guard is dropped in the very line that takes it. (`let _guard =` would keep it.)
+//!
+//! Twin: `mutex`. Java's version of it is `synchronized (new Object())`. Caught by I1 and I2.
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use sqlx::postgres::PgTransaction;
+use tokio::sync::Mutex as AsyncMutex;
+use uuid::Uuid;
+
+/// How many locks there are. Sales share them, so that a made-up sale costs no memory.
+const LOCKS: usize = 64;
+
+/// Sells under a lock of this process.
+pub struct Mutex {
+    stage: Stage,
+    locks: [AsyncMutex<()>; LOCKS],
+}
+
+impl Mutex {
+    /// Sells on this stage.
+    pub fn new(stage: Stage) -> Self {
+        Self {
+            stage,
+            locks: std::array::from_fn(|_| AsyncMutex::new(())),
+        }
+    }
+
+    /// The lock of this key.
+    fn lock_of(&self, key: i64) -> &AsyncMutex<()> {
+        &self.locks[key.unsigned_abs() as usize % LOCKS]
+    }
+
+    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let stock: i64 = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        .bind(order.sale)
+        .fetch_optional(&mut **tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps.at("stock read").saw(stock).await;
+
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&mut **tx)
+        .await?;
+        if let Some(earlier) = earlier {
+            return Ok(earlier.answer(order)?);
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        sqlx::query(
+            "update sale
+                set stock = $2
+              where id = $1",
+        )
+        .bind(order.sale)
+        .bind(stock - 1)
+        .execute(&mut **tx)
+        .await?;
+        steps.at("stock written").saw(stock - 1).await;
+
+        let id = Uuid::now_v7();
+        sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, $2, $3, $4)",
+        )
+        .bind(id)
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&mut **tx)
+        .await?;
+        steps.at("reservation written").await;
+        Ok(Outcome::Confirmed(Reservation { id }))
+    }
+}
+
+#[async_trait]
+impl Reserve for Mutex {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let lock = self.lock_of(order.sale);
+        let _ = match lock.try_lock() {
+            Ok(guard) => guard,
+            Err(_) => {
+                steps.blocked("waits for the mutex");
+                lock.lock().await
+            }
+        };
+        steps.at("mutex taken").await;
+
+        let mut tx = self.stage.database.begin().await?;
+        steps.at("transaction begun").await;
+        let answer = self.sell(&mut tx, order, steps).await;
+        if answer.is_ok() {
+            tx.commit().await?;
+            steps.at("committed").await;
+        }
+        steps.at("lock released").await;
+        answer
+    }
+}

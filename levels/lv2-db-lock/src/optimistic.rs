@@ -1,0 +1,147 @@
+//! Optimistic locking: decide first, and write only if nobody was quicker.
+//!
+//! The sale's row carries a version. Whoever writes names the version that was read; if it has moved on, the update meets no row, nothing
+//! is written, and the buyer starts again from a fresh read. Nobody waits for a lock while deciding.
+//!
+//! Guarantee: keeps everything but an order of service, on any number of instances.
+//! Where it ends: when many collide. One wins each round and the others have worked for nothing. Attempts are bounded by a number and a
+//! deadline; who runs out of either is told "undecided", never "sold out": there may be tickets left.
+//!
+//! Kung and Robinson, "On Optimistic Methods for Concurrency Control", 1981. Full jitter: AWS Architecture Blog, "Exponential Backoff And
+//! Jitter". Book: LV.2, "Look at the version".
+
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use uuid::Uuid;
+
+/// How often one request tries.
+const ATTEMPTS: u32 = 200;
+
+/// After how long a request tries no more.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// The pause after the first lost attempt is at most this long, and at most twice as long after each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+
+/// No pause is longer than this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+
+/// Sells if the sale's version is still the one that was read.
+pub struct Optimistic {
+    stage: Stage,
+}
+
+/// What came of one attempt.
+enum Attempt {
+    Sold(Reservation),
+    /// Somebody else wrote first.
+    Overtaken,
+}
+
+impl Optimistic {
+    /// Sells on this stage.
+    pub fn new(stage: Stage) -> Self {
+        Self { stage }
+    }
+
+    async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, No> {
+        let mut tx = self.stage.database.begin().await?;
+        steps.at("transaction begun").await;
+
+        let (stock, version): (i64, i64) = sqlx::query_as(
+            "select stock, version
+               from sale
+              where id = $1",
+        )
+        .bind(order.sale)
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps
+            .at("stock and version read")
+            .saw(format!("{stock}, version {version}"))
+            .await;
+
+        // After the version was read: a reservation that comes in between raises the version, and the update below meets no row.
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(earlier) = earlier {
+            let Outcome::Confirmed(reservation) = earlier.answer(order)?;
+            return Ok(Attempt::Sold(reservation));
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        let updated = sqlx::query(
+            "update sale
+                set stock = $2, version = version + 1
+              where id = $1
+                and version = $3",
+        )
+        .bind(order.sale)
+        .bind(stock - 1)
+        .bind(version)
+        .execute(&mut *tx)
+        .await?;
+        if updated.rows_affected() == 0 {
+            tx.rollback().await?;
+            steps.at("overtaken").await;
+            return Ok(Attempt::Overtaken);
+        }
+        steps.at("stock written").saw(stock - 1).await;
+
+        let id = Uuid::now_v7();
+        sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, $2, $3, $4)",
+        )
+        .bind(id)
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&mut *tx)
+        .await?;
+        steps.at("reservation written").await;
+
+        tx.commit().await?;
+        steps.at("committed").await;
+        Ok(Attempt::Sold(Reservation { id }))
+    }
+}
+
+#[async_trait]
+impl Reserve for Optimistic {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let started = Instant::now();
+        let mut longest = FIRST_PAUSE;
+        for _ in 0..ATTEMPTS {
+            if let Attempt::Sold(reservation) = self.attempt(order, steps).await? {
+                return Ok(Outcome::Confirmed(reservation));
+            }
+            if started.elapsed() > DEADLINE {
+                break;
+            }
+            // Full jitter, and no connection held: those who collided together do not come back together.
+            let pause = longest.mul_f64(rand::random_range(0.0..1.0));
+            tokio::time::sleep(pause).await;
+            longest = (longest * 2).min(LONGEST_PAUSE);
+        }
+        Err(Undecided::Overloaded.into())
+    }
+}
