@@ -9,6 +9,7 @@
 //! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
 //! this process ends, in whatever way it ends.
 
+mod docker;
 pub mod keeper;
 mod native;
 mod postgres;

@@ -1,6 +1,7 @@
 //! Postgres: an external server, or one of our own with the same settings from every source.
 
 mod database;
+mod docker;
 mod native;
 
 use std::{
@@ -61,6 +62,7 @@ pub struct Postgres {
 
 enum Server {
     External(ExternalOwner),
+    Docker(docker::Server),
     Native(native::Server),
 }
 
@@ -106,7 +108,10 @@ impl Postgres {
                         });
                     }
                 },
-                Source::Docker => Err(anyhow::anyhow!("containers are not supported")),
+                Source::Docker => docker::Server::start(durability).await.map(|server| {
+                    let admin = server.admin();
+                    (Server::Docker(server), admin)
+                }),
                 Source::Native => native::Server::start(durability).await.map(|server| {
                     let admin = server.admin();
                     (Server::Native(server), admin)
@@ -198,7 +203,7 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
 /// Waits until a server answers that was just started. `still_there` says why there is nothing to wait for any more.
 async fn answers(
     admin: &PgConnectOptions,
-    mut still_there: impl FnMut() -> anyhow::Result<()>,
+    mut still_there: impl AsyncFnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     /// Postgres: it is starting up, or shutting down.
     const CANNOT_CONNECT_NOW: &str = "57P03";
@@ -209,7 +214,7 @@ async fn answers(
             Ok(connection) => return Ok(connection.close().await?),
             Err(error) => error,
         };
-        still_there()?;
+        still_there().await?;
         let comes_yet = match &error {
             sqlx::Error::Io(_) => true,
             sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
@@ -247,6 +252,7 @@ impl Private {
     pub async fn stop(&self) -> anyhow::Result<()> {
         match &self.0.server {
             Server::Native(server) => server.stop().await,
+            Server::Docker(server) => server.stop().await,
             Server::External(_) => unreachable!("a private server is never an external one"),
         }
     }
@@ -258,6 +264,7 @@ impl Private {
     pub async fn kill(&self) -> anyhow::Result<()> {
         match &self.0.server {
             Server::Native(server) => server.kill().await,
+            Server::Docker(server) => server.kill().await,
             Server::External(_) => unreachable!("a private server is never an external one"),
         }
     }
@@ -269,6 +276,7 @@ impl Private {
     pub async fn start(&self) -> anyhow::Result<()> {
         match &self.0.server {
             Server::Native(server) => server.launch().await,
+            Server::Docker(server) => server.launch().await,
             Server::External(_) => unreachable!("a private server is never an external one"),
         }
     }
@@ -281,6 +289,7 @@ impl Private {
     pub async fn pid(&self) -> anyhow::Result<Option<u32>> {
         match &self.0.server {
             Server::Native(server) => Ok(server.pid()),
+            Server::Docker(server) => server.pid().await,
             Server::External(_) => unreachable!("a private server is never an external one"),
         }
     }

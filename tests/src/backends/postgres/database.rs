@@ -34,7 +34,7 @@ impl Postgres {
         let (name, template) = match &self.server {
             // On a server of somebody else nothing is to stay behind, so there is no template.
             Server::External(owner) => (format!("{}{number}", owner.prefix()), None),
-            Server::Native(_) => (
+            Server::Docker(_) | Server::Native(_) => (
                 format!("{}_{number}", schema.name),
                 Some(self.template(schema).await?),
             ),

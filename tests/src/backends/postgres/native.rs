@@ -137,7 +137,7 @@ impl Server {
                 .spawn()?;
             *process = Some(child);
         }
-        answers(&self.admin(), || match self.process().as_mut() {
+        answers(&self.admin(), async || match self.process().as_mut() {
             Some(child) => match child.try_wait()? {
                 None => Ok(()),
                 Some(status) => bail!("postgres ended ({status}): {}", self.log()),
