@@ -170,9 +170,7 @@ impl Earlier {
         match (same_key, self.buyer_id == order.buyer) {
             (true, true) => Ok(Outcome::Confirmed(reservation)),
             (true, false) => Err(Refusal::KeyOfAnotherBuyer),
-            (false, _) => Err(Refusal::AlreadyReserved {
-                earlier: reservation,
-            }),
+            (false, _) => Err(Refusal::AlreadyReserved { earlier: reservation }),
         }
     }
 }

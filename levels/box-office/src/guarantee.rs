@@ -157,10 +157,6 @@ impl Guarantee {
 
     /// The promises for so many instances.
     pub const fn on(&self, instances: usize) -> Promises {
-        if instances == 1 {
-            self.alone
-        } else {
-            self.together
-        }
+        if instances == 1 { self.alone } else { self.together }
     }
 }

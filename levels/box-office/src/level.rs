@@ -1,5 +1,7 @@
 //! What a level is: a table of strategies, each with its guarantee, its schema, and a way to open it.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use sqlx::{PgPool, migrate::Migrator};
@@ -80,4 +82,17 @@ pub struct Schema {
 pub struct Stage {
     /// Connections to the level's own database, which is migrated already.
     pub database: PgPool,
+    /// Business time that every reservation spends inside its critical section: `HOLD_MS`.
+    pub hold: Duration,
+}
+
+impl Stage {
+    /// Spends the business time. A strategy awaits it where a real one would call the payment or the seat map: between
+    /// its first look and its last write.
+    pub async fn business_time(&self) {
+        // Even a sleep of nothing would give up the processor, and so change who comes first.
+        if !self.hold.is_zero() {
+            tokio::time::sleep(self.hold).await;
+        }
+    }
 }

@@ -2,15 +2,27 @@
 //!
 //! No lock, no retry and no queue lives here: those are what the levels teach, and each stands in its strategy's own file.
 
+pub mod api;
 mod domain;
 mod guarantee;
+mod http;
 mod level;
+mod metrics;
+mod problem;
+mod run;
+mod server;
+mod settings;
 mod steps;
+mod telemetry;
+pub mod trace;
 
 pub use domain::{
-    BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation,
-    SaleId, Undecided,
+    BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation, SaleId, Undecided,
 };
 pub use guarantee::{Guarantee, Invariant, Promise, Promises};
 pub use level::{Level, Place, Reserve, Schema, Stage, Strategy};
+pub use problem::ProblemKind;
+pub use run::{main, raise_open_files_limit, serve};
+pub use server::{CutOff, Server, StartError};
+pub use settings::{AdminToken, DatabaseUrl, Limits, LogFormat, Settings, explain};
 pub use steps::{Observer, Point, Sighting, Steps};

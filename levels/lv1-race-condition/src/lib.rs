@@ -1,1 +1,71 @@
-//! LV.1: the race.
+//! LV.1: what happens when nobody keeps the guarantee.
+//!
+//! Three strategies that a careful beginner would write, each in a transaction, each right when tried alone. None is right when
+//! two buyers come at once. Nothing here is a data race: the compiler has nothing to object to.
+
+mod check_then_decrement;
+mod check_then_insert;
+mod read_then_write;
+
+use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Strategy};
+
+pub use check_then_decrement::CheckThenDecrement;
+pub use check_then_insert::CheckThenInsert;
+pub use read_then_write::ReadThenWrite;
+
+/// Tables without a constraint that could keep a guarantee in a strategy's place.
+pub const BARE: Schema = Schema {
+    name: "bare",
+    migrations: &sqlx::migrate!("migrations/bare"),
+};
+
+/// The level, as the server, the suite and the runner use it.
+pub static LEVEL: Level = Level {
+    name: "lv1",
+    package: "lv1-race-condition",
+    summary: "no lock: the sale breaks",
+    strategies: &[
+        Strategy {
+            name: "read-then-write",
+            summary: "read the stock, check it, write it back less one: updates are lost",
+            place: Place::Trail,
+            guarantee: Guarantee::on_any_number(
+                Promises::ALL_KEPT
+                    .breaks(&[Invariant::NoOversell, Invariant::Conservation])
+                    .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
+            ),
+            clicks: 1,
+            schema: BARE,
+            source: "levels/lv1-race-condition/src/read_then_write.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(ReadThenWrite::new(stage)) as _) }),
+        },
+        Strategy {
+            name: "check-then-decrement",
+            summary: "read the stock, check it, let the database subtract: the stock goes negative",
+            place: Place::Trail,
+            guarantee: Guarantee::on_any_number(
+                Promises::ALL_KEPT
+                    .breaks(&[Invariant::NoOversell, Invariant::Conservation])
+                    .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
+            ),
+            clicks: 1,
+            schema: BARE,
+            source: "levels/lv1-race-condition/src/check_then_decrement.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(CheckThenDecrement::new(stage)) as _) }),
+        },
+        Strategy {
+            name: "check-then-insert",
+            summary: "look for the buyer's reservation, then insert one: two clicks, two tickets",
+            place: Place::Trail,
+            guarantee: Guarantee::on_any_number(
+                Promises::ALL_KEPT
+                    .breaks(&[Invariant::NoDuplicate])
+                    .leaves_open(&[Invariant::OneAnswer]),
+            ),
+            clicks: 2,
+            schema: BARE,
+            source: "levels/lv1-race-condition/src/check_then_insert.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(CheckThenInsert::new(stage)) as _) }),
+        },
+    ],
+};

@@ -1,0 +1,68 @@
+//! The HTTP contract: the same for every level.
+
+mod envelope;
+mod input;
+mod openapi;
+mod operations;
+mod reservations;
+mod sales;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    middleware::from_fn_with_state,
+    response::{IntoResponse, Response},
+    routing::{MethodRouter, get, post},
+};
+use sqlx::PgPool;
+use tokio_util::task::TaskTracker;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::{
+    AdminToken, Limits, Reserve,
+    metrics::Metrics,
+    problem::{Problem, ProblemKind},
+    trace::Recorder,
+};
+
+/// What every handler can reach: all that one server has.
+pub(crate) struct App {
+    pub(crate) seller: Box<dyn Reserve>,
+    pub(crate) database: PgPool,
+    pub(crate) metrics: Metrics,
+    pub(crate) recorder: Option<Arc<Recorder>>,
+    /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
+    pub(crate) reservations: TaskTracker,
+    pub(crate) admin_token: Option<AdminToken>,
+    pub(crate) limits: Limits,
+}
+
+/// Every path, with what it takes.
+fn table() -> [(&'static str, MethodRouter<Arc<App>>); 8] {
+    [
+        ("/api/sales/{id}/reservations", post(reservations::reserve)),
+        ("/api/reservations/{id}", get(reservations::look_up)),
+        ("/api/sales/{id}", get(sales::look_up).put(sales::open)),
+        ("/livez", get(operations::alive)),
+        ("/readyz", get(operations::ready)),
+        ("/metrics", get(operations::metrics)),
+        ("/problems/{name}", get(operations::explain_problem)),
+        ("/openapi.json", get(openapi::document)),
+    ]
+}
+
+/// The contract, ready to be served.
+pub(crate) fn routes(app: Arc<App>) -> Router {
+    table()
+        .into_iter()
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
+        .fallback(async || Problem::from(ProblemKind::NotFound))
+        .method_not_allowed_fallback(async || Problem::from(ProblemKind::MethodNotAllowed))
+        .layer(CatchPanicLayer::custom(|_| -> Response {
+            // The panic hook has told the log.
+            Problem::from(ProblemKind::Crashed).into_response()
+        }))
+        .layer(from_fn_with_state(Arc::clone(&app), envelope::envelope))
+        .with_state(app)
+}

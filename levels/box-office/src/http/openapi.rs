@@ -1,0 +1,184 @@
+//! The contract for machines: OpenAPI 3.1, with every status and every problem of every call.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use utoipa::{
+    Modify, OpenApi,
+    openapi::{
+        self, AllOfBuilder, Content, HeaderBuilder, HttpMethod, ObjectBuilder, RefOr, Response, ResponseBuilder,
+        path::Operation,
+        schema::{Schema, SchemaType, Type},
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
+};
+
+use super::{operations, reservations, sales};
+use crate::{
+    api,
+    problem::ProblemKind::{self, *},
+};
+
+/// What every call can meet that asks the database.
+const DATABASE: &[ProblemKind] = &[Overloaded, TimedOut, BackendAway];
+
+/// What every call can meet that takes a body.
+const BODY: &[ProblemKind] = &[MalformedBody, InvalidBody, BodyTooLarge, BodyTooSlow, NotJson];
+
+/// The problems of every call.
+const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 9] = [
+    (
+        HttpMethod::Post,
+        "/api/sales/{id}/reservations",
+        &[
+            &[SoldOut, AlreadyReserved, KeyOfAnotherBuyer, UnknownSale],
+            &[MalformedPath, MalformedKey, Crashed],
+            BODY,
+            DATABASE,
+        ],
+    ),
+    (
+        HttpMethod::Get,
+        "/api/reservations/{id}",
+        &[&[UnknownReservation], DATABASE],
+    ),
+    (
+        HttpMethod::Get,
+        "/api/sales/{id}",
+        &[&[UnknownSale, MalformedPath], DATABASE],
+    ),
+    (
+        HttpMethod::Put,
+        "/api/sales/{id}",
+        &[
+            &[SaleDiffers, Unauthorized, NoAdminToken, MalformedPath],
+            BODY,
+            DATABASE,
+        ],
+    ),
+    (HttpMethod::Get, "/livez", &[]),
+    (HttpMethod::Get, "/readyz", &[DATABASE]),
+    (HttpMethod::Get, "/metrics", &[]),
+    (HttpMethod::Get, "/problems/{name}", &[&[NotFound]]),
+    (HttpMethod::Get, "/openapi.json", &[]),
+];
+
+/// What the handlers say of themselves.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Oversold",
+        description = "Sells tickets. What is not a success is problem details as in RFC 9457; their `type` is a path on \
+                       this server, which explains the problem. A path that is not listed here is answered with 404 \
+                       `/problems/not-found`, a method that is not listed with 405 `/problems/method-not-allowed`."
+    ),
+    paths(
+        reservations::reserve,
+        reservations::look_up,
+        sales::look_up,
+        sales::open,
+        operations::alive,
+        operations::ready,
+        operations::metrics,
+        operations::explain_problem,
+        document,
+    ),
+    components(schemas(api::Problem)),
+    modifiers(&WhatAllShare)
+)]
+struct Contract;
+
+/// This document.
+#[utoipa::path(
+    get,
+    path = "/openapi.json",
+    operation_id = "openapi",
+    responses((status = 200, description = "This document", body = Object))
+)]
+pub(super) async fn document() -> Json<openapi::OpenApi> {
+    Json(Contract::openapi())
+}
+
+/// Adds what is the same for many calls: problems, request ids, and the admin token.
+struct WhatAllShare;
+
+impl Modify for WhatAllShare {
+    fn modify(&self, contract: &mut openapi::OpenApi) {
+        for (method, path, problems) in PROBLEMS {
+            let operation = contract.paths.paths.get_mut(path).and_then(|item| call(item, &method));
+            let operation = operation.expect("every row of PROBLEMS is a documented call");
+            document_problems(operation, problems.concat());
+        }
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
+        contract
+            .components
+            .get_or_insert_default()
+            .add_security_scheme("admin token", SecurityScheme::Http(bearer));
+    }
+}
+
+fn call<'a>(item: &'a mut openapi::PathItem, method: &HttpMethod) -> Option<&'a mut Operation> {
+    match method {
+        HttpMethod::Get => item.get.as_mut(),
+        HttpMethod::Post => item.post.as_mut(),
+        HttpMethod::Put => item.put.as_mut(),
+        _ => None,
+    }
+}
+
+fn document_problems(operation: &mut Operation, problems: Vec<ProblemKind>) {
+    let mut by_status: BTreeMap<u16, Vec<ProblemKind>> = BTreeMap::new();
+    for problem in problems {
+        by_status.entry(problem.status().as_u16()).or_default().push(problem);
+    }
+    let responses = &mut operation.responses.responses;
+    for (status, problems) in by_status {
+        responses.insert(status.to_string(), RefOr::T(response(&problems)));
+    }
+    for response in responses.values_mut() {
+        if let RefOr::T(response) = response {
+            let id = HeaderBuilder::new().description(Some(
+                "Names this request in the server's log: the client's own, or a fresh one",
+            ));
+            response.headers.insert("X-Request-Id".to_owned(), RefOr::T(id.build()));
+        }
+    }
+}
+
+/// All problems of one status are one response, told apart by `type`.
+fn response(problems: &[ProblemKind]) -> Response {
+    let lines: Vec<String> = problems
+        .iter()
+        .map(|problem| format!("`{}`: {}", problem.uri(), problem.meaning()))
+        .collect();
+    let kind = ObjectBuilder::new()
+        .schema_type(SchemaType::Type(Type::String))
+        .enum_values(Some(problems.iter().map(|problem| problem.uri())));
+    let schema = AllOfBuilder::new()
+        .item(openapi::Ref::from_schema_name("Problem"))
+        .item(ObjectBuilder::new().property("type", kind));
+    ResponseBuilder::new()
+        .description(lines.join("\n\n"))
+        .content(
+            "application/problem+json",
+            Content::new(Some(Schema::from(schema.build()))),
+        )
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_served_is_what_is_documented() {
+        let served: Vec<&str> = {
+            let mut paths = super::super::table().map(|(path, _)| path);
+            paths.sort_unstable();
+            paths.to_vec()
+        };
+        let contract = Contract::openapi();
+        let documented: Vec<&str> = contract.paths.paths.keys().map(String::as_str).collect();
+        assert_eq!(served, documented);
+    }
+}

@@ -1,0 +1,65 @@
+//! What operators and monitors ask.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Path, State},
+    http::header,
+    response::IntoResponse,
+};
+use tokio::time::timeout;
+
+use super::App;
+use crate::{
+    Undecided,
+    problem::{Problem, ProblemKind},
+};
+
+/// The process lives.
+#[utoipa::path(get, path = "/livez", operation_id = "livez", responses((status = 200, description = "It does", body = str)))]
+pub(super) async fn alive() -> &'static str {
+    "alive\n"
+}
+
+/// The database answers, through the pool that sells: a pool without a free connection is not ready for more.
+#[utoipa::path(get, path = "/readyz", operation_id = "readyz", responses((status = 200, description = "It does", body = str)))]
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Problem> {
+    let probe = sqlx::query("select 1").execute(&app.database);
+    // One statement and no transaction: nothing is lost when it is given up.
+    match timeout(app.limits.probe_time, probe).await {
+        Ok(Ok(_)) => Ok("ready\n"),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(ProblemKind::from(&Undecided::Overloaded.into()).into()),
+    }
+}
+
+/// The counts of this server.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    operation_id = "metrics",
+    responses((
+        status = 200,
+        description = "For Prometheus",
+        body = str,
+        content_type = "application/openmetrics-text"
+    ))
+)]
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    let text = app.metrics.text().expect("a string takes whatever is written to it");
+    let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, format)], text)
+}
+
+/// What a problem's `type` leads to.
+#[utoipa::path(
+    get,
+    path = "/problems/{name}",
+    operation_id = "problem",
+    params(("name" = String, Path, description = "The last part of a problem's `type`", example = "sold-out")),
+    responses((status = 200, description = "What the problem means and what a client can do", body = str))
+)]
+pub(super) async fn explain_problem(Path(name): Path<String>) -> Result<String, Problem> {
+    let kind = ProblemKind::named(&name).ok_or(ProblemKind::NotFound)?;
+    Ok(format!("{} ({})\n{}\n", kind.title(), kind.status(), kind.meaning()))
+}

@@ -1,0 +1,121 @@
+//! Buying a ticket, and looking at it.
+
+use std::{panic::AssertUnwindSafe, sync::Arc};
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use futures_util::FutureExt;
+use tracing::Instrument;
+
+use super::{
+    App,
+    envelope::RequestId,
+    input::{JsonBody, ReservationInPath, SaleInPath, request_key},
+};
+use crate::{
+    No, Order, Outcome, Steps, Undecided, api,
+    problem::{Problem, ProblemKind},
+};
+
+/// Buys one ticket.
+///
+/// The same `Idempotency-Key` always leads to the same reservation: whoever is left without a final answer repeats the
+/// request with the same key.
+#[utoipa::path(
+    post,
+    path = "/api/sales/{id}/reservations",
+    operation_id = "reserve",
+    params(
+        ("id" = i64, Path, description = "The sale", minimum = 0),
+        (
+            "Idempotency-Key" = Option<String>,
+            Header,
+            description = "The request key. Without one, every request is a new one",
+            min_length = 1,
+            max_length = 128,
+            pattern = "^[!-~]+$"
+        ),
+    ),
+    request_body = api::NewReservation,
+    responses((
+        status = 201,
+        description = "Confirmed: the reservation is durable",
+        body = api::Reservation,
+        headers(("Location" = String, description = "The reservation")),
+    ))
+)]
+pub(super) async fn reserve(
+    State(app): State<Arc<App>>,
+    Extension(request): Extension<RequestId>,
+    SaleInPath(sale): SaleInPath,
+    headers: HeaderMap,
+    JsonBody(body): JsonBody<api::NewReservation>,
+) -> Result<Response, Problem> {
+    let order = Order {
+        sale,
+        buyer: body.buyer_id,
+        key: request_key(&headers)?,
+    };
+    match in_a_task(app, request, order).await? {
+        Outcome::Confirmed(reservation) => {
+            let location = format!("/api/reservations/{}", reservation.id);
+            let confirmed = api::Reservation {
+                id: reservation.id,
+                sale_id: sale,
+                buyer_id: body.buyer_id,
+                status: "confirmed".to_owned(),
+            };
+            Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(confirmed)).into_response())
+        }
+    }
+}
+
+/// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped.
+async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, No> {
+    let steps = match &app.recorder {
+        None => Steps::unobserved(),
+        Some(recorder) => recorder.steps_of(request.0),
+    };
+    let tracker = app.reservations.clone();
+    let task = async move {
+        let result = AssertUnwindSafe(app.seller.reserve(&order, &steps))
+            .catch_unwind()
+            .await;
+        app.metrics.reserved(result.as_ref().ok());
+        result
+    };
+    match tracker.spawn(task.in_current_span()).await {
+        Ok(Ok(result)) => result,
+        // The request goes down as if it had panicked itself, and is answered by the layer that catches panics.
+        Ok(Err(panic)) => std::panic::resume_unwind(panic),
+        // The runtime ends, and took the task with it.
+        Err(_) => Err(Undecided::TimedOut.into()),
+    }
+}
+
+/// Shows a reservation.
+#[utoipa::path(
+    get,
+    path = "/api/reservations/{id}",
+    operation_id = "reservation",
+    params(("id" = Uuid, Path, description = "The reservation")),
+    responses((status = 200, description = "As it is", body = api::Reservation))
+)]
+pub(super) async fn look_up(
+    State(app): State<Arc<App>>,
+    ReservationInPath(id): ReservationInPath,
+) -> Result<Json<api::Reservation>, Problem> {
+    let found = sqlx::query_as(
+        "select id, sale_id, buyer_id, status
+           from reservation_now
+          where id = $1",
+    )
+    .bind(id)
+    .fetch_optional(&app.database)
+    .await?;
+    found.map(Json).ok_or(ProblemKind::UnknownReservation.into())
+}

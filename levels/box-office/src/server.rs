@@ -1,0 +1,354 @@
+//! One server: everything it owns, from its first connection to its last.
+//!
+//! The accept loop is written out because a server that faces the world needs what `axum::serve` leaves out: time for
+//! slow headers, a bound on connections, and an end that does not wait for idle clients.
+
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use sqlx::{
+    ConnectOptions, Connection,
+    migrate::MigrateError,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::{
+    net::{TcpListener, TcpSocket, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
+use tracing::Instrument;
+
+use crate::{
+    DatabaseUrl, Level, Limits, Settings, Stage, Strategy,
+    http::{self, App},
+    metrics::Metrics,
+    trace::Recorder,
+};
+
+/// How long a start waits for the database.
+const CONNECT_TIME: Duration = Duration::from_secs(5);
+
+/// How long a reservation waits for a connection of the pool before the buyer hears "undecided".
+const ACQUIRE_TIME: Duration = Duration::from_secs(5);
+
+/// What Postgres itself gives up, so that nobody has to cut a transaction from outside. The order matters: who waits for
+/// a lock gives up before its statement does, and a holder may be idle for as long as the longest `HOLD_MS`.
+const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
+    ("lock_timeout", "5s"),
+    ("statement_timeout", "10s"),
+    ("idle_in_transaction_session_timeout", "15s"),
+];
+
+/// Clients that may wait to be accepted. A thousand buyers come at one instant; the kernel's usual queue holds fewer.
+const BACKLOG: u32 = 4096;
+
+/// The most that the headers of a request may take, in bytes.
+const HEADER_BYTES: usize = 32 * 1024;
+
+/// A server that sells. It owns its pool, metrics, connections and reservations: two of them share nothing.
+///
+/// Dropped, it stops to accept; [`Server::shut_down`] is what drains.
+pub struct Server {
+    address: SocketAddr,
+    stop: CancellationToken,
+    _stop_when_dropped: DropGuard,
+    accepting: JoinHandle<()>,
+    connections: TaskTracker,
+    app: Arc<App>,
+}
+
+/// Why a server did not start. Never holds a password.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// `DATABASE_URL` is not there.
+    #[error("DATABASE_URL (--database-url) is not set; it takes {}", DatabaseUrl::TAKES)]
+    NoDatabaseUrl,
+    /// The trace file can't be written.
+    #[error("OVERSOLD_TRACE_FILE (--trace-file) holds {path:?}; it takes a file that can be written: {why}")]
+    TraceFile {
+        /// What the variable held.
+        path: std::path::PathBuf,
+        /// What the system said.
+        why: std::io::Error,
+    },
+    /// The database can't be reached, or does not let us in.
+    #[error("DATABASE_URL (--database-url): no connection to Postgres at {place}: {why}")]
+    Database {
+        /// Where it should be.
+        place: String,
+        /// What the driver said.
+        why: String,
+    },
+    /// The tables can't be made.
+    #[error(
+        "the tables of schema {schema:?} can't be made in this database: {why}; each schema needs a database of its own"
+    )]
+    Migrations {
+        /// The schema's name.
+        schema: &'static str,
+        /// What the migrator said.
+        why: MigrateError,
+    },
+    /// The strategy can't be made ready.
+    #[error("{strategy} can't be made ready: {why:#}")]
+    Strategy {
+        /// The strategy's name.
+        strategy: &'static str,
+        /// What it said.
+        why: anyhow::Error,
+    },
+    /// The address can't be listened on.
+    #[error("HOST and PORT (--host, --port) say {address}; it can't be listened on: {why}")]
+    Address {
+        /// What the variables held.
+        address: SocketAddr,
+        /// What the system said.
+        why: std::io::Error,
+    },
+}
+
+impl StartError {
+    /// The exit code of a program that fails with this: 2 for a wrong setting, 3 for a missing backend.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoDatabaseUrl | Self::TraceFile { .. } | Self::Address { .. } => 2,
+            Self::Database { .. } | Self::Migrations { .. } | Self::Strategy { .. } => 3,
+        }
+    }
+}
+
+/// What had to be left behind at the end of a server.
+#[derive(Debug, thiserror::Error)]
+#[error("not drained in {after:?}: {connections} connections and {reservations} reservations were cut off")]
+pub struct CutOff {
+    /// How long the server waited.
+    pub after: Duration,
+    /// Clients that were still sending or reading.
+    pub connections: usize,
+    /// Reservations that still ran: nobody knows how they end.
+    pub reservations: usize,
+}
+
+impl Server {
+    /// Connects, makes the tables, opens the strategy, listens, and serves in the background.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(
+        level: &'static Level,
+        strategy: &'static Strategy,
+        settings: &Settings,
+    ) -> Result<Self, StartError> {
+        let name = format!("{}/{}", level.name, strategy.name);
+        let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
+        let recorder = match &settings.trace_file {
+            None => None,
+            Some(path) => Some(Recorder::create(path).map_err(|why| StartError::TraceFile {
+                path: path.clone(),
+                why,
+            })?),
+        };
+
+        let connect = url
+            .options()
+            .clone()
+            .application_name(&format!("{name} {}", settings.instance))
+            .disable_statement_logging();
+        migrate(&connect, url, strategy).await?;
+        let database = PgPoolOptions::new()
+            .max_connections(settings.database_pool_size)
+            .acquire_timeout(ACQUIRE_TIME)
+            .connect_lazy_with(connect.options(DATABASE_TIMEOUTS));
+        let stage = Stage {
+            database: database.clone(),
+            hold: settings.hold,
+        };
+        let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
+            strategy: strategy.name,
+            why,
+        })?;
+
+        let address = SocketAddr::new(settings.host, settings.port);
+        let (listener, address) = listen(address).map_err(|why| StartError::Address { address, why })?;
+
+        let connections = TaskTracker::new();
+        let reservations = TaskTracker::new();
+        let app = Arc::new(App {
+            seller,
+            metrics: Metrics::new(
+                &name,
+                &settings.instance,
+                database.clone(),
+                connections.clone(),
+                reservations.clone(),
+            ),
+            database,
+            recorder,
+            reservations,
+            admin_token: settings.admin_token.clone(),
+            limits: settings.limits,
+        });
+
+        let stop = CancellationToken::new();
+        let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
+        let accept = accept(listener, Arc::clone(&app), stop.clone(), connections.clone());
+        Ok(Self {
+            address,
+            _stop_when_dropped: stop.clone().drop_guard(),
+            stop,
+            accepting: tokio::spawn(accept.instrument(span)),
+            connections,
+            app,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Stops to accept, closes idle connections, answers what is in flight, waits for the reservations whose buyers hung
+    /// up, closes the pool, and writes the trace.
+    ///
+    /// # Errors
+    /// Something was not done after [`Limits::drain_time`] and is cut off.
+    pub async fn shut_down(self) -> Result<(), CutOff> {
+        let after = self.app.limits.drain_time;
+        let deadline = Instant::now() + after;
+        self.stop.cancel();
+        let drained = timeout_at(deadline, async {
+            // It ends by itself: it has nothing to wait for but the token.
+            let _ = self.accepting.await;
+            self.connections.close();
+            self.connections.wait().await;
+            self.app.reservations.close();
+            self.app.reservations.wait().await;
+            self.app.database.close().await;
+        })
+        .await;
+        if let Some(recorder) = &self.app.recorder
+            && let Err(why) = recorder.write()
+        {
+            tracing::error!(%why, "the trace could not be written");
+        }
+        drained.map_err(|_| CutOff {
+            after,
+            connections: self.connections.len(),
+            reservations: self.app.reservations.len(),
+        })
+    }
+}
+
+/// Makes the tables, on a connection of its own: a pool would hide why the database can't be reached.
+///
+/// Several instances may do this at once: sqlx takes an advisory lock.
+async fn migrate(connect: &PgConnectOptions, url: &DatabaseUrl, strategy: &Strategy) -> Result<(), StartError> {
+    let unreachable = |why: String| StartError::Database {
+        place: url.to_string(),
+        why,
+    };
+    let mut connection = timeout(CONNECT_TIME, connect.connect())
+        .await
+        .map_err(|_| unreachable(format!("no answer within {CONNECT_TIME:?}")))?
+        .map_err(|why| unreachable(why.to_string()))?;
+    strategy
+        .schema
+        .migrations
+        .run(&mut connection)
+        .await
+        .map_err(|why| StartError::Migrations {
+            schema: strategy.schema.name,
+            why,
+        })?;
+    connection.close().await.map_err(|why| unreachable(why.to_string()))
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }?;
+    // A server that restarts gets its port back at once.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    let listener = socket.listen(BACKLOG)?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
+}
+
+async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, connections: TaskTracker) {
+    /// Out of files, most likely: until somebody leaves there is nothing to do.
+    const BREATHER: Duration = Duration::from_millis(50);
+
+    let routes = http::routes(Arc::clone(&app));
+    let free = Arc::new(Semaphore::new(app.limits.connections));
+    let begin = |stream: TcpStream, permit: OwnedSemaphorePermit| {
+        let converse = converse(stream, routes.clone(), app.limits, stop.clone(), permit);
+        connections.spawn(converse.in_current_span());
+    };
+    loop {
+        let next = async {
+            let permit = Arc::clone(&free).acquire_owned().await;
+            (permit.expect("the semaphore is never closed"), listener.accept().await)
+        };
+        let (permit, accepted) = tokio::select! {
+            biased;
+            next = next => next,
+            () = stop.cancelled() => break,
+        };
+        match accepted {
+            Ok((stream, _)) => begin(stream, permit),
+            Err(why) => {
+                tracing::warn!(%why, "a connection could not be accepted");
+                sleep(BREATHER).await;
+            }
+        }
+    }
+    // Who was connected by the kernel before the stop is still served; closing the listener would cut them off.
+    while let Ok(permit) = Arc::clone(&free).try_acquire_owned()
+        && let Some(Ok((stream, _))) = listener.accept().now_or_never()
+    {
+        begin(stream, permit);
+    }
+}
+
+/// Serves one connection until either side has had enough.
+async fn converse(
+    stream: TcpStream,
+    routes: axum::Router,
+    limits: Limits,
+    stop: CancellationToken,
+    _permit: OwnedSemaphorePermit,
+) {
+    // An answer is one small write: waiting for more to send would only delay it.
+    let _ = stream.set_nodelay(true);
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_time)
+        .max_buf_size(HEADER_BYTES)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        // The connection first: a request that has arrived is in flight, even if the stop came in the same instant.
+        biased;
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(why) = ended {
+        tracing::debug!(%why, "a connection ended badly");
+    }
+}

@@ -1,0 +1,284 @@
+//! Flags and environment: the same names everywhere, and one clear line where a value is wrong.
+
+use std::{
+    error::Error,
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use clap::{
+    Arg, Command, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+use sqlx::postgres::PgConnectOptions;
+use subtle::ConstantTimeEq;
+
+/// What a server is told when it starts.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+pub struct Settings {
+    /// The Postgres database to sell from
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<DatabaseUrl>,
+    /// How many connections to the database a server opens at most
+    #[arg(long, env = "DATABASE_POOL_SIZE", value_name = "N", default_value_t = 16, value_parser = pool_size)]
+    pub database_pool_size: u32,
+    /// The address to listen on
+    #[arg(long, env = "HOST", value_name = "ADDRESS", default_value_t = Settings::default().host, value_parser = host)]
+    pub host: IpAddr,
+    /// The port to listen on; 0 takes any free one
+    #[arg(long, env = "PORT", default_value_t = 8080, value_parser = port)]
+    pub port: u16,
+    /// Which of the level's strategies sells; the first unless told otherwise
+    #[arg(long, env = "STRATEGY", value_name = "NAME")]
+    pub strategy: Option<String>,
+    /// What this server is called in logs, metrics and Postgres's list of connections
+    #[arg(long, env = "INSTANCE", value_name = "NAME", default_value = "1", value_parser = instance)]
+    pub instance: String,
+    /// Business time that every reservation spends inside its critical section, in milliseconds
+    #[arg(long = "hold-ms", env = "HOLD_MS", value_name = "MS", default_value = "0", value_parser = hold)]
+    pub hold: Duration,
+    /// Who knows it may open sales; without one nobody may
+    #[arg(
+        long = "admin-token",
+        env = "OVERSOLD_ADMIN_TOKEN",
+        hide_env_values = true,
+        value_name = "TOKEN"
+    )]
+    pub admin_token: Option<AdminToken>,
+    /// How log lines on stderr are written
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
+    pub log_format: LogFormat,
+    /// Where to write every step of every reservation as JSON lines, when the server ends
+    #[arg(long = "trace-file", env = "OVERSOLD_TRACE_FILE", value_name = "FILE")]
+    pub trace_file: Option<PathBuf>,
+    /// How long and how big things may get.
+    #[arg(skip)]
+    pub limits: Limits,
+}
+
+impl Default for Settings {
+    /// What a server does when it is told nothing.
+    fn default() -> Self {
+        Self {
+            database_url: None,
+            database_pool_size: 16,
+            host: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            port: 8080,
+            strategy: None,
+            instance: "1".to_owned(),
+            hold: Duration::ZERO,
+            admin_token: None,
+            log_format: LogFormat::Pretty,
+            trace_file: None,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// How long and how big things may get. A test that has to see one strike makes it smaller.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How many clients may be connected at once; more wait until one leaves.
+    pub connections: usize,
+    /// How long the headers of a request may take. A connection that is idle for so long is closed as well.
+    pub header_time: Duration,
+    /// How long the body of a request may take.
+    pub body_time: Duration,
+    /// How long the body of a request may be, in bytes.
+    pub body_bytes: usize,
+    /// How long the readiness probe looks for its backends.
+    pub probe_time: Duration,
+    /// How long a server that ends waits for what is in flight.
+    pub drain_time: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 8192,
+            header_time: Duration::from_secs(30),
+            body_time: Duration::from_secs(10),
+            body_bytes: 16 * 1024,
+            probe_time: Duration::from_secs(2),
+            drain_time: Duration::from_secs(20),
+        }
+    }
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Where the database is. Its password shows nowhere.
+#[derive(Clone)]
+pub struct DatabaseUrl(PgConnectOptions);
+
+impl DatabaseUrl {
+    /// What the variable takes, for messages.
+    pub(crate) const TAKES: &'static str =
+        "the URL of a Postgres database, such as postgres://user:password@localhost:5432/oversold";
+
+    /// How to connect.
+    pub(crate) fn options(&self) -> &PgConnectOptions {
+        &self.0
+    }
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let scheme = text.split_once("://").map(|(scheme, _)| scheme);
+        if !matches!(scheme, Some("postgres" | "postgresql")) {
+            return Err(Self::TAKES);
+        }
+        // The parser's own words may quote the URL, and with it the password.
+        text.parse().map(Self).map_err(|_| Self::TAKES)
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DatabaseUrl(…)")
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    /// Where the database is, without who connects.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let database = self.0.get_database().unwrap_or(self.0.get_username());
+        match self.0.get_socket() {
+            Some(socket) => write!(f, "{}, database {database}", socket.display()),
+            None => write!(f, "{}:{}, database {database}", self.0.get_host(), self.0.get_port()),
+        }
+    }
+}
+
+/// What an admin call has to carry. Shows nowhere.
+#[derive(Clone)]
+pub struct AdminToken(String);
+
+impl AdminToken {
+    /// Whether this is the token. Takes as long for a near miss as for a far one.
+    pub(crate) fn is(&self, offered: &[u8]) -> bool {
+        self.0.as_bytes().ct_eq(offered).into()
+    }
+}
+
+impl FromStr for AdminToken {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err("one or more visible ASCII characters without spaces");
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Debug for AdminToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AdminToken(…)")
+    }
+}
+
+fn whole_number<T: FromStr + PartialOrd>(
+    text: &str,
+    range: RangeInclusive<T>,
+    takes: &'static str,
+) -> Result<T, &'static str> {
+    match text.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(takes),
+    }
+}
+
+fn pool_size(text: &str) -> Result<u32, &'static str> {
+    whole_number(text, 1..=1_000, "a number of connections, 1 to 1000")
+}
+
+fn host(text: &str) -> Result<IpAddr, &'static str> {
+    text.parse()
+        .map_err(|_| "an IP address, such as 127.0.0.1, or 0.0.0.0 for every interface")
+}
+
+fn port(text: &str) -> Result<u16, &'static str> {
+    whole_number(text, 0..=u16::MAX, "a port number, 0 (any free one) to 65535")
+}
+
+/// A reservation that holds longer than this would be cut off by the database's own time-outs.
+fn hold(text: &str) -> Result<Duration, &'static str> {
+    whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
+}
+
+fn instance(text: &str) -> Result<String, &'static str> {
+    let fits = (1..=40).contains(&text.len());
+    if !fits || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("a name of 1 to 40 visible ASCII characters without spaces");
+    }
+    Ok(text.to_owned())
+}
+
+/// Says in one line what is wrong with the command line or the environment: which variable, what it held (unless that
+/// is a secret), and what it takes.
+pub fn explain(error: &clap::Error, command: &Command) -> String {
+    let argument = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(shown)) => arguments(command).find(|argument| argument.to_string() == *shown),
+        _ => None,
+    };
+    let Some(argument) = argument else {
+        return match error.kind() {
+            ErrorKind::InvalidUtf8 => "a flag or environment variable is not UTF-8".to_owned(),
+            // clap's first line says what is wrong; the rest is advice.
+            _ => {
+                let text = error.render().to_string();
+                let line = text.lines().next().unwrap_or_default();
+                format!("{}; --help lists what there is", line.trim_start_matches("error: "))
+            }
+        };
+    };
+
+    let held = match error.get(ContextKind::InvalidValue) {
+        _ if argument.is_hide_env_values_set() => "holds something else (not shown: it is a secret)".to_owned(),
+        Some(ContextValue::String(value)) if !value.is_empty() => format!("holds {value:?}"),
+        _ => "holds nothing".to_owned(),
+    };
+    let takes = match (error.source(), error.get(ContextKind::ValidValue)) {
+        (Some(takes), _) => takes.to_string(),
+        (None, Some(ContextValue::Strings(known))) => known.join(" or "),
+        _ => "a value".to_owned(),
+    };
+    format!("{} {held}; it takes {takes}", name(argument))
+}
+
+/// The variable and the flag that an argument can come from.
+fn name(argument: &Arg) -> String {
+    let flag = argument.get_long().map(|long| format!("--{long}"));
+    let variable = argument
+        .get_env()
+        .map(|variable| variable.to_string_lossy().into_owned());
+    match (variable, flag) {
+        (Some(variable), Some(flag)) => format!("{variable} ({flag})"),
+        (Some(only), None) | (None, Some(only)) => only,
+        (None, None) => argument.get_id().to_string(),
+    }
+}
+
+/// Every argument of a command and of its subcommands.
+fn arguments(command: &Command) -> Box<dyn Iterator<Item = &Arg> + '_> {
+    Box::new(
+        command
+            .get_arguments()
+            .chain(command.get_subcommands().flat_map(arguments)),
+    )
+}

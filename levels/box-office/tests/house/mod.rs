@@ -1,0 +1,314 @@
+//! A level whose only strategy answers as its request key asks it to: what is under test here is the house around it.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use box_office::{
+    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, Promises, Refusal, Reservation, Reserve, Schema, Server,
+    Settings, Stage, Steps, Strategy, Undecided,
+};
+use serde_json::Value;
+use sqlx::{Connection, Executor, PgConnection, migrate::Migrator};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use uuid::Uuid;
+
+static MIGRATIONS: Migrator = sqlx::migrate!("tests/migrations");
+
+pub(crate) static LEVEL: Level = Level {
+    name: "lv0",
+    package: "lv0-test-double",
+    summary: "answers as it is asked to",
+    strategies: &[
+        Strategy {
+            name: "obedient",
+            summary: "answers as its request key says",
+            place: Place::Broken,
+            guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+            clicks: 1,
+            schema: Schema {
+                name: "double",
+                migrations: &MIGRATIONS,
+            },
+            source: "levels/box-office/tests/house/mod.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(Obedient { stage }) as Box<dyn Reserve>) }),
+        },
+        Strategy {
+            name: "stillborn",
+            summary: "can't be opened",
+            place: Place::Broken,
+            guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+            clicks: 1,
+            schema: Schema {
+                name: "double",
+                migrations: &MIGRATIONS,
+            },
+            source: "levels/box-office/tests/house/mod.rs",
+            open: |_| Box::pin(async { anyhow::bail!("it was never alive") }),
+        },
+    ],
+};
+
+/// The reservation that `already-reserved` names.
+pub(crate) const EARLIER: Uuid = Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0042);
+
+struct Obedient {
+    stage: Stage,
+}
+
+#[async_trait]
+impl Reserve for Obedient {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        steps.at("asked").saw(order.key.as_str()).await;
+        self.stage.business_time().await;
+        match order.key.as_str() {
+            "sold-out" => Err(Refusal::SoldOut.into()),
+            "already-reserved" => Err(Refusal::AlreadyReserved {
+                earlier: Reservation { id: EARLIER },
+            }
+            .into()),
+            "key-of-another-buyer" => Err(Refusal::KeyOfAnotherBuyer.into()),
+            "unknown-sale" => Err(Refusal::UnknownSale.into()),
+            "overloaded" => Err(Undecided::Overloaded.into()),
+            "timed-out" => Err(Undecided::TimedOut.into()),
+            "backend-away" => {
+                let secret = anyhow::anyhow!("the backend's own words");
+                Err(Undecided::BackendAway(secret).into())
+            }
+            "panic" => panic!("as asked"),
+            "hold a connection" | "hold-a-connection" => {
+                let mut tx = self.stage.database.begin().await?;
+                lock(&mut tx, order.buyer).await?;
+                Ok(Outcome::Confirmed(Reservation { id: EARLIER }))
+            }
+            _ => {
+                let id = Uuid::now_v7();
+                let mut tx = self.stage.database.begin().await?;
+                if order.key.as_str().starts_with("wait") {
+                    steps.blocked("waiting for the test");
+                    lock(&mut tx, order.buyer).await?;
+                }
+                sqlx::query("insert into reservation values ($1, $2, $3, $4, 'confirmed')")
+                    .bind(id)
+                    .bind(order.sale)
+                    .bind(order.buyer)
+                    .bind(order.key.as_str())
+                    .execute(&mut *tx)
+                    .await?;
+                tx.commit().await?;
+                steps.at("committed").await;
+                Ok(Outcome::Confirmed(Reservation { id }))
+            }
+        }
+    }
+}
+
+/// A lock that a test can hold: the reservation of this buyer waits until it lets go.
+pub(crate) async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Result<()> {
+    sqlx::query("select pg_advisory_xact_lock($1)")
+        .bind(buyer)
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+/// A database of this test's own.
+pub(crate) async fn database() -> String {
+    let url = std::env::var("DATABASE_URL").expect("a Postgres to test on");
+    let name = format!("box_office_{}", Uuid::new_v4().simple());
+    let mut connection = PgConnection::connect(&url).await.expect("Postgres answers");
+    connection
+        .execute(sqlx::AssertSqlSafe(format!("create database {name}")))
+        .await
+        .expect("a database can be made");
+    let (server, _) = url.rsplit_once('/').expect("the URL names a database");
+    format!("{server}/{name}")
+}
+
+pub(crate) const TOKEN: &str = "open-sesame";
+
+/// Settings for a server on a database of its own and any free port.
+pub(crate) async fn settings() -> Settings {
+    on(&database().await)
+}
+
+/// The same, on this database.
+pub(crate) fn on(database: &str) -> Settings {
+    Settings {
+        database_url: Some(database.parse::<DatabaseUrl>().expect("a URL")),
+        port: 0,
+        admin_token: Some(TOKEN.parse().expect("a token")),
+        ..Settings::default()
+    }
+}
+
+/// A server of the obedient strategy.
+pub(crate) async fn start(settings: &Settings) -> Server {
+    box_office::raise_open_files_limit();
+    Server::start(&LEVEL, &LEVEL.strategies[0], settings)
+        .await
+        .expect("it starts")
+}
+
+/// What came back.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HashMap<String, String>,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Answer {
+    /// A header; empty if it is not there.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).expect("text")
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|why| panic!("{why} in {self:?}"))
+    }
+
+    /// Whether the answer is exactly this problem, whole in every part that all problems have.
+    #[track_caller]
+    pub(crate) fn is_problem(&self, status: u16, name: &str) {
+        assert_eq!(self.header("content-type"), "application/problem+json", "{self:?}");
+        let body = self.json();
+        assert_eq!(
+            (self.status, &body["type"]),
+            (status, &format!("/problems/{name}").into()),
+            "{body}"
+        );
+        assert_eq!(body["status"], status, "{body}");
+        assert_eq!(body["request_id"], self.header("x-request-id"), "{body}");
+        for member in ["title", "detail", "request_id"] {
+            assert!(
+                body[member].as_str().is_some_and(|text| !text.is_empty()),
+                "no {member} in {body}"
+            );
+        }
+    }
+}
+
+/// One request on a connection of its own.
+pub(crate) async fn ask(to: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    let mut request = format!("{method} {path} HTTP/1.1\r\nHost: box-office\r\nConnection: close\r\n");
+    for (name, value) in headers {
+        request.push_str(&format!("{name}: {value}\r\n"));
+    }
+    request.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+    send(to, request.as_bytes()).await
+}
+
+/// Reserves a ticket of sale 1, under this key.
+pub(crate) async fn reserve(to: SocketAddr, buyer: i64, key: &str) -> Answer {
+    let headers = [("Content-Type", "application/json"), ("Idempotency-Key", key)];
+    let body = format!(r#"{{"buyer_id": {buyer}}}"#);
+    ask(to, "POST", "/api/sales/1/reservations", &headers, &body).await
+}
+
+/// Raw bytes, on a connection of their own, and the first answer.
+pub(crate) async fn send(to: SocketAddr, request: &[u8]) -> Answer {
+    let mut stream = TcpStream::connect(to).await.expect("it listens");
+    stream.write_all(request).await.expect("it reads");
+    read_answer(&mut stream).await.expect("an answer")
+}
+
+/// The next answer on a connection; `None`: it was closed before one came.
+pub(crate) async fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(within("an answer", stream.read_u8()).await.ok()?);
+    }
+    let head = String::from_utf8(head).expect("headers are ASCII");
+    let mut lines = head.lines();
+    let status = lines.next()?.split(' ').nth(1)?.parse().expect("a status");
+    let headers: HashMap<String, String> = lines
+        .filter_map(|line| line.split_once(": "))
+        .map(|(name, value)| (name.to_lowercase(), value.to_owned()))
+        .collect();
+    let length = headers
+        .get("content-length")
+        .map_or(0, |length| length.parse().expect("a length"));
+    let mut body = vec![0; length];
+    within("the body", stream.read_exact(&mut body)).await.ok()?;
+    Some(Answer { status, headers, body })
+}
+
+/// What was waited for, or a failure that names it.
+pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
+    tokio::time::timeout(Duration::from_secs(20), future)
+        .await
+        .unwrap_or_else(|_| panic!("waited 20 s for {what}"))
+}
+
+/// Looks until it is so.
+pub(crate) async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
+    let began = Instant::now();
+    while !so().await {
+        assert!(began.elapsed() < Duration::from_secs(20), "waited 20 s for {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A line to the database that can be cut.
+pub(crate) struct Cuttable {
+    url: String,
+    state: tokio::sync::watch::Sender<bool>,
+}
+
+impl Cuttable {
+    /// To the database of this URL.
+    pub(crate) async fn to(url: &str) -> Self {
+        let (scheme, rest) = url.split_once("://").expect("a URL");
+        let (user, place) = rest.split_once('@').expect("a user");
+        let (there, name) = place.split_once('/').expect("a database");
+        let there = there.to_owned();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let here = listener.local_addr().expect("an address");
+        let (state, whole) = tokio::sync::watch::channel(true);
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                let (there, mut whole) = (there.clone(), whole.clone());
+                tokio::spawn(async move {
+                    if !*whole.borrow() {
+                        return;
+                    }
+                    let mut far = TcpStream::connect(there).await.expect("Postgres listens");
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                        _ = whole.wait_for(|whole| !whole) => {}
+                    }
+                });
+            }
+        });
+        Self {
+            url: format!("{scheme}://{user}@{here}/{name}"),
+            state,
+        }
+    }
+
+    /// The same database, through the line.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Nothing goes through, and nothing new connects.
+    pub(crate) fn cut(&self) {
+        self.state.send_replace(false);
+    }
+
+    /// As before.
+    pub(crate) fn mend(&self) {
+        self.state.send_replace(true);
+    }
+}

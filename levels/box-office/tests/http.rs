@@ -1,0 +1,713 @@
+//! The HTTP contract: every status, every problem, every bad input; and what stands around a request.
+
+mod house;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use box_office::{ProblemKind, Server, trace::Record};
+use house::{Cuttable, EARLIER, ask, database, lock, on, read_answer, reserve, settings, start, until, within};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+const ADMIN: (&str, &str) = ("Authorization", "Bearer open-sesame");
+
+/// A request, and the problem it must be answered with.
+struct Case {
+    method: &'static str,
+    path: &'static str,
+    headers: &'static [(&'static str, &'static str)],
+    body: &'static str,
+    status: u16,
+    problem: &'static str,
+    /// What the detail must mention.
+    says: &'static str,
+}
+
+const fn buys(body: &'static str, status: u16, problem: &'static str, says: &'static str) -> Case {
+    let (method, path, headers) = ("POST", "/api/sales/1/reservations", &[JSON]);
+    Case {
+        method,
+        path,
+        headers,
+        body,
+        status,
+        problem,
+        says,
+    }
+}
+
+const fn buys_with(headers: &'static [(&'static str, &'static str)], status: u16, problem: &'static str) -> Case {
+    Case {
+        headers,
+        ..buys(r#"{"buyer_id": 42}"#, status, problem, "")
+    }
+}
+
+const fn opens(body: &'static str, status: u16, problem: &'static str, says: &'static str) -> Case {
+    let (method, path, headers) = ("PUT", "/api/sales/7", &[JSON, ADMIN]);
+    Case {
+        method,
+        path,
+        headers,
+        body,
+        status,
+        problem,
+        says,
+    }
+}
+
+const fn opens_with(headers: &'static [(&'static str, &'static str)], status: u16, problem: &'static str) -> Case {
+    Case {
+        headers,
+        ..opens(r#"{"name": "Night", "capacity": 100}"#, status, problem, "")
+    }
+}
+
+const fn at(method: &'static str, path: &'static str, status: u16, problem: &'static str) -> Case {
+    Case {
+        method,
+        path,
+        headers: &[],
+        body: "",
+        status,
+        problem,
+        says: "",
+    }
+}
+
+const CASES: &[Case] = &[
+    // What a strategy answers.
+    buys_with(&[JSON, ("Idempotency-Key", "sold-out")], 409, "sold-out"),
+    buys_with(
+        &[JSON, ("Idempotency-Key", "already-reserved")],
+        409,
+        "already-reserved",
+    ),
+    buys_with(
+        &[JSON, ("Idempotency-Key", "key-of-another-buyer")],
+        422,
+        "key-of-another-buyer",
+    ),
+    buys_with(&[JSON, ("Idempotency-Key", "unknown-sale")], 404, "unknown-sale"),
+    buys_with(&[JSON, ("Idempotency-Key", "overloaded")], 503, "overloaded"),
+    buys_with(&[JSON, ("Idempotency-Key", "timed-out")], 503, "timed-out"),
+    buys_with(&[JSON, ("Idempotency-Key", "backend-away")], 503, "backend-away"),
+    buys_with(&[JSON, ("Idempotency-Key", "panic")], 500, "crashed"),
+    // Request keys.
+    buys_with(&[JSON, ("Idempotency-Key", "")], 400, "malformed-request-key"),
+    buys_with(&[JSON, ("Idempotency-Key", "two words")], 400, "malformed-request-key"),
+    buys_with(&[JSON, ("Idempotency-Key", "naïve")], 400, "malformed-request-key"),
+    buys_with(
+        &[JSON, ("Idempotency-Key", "a"), ("Idempotency-Key", "b")],
+        400,
+        "malformed-request-key",
+    ),
+    // Bodies that are not JSON, or not said to be.
+    buys("", 400, "malformed-body", "EOF"),
+    buys("{", 400, "malformed-body", "line 1 column 1"),
+    buys(r#"{"buyer_id": 42} and more"#, 400, "malformed-body", "trailing"),
+    buys(r#"{"buyer_id": 42,}"#, 400, "malformed-body", "line 1"),
+    buys(r#"{"buyer_id": "x" "#, 400, "malformed-body", "EOF"),
+    buys_with(&[], 415, "not-json"),
+    buys_with(&[("Content-Type", "text/plain")], 415, "not-json"),
+    buys_with(&[("Content-Type", "application/jsonp")], 415, "not-json"),
+    // Bodies of JSON that the call does not take: each says which field.
+    buys("{}", 422, "invalid-body", "`buyer_id`"),
+    buys("42", 422, "invalid-body", "not a JSON object"),
+    buys("[42]", 422, "invalid-body", "not a JSON object"),
+    buys(r#"{"buyer_id": -1}"#, 422, "invalid-body", "`buyer_id`: -1 is negative"),
+    buys(r#"{"buyer_id": "42"}"#, 422, "invalid-body", "`buyer_id`"),
+    buys(r#"{"buyer_id": null}"#, 422, "invalid-body", "`buyer_id`"),
+    buys(r#"{"buyer_id": 4.2}"#, 422, "invalid-body", "`buyer_id`"),
+    buys(
+        r#"{"buyer_id": 9223372036854775808}"#,
+        422,
+        "invalid-body",
+        "`buyer_id`",
+    ),
+    buys(r#"{"buyer_id": 42, "vip": true}"#, 422, "invalid-body", "`vip`"),
+    buys(
+        r#"{"buyer_id": 42, "buyer_id": 43}"#,
+        422,
+        "invalid-body",
+        "duplicate field `buyer_id`",
+    ),
+    // Paths.
+    Case {
+        path: "/api/sales/-1/reservations",
+        ..buys(r#"{"buyer_id": 42}"#, 400, "malformed-path", "whole number")
+    },
+    Case {
+        path: "/api/sales/+1/reservations",
+        ..buys(r#"{"buyer_id": 42}"#, 400, "malformed-path", "")
+    },
+    Case {
+        path: "/api/sales/one/reservations",
+        ..buys(r#"{"buyer_id": 42}"#, 400, "malformed-path", "")
+    },
+    Case {
+        path: "/api/sales/%ff/reservations",
+        ..buys(r#"{"buyer_id": 42}"#, 400, "malformed-path", "")
+    },
+    at("GET", "/api/sales/9223372036854775808", 400, "malformed-path"),
+    at("GET", "/api/sales/404", 404, "unknown-sale"),
+    at(
+        "GET",
+        "/api/reservations/00000000-0000-0000-0000-000000000000",
+        404,
+        "unknown-reservation",
+    ),
+    at("GET", "/api/reservations/not-an-id", 404, "unknown-reservation"),
+    at("GET", "/api/reservations/%ff", 404, "unknown-reservation"),
+    at("GET", "/problems/no-such-problem", 404, "not-found"),
+    // Opening a sale.
+    opens_with(&[JSON], 401, "unauthorized"),
+    opens_with(&[JSON, ("Authorization", "Bearer open-sesam")], 401, "unauthorized"),
+    opens_with(&[JSON, ("Authorization", "Bearer open-sesame!")], 401, "unauthorized"),
+    opens_with(&[JSON, ("Authorization", "Basic open-sesame")], 401, "unauthorized"),
+    opens_with(&[JSON, ("Authorization", "x")], 401, "unauthorized"),
+    opens_with(&[ADMIN], 415, "not-json"),
+    Case {
+        path: "/api/sales/x",
+        ..opens(r#"{"name": "Night", "capacity": 100}"#, 400, "malformed-path", "")
+    },
+    opens("{", 400, "malformed-body", ""),
+    opens(r#"{"name": "Night"}"#, 422, "invalid-body", "`capacity`"),
+    opens(
+        r#"{"name": "Night", "capacity": 0}"#,
+        422,
+        "invalid-body",
+        "`capacity`: 0",
+    ),
+    opens(
+        r#"{"name": "Night", "capacity": 1000001}"#,
+        422,
+        "invalid-body",
+        "`capacity`: 1000001",
+    ),
+    opens(r#"{"name": "", "capacity": 100}"#, 422, "invalid-body", "`name`"),
+    opens(
+        r#"{"name": "a\u0000b", "capacity": 100}"#,
+        422,
+        "invalid-body",
+        "`name`",
+    ),
+    opens(
+        r#"{"name": "Night", "capacity": 100, "stock": 5}"#,
+        422,
+        "invalid-body",
+        "`stock`",
+    ),
+];
+
+/// Problems that need more than one plain request; each has a test of its own, here or in `limits.rs`.
+const ELSEWHERE: [&str; 4] = ["body-too-large", "body-too-slow", "sale-differs", "no-admin-token"];
+
+#[tokio::test]
+async fn every_bad_request_is_answered_with_its_problem() {
+    let server = start(&settings().await).await;
+    for case in CASES {
+        let answer = ask(server.address(), case.method, case.path, case.headers, case.body).await;
+        println!("{} {} {:?} {}", case.method, case.path, case.headers, case.body);
+        answer.is_problem(case.status, case.problem);
+        let detail = answer.json()["detail"].as_str().expect("a detail").to_owned();
+        assert!(detail.contains(case.says), "{detail:?} does not say {:?}", case.says);
+        assert!(!answer.text().contains("the backend's own words"), "{}", answer.text());
+
+        let retry_after = if case.status == 503 { "1" } else { "" };
+        assert_eq!(answer.header("retry-after"), retry_after);
+        let challenge = if case.status == 401 { "Bearer" } else { "" };
+        assert_eq!(answer.header("www-authenticate"), challenge);
+    }
+    let sold = reserve(server.address(), 42, "fine").await;
+    assert_eq!(sold.status, 201, "it sells after all that");
+}
+
+/// The routes of CASES, as the document calls them.
+fn documented_as(path: &str) -> &str {
+    match path.split('/').collect::<Vec<_>>()[..] {
+        ["", "api", "sales", _, "reservations"] => "/api/sales/{id}/reservations",
+        ["", "api", "sales", _] => "/api/sales/{id}",
+        ["", "api", "reservations", _] => "/api/reservations/{id}",
+        ["", "problems", _] => "/problems/{name}",
+        _ => path,
+    }
+}
+
+#[tokio::test]
+async fn the_document_lists_the_problems_that_are_answered_and_no_other() {
+    let server = start(&settings().await).await;
+    let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
+    assert_eq!(document["openapi"], "3.1.0");
+
+    let mut documented: BTreeSet<(String, String, u16, String)> = BTreeSet::new();
+    for (path, method, operation) in operations(&document) {
+        let responses = operation["responses"].as_object().expect("responses");
+        for (status, response) in responses {
+            let kinds = &response["content"]["application/problem+json"]["schema"]["allOf"][1]["properties"]["type"];
+            for kind in kinds["enum"].as_array().into_iter().flatten() {
+                let kind = kind.as_str().expect("a type").to_owned();
+                documented.insert((method.clone(), path.clone(), status.parse().expect("a status"), kind));
+            }
+        }
+    }
+    let answered: BTreeSet<_> = CASES
+        .iter()
+        .map(|case| {
+            let path = documented_as(case.path).to_owned();
+            (
+                case.method.to_owned(),
+                path,
+                case.status,
+                format!("/problems/{}", case.problem),
+            )
+        })
+        .collect();
+
+    let undocumented: Vec<_> = answered.difference(&documented).collect();
+    assert!(undocumented.is_empty(), "not in the document: {undocumented:?}");
+    let untested: Vec<_> = documented
+        .difference(&answered)
+        // A database that is away or slow is the same for every call that asks it; a body that is bad for one is for all.
+        .filter(|(_, path, status, _)| *status != 503 || path.ends_with("reservations"))
+        .filter(|(.., kind)| !ELSEWHERE.iter().any(|elsewhere| kind.ends_with(elsewhere)))
+        .collect();
+    assert!(untested.is_empty(), "in the document only: {untested:?}");
+}
+
+fn operations(document: &Value) -> Vec<(String, String, &Value)> {
+    let paths = document["paths"].as_object().expect("paths");
+    let mut all = Vec::new();
+    for (path, item) in paths {
+        for (method, operation) in item.as_object().expect("operations") {
+            all.push((path.clone(), method.to_uppercase(), operation));
+        }
+    }
+    all
+}
+
+#[tokio::test]
+async fn every_documented_call_is_served_and_no_other_method_is() {
+    let server = start(&settings().await).await;
+    let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
+    let mut documented: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (path, method, _) in operations(&document) {
+        documented.entry(path).or_default().insert(method);
+    }
+
+    for (path, mut methods) in documented {
+        let path = path.replace("{id}", "1").replace("{name}", "sold-out");
+        let refused = ask(server.address(), "DELETE", &path, &[], "").await;
+        refused.is_problem(405, "method-not-allowed");
+        // Whatever can be got can be asked for its headers.
+        if methods.contains("GET") {
+            methods.insert("HEAD".to_owned());
+        }
+        let allowed: BTreeSet<String> = refused.header("allow").split(',').map(str::to_owned).collect();
+        assert_eq!(allowed, methods, "{path}");
+    }
+    ask(server.address(), "GET", "/", &[], "")
+        .await
+        .is_problem(404, "not-found");
+    ask(server.address(), "GET", "/api/sales/1/", &[], "")
+        .await
+        .is_problem(404, "not-found");
+}
+
+#[tokio::test]
+async fn every_problem_type_leads_to_its_explanation() {
+    let server = start(&settings().await).await;
+    let mut uris = BTreeSet::new();
+    for kind in ProblemKind::ALL {
+        let explained = ask(server.address(), "GET", &kind.uri(), &[], "").await;
+        assert_eq!(explained.status, 200);
+        assert!(explained.text().contains(kind.meaning()), "{}", explained.text());
+        assert_eq!(ProblemKind::from_uri(&kind.uri()), Some(kind));
+        assert!(uris.insert(kind.uri()), "{kind:?} shares its type with another");
+    }
+}
+
+#[tokio::test]
+async fn a_reservation_is_confirmed_and_can_be_looked_up() {
+    let server = start(&settings().await).await;
+
+    let confirmed = reserve(server.address(), 42, "mine").await;
+    assert_eq!(confirmed.status, 201);
+    let body = confirmed.json();
+    let id = body["id"].as_str().expect("an id");
+    assert_eq!(confirmed.header("location"), format!("/api/reservations/{id}"));
+    assert_eq!(
+        body,
+        json!({"id": id, "sale_id": 1, "buyer_id": 42, "status": "confirmed"})
+    );
+
+    let seen = ask(server.address(), "GET", confirmed.header("location"), &[], "").await;
+    assert_eq!((seen.status, seen.json()), (200, body));
+}
+
+#[tokio::test]
+async fn who_has_a_reservation_is_told_which() {
+    let server = start(&settings().await).await;
+    let refused = reserve(server.address(), 42, "already-reserved").await;
+    refused.is_problem(409, "already-reserved");
+    assert_eq!(refused.json()["reservation_id"], EARLIER.to_string());
+    let other = reserve(server.address(), 42, "sold-out").await;
+    assert_eq!(other.json().get("reservation_id"), None);
+}
+
+#[tokio::test]
+async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
+    let server = start(&settings().await).await;
+    let put = async |body: &str| ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
+    let night = json!({"id": 7, "name": "Night", "capacity": 3, "stock": 3, "reserved": 0});
+
+    let opened = put(r#"{"name": "Night", "capacity": 3}"#).await;
+    assert_eq!((opened.status, opened.json()), (201, night.clone()));
+    let again = put(r#"{"name": "Night", "capacity": 3}"#).await;
+    assert_eq!((again.status, again.json()), (200, night.clone()));
+    put(r#"{"name": "Night", "capacity": 4}"#)
+        .await
+        .is_problem(409, "sale-differs");
+    put(r#"{"name": "Day", "capacity": 3}"#)
+        .await
+        .is_problem(409, "sale-differs");
+
+    let seen = ask(server.address(), "GET", "/api/sales/7", &[], "").await;
+    assert_eq!((seen.status, seen.json()), (200, night));
+}
+
+#[tokio::test]
+async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
+    let database = database().await;
+    let server = start(&on(&database)).await;
+    let body = r#"{"name": "Night", "capacity": 3}"#;
+    ask(server.address(), "PUT", "/api/sales/1", &[JSON, ADMIN], body).await;
+    let mut rows = PgConnection::connect(&database).await.expect("the database is there");
+    for (buyer, status) in [(1, "confirmed"), (2, "held"), (3, "released")] {
+        sqlx::query("insert into reservation values (gen_random_uuid(), 1, $1, $1::text, $2)")
+            .bind(buyer)
+            .bind(status)
+            .execute(&mut rows)
+            .await
+            .expect("a row");
+    }
+    let seen = ask(server.address(), "GET", "/api/sales/1", &[], "").await;
+    assert_eq!(seen.json()["reserved"], 2);
+}
+
+#[tokio::test]
+async fn without_an_admin_token_nobody_opens_a_sale() {
+    let mut settings = settings().await;
+    settings.admin_token = None;
+    let server = start(&settings).await;
+    let body = r#"{"name": "Night", "capacity": 3}"#;
+    let refused = ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
+    refused.is_problem(403, "no-admin-token");
+    ask(server.address(), "GET", "/api/sales/7", &[], "")
+        .await
+        .is_problem(404, "unknown-sale");
+}
+
+#[tokio::test]
+async fn a_sane_request_id_is_kept_and_any_other_replaced() {
+    let server = start(&settings().await).await;
+    let sent = async |id: &str| {
+        let answer = ask(server.address(), "GET", "/nowhere", &[("X-Request-Id", id)], "").await;
+        answer.is_problem(404, "not-found");
+        answer.header("x-request-id").to_owned()
+    };
+    let longest = "x".repeat(128);
+    assert_eq!(sent("order-66").await, "order-66");
+    assert_eq!(sent(&longest).await, longest);
+
+    let mut fresh = BTreeSet::new();
+    for bad in ["", "two words", "tab\there", "é", &"x".repeat(129)] {
+        let given = sent(bad).await;
+        assert_ne!(given, bad);
+        assert!(fresh.insert(given), "two requests share an id");
+    }
+    assert!(
+        !ask(server.address(), "GET", "/livez", &[], "")
+            .await
+            .header("x-request-id")
+            .is_empty()
+    );
+}
+
+#[tokio::test]
+async fn a_panic_fails_its_own_request_only() {
+    let server = start(&settings().await).await;
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+    let post = |key: &str| {
+        let body = r#"{"buyer_id": 1}"#;
+        format!(
+            "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+             Idempotency-Key: {key}\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    };
+    stream.write_all(post("panic").as_bytes()).await.expect("it reads");
+    read_answer(&mut stream)
+        .await
+        .expect("an answer")
+        .is_problem(500, "crashed");
+    // Not even its connection suffers.
+    stream.write_all(post("fine").as_bytes()).await.expect("it reads");
+    assert_eq!(read_answer(&mut stream).await.expect("an answer").status, 201);
+    assert_eq!(
+        metric(&server, r#"oversold_reservations_total{answer="crashed"}"#).await,
+        1.0
+    );
+}
+
+#[tokio::test]
+async fn a_reservation_outlives_the_buyer_who_hangs_up() {
+    let database = database().await;
+    let server = start(&on(&database)).await;
+    let mut test = PgConnection::connect(&database).await.expect("the database is there");
+    let mut held = test.begin().await.expect("a transaction");
+    lock(&mut held, 42).await.expect("the lock");
+
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+    let body = r#"{"buyer_id": 42}"#;
+    let request = format!(
+        "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+         Idempotency-Key: wait\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.expect("it reads");
+    until("the reservation to begin", async || {
+        metric(&server, "oversold_reservations_in_flight").await == 1.0
+    })
+    .await;
+    drop(stream);
+    until("the server to see the hang-up", async || {
+        metric(&server, "oversold_connections_open").await == 1.0
+    })
+    .await;
+    assert_eq!(metric(&server, "oversold_reservations_in_flight").await, 1.0);
+
+    held.rollback().await.expect("the lock is let go");
+    until("the reservation's row", async || rows(&database).await == 1).await;
+    assert_eq!(
+        metric(&server, r#"oversold_reservations_total{answer="confirmed"}"#).await,
+        1.0
+    );
+}
+
+async fn rows(database: &str) -> i64 {
+    let mut connection = PgConnection::connect(database).await.expect("the database is there");
+    let rows = sqlx::query_scalar("select count(*) from reservation")
+        .fetch_one(&mut connection)
+        .await;
+    rows.expect("a count")
+}
+
+async fn metric(server: &Server, line: &str) -> f64 {
+    let metrics = ask(server.address(), "GET", "/metrics", &[], "").await;
+    let value = metrics
+        .text()
+        .lines()
+        .find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok());
+    value.unwrap_or(f64::NAN)
+}
+
+#[tokio::test]
+async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
+    let mut settings = settings().await;
+    settings.instance = "box-3".to_owned();
+    let server = start(&settings).await;
+    reserve(server.address(), 1, "fine").await;
+    reserve(server.address(), 2, "sold-out").await;
+    reserve(server.address(), 3, "sold-out").await;
+    reserve(server.address(), 4, "overloaded").await;
+    for odd in ["/api/sales/77", "/some/where", "/else/where"] {
+        ask(server.address(), "BREW", odd, &[], "").await;
+    }
+
+    let answer = ask(server.address(), "GET", "/metrics", &[], "").await;
+    assert_eq!(
+        answer.header("content-type"),
+        "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    );
+    let text = answer.text();
+    for line in [
+        r#"oversold_server_info{strategy="lv0/obedient",instance_name="box-3"} 1"#,
+        r#"oversold_reservations_total{answer="confirmed"} 1"#,
+        r#"oversold_reservations_total{answer="sold-out"} 2"#,
+        r#"oversold_reservations_total{answer="overloaded"} 1"#,
+        r#"oversold_http_request_duration_seconds_count{method="POST",route="/api/sales/{id}/reservations",status="409"} 2"#,
+        r#"oversold_http_request_duration_seconds_count{method="other",route="/api/sales/{id}",status="405"} 1"#,
+        r#"oversold_http_request_duration_seconds_count{method="other",route="unknown",status="404"} 2"#,
+        "# EOF",
+    ] {
+        assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
+    }
+    // A connection goes back to its pool, and one to its client goes away, a moment after the answer.
+    for (gauge, value) in [
+        ("oversold_pool_connections_in_use", 0.0),
+        ("oversold_pool_connections_idle", 1.0),
+        ("oversold_pool_waiting", 0.0),
+        ("oversold_reservations_in_flight", 0.0),
+        ("oversold_connections_open", 1.0),
+    ] {
+        until(gauge, async || metric(&server, gauge).await == value).await;
+    }
+    assert!(
+        !text.contains("BREW") && !text.contains("/where") && !text.contains("/77"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn metrics_show_who_waits_for_the_pool() {
+    let database = database().await;
+    let mut settings = on(&database);
+    settings.database_pool_size = 1;
+    let server = start(&settings).await;
+    let mut test = PgConnection::connect(&database).await.expect("the database is there");
+    let mut held = test.begin().await.expect("a transaction");
+    lock(&mut held, 42).await.expect("the lock");
+
+    let address = server.address();
+    let buyers: Vec<_> = (0..3)
+        .map(|n| tokio::spawn(async move { reserve(address, 42, &format!("wait-{n}")).await }))
+        .collect();
+    until("one to have the connection and two to wait for it", async || {
+        metric(&server, "oversold_pool_connections_in_use").await == 1.0
+            && metric(&server, "oversold_pool_waiting").await == 2.0
+    })
+    .await;
+    held.rollback().await.expect("the lock is let go");
+    for buyer in buyers {
+        assert_eq!(within("a buyer", buyer).await.expect("no panic").status, 201);
+    }
+}
+
+#[tokio::test]
+async fn a_full_pool_is_undecided_and_never_a_refusal() {
+    let database = database().await;
+    let mut settings = on(&database);
+    settings.database_pool_size = 1;
+    let server = start(&settings).await;
+    let mut test = PgConnection::connect(&database).await.expect("the database is there");
+    let mut held = test.begin().await.expect("a transaction");
+    lock(&mut held, 42).await.expect("the lock");
+
+    // The first waits for the lock until Postgres gives up, the second for the connection until the pool does.
+    let (first, second) = tokio::join!(
+        reserve(server.address(), 42, "wait-1"),
+        reserve(server.address(), 42, "wait-2")
+    );
+    first.is_problem(503, "overloaded");
+    second.is_problem(503, "overloaded");
+    held.rollback().await.expect("the lock is let go");
+    assert_eq!(reserve(server.address(), 42, "wait-1").await.status, 201);
+}
+
+#[tokio::test]
+async fn a_database_that_goes_away_makes_answers_undecided_until_it_is_back() {
+    let line = Cuttable::to(&database().await).await;
+    let server = start(&on(line.url())).await;
+    let ready = async || ask(server.address(), "GET", "/readyz", &[], "").await;
+    assert_eq!(ready().await.status, 200);
+    let id = reserve(server.address(), 1, "before")
+        .await
+        .header("location")
+        .to_owned();
+
+    line.cut();
+    for answer in [
+        ready().await,
+        ask(server.address(), "GET", &id, &[], "").await,
+        reserve(server.address(), 2, "during").await,
+    ] {
+        assert_eq!((answer.status, answer.header("retry-after")), (503, "1"), "{answer:?}");
+    }
+    assert_eq!(ask(server.address(), "GET", "/livez", &[], "").await.status, 200);
+
+    line.mend();
+    until("the server to be ready again", async || ready().await.status == 200).await;
+    assert_eq!(reserve(server.address(), 2, "during").await.status, 201);
+}
+
+#[tokio::test]
+async fn two_servers_in_one_process_share_nothing() {
+    let (one, two) = (start(&settings().await).await, start(&settings().await).await);
+    assert_ne!(one.address(), two.address());
+    reserve(one.address(), 1, "fine").await;
+    assert_eq!(
+        metric(&one, r#"oversold_reservations_total{answer="confirmed"}"#).await,
+        1.0
+    );
+    assert!(
+        metric(&two, r#"oversold_reservations_total{answer="confirmed"}"#)
+            .await
+            .is_nan()
+    );
+    one.shut_down().await.expect("nothing is in flight");
+    assert_eq!(reserve(two.address(), 1, "fine").await.status, 201);
+}
+
+#[tokio::test]
+async fn several_instances_make_the_tables_at_once() {
+    let settings = settings().await;
+    let servers = futures_util::future::join_all((0..8).map(|_| start(&settings))).await;
+    for (buyer, server) in (0..).zip(&servers) {
+        assert_eq!(reserve(server.address(), buyer, "fine").await.status, 201);
+    }
+}
+
+#[tokio::test]
+async fn a_trace_holds_every_step_with_request_time_and_place() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut settings = settings().await;
+    settings.trace_file = Some(folder.path().join("trace.jsonl"));
+    settings.hold = std::time::Duration::from_millis(20);
+    let server = start(&settings).await;
+    let before_us = box_office::trace::now_monotonic_us();
+    let headers = [JSON, ("Idempotency-Key", "wait"), ("X-Request-Id", "r-7")];
+    ask(
+        server.address(),
+        "POST",
+        "/api/sales/1/reservations",
+        &headers,
+        r#"{"buyer_id": 1}"#,
+    )
+    .await;
+    let after_us = box_office::trace::now_monotonic_us();
+    server.shut_down().await.expect("nothing is in flight");
+
+    let written = std::fs::read_to_string(folder.path().join("trace.jsonl")).expect("the trace");
+    let trace: Vec<Record> = written
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a record"))
+        .collect();
+    let steps: Vec<_> = trace
+        .iter()
+        .map(|record| (record.step.as_str(), record.saw.as_deref()))
+        .collect();
+    assert_eq!(
+        steps,
+        [
+            ("asked", Some("wait")),
+            ("waiting for the test", None),
+            ("committed", None)
+        ]
+    );
+    let mut last_us = before_us;
+    for record in &trace {
+        assert_eq!(record.request, "r-7");
+        assert!((last_us..=after_us).contains(&record.at_us), "{record:?}");
+        let (file, line) = record.place.rsplit_once(':').expect("file:line");
+        assert!(
+            file.ends_with("tests/house/mod.rs") && line.parse::<u32>().is_ok(),
+            "{record:?}"
+        );
+        last_us = record.at_us;
+    }
+    let spent_us = trace[1].at_us - trace[0].at_us;
+    assert!(spent_us >= 20_000, "HOLD_MS is 20, but {spent_us} µs were spent");
+}

@@ -1,0 +1,426 @@
+//! Clients that are big, slow, broken or many: they get a 4xx or are cut off, and nobody else notices.
+
+mod house;
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use box_office::{Limits, Server};
+use house::{ask, database, lock, on, read_answer, reserve, send, settings, start, until, within};
+use rstest::rstest;
+use sqlx::{Connection, PgConnection};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+/// What a test can afford to wait for.
+const SHORT: Duration = Duration::from_millis(300);
+
+const HEAD: &str = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+
+async fn with_limits(limits: Limits) -> Server {
+    let mut settings = settings().await;
+    settings.limits = limits;
+    start(&settings).await
+}
+
+/// Waits until the server closes the connection; whatever it still says is thrown away.
+async fn closed(mut stream: TcpStream) {
+    let mut rest = Vec::new();
+    // A reset is a close as well.
+    let _ = within("the server to close the connection", stream.read_to_end(&mut rest)).await;
+}
+
+async fn it_sells(to: SocketAddr) {
+    assert_eq!(reserve(to, 1, "fine").await.status, 201);
+}
+
+#[tokio::test]
+async fn a_declared_length_over_the_limit_is_refused_unread() {
+    let server = start(&settings().await).await;
+    let request = format!(
+        "{HEAD}Content-Length: {}\r\nExpect: 100-continue\r\n\r\n",
+        16 * 1024 + 1
+    );
+    send(server.address(), request.as_bytes())
+        .await
+        .is_problem(413, "body-too-large");
+    let request = format!("{HEAD}Content-Length: {}\r\n\r\n", u64::MAX / 2);
+    send(server.address(), request.as_bytes())
+        .await
+        .is_problem(413, "body-too-large");
+    it_sells(server.address()).await;
+}
+
+#[tokio::test]
+async fn a_body_of_exactly_the_limit_is_read() {
+    let server = start(&settings().await).await;
+    let body = format!(r#"{{"buyer_id": 42}}{}"#, " ".repeat(16 * 1024 - 16));
+    assert_eq!(body.len(), 16 * 1024);
+    let headers = [("Content-Type", "application/json")];
+    let sold = ask(server.address(), "POST", "/api/sales/1/reservations", &headers, &body).await;
+    assert_eq!(sold.status, 201);
+    let longer = ask(
+        server.address(),
+        "POST",
+        "/api/sales/1/reservations",
+        &headers,
+        &format!("{body} "),
+    )
+    .await;
+    longer.is_problem(413, "body-too-large");
+}
+
+#[tokio::test]
+async fn a_chunked_body_over_the_limit_is_refused() {
+    let server = start(&settings().await).await;
+    let body = " ".repeat(0x4001);
+    let request = format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n4001\r\n{body}\r\n0\r\n\r\n");
+    send(server.address(), request.as_bytes())
+        .await
+        .is_problem(413, "body-too-large");
+}
+
+#[tokio::test]
+async fn an_endless_chunked_body_is_cut_off() {
+    let server = start(&settings().await).await;
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+    stream
+        .write_all(format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n").as_bytes())
+        .await
+        .expect("it reads");
+    let chunk = format!("400\r\n{}\r\n", " ".repeat(0x400));
+    let mut taken = 0;
+    within("the server to cut it off", async {
+        while stream.write_all(chunk.as_bytes()).await.is_ok() {
+            taken += chunk.len();
+        }
+    })
+    .await;
+    // Sixteen of them are the limit; the rest is what the sockets on both sides hold.
+    println!("{taken} bytes were taken");
+    it_sells(server.address()).await;
+}
+
+#[rstest]
+#[case::not_utf8(b"{\"buyer_id\": 42, \"\xff\": 1}", 400, "malformed-body")]
+#[case::half_a_character(b"{\"buyer_id\": \"\xe2\x82", 400, "malformed-body")]
+#[case::deep_arrays(&[b'['; 16 * 1024], 400, "malformed-body")]
+#[case::nul(b"\0", 400, "malformed-body")]
+#[case::half_a_surrogate(br#"{"buyer_id": "\ud800"}"#, 422, "invalid-body")]
+#[case::a_long_number(&[b'9'; 16 * 1024], 422, "invalid-body")]
+#[tokio::test]
+async fn a_hostile_body_is_a_problem_like_any_other(#[case] body: &[u8], #[case] status: u16, #[case] problem: &str) {
+    let server = start(&settings().await).await;
+    let mut request = format!("{HEAD}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
+    request.extend_from_slice(body);
+    send(server.address(), &request).await.is_problem(status, problem);
+    it_sells(server.address()).await;
+}
+
+#[tokio::test]
+async fn deep_json_does_not_reach_the_end_of_the_stack() {
+    let server = start(&settings().await).await;
+    let deep = 8_000;
+    let body = format!(r#"{{"buyer_id": {}{}}}"#, "[".repeat(deep), "]".repeat(deep));
+    let request = format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len());
+    send(server.address(), request.as_bytes())
+        .await
+        .is_problem(422, "invalid-body");
+    it_sells(server.address()).await;
+}
+
+#[rstest]
+#[case::no_http(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 this is TLS\r\n\r\n", 400)]
+#[case::two_lengths(b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400)]
+#[case::no_length(b"GET / HTTP/1.1\r\nContent-Length: many\r\n\r\n", 400)]
+#[case::unknown_version(b"GET / HTTP/9.9\r\n\r\n", 400)]
+#[tokio::test]
+async fn what_is_not_http_is_a_400(#[case] bytes: &[u8], #[case] status: u16) {
+    let server = start(&settings().await).await;
+    assert_eq!(send(server.address(), bytes).await.status, status);
+    it_sells(server.address()).await;
+}
+
+#[tokio::test]
+async fn headers_without_end_are_refused() {
+    let server = start(&settings().await).await;
+    let long = format!("GET /livez HTTP/1.1\r\nX-Long: {}\r\n\r\n", "x".repeat(64 * 1024));
+    assert_eq!(send(server.address(), long.as_bytes()).await.status, 431);
+    let many = format!("GET /livez HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(200));
+    assert_eq!(send(server.address(), many.as_bytes()).await.status, 431);
+    it_sells(server.address()).await;
+}
+
+#[tokio::test]
+async fn slow_headers_and_idle_connections_are_cut_off() {
+    let server = with_limits(Limits {
+        header_time: SHORT,
+        ..Limits::default()
+    })
+    .await;
+    let idle = TcpStream::connect(server.address()).await.expect("it listens");
+    let mut slow = TcpStream::connect(server.address()).await.expect("it listens");
+    slow.write_all(b"GET /livez HTTP/1.1\r\nX-").await.expect("it reads");
+    let mut kept_alive = TcpStream::connect(server.address()).await.expect("it listens");
+    kept_alive
+        .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        .await
+        .expect("it reads");
+    assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
+
+    let began = Instant::now();
+    tokio::join!(closed(idle), closed(slow), closed(kept_alive));
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "cut off by something else after {:?}",
+        began.elapsed()
+    );
+    it_sells(server.address()).await;
+}
+
+#[tokio::test]
+async fn a_slow_body_is_answered_and_cut_off() {
+    let server = with_limits(Limits {
+        body_time: SHORT,
+        ..Limits::default()
+    })
+    .await;
+    let mut slow = TcpStream::connect(server.address()).await.expect("it listens");
+    slow.write_all(format!("{HEAD}Content-Length: 16\r\n\r\n{{").as_bytes())
+        .await
+        .expect("it reads");
+    it_sells(server.address()).await;
+    let answer = read_answer(&mut slow).await.expect("an answer");
+    answer.is_problem(408, "body-too-slow");
+    assert_eq!(answer.header("connection"), "close");
+    closed(slow).await;
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_harms_nobody() {
+    let server = start(&settings().await).await;
+    let mut broken = TcpStream::connect(server.address()).await.expect("it listens");
+    broken
+        .write_all(format!("{HEAD}Content-Length: 16\r\n\r\n{{").as_bytes())
+        .await
+        .expect("it reads");
+    broken.shutdown().await.expect("half closed");
+    closed(broken).await;
+    it_sells(server.address()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
+    let server = start(&settings().await).await;
+    let mut idle = Vec::new();
+    for n in 0..2_000 {
+        let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+        if n % 2 == 0 {
+            stream.write_all(b"GET /livez HTTP/1.1\r\n").await.expect("it reads");
+        }
+        idle.push(stream);
+    }
+    let began = Instant::now();
+    for _ in 0..20 {
+        it_sells(server.address()).await;
+    }
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "20 tickets took {:?}",
+        began.elapsed()
+    );
+
+    // Nor do they hold up the end: none of them is in flight.
+    let began = Instant::now();
+    let address = server.address();
+    let unfinished: Vec<TcpStream> = idle.into_iter().step_by(2).collect();
+    drop(unfinished);
+    within("the end", server.shut_down())
+        .await
+        .expect("nothing is in flight");
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "the end took {:?}",
+        began.elapsed()
+    );
+    TcpStream::connect(address).await.expect_err("nobody listens any more");
+}
+
+#[tokio::test]
+async fn over_the_limit_of_connections_the_next_waits_until_one_leaves() {
+    let server = with_limits(Limits {
+        connections: 2,
+        ..Limits::default()
+    })
+    .await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+        stream
+            .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .expect("it reads");
+        assert_eq!(read_answer(&mut stream).await.expect("an answer").status, 200);
+        held.push(stream);
+    }
+    let address = server.address();
+    let third = tokio::spawn(async move { reserve(address, 1, "fine").await });
+    let early = tokio::time::timeout(SHORT, read_answer(&mut held[0])).await;
+    assert!(early.is_err() && !third.is_finished(), "a third connection was served");
+    held.clear();
+    assert_eq!(within("the third", third).await.expect("no panic").status, 201);
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() {
+    let server = start(&settings().await).await;
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+    let mut requests = String::new();
+    for buyer in 0..50 {
+        let body = format!(r#"{{"buyer_id": {buyer}}}"#);
+        requests.push_str(&format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len()));
+    }
+    stream.write_all(requests.as_bytes()).await.expect("it reads");
+    for buyer in 0..50 {
+        let answer = read_answer(&mut stream).await.expect("an answer");
+        assert_eq!((answer.status, answer.json()["buyer_id"].as_i64()), (201, Some(buyer)));
+    }
+}
+
+#[tokio::test]
+async fn http_1_0_is_answered_and_closed() {
+    let server = start(&settings().await).await;
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+    stream
+        .write_all(b"GET /livez HTTP/1.0\r\n\r\n")
+        .await
+        .expect("it reads");
+    let answer = read_answer(&mut stream).await.expect("an answer");
+    assert_eq!((answer.status, answer.text()), (200, "alive\n"));
+    closed(stream).await;
+}
+
+/// A database, a server on it, and a lock that buyer 42 waits for.
+async fn with_one_in_flight(limits: Limits) -> (Server, PgConnection, TcpStream) {
+    let database = database().await;
+    let mut settings = on(&database);
+    settings.limits = limits;
+    let server = start(&settings).await;
+    let mut holder = PgConnection::connect(&database).await.expect("the database is there");
+    sqlx::query("begin").execute(&mut holder).await.expect("a transaction");
+    lock(&mut holder, 42).await.expect("the lock");
+
+    let mut buyer = TcpStream::connect(server.address()).await.expect("it listens");
+    let body = r#"{"buyer_id": 42}"#;
+    let request = format!(
+        "{HEAD}Idempotency-Key: wait\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    buyer.write_all(request.as_bytes()).await.expect("it reads");
+    until("the reservation to wait for its lock", async || {
+        waits_for_a_lock(&mut connect(&database).await).await
+    })
+    .await;
+    (server, holder, buyer)
+}
+
+async fn connect(database: &str) -> PgConnection {
+    PgConnection::connect(database).await.expect("the database is there")
+}
+
+async fn waits_for_a_lock(connection: &mut PgConnection) -> bool {
+    let waiting = sqlx::query_scalar(
+        "select exists (select from pg_stat_activity
+                         where datname = current_database() and wait_event_type = 'Lock')",
+    );
+    waiting.fetch_one(connection).await.expect("an answer")
+}
+
+async fn let_go(holder: &mut PgConnection) {
+    sqlx::query("rollback")
+        .execute(holder)
+        .await
+        .expect("the lock is let go");
+}
+
+#[tokio::test]
+async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
+    let (server, mut holder, mut buyer) = with_one_in_flight(Limits::default()).await;
+    let address = server.address();
+    let fresh = TcpStream::connect(address).await.expect("it listens");
+    let mut kept_alive = TcpStream::connect(address).await.expect("it listens");
+    kept_alive
+        .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        .await
+        .expect("it reads");
+    assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
+
+    let end = tokio::spawn(server.shut_down());
+    tokio::join!(closed(fresh), closed(kept_alive));
+    TcpStream::connect(address).await.expect_err("nobody listens any more");
+    assert!(!end.is_finished(), "it did not wait for the request in flight");
+
+    let_go(&mut holder).await;
+    let answer = read_answer(&mut buyer).await.expect("an answer");
+    assert_eq!((answer.status, answer.header("connection")), (201, "close"));
+    within("the end", end)
+        .await
+        .expect("no panic")
+        .expect("all was drained");
+}
+
+#[tokio::test]
+async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
+    let (server, mut holder, buyer) = with_one_in_flight(Limits::default()).await;
+    let address = server.address();
+    drop(buyer);
+    let end = tokio::spawn(server.shut_down());
+    until("the listener to close", async || {
+        TcpStream::connect(address).await.is_err()
+    })
+    .await;
+    // The lock is still held, so the reservation can't have ended.
+    assert!(!end.is_finished(), "it did not wait for the reservation");
+    let_go(&mut holder).await;
+    within("the end", end)
+        .await
+        .expect("no panic")
+        .expect("all was drained");
+    let sold: i64 = sqlx::query_scalar("select count(*) from reservation")
+        .fetch_one(&mut holder)
+        .await
+        .expect("a count");
+    assert_eq!(sold, 1);
+}
+
+#[tokio::test]
+async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
+    let (server, _holder, _buyer) = with_one_in_flight(Limits {
+        drain_time: SHORT,
+        ..Limits::default()
+    })
+    .await;
+    let cut_off = within("the end", server.shut_down())
+        .await
+        .expect_err("something is in flight");
+    assert_eq!((cut_off.connections, cut_off.reservations), (1, 1));
+    assert!(
+        cut_off.to_string().contains("1 connections and 1 reservations"),
+        "{cut_off}"
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_is_dropped_stops_to_listen() {
+    let server = start(&settings().await).await;
+    let address = server.address();
+    drop(server);
+    until("the listener to close", async || {
+        TcpStream::connect(address).await.is_err()
+    })
+    .await;
+}

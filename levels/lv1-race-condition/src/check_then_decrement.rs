@@ -1,0 +1,98 @@
+//! Read the stock, check it, and let the database subtract.
+//!
+//! `stock = stock - 1` is atomic: the second update waits for the first and subtracts from what that one left, so no update is lost.
+//! The check is what is stale: everyone who read 1 passes it, and the stock goes below zero.
+//!
+//! Guarantee: the stock always says how many were sold; nothing keeps that number under the capacity.
+//! Where it ends: at the second buyer in the same instant.
+//! Anomaly: check-then-act, also called time of check to time of use. Costs nothing.
+//!
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "The check is older than the write".
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use uuid::Uuid;
+
+/// Sells by checking the stock and letting the database subtract.
+pub struct CheckThenDecrement {
+    stage: Stage,
+}
+
+impl CheckThenDecrement {
+    /// Sells on this stage.
+    pub fn new(stage: Stage) -> Self {
+        Self { stage }
+    }
+}
+
+#[async_trait]
+impl Reserve for CheckThenDecrement {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let mut tx = self.stage.database.begin().await?;
+        steps.at("transaction begun").await;
+
+        // ANCHOR: read
+        let stock: i64 = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        // ANCHOR_END: read
+        .bind(order.sale)
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps.at("stock read").saw(stock).await;
+
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(earlier) = earlier {
+            return Ok(earlier.answer(order)?);
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        // ANCHOR: write
+        sqlx::query(
+            "update sale
+                set stock = stock - 1
+              where id = $1",
+        )
+        .bind(order.sale)
+        .execute(&mut *tx)
+        .await?;
+        steps.at("stock written").await;
+        // ANCHOR_END: write
+
+        let id = Uuid::now_v7();
+        sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, $2, $3, $4)",
+        )
+        .bind(id)
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&mut *tx)
+        .await?;
+        steps.at("reservation written").await;
+
+        tx.commit().await?;
+        steps.at("committed").await;
+        Ok(Outcome::Confirmed(Reservation { id }))
+    }
+}

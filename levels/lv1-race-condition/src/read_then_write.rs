@@ -1,0 +1,99 @@
+//! Read the stock, check it, write it back less one.
+//!
+//! Every line is right, and so is every run in which the buyers come one after another. But between "stock read" and "stock written"
+//! the world moves on: two buyers read the same stock, both write the same new value, and one of the two sales leaves no trace in it.
+//!
+//! Guarantee: none on the number of tickets sold. Where it ends: at the second buyer in the same instant.
+//! Anomaly: the lost update. Read committed, the default isolation level of Postgres, allows it.
+//! What it costs: nothing, which is why it is written so often.
+//!
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "Two buyers read the same stock".
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use uuid::Uuid;
+
+/// Sells by reading the stock and writing it back.
+pub struct ReadThenWrite {
+    stage: Stage,
+}
+
+impl ReadThenWrite {
+    /// Sells on this stage.
+    pub fn new(stage: Stage) -> Self {
+        Self { stage }
+    }
+}
+
+#[async_trait]
+impl Reserve for ReadThenWrite {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let mut tx = self.stage.database.begin().await?;
+        steps.at("transaction begun").await;
+
+        // ANCHOR: read
+        let stock: i64 = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        // ANCHOR_END: read
+        .bind(order.sale)
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps.at("stock read").saw(stock).await;
+
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(earlier) = earlier {
+            return Ok(earlier.answer(order)?);
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        // ANCHOR: write
+        sqlx::query(
+            "update sale
+                set stock = $2
+              where id = $1",
+        )
+        .bind(order.sale)
+        .bind(stock - 1)
+        .execute(&mut *tx)
+        .await?;
+        steps.at("stock written").saw(stock - 1).await;
+        // ANCHOR_END: write
+
+        let id = Uuid::now_v7();
+        sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, $2, $3, $4)",
+        )
+        .bind(id)
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&mut *tx)
+        .await?;
+        steps.at("reservation written").await;
+
+        tx.commit().await?;
+        steps.at("committed").await;
+        Ok(Outcome::Confirmed(Reservation { id }))
+    }
+}
