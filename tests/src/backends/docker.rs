@@ -22,7 +22,7 @@ use testcontainers_modules::testcontainers::{
 };
 use tokio::{runtime::Runtime, sync::Mutex, time::timeout};
 
-use super::{free_port, keeper, setting};
+use super::{free_port, keeper, root, setting};
 
 /// How long an engine may take to say that it is there.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -100,10 +100,7 @@ impl<I: Image + 'static> Container<I> {
                             port,
                         });
                     }
-                    Err(error)
-                        if tries_left > 0
-                            && format!("{error:?}").contains("port is already allocated") =>
-                    {
+                    Err(error) if tries_left > 0 && format!("{error:?}").contains("port is already allocated") => {
                         // It exists without running: the keeper has its name and removes it.
                     }
                     Err(error) => return Err(error).context("the container did not start"),
@@ -157,26 +154,15 @@ impl<I: Image + 'static> Container<I> {
 
     /// The end of what it wrote.
     pub(super) async fn log(&self) -> anyhow::Result<String> {
-        let options = LogsOptionsBuilder::new()
-            .stdout(true)
-            .stderr(true)
-            .tail("10")
-            .build();
+        let options = LogsOptionsBuilder::new().stdout(true).stderr(true).tail("10").build();
         self.ask(|engine, name| async move {
             let lines: Vec<_> = engine.logs(&name, Some(options)).collect().await;
-            Ok(lines
-                .into_iter()
-                .flatten()
-                .map(|line| line.to_string())
-                .collect())
+            Ok(lines.into_iter().flatten().map(|line| line.to_string()).collect())
         })
         .await
     }
 
-    async fn ask<T, F>(
-        &self,
-        question: impl FnOnce(Docker, String) -> F + Send + 'static,
-    ) -> anyhow::Result<T>
+    async fn ask<T, F>(&self, question: impl FnOnce(Docker, String) -> F + Send + 'static) -> anyhow::Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, EngineError>> + Send,
@@ -205,21 +191,16 @@ impl<I: Image + 'static> Drop for Container<I> {
 impl ImageName {
     /// The image's repository and tag.
     fn named(&self) -> anyhow::Result<(String, String)> {
-        let named = setting(self.variable).map_or_else(
-            || self.default.into(),
-            |named| named.to_string_lossy().into_owned(),
-        );
+        let named =
+            setting(self.variable).map_or_else(|| self.default.into(), |named| named.to_string_lossy().into_owned());
         match named.rsplit_once(':') {
             // In `host:5000/image` the colon belongs to the port.
-            Some((repository, tag))
-                if !tag.contains('/') && !repository.is_empty() && !tag.is_empty() =>
-            {
+            Some((repository, tag)) if !tag.contains('/') && !repository.is_empty() && !tag.is_empty() => {
                 Ok((repository.to_owned(), tag.to_owned()))
             }
-            Some((_, tag)) if !tag.contains('/') => bail!(
-                "{} is `{named}`, which is no name of an image",
-                self.variable
-            ),
+            Some((_, tag)) if !tag.contains('/') => {
+                bail!("{} is `{named}`, which is no name of an image", self.variable)
+            }
             _ => Ok((named, "latest".to_owned())),
         }
     }
@@ -233,13 +214,17 @@ async fn on_engine<T: Send + 'static>(
 
 /// The engine, if it answers.
 async fn engine() -> anyhow::Result<Docker> {
-    let at = || address().unwrap_or_else(|| "the default address".to_owned());
-    let engine = docker_client_instance()
-        .await
-        .with_context(|| format!("no Docker engine can be reached at {}", at()))?;
-    match timeout(ANSWERS_WITHIN, engine.ping()).await {
-        Ok(Ok(_)) => Ok(engine),
-        _ => bail!("no Docker engine answers at {}", at()),
+    let answers = async {
+        let engine = docker_client_instance().await.ok()?;
+        engine.ping().await.ok()?;
+        Some(engine)
+    };
+    match timeout(ANSWERS_WITHIN, answers).await {
+        Ok(Some(engine)) => Ok(engine),
+        _ => bail!(
+            "no Docker engine answers at {}",
+            address().as_deref().unwrap_or("any of the usual sockets")
+        ),
     }
 }
 
@@ -262,11 +247,7 @@ fn address() -> Option<String> {
 
 /// Sees to it that the image is there. A pull is tried once, and its failure remembered: here, and for a while in a file for other processes,
 /// so that a machine without a network does not wait for it in every test binary.
-async fn present<I: Image>(
-    service: &str,
-    engine: &Docker,
-    request: ContainerRequest<I>,
-) -> anyhow::Result<()> {
+async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerRequest<I>) -> anyhow::Result<()> {
     static PULLED: Mutex<Option<HashMap<String, Result<(), String>>>> = Mutex::const_new(None);
 
     let image = request.descriptor();
@@ -284,11 +265,7 @@ async fn present<I: Image>(
     }
 }
 
-async fn pull<I: Image>(
-    service: &str,
-    image: &str,
-    request: ContainerRequest<I>,
-) -> Result<(), String> {
+async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>) -> Result<(), String> {
     let note = pull_note(image);
     if let Some(age_s) = age(&note)
         .filter(|age| *age < PULL_AGAIN_AFTER)
@@ -307,7 +284,7 @@ async fn pull<I: Image>(
             Ok(())
         }
         Err(error) => {
-            let reason = format!("can't be pulled: {error}");
+            let reason = format!("can't be pulled: {}", root(&error));
             // Without the note, the next process tries it again: slower, not wrong.
             let _ = fs::write(&note, &reason);
             Err(reason)

@@ -33,8 +33,7 @@ pub use postgres::{Database, Durability, Postgres, Private};
 /// There is none; the error says what was tried and how to get one. It is remembered.
 pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
     static SHARED: OnceCell<Result<Arc<Postgres>, Missing>> = OnceCell::const_new();
-    let found =
-        SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
+    let found = SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
     found.await.clone()
 }
 
@@ -185,6 +184,11 @@ fn remedy(service: &str, forced: Option<Source>) -> String {
     }
 }
 
+/// The error at the root of another, which says what is wrong without repeating where.
+fn root(error: &dyn std::error::Error) -> &dyn std::error::Error {
+    error.source().map_or(error, root)
+}
+
 /// A setting that is there and not empty.
 fn setting(variable: &str) -> Option<OsString> {
     env::var_os(variable).filter(|held| !held.is_empty())
@@ -229,10 +233,7 @@ mod tests {
     #[test]
     fn a_shown_url_has_no_password_and_no_parameters() {
         for (url, shown) in [
-            (
-                "postgres://me:s3cret@db:5432/sale",
-                "postgres://me:***@db:5432/sale",
-            ),
+            ("postgres://me:s3cret@db:5432/sale", "postgres://me:***@db:5432/sale"),
             (
                 "postgres://me:s3:c@r/et@db/sale?password=s3cret",
                 "postgres://me:***@db/sale",

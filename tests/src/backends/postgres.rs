@@ -16,7 +16,7 @@ use anyhow::{Context, bail};
 use sqlx::{ConnectOptions, Connection, postgres::PgConnectOptions};
 use tokio::sync::{Mutex, OnceCell};
 
-use super::{Missing, Report, Source, forced, remedy, setting};
+use super::{Missing, Report, Source, forced, remedy, root, setting};
 pub use database::Database;
 use database::ExternalOwner;
 
@@ -42,9 +42,17 @@ fn settings(durability: Durability) -> Vec<String> {
         "max_connections=500",
         // The default of 1 s would make every test of a deadlock wait that long.
         "deadlock_timeout=10ms",
+        // In files of the data folder, which go with it: a server that is killed leaves others behind in /dev/shm.
+        "dynamic_shared_memory_type=mmap",
     ];
     if durability == Durability::Fast {
-        settings.extend(["fsync=off", "full_page_writes=off"]);
+        // Little log is kept, as it may lie in memory.
+        settings.extend([
+            "fsync=off",
+            "full_page_writes=off",
+            "max_wal_size=256MB",
+            "min_wal_size=32MB",
+        ]);
     }
     let arguments = settings.into_iter().flat_map(|setting| ["-c", setting]);
     arguments.map(str::to_owned).collect()
@@ -62,8 +70,22 @@ pub struct Postgres {
 
 enum Server {
     External(ExternalOwner),
+    Own(Own),
+}
+
+/// A server that was started here.
+enum Own {
     Docker(docker::Server),
     Native(native::Server),
+}
+
+impl Own {
+    fn admin(&self) -> PgConnectOptions {
+        match self {
+            Self::Docker(server) => server.admin(),
+            Self::Native(server) => server.admin(),
+        }
+    }
 }
 
 impl Postgres {
@@ -72,11 +94,7 @@ impl Postgres {
     /// # Errors
     /// There is none; the error says what was tried and how to get one.
     pub async fn find(durability: Durability) -> Result<Self, Missing> {
-        Self::search(
-            &[Source::External, Source::Docker, Source::Native],
-            durability,
-        )
-        .await
+        Self::search(&[Source::External, Source::Docker, Source::Native], durability).await
     }
 
     /// Starts a server that nobody else uses, at an address that it keeps when it is stopped and started again. It is never an external one.
@@ -99,23 +117,19 @@ impl Postgres {
                     // Whoever names a server wants that one, so nothing else is tried when it is not there.
                     Some(url) => {
                         let found = external(&url.to_string_lossy()).await;
-                        return Self::new(found, source, began, format!("{URL_VARIABLE} is set")).await.map_err(|error| {
-                            Missing::Nowhere {
+                        return Self::new(found, source, began, format!("{URL_VARIABLE} is set"))
+                            .await
+                            .map_err(|error| Missing::Nowhere {
                                 service: SERVICE,
                                 tried: vec![(source, format!("{error:#}"))],
-                                remedy: format!("Set {URL_VARIABLE} to a server that answers, or unset it to have one started."),
-                            }
-                        });
+                                remedy: format!(
+                                    "Set {URL_VARIABLE} to a server that answers, or unset it to have one started."
+                                ),
+                            });
                     }
                 },
-                Source::Docker => docker::Server::start(durability).await.map(|server| {
-                    let admin = server.admin();
-                    (Server::Docker(server), admin)
-                }),
-                Source::Native => native::Server::start(durability).await.map(|server| {
-                    let admin = server.admin();
-                    (Server::Native(server), admin)
-                }),
+                Source::Docker => docker::Server::start(durability).await.map(Own::Docker).map(started),
+                Source::Native => native::Server::start(durability).await.map(Own::Native).map(started),
             };
             let reason = match forced {
                 Some(_) => "OVERSOLD_BACKENDS asks for it".to_owned(),
@@ -143,9 +157,7 @@ impl Postgres {
         let mut connection = admin.connect().await?;
         let mut show = async |setting: &'static str| -> sqlx::Result<String> {
             let statement = sqlx::AssertSqlSafe(format!("show {setting}"));
-            sqlx::query_scalar(statement)
-                .fetch_one(&mut connection)
-                .await
+            sqlx::query_scalar(statement).fetch_one(&mut connection).await
         };
         let report = Report {
             service: SERVICE,
@@ -176,25 +188,33 @@ impl Postgres {
     }
 }
 
+fn started(server: Own) -> (Server, PgConnectOptions) {
+    let admin = server.admin();
+    (Server::Own(server), admin)
+}
+
 /// The server at a URL that the user gave.
 async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
-    // sqlx's own messages name the part that is wrong and not what it holds.
+    // Messages of the parser may repeat what it was given, and so the password.
     let admin = PgConnectOptions::from_str(url)
-        .with_context(|| format!("{URL_VARIABLE} is no URL of a Postgres database"))?;
+        .ok()
+        .filter(|_| {
+            ["postgres://", "postgresql://"]
+                .iter()
+                .any(|scheme| url.starts_with(scheme))
+        })
+        .with_context(|| {
+            format!("{URL_VARIABLE} is no URL of a Postgres database, such as postgres://user:password@host:5432/name")
+        })?;
     let shown = super::without_secrets(url);
-    let mut connection = admin
-        .connect()
-        .await
-        .with_context(|| format!("{shown} does not answer"))?;
-    let may_create: bool = sqlx::query_scalar(
-        "select rolcreatedb or rolsuper from pg_roles where rolname = current_user",
-    )
-    .fetch_one(&mut connection)
-    .await?;
+    let connected = admin.connect().await;
+    let mut connection = connected.map_err(|error| anyhow::anyhow!("{shown} does not answer: {}", root(&error)))?;
+    let may_create: bool =
+        sqlx::query_scalar("select rolcreatedb or rolsuper from pg_roles where rolname = current_user")
+            .fetch_one(&mut connection)
+            .await?;
     if !may_create {
-        bail!(
-            "the user of {shown} may not create databases, and every test has its own (`alter role … createdb`)"
-        );
+        bail!("the user of {shown} may not create databases, and every test has its own (`alter role … createdb`)");
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))
@@ -245,15 +265,14 @@ impl Deref for Private {
 }
 
 impl Private {
-    /// Shuts it down in order: connections are cut, what is committed is on disk. Nothing happens if it is down.
+    /// Shuts it down in order: connections are cut, what was committed is there when it starts again. Nothing happens if it is down.
     ///
     /// # Errors
     /// It does not end in time.
     pub async fn stop(&self) -> anyhow::Result<()> {
-        match &self.0.server {
-            Server::Native(server) => server.stop().await,
-            Server::Docker(server) => server.stop().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+        match self.own() {
+            Own::Docker(server) => server.stop().await,
+            Own::Native(server) => server.stop().await,
         }
     }
 
@@ -262,10 +281,9 @@ impl Private {
     /// # Errors
     /// It can't be killed.
     pub async fn kill(&self) -> anyhow::Result<()> {
-        match &self.0.server {
-            Server::Native(server) => server.kill().await,
-            Server::Docker(server) => server.kill().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+        match self.own() {
+            Own::Docker(server) => server.kill().await,
+            Own::Native(server) => server.kill().await,
         }
     }
 
@@ -274,23 +292,28 @@ impl Private {
     /// # Errors
     /// It does not come up.
     pub async fn start(&self) -> anyhow::Result<()> {
-        match &self.0.server {
-            Server::Native(server) => server.launch().await,
-            Server::Docker(server) => server.launch().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+        match self.own() {
+            Own::Docker(server) => server.launch().await,
+            Own::Native(server) => server.launch().await,
         }
     }
 
-    /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine sees,
-    /// which is one of this machine only if the engine runs on it.
+    /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine
+    /// sees, which is one of this machine only if the engine runs on it.
     ///
     /// # Errors
     /// The engine does not tell.
     pub async fn pid(&self) -> anyhow::Result<Option<u32>> {
+        match self.own() {
+            Own::Docker(server) => server.pid().await,
+            Own::Native(server) => Ok(server.pid()),
+        }
+    }
+
+    fn own(&self) -> &Own {
         match &self.0.server {
-            Server::Native(server) => Ok(server.pid()),
-            Server::Docker(server) => server.pid().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+            Server::Own(server) => server,
+            Server::External(_) => unreachable!("`Postgres::private` does not look for an external server"),
         }
     }
 }

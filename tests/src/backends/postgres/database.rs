@@ -34,10 +34,7 @@ impl Postgres {
         let (name, template) = match &self.server {
             // On a server of somebody else nothing is to stay behind, so there is no template.
             Server::External(owner) => (format!("{}{number}", owner.prefix()), None),
-            Server::Docker(_) | Server::Native(_) => (
-                format!("{}_{number}", schema.name),
-                Some(self.template(schema).await?),
-            ),
+            Server::Own(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
         };
         let database = Database {
             options: self.admin.clone().database(&name),
@@ -58,9 +55,7 @@ impl Postgres {
         run(&mut admin, statement).await.with_context(context)?;
         admin.close().await?;
         if template.is_none() {
-            migrate(&database.options, schema)
-                .await
-                .with_context(context)?;
+            migrate(&database.options, schema).await.with_context(context)?;
         }
         Ok(database)
     }
@@ -112,10 +107,7 @@ async fn run(connection: &mut PgConnection, statement: String) -> sqlx::Result<(
 
 async fn migrate(options: &PgConnectOptions, schema: Schema) -> anyhow::Result<()> {
     let mut connection = options.connect().await?;
-    schema
-        .migrations
-        .run_direct(None, &mut connection, false)
-        .await?;
+    schema.migrations.run_direct(None, &mut connection, false).await?;
     Ok(connection.close().await?)
 }
 
@@ -154,16 +146,10 @@ impl Drop for Database {
         let (admin, name) = (self.admin.clone(), quoted(&self.name));
         // A thread and a runtime of its own: this may be dropped by a runtime, at its end, or outside of any.
         let dropping = thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let dropping = async {
                 let mut admin = admin.connect().await?;
-                run(
-                    &mut admin,
-                    format!("drop database if exists {name} with (force)"),
-                )
-                .await
+                run(&mut admin, format!("drop database if exists {name} with (force)")).await
             };
             runtime.is_ok_and(|runtime| {
                 let dropped = runtime.block_on(async { timeout(DROPPED_WITHIN, dropping).await });
@@ -171,10 +157,7 @@ impl Drop for Database {
             })
         });
         if self.wait && !dropping.join().unwrap_or(false) {
-            eprintln!(
-                "database {} could not be dropped; the next run tries again",
-                self.name
-            );
+            eprintln!("database {} could not be dropped; the next run tries again", self.name);
         }
     }
 }
@@ -190,10 +173,7 @@ impl ExternalOwner {
     const PREFIX: &str = "oversold_";
 
     /// Takes a number, and drops the databases of runs that were killed before they could.
-    pub(super) async fn register(
-        admin: &PgConnectOptions,
-        mut sweeper: PgConnection,
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn register(admin: &PgConnectOptions, mut sweeper: PgConnection) -> anyhow::Result<Self> {
         let number = rand::random();
         let connection = admin
             .clone()
@@ -202,11 +182,11 @@ impl ExternalOwner {
             .await?;
 
         let abandoned: Vec<String> = sqlx::query_scalar(
-            "select datname from pg_database
+            "select datname from pg_database as made
              where datname ~ '^oversold_[0-9]+_[0-9]+$'
                and datdba = (select oid from pg_roles where rolname = current_user)
                and not exists (
-                 select from pg_stat_activity where application_name = substring(datname from '^oversold_[0-9]+')
+                 select from pg_stat_activity where application_name = substring(made.datname from '^oversold_[0-9]+')
                )",
         )
         .fetch_all(&mut sweeper)

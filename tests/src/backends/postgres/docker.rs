@@ -32,10 +32,7 @@ impl Server {
             }
         };
         let container = Container::start(SERVICE, IMAGE, request, PORT).await?;
-        let server = Self {
-            container,
-            password,
-        };
+        let server = Self { container, password };
         server.ready().await?;
         Ok(server)
     }

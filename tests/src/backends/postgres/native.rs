@@ -35,7 +35,10 @@ const PORTS_TO_TRY: u32 = 3;
 /// A server's data folder, and its process while it is up.
 pub(super) struct Server {
     programs: PathBuf,
+    /// Its log.
     folder: PathBuf,
+    /// Its data: the same folder, or one in memory.
+    data_folder: PathBuf,
     port: u16,
     password: String,
     durability: Durability,
@@ -45,8 +48,7 @@ pub(super) struct Server {
 impl Server {
     /// Makes a data folder and starts a server on it.
     pub(super) async fn start(durability: Durability) -> anyhow::Result<Self> {
-        let mut server =
-            tokio::task::spawn_blocking(move || Self::initialise(durability)).await??;
+        let mut server = tokio::task::spawn_blocking(move || Self::initialise(durability)).await??;
         for tries_left in (0..PORTS_TO_TRY).rev() {
             server.port = free_port()?;
             match server.launch().await {
@@ -60,8 +62,14 @@ impl Server {
 
     fn initialise(durability: Durability) -> anyhow::Result<Self> {
         let programs = programs()?;
+        let folder = keeper::folder("postgres")?;
+        let in_memory = match durability {
+            Durability::Fast => keeper::folder_in_memory("postgres")?,
+            Durability::Durable => None,
+        };
         let server = Self {
-            folder: keeper::folder("postgres")?,
+            data_folder: in_memory.unwrap_or_else(|| folder.clone()),
+            folder,
             programs,
             port: 0,
             password: Alphanumeric.sample_string(&mut rand::rng(), 32),
@@ -76,7 +84,7 @@ impl Server {
             .open(&password_file)?
             .write_all(server.password.as_bytes())?;
         if let Some(user) = unprivileged_user() {
-            for path in [&server.folder, &password_file] {
+            for path in [&server.folder, &server.data_folder, &password_file] {
                 chown(path, Some(user.uid), Some(user.gid))?;
             }
         }
@@ -127,12 +135,7 @@ impl Server {
                 .arg("-D")
                 .arg(self.data())
                 .args(["-p", &self.port.to_string()])
-                .args([
-                    "-c",
-                    "listen_addresses=127.0.0.1",
-                    "-c",
-                    "unix_socket_directories=",
-                ])
+                .args(["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="])
                 .args(settings(self.durability))
                 .spawn()?;
             *process = Some(child);
@@ -188,10 +191,7 @@ impl Server {
                 }
             }
             if began.elapsed() > ENDS_WITHIN {
-                bail!(
-                    "postgres did not end within {ENDS_WITHIN:?}: {}",
-                    self.log()
-                );
+                bail!("postgres did not end within {ENDS_WITHIN:?}: {}", self.log());
             }
             tokio::time::sleep(LOOK_AGAIN_AFTER).await;
         }
@@ -213,15 +213,12 @@ impl Server {
     }
 
     fn data(&self) -> PathBuf {
-        self.folder.join("data")
+        self.data_folder.join("data")
     }
 
     /// One of Postgres's programs, as the user that it runs as, writing to the log.
     fn command(&self, program: &str) -> anyhow::Result<Command> {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.log_file())?;
+        let log = File::options().create(true).append(true).open(self.log_file())?;
         let mut command = keeper::command(self.programs.join(program))?;
         command
             .current_dir(&self.folder)
@@ -261,15 +258,15 @@ impl Drop for Server {
         if let Some(mut child) = self.process().take() {
             let _ = child.wait();
         }
-        let _ = fs::remove_dir_all(&self.folder);
+        for folder in [&self.data_folder, &self.folder] {
+            let _ = keeper::clear(folder);
+        }
     }
 }
 
 /// The processes whose parent is this one.
 fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
-    let table = Command::new("ps")
-        .args(["-A", "-o", "ppid=,pid="])
-        .output()?;
+    let table = Command::new("ps").args(["-A", "-o", "ppid=,pid="]).output()?;
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
     let child = |line: &str| {
         let (ppid, pid) = line.trim().split_once(char::is_whitespace)?;
@@ -297,8 +294,7 @@ fn programs() -> anyhow::Result<PathBuf> {
         return Ok(folder);
     }
     // On PATH there may be links, to only some of the programs.
-    let on_path = on_path("initdb")
-        .and_then(|initdb| Some(fs::canonicalize(initdb).ok()?.parent()?.to_owned()));
+    let on_path = on_path("initdb").and_then(|initdb| Some(fs::canonicalize(initdb).ok()?.parent()?.to_owned()));
     on_path
         .into_iter()
         .chain(versioned("/usr/lib/postgresql", "", "bin"))
