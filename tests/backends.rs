@@ -65,7 +65,10 @@ fn main() {
             }
         })
     });
-    libtest_mimic::run(&Arguments::from_args(), tests.collect()).exit();
+    let mut arguments = Arguments::from_args();
+    // They mostly wait for servers to start and to end.
+    arguments.test_threads.get_or_insert(4);
+    libtest_mimic::run(&arguments, tests.collect()).exit();
 }
 
 /// The sources that must be there, from `OVERSOLD_REQUIRE`.
@@ -175,6 +178,21 @@ fn tests() -> Vec<Test> {
             "without_a_usable_image_a_native_server_takes_over",
             &[Docker, Native],
             without_an_image_native_takes_over,
+        ),
+        test(
+            "setup_is_silent_when_there_is_nothing_to_install",
+            &[Native],
+            setup_is_silent,
+        ),
+        test(
+            "setup_says_what_to_run_where_nothing_can_be_installed",
+            &[],
+            setup_says_what_to_run,
+        ),
+        test(
+            "the_image_is_the_same_everywhere",
+            &[],
+            the_image_is_the_same_everywhere,
         ),
         test(
             "a_folder_whose_owner_lives_is_not_swept",
@@ -335,18 +353,14 @@ async fn serve() {
     let report = postgres.report();
     assert_eq!(report.source.name(), env::var("OVERSOLD_BACKENDS").unwrap());
     assert_eq!(report.version, show(&mut connection, "server_version").await);
-    assert!(report.durability.contains(&("fsync", "off".to_owned())), "{report:?}");
+    assert_eq!(report.durability["fsync"], "off");
     assert!(TcpStream::connect(&report.address).is_ok(), "{report}");
 }
 
 async fn durable() {
     let postgres = Postgres::find(Durability::Durable).await.unwrap();
     for setting in ["fsync", "synchronous_commit", "full_page_writes"] {
-        assert!(
-            postgres.report().durability.contains(&(setting, "on".to_owned())),
-            "{:?}",
-            postgres.report()
-        );
+        assert_eq!(postgres.report().durability[setting], "on", "{setting}");
     }
 }
 
@@ -709,7 +723,7 @@ struct Process {
 /// All processes that have not ended.
 fn processes() -> Vec<Process> {
     let listed = Command::new("ps")
-        .args(["-A", "-ww", "-o", "pid=,ppid=,state=,args="])
+        .args(["-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "state=", "-o", "args="])
         .output()
         .unwrap();
     let process = |line: &str| {
@@ -1145,4 +1159,80 @@ fn a_program_that_starts_after_the_end_gives_up() {
     fs::rename(&aside, &book).unwrap();
     assert!(!status.unwrap().success());
     assert!(!proof.exists());
+}
+
+/// `infra/setup.sh` with no setting but those it is given.
+fn setup() -> Command {
+    let mut setup = Command::new("/bin/sh");
+    setup.arg(repository().join("infra/setup.sh"));
+    for setting in ["DATABASE_URL", "OVERSOLD_BACKENDS", "OVERSOLD_POSTGRES_IMAGE"] {
+        setup.env_remove(setting);
+    }
+    setup
+}
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+fn setup_is_silent() {
+    for (setting, value) in [
+        ("OVERSOLD_BACKENDS", "native"),
+        ("DATABASE_URL", "postgres://me@db/sale"),
+    ] {
+        let output = setup().env(setting, value).output().unwrap();
+        assert_eq!(text(&output), "exit status: 0\n", "{setting}");
+    }
+}
+
+fn setup_says_what_to_run() {
+    // With no program on PATH but this one, nothing can be installed, whatever this machine has.
+    let path = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/usr/bin/uname", path.path().join("uname")).unwrap();
+    let nothing = || {
+        let mut setup = setup();
+        setup.env("PATH", path.path()).env("OVERSOLD_POSTGRES_BIN", "/nowhere");
+        setup
+    };
+    for (forced, code, parts) in [
+        (
+            "",
+            1,
+            [
+                "there is no Postgres, and none can be installed from here",
+                "start a Docker engine",
+                "export DATABASE_URL=",
+            ],
+        ),
+        (
+            "docker",
+            1,
+            ["OVERSOLD_BACKENDS is `docker`", "no Docker engine answers", "start one"],
+        ),
+        (
+            "podman",
+            2,
+            ["OVERSOLD_BACKENDS is `podman`", "it takes `docker` or `native`", ""],
+        ),
+    ] {
+        let output = nothing().env("OVERSOLD_BACKENDS", forced).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output));
+        for part in parts {
+            assert!(text(&output).contains(part), "{}", text(&output));
+        }
+    }
+}
+
+fn the_image_is_the_same_everywhere() {
+    let image = |file: &str| {
+        let content = fs::read_to_string(repository().join(file)).unwrap();
+        let (_, from) = content
+            .split_once("postgres:1")
+            .unwrap_or_else(|| panic!("{file} names an image"));
+        let end = from.find(|c: char| !c.is_ascii_alphanumeric() && c != '-').unwrap();
+        from[..end].to_owned()
+    };
+    let suite = image("tests/src/backends/postgres/docker.rs");
+    assert_eq!(image("infra/setup.sh"), suite);
+    assert_eq!(image("docker-compose.yml"), suite);
 }

@@ -18,7 +18,7 @@ born() {
         set -- ${stat##*) }
         [ "$1" = Z ] || echo "${20}"
     else
-        ps -o state= -o lstart= -p "$1" | while read -r state start; do
+        LC_ALL=C TZ=UTC ps -o state= -o lstart= -p "$1" | while read -r state start; do
             case $state in Z*) ;; *) echo "$start" ;; esac
         done
     fi

@@ -15,6 +15,7 @@ mod native;
 mod postgres;
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsString,
     fmt,
@@ -82,7 +83,7 @@ pub struct Report {
     /// From the start of the search to the first answer.
     pub start_up_ms: u64,
     /// The settings in force that decide what a crash can lose, such as `fsync`.
-    pub durability: Vec<(&'static str, String)>,
+    pub durability: BTreeMap<&'static str, String>,
 }
 
 impl fmt::Display for Report {

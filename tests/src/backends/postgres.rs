@@ -5,7 +5,7 @@ mod docker;
 mod native;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ops::Deref,
     str::FromStr,
     sync::Arc,
@@ -166,11 +166,11 @@ impl Postgres {
             version: show("server_version").await?,
             address: format!("{}:{}", admin.get_host(), admin.get_port()),
             start_up_ms: u64::try_from(began.elapsed().as_millis())?,
-            durability: vec![
+            durability: BTreeMap::from([
                 ("fsync", show("fsync").await?),
                 ("synchronous_commit", show("synchronous_commit").await?),
                 ("full_page_writes", show("full_page_writes").await?),
-            ],
+            ]),
         };
         connection.close().await?;
         eprintln!("{report}");

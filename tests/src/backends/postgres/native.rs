@@ -266,7 +266,7 @@ impl Drop for Server {
 
 /// The processes whose parent is this one.
 fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
-    let table = Command::new("ps").args(["-A", "-o", "ppid=,pid="]).output()?;
+    let table = Command::new("ps").args(["-A", "-o", "ppid=", "-o", "pid="]).output()?;
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
     let child = |line: &str| {
         let (ppid, pid) = line.trim().split_once(char::is_whitespace)?;
