@@ -1,10 +1,12 @@
 # Ends what a run of the suite or the rush has made, once the run itself has ended: by itself, by a panic, by Ctrl-C or by SIGKILL.
 #
 #   sh keeper.sh keep FOLDER [STALE…] <PIPE    sweeps the stale folders, waits for the pipe to end, then clears FOLDER
+#   sh keeper.sh clear FOLDER                  removes a folder of data, or ends and removes all that FOLDER knows of
 #   sh keeper.sh run FOLDER NAME PROGRAM…      signs the book of FOLDER, then becomes PROGRAM
 #
 # FOLDER/pids/NAME        a process, in a group of its own: its pid, and when it was born
 # FOLDER/containers/NAME  a container that exists or is about to: the engine's address, or an empty line for the default
+# FOLDER/elsewhere/NAME   a folder in another place
 # FOLDER/…                everything else that is to go
 set -u
 
@@ -16,7 +18,7 @@ born() {
         set -- ${stat##*) }
         [ "$1" = Z ] || echo "${20}"
     else
-        ps -o state= -o lstart= -p "$1" | while read -r state start; do
+        LC_ALL=C TZ=UTC ps -o state= -o lstart= -p "$1" | while read -r state start; do
             case $state in Z*) ;; *) echo "$start" ;; esac
         done
     fi
@@ -59,7 +61,7 @@ clear_folder() {
     signal INT "$1"
     signal CONT "$1"
     tries=0
-    while signal 0 "$1" && [ "$tries" -lt 100 ]; do
+    while signal 0 "$1" && [ "$tries" -lt 50 ]; do
         tries=$((tries + 1))
         sleep 0.1
     done
@@ -69,10 +71,26 @@ clear_folder() {
         read -r engine <"$entry"
         remove_container "${entry##*/}" "$engine"
     done
+    for entry in "$1"/elsewhere/*; do
+        [ -f "$entry" ] || continue
+        read -r elsewhere <"$entry"
+        remove_folder "$elsewhere"
+    done
+    remove_folder "$1"
+}
+
+remove_folder() {
+    # A Postgres that was killed leaves a segment of shared memory, which its lock file names. A machine may have room for only a few.
+    for lock in "$1"/data/postmaster.pid "$1"/*/data/postmaster.pid; do
+        [ -f "$lock" ] || continue
+        segment=$(sed -n '7s/.* //p' "$lock")
+        [ -z "$segment" ] || ipcrm -m "$segment"
+    done
     # Children of a killed process may take a moment to notice, and write until then.
     tries=0
-    until rm -rf "$1" && [ ! -e "$1" ] || [ "$tries" -ge 50 ]; do
+    until rm -rf "$1" && [ ! -e "$1" ]; do
         tries=$((tries + 1))
+        [ "$tries" -lt 50 ] || return 1
         sleep 0.1
     done
 }
@@ -84,6 +102,9 @@ run)
     # Written aside and moved, so that the book never shows half an entry.
     echo "$$ $(born $$)" >"$folder/pids/.$name" && mv "$folder/pids/.$name" "$folder/pids/$name" || exit 1
     exec "$@"
+    ;;
+clear)
+    clear_folder "$2"
     ;;
 keep)
     trap '' HUP INT QUIT TERM

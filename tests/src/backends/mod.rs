@@ -9,11 +9,13 @@
 //! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
 //! this process ends, in whatever way it ends.
 
+mod docker;
 pub mod keeper;
 mod native;
 mod postgres;
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsString,
     fmt,
@@ -81,7 +83,7 @@ pub struct Report {
     /// From the start of the search to the first answer.
     pub start_up_ms: u64,
     /// The settings in force that decide what a crash can lose, such as `fsync`.
-    pub durability: Vec<(&'static str, String)>,
+    pub durability: BTreeMap<&'static str, String>,
 }
 
 impl fmt::Display for Report {
@@ -181,6 +183,11 @@ fn remedy(service: &str, forced: Option<Source>) -> String {
         Some(_) => format!("To get one: {install}."),
         None => format!("To get one: {install}, or {start_docker}."),
     }
+}
+
+/// The error at the root of another, which says what is wrong without repeating where.
+fn root(error: &dyn std::error::Error) -> &dyn std::error::Error {
+    error.source().map_or(error, root)
 }
 
 /// A setting that is there and not empty.

@@ -1,10 +1,11 @@
 //! Postgres: an external server, or one of our own with the same settings from every source.
 
 mod database;
+mod docker;
 mod native;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ops::Deref,
     str::FromStr,
     sync::Arc,
@@ -15,7 +16,7 @@ use anyhow::{Context, bail};
 use sqlx::{ConnectOptions, Connection, postgres::PgConnectOptions};
 use tokio::sync::{Mutex, OnceCell};
 
-use super::{Missing, Report, Source, forced, remedy, setting};
+use super::{Missing, Report, Source, forced, remedy, root, setting};
 pub use database::Database;
 use database::ExternalOwner;
 
@@ -41,9 +42,17 @@ fn settings(durability: Durability) -> Vec<String> {
         "max_connections=500",
         // The default of 1 s would make every test of a deadlock wait that long.
         "deadlock_timeout=10ms",
+        // In files of the data folder, which go with it: a server that is killed leaves others behind in /dev/shm.
+        "dynamic_shared_memory_type=mmap",
     ];
     if durability == Durability::Fast {
-        settings.extend(["fsync=off", "full_page_writes=off"]);
+        // Little log is kept, as it may lie in memory.
+        settings.extend([
+            "fsync=off",
+            "full_page_writes=off",
+            "max_wal_size=256MB",
+            "min_wal_size=32MB",
+        ]);
     }
     let arguments = settings.into_iter().flat_map(|setting| ["-c", setting]);
     arguments.map(str::to_owned).collect()
@@ -61,7 +70,22 @@ pub struct Postgres {
 
 enum Server {
     External(ExternalOwner),
+    Own(Own),
+}
+
+/// A server that was started here.
+enum Own {
+    Docker(docker::Server),
     Native(native::Server),
+}
+
+impl Own {
+    fn admin(&self) -> PgConnectOptions {
+        match self {
+            Self::Docker(server) => server.admin(),
+            Self::Native(server) => server.admin(),
+        }
+    }
 }
 
 impl Postgres {
@@ -104,11 +128,8 @@ impl Postgres {
                             });
                     }
                 },
-                Source::Docker => Err(anyhow::anyhow!("containers are not supported")),
-                Source::Native => native::Server::start(durability).await.map(|server| {
-                    let admin = server.admin();
-                    (Server::Native(server), admin)
-                }),
+                Source::Docker => docker::Server::start(durability).await.map(Own::Docker).map(started),
+                Source::Native => native::Server::start(durability).await.map(Own::Native).map(started),
             };
             let reason = match forced {
                 Some(_) => "OVERSOLD_BACKENDS asks for it".to_owned(),
@@ -145,11 +166,11 @@ impl Postgres {
             version: show("server_version").await?,
             address: format!("{}:{}", admin.get_host(), admin.get_port()),
             start_up_ms: u64::try_from(began.elapsed().as_millis())?,
-            durability: vec![
+            durability: BTreeMap::from([
                 ("fsync", show("fsync").await?),
                 ("synchronous_commit", show("synchronous_commit").await?),
                 ("full_page_writes", show("full_page_writes").await?),
-            ],
+            ]),
         };
         connection.close().await?;
         eprintln!("{report}");
@@ -167,16 +188,27 @@ impl Postgres {
     }
 }
 
+fn started(server: Own) -> (Server, PgConnectOptions) {
+    let admin = server.admin();
+    (Server::Own(server), admin)
+}
+
 /// The server at a URL that the user gave.
 async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
-    // sqlx's own messages name the part that is wrong and not what it holds.
-    let admin =
-        PgConnectOptions::from_str(url).with_context(|| format!("{URL_VARIABLE} is no URL of a Postgres database"))?;
+    // Messages of the parser may repeat what it was given, and so the password.
+    let admin = PgConnectOptions::from_str(url)
+        .ok()
+        .filter(|_| {
+            ["postgres://", "postgresql://"]
+                .iter()
+                .any(|scheme| url.starts_with(scheme))
+        })
+        .with_context(|| {
+            format!("{URL_VARIABLE} is no URL of a Postgres database, such as postgres://user:password@host:5432/name")
+        })?;
     let shown = super::without_secrets(url);
-    let mut connection = admin
-        .connect()
-        .await
-        .with_context(|| format!("{shown} does not answer"))?;
+    let connected = admin.connect().await;
+    let mut connection = connected.map_err(|error| anyhow::anyhow!("{shown} does not answer: {}", root(&error)))?;
     let may_create: bool =
         sqlx::query_scalar("select rolcreatedb or rolsuper from pg_roles where rolname = current_user")
             .fetch_one(&mut connection)
@@ -189,7 +221,10 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
 }
 
 /// Waits until a server answers that was just started. `still_there` says why there is nothing to wait for any more.
-async fn answers(admin: &PgConnectOptions, mut still_there: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+async fn answers(
+    admin: &PgConnectOptions,
+    mut still_there: impl AsyncFnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     /// Postgres: it is starting up, or shutting down.
     const CANNOT_CONNECT_NOW: &str = "57P03";
 
@@ -199,7 +234,7 @@ async fn answers(admin: &PgConnectOptions, mut still_there: impl FnMut() -> anyh
             Ok(connection) => return Ok(connection.close().await?),
             Err(error) => error,
         };
-        still_there()?;
+        still_there().await?;
         let comes_yet = match &error {
             sqlx::Error::Io(_) => true,
             sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
@@ -230,14 +265,14 @@ impl Deref for Private {
 }
 
 impl Private {
-    /// Shuts it down in order: connections are cut, what is committed is on disk. Nothing happens if it is down.
+    /// Shuts it down in order: connections are cut, what was committed is there when it starts again. Nothing happens if it is down.
     ///
     /// # Errors
     /// It does not end in time.
     pub async fn stop(&self) -> anyhow::Result<()> {
-        match &self.0.server {
-            Server::Native(server) => server.stop().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+        match self.own() {
+            Own::Docker(server) => server.stop().await,
+            Own::Native(server) => server.stop().await,
         }
     }
 
@@ -246,9 +281,9 @@ impl Private {
     /// # Errors
     /// It can't be killed.
     pub async fn kill(&self) -> anyhow::Result<()> {
-        match &self.0.server {
-            Server::Native(server) => server.kill().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+        match self.own() {
+            Own::Docker(server) => server.kill().await,
+            Own::Native(server) => server.kill().await,
         }
     }
 
@@ -257,21 +292,28 @@ impl Private {
     /// # Errors
     /// It does not come up.
     pub async fn start(&self) -> anyhow::Result<()> {
-        match &self.0.server {
-            Server::Native(server) => server.launch().await,
-            Server::External(_) => unreachable!("a private server is never an external one"),
+        match self.own() {
+            Own::Docker(server) => server.launch().await,
+            Own::Native(server) => server.launch().await,
         }
     }
 
-    /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine sees,
-    /// which is one of this machine only if the engine runs on it.
+    /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine
+    /// sees, which is one of this machine only if the engine runs on it.
     ///
     /// # Errors
     /// The engine does not tell.
     pub async fn pid(&self) -> anyhow::Result<Option<u32>> {
+        match self.own() {
+            Own::Docker(server) => server.pid().await,
+            Own::Native(server) => Ok(server.pid()),
+        }
+    }
+
+    fn own(&self) -> &Own {
         match &self.0.server {
-            Server::Native(server) => Ok(server.pid()),
-            Server::External(_) => unreachable!("a private server is never an external one"),
+            Server::Own(server) => server,
+            Server::External(_) => unreachable!("`Postgres::private` does not look for an external server"),
         }
     }
 }

@@ -34,7 +34,7 @@ impl Postgres {
         let (name, template) = match &self.server {
             // On a server of somebody else nothing is to stay behind, so there is no template.
             Server::External(owner) => (format!("{}{number}", owner.prefix()), None),
-            Server::Native(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
+            Server::Own(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
         };
         let database = Database {
             options: self.admin.clone().database(&name),
@@ -182,11 +182,11 @@ impl ExternalOwner {
             .await?;
 
         let abandoned: Vec<String> = sqlx::query_scalar(
-            "select datname from pg_database
+            "select datname from pg_database as made
              where datname ~ '^oversold_[0-9]+_[0-9]+$'
                and datdba = (select oid from pg_roles where rolname = current_user)
                and not exists (
-                 select from pg_stat_activity where application_name = substring(datname from '^oversold_[0-9]+')
+                 select from pg_stat_activity where application_name = substring(made.datname from '^oversold_[0-9]+')
                )",
         )
         .fetch_all(&mut sweeper)

@@ -35,7 +35,10 @@ const PORTS_TO_TRY: u32 = 3;
 /// A server's data folder, and its process while it is up.
 pub(super) struct Server {
     programs: PathBuf,
+    /// Its log.
     folder: PathBuf,
+    /// Its data: the same folder, or one in memory.
+    data_folder: PathBuf,
     port: u16,
     password: String,
     durability: Durability,
@@ -59,8 +62,14 @@ impl Server {
 
     fn initialise(durability: Durability) -> anyhow::Result<Self> {
         let programs = programs()?;
+        let folder = keeper::folder("postgres")?;
+        let in_memory = match durability {
+            Durability::Fast => keeper::folder_in_memory("postgres")?,
+            Durability::Durable => None,
+        };
         let server = Self {
-            folder: keeper::folder("postgres")?,
+            data_folder: in_memory.unwrap_or_else(|| folder.clone()),
+            folder,
             programs,
             port: 0,
             password: Alphanumeric.sample_string(&mut rand::rng(), 32),
@@ -75,7 +84,7 @@ impl Server {
             .open(&password_file)?
             .write_all(server.password.as_bytes())?;
         if let Some(user) = unprivileged_user() {
-            for path in [&server.folder, &password_file] {
+            for path in [&server.folder, &server.data_folder, &password_file] {
                 chown(path, Some(user.uid), Some(user.gid))?;
             }
         }
@@ -131,7 +140,7 @@ impl Server {
                 .spawn()?;
             *process = Some(child);
         }
-        answers(&self.admin(), || match self.process().as_mut() {
+        answers(&self.admin(), async || match self.process().as_mut() {
             Some(child) => match child.try_wait()? {
                 None => Ok(()),
                 Some(status) => bail!("postgres ended ({status}): {}", self.log()),
@@ -204,7 +213,7 @@ impl Server {
     }
 
     fn data(&self) -> PathBuf {
-        self.folder.join("data")
+        self.data_folder.join("data")
     }
 
     /// One of Postgres's programs, as the user that it runs as, writing to the log.
@@ -249,13 +258,15 @@ impl Drop for Server {
         if let Some(mut child) = self.process().take() {
             let _ = child.wait();
         }
-        let _ = fs::remove_dir_all(&self.folder);
+        for folder in [&self.data_folder, &self.folder] {
+            let _ = keeper::clear(folder);
+        }
     }
 }
 
 /// The processes whose parent is this one.
 fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
-    let table = Command::new("ps").args(["-A", "-o", "ppid=,pid="]).output()?;
+    let table = Command::new("ps").args(["-A", "-o", "ppid=", "-o", "pid="]).output()?;
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
     let child = |line: &str| {
         let (ppid, pid) = line.trim().split_once(char::is_whitespace)?;

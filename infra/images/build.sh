@@ -1,0 +1,63 @@
+#!/bin/sh
+# Builds the images of the backends on a machine that can't pull them: no registry is needed, only a Debian mirror and a Docker engine.
+#
+#   infra/images/build.sh [postgres…]        all of them unless named
+#
+# Prints the lines to run in the shell, so that the suite uses them:
+#   eval "$(infra/images/build.sh)"
+# What is there already, and was built from the same files, is not built again. OVERSOLD_DEBIAN_MIRROR names another mirror.
+set -eu
+cd "$(dirname "$0")"
+
+all=postgres
+base=oversold/debian:bookworm
+mirror=${OVERSOLD_DEBIAN_MIRROR}
+
+say() { echo "build: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+have() { docker image inspect "$1" >/dev/null 2>&1; }
+
+build_base() {
+    ! have "$base" || return 0
+    [ "$(id -u)" = 0 ] || fail "the first build makes a base image with debootstrap, which takes root"
+    missing=
+    command -v debootstrap >/dev/null || missing=debootstrap
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
+    if [ -n "$missing" ]; then
+        command -v apt-get >/dev/null || fail "debootstrap is needed, and there is no apt-get here to install it with"
+        say "installing with apt-get:" $missing
+        apt-get update -qq >&2
+        # shellcheck disable=SC2086 # one word for each package
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $missing >&2
+    fi
+    say "making $base from $mirror"
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    debootstrap --variant=minbase bookworm "$root" "$mirror" >"$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; fail "debootstrap failed"; }
+    rm -rf "$root.log" "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
+    tar -C "$root" -c . | docker import - "$base" >/dev/null
+    rm -rf "$root"
+    trap - EXIT
+}
+
+build() {
+    image=oversold/$1:local
+    made_from=$(cat "$1"/* | cksum | tr ' ' -)
+    if [ "$(docker image inspect --format '{{index .Config.Labels "oversold.made-from"}}' "$image" 2>/dev/null)" != "$made_from" ]; then
+        build_base
+        say "building $image"
+        # The legacy builder does all that is needed, and is there with every engine. The network of the host reaches what the host reaches.
+        DOCKER_BUILDKIT=0 docker build --network host --label "oversold.made-from=$made_from" --tag "$image" "$1" >&2
+    fi
+    echo "export OVERSOLD_$(echo "$1" | tr '[:lower:]' '[:upper:]')_IMAGE=$image"
+}
+
+docker version >/dev/null 2>&1 || fail "no Docker engine answers"
+[ $# -gt 0 ] || set -- $all
+for name; do
+    [ -f "$name/Dockerfile" ] || fail "there is no image $name; there are: $all"
+done
+for name; do
+    build "$name"
+done

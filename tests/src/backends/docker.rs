@@ -1,0 +1,304 @@
+//! What containers have in common: the engine, images, and a container that can be stopped and started.
+
+use std::{
+    collections::HashMap,
+    env, fs,
+    path::{Path, PathBuf},
+    sync::{LazyLock, mpsc},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use futures_util::StreamExt;
+use testcontainers_modules::testcontainers::{
+    ContainerAsync, ContainerRequest, Image, ImageExt,
+    bollard::{
+        Docker,
+        errors::Error as EngineError,
+        query_parameters::{LogsOptionsBuilder, StopContainerOptionsBuilder},
+    },
+    core::{IntoContainerPort, client::docker_client_instance},
+    runners::AsyncRunner,
+};
+use tokio::{runtime::Runtime, sync::Mutex, time::timeout};
+
+use super::{free_port, keeper, root, setting};
+
+/// How long an engine may take to say that it is there.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// How long an orderly end may take, before the engine kills the container.
+const ENDS_WITHIN_S: i32 = 30;
+/// How long removing a container may take. Then the keeper does it.
+const REMOVED_WITHIN: Duration = Duration::from_secs(30);
+/// How long a failed pull keeps other processes from trying it again.
+const PULL_AGAIN_AFTER: Duration = Duration::from_secs(5 * 60);
+/// How often another port is tried when somebody was quicker.
+const PORTS_TO_TRY: u32 = 3;
+
+/// All talk with the engine happens here. Its connections belong to the runtime that opened them, and a test's own ends with the test.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("docker")
+        .enable_all()
+        .build()
+        .expect("a runtime needs a thread and an epoll, and both were to be had until here")
+});
+
+/// A container of a service, which goes when this is dropped.
+pub(super) struct Container<I: Image + 'static> {
+    /// Always there until the drop.
+    container: Option<ContainerAsync<I>>,
+    name: String,
+    host: String,
+    port: u16,
+}
+
+/// Where a service's image comes from.
+pub(super) struct ImageName {
+    /// The environment variable that names another one.
+    pub(super) variable: &'static str,
+    /// The one that is pulled unless told otherwise.
+    pub(super) default: &'static str,
+}
+
+impl<I: Image + 'static> Container<I> {
+    /// Starts a container whose port `inside` can be reached at a port that stays the same when it is stopped and started. It need not be ready yet.
+    pub(super) async fn start(
+        service: &'static str,
+        image: ImageName,
+        request: impl Fn() -> ContainerRequest<I> + Send + 'static,
+        inside: u16,
+    ) -> anyhow::Result<Self> {
+        let (repository, tag) = image.named()?;
+        let named = move || request().with_name(&repository).with_tag(&tag);
+        on_engine(async move {
+            let engine = engine().await?;
+            present(service, &engine, named()).await?;
+            let mut tries_left = PORTS_TO_TRY;
+            loop {
+                tries_left -= 1;
+                let port = free_port()?;
+                let name = format!("oversold-{service}-{:08x}", rand::random::<u32>());
+                keeper::enter_container(&name, address().as_deref())?;
+                let request = named()
+                    .with_container_name(&name)
+                    .with_mapped_port(port, inside.tcp())
+                    // Readiness is asked of the service itself.
+                    .with_ready_conditions(Vec::new());
+                match request.start().await {
+                    Ok(container) => {
+                        let host = match container.get_host().await?.to_string() {
+                            // Which may be ::1 first, where a container need not be published.
+                            host if host == "localhost" => "127.0.0.1".to_owned(),
+                            host => host,
+                        };
+                        return Ok(Self {
+                            container: Some(container),
+                            name,
+                            host,
+                            port,
+                        });
+                    }
+                    Err(error) if tries_left > 0 && format!("{error:?}").contains("port is already allocated") => {
+                        // It exists without running: the keeper has its name and removes it.
+                    }
+                    Err(error) => return Err(error).context("the container did not start"),
+                }
+            }
+        })
+        .await
+    }
+
+    /// Where it can be reached from here.
+    pub(super) fn address(&self) -> (&str, u16) {
+        (&self.host, self.port)
+    }
+
+    /// Lets it end in order, unless it is down.
+    pub(super) async fn stop(&self) -> anyhow::Result<()> {
+        let options = StopContainerOptionsBuilder::new().t(ENDS_WITHIN_S).build();
+        self.ask(|engine, name| async move { engine.stop_container(&name, Some(options)).await })
+            .await
+    }
+
+    /// Kills every process in it, unless it is down.
+    pub(super) async fn kill(&self) -> anyhow::Result<()> {
+        if self.pid().await?.is_none() {
+            return Ok(());
+        }
+        self.ask(|engine, name| async move { engine.kill_container(&name, None).await })
+            .await?;
+        // The engine answers when the signal is sent.
+        self.ask(|engine, name| async move {
+            engine.wait_container(&name, None).next().await;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Starts it again, unless it is up.
+    pub(super) async fn start_again(&self) -> anyhow::Result<()> {
+        self.ask(|engine, name| async move { engine.start_container(&name, None).await })
+            .await
+    }
+
+    /// The pid of its first process as the engine sees it, while it is up.
+    pub(super) async fn pid(&self) -> anyhow::Result<Option<u32>> {
+        let about = self
+            .ask(|engine, name| async move { engine.inspect_container(&name, None).await })
+            .await?;
+        let pid = about.state.and_then(|state| state.pid).unwrap_or(0);
+        Ok(u32::try_from(pid).ok().filter(|&pid| pid > 0))
+    }
+
+    /// The end of what it wrote.
+    pub(super) async fn log(&self) -> anyhow::Result<String> {
+        let options = LogsOptionsBuilder::new().stdout(true).stderr(true).tail("10").build();
+        self.ask(|engine, name| async move {
+            let lines: Vec<_> = engine.logs(&name, Some(options)).collect().await;
+            Ok(lines.into_iter().flatten().map(|line| line.to_string()).collect())
+        })
+        .await
+    }
+
+    async fn ask<T, F>(&self, question: impl FnOnce(Docker, String) -> F + Send + 'static) -> anyhow::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, EngineError>> + Send,
+    {
+        let name = self.name.clone();
+        on_engine(async move { Ok(question(docker_client_instance().await?, name).await?) }).await
+    }
+}
+
+impl<I: Image + 'static> Drop for Container<I> {
+    fn drop(&mut self) {
+        let Some(container) = self.container.take() else {
+            return;
+        };
+        let (removed, wait) = mpsc::channel();
+        RUNTIME.spawn(async move {
+            let _ = removed.send(container.rm().await);
+        });
+        // Until it is struck out, the keeper sees to it.
+        if let Ok(Ok(())) = wait.recv_timeout(REMOVED_WITHIN) {
+            let _ = keeper::strike_container(&self.name);
+        }
+    }
+}
+
+impl ImageName {
+    /// The image's repository and tag.
+    fn named(&self) -> anyhow::Result<(String, String)> {
+        let named =
+            setting(self.variable).map_or_else(|| self.default.into(), |named| named.to_string_lossy().into_owned());
+        match named.rsplit_once(':') {
+            // In `host:5000/image` the colon belongs to the port.
+            Some((repository, tag)) if !tag.contains('/') && !repository.is_empty() && !tag.is_empty() => {
+                Ok((repository.to_owned(), tag.to_owned()))
+            }
+            Some((_, tag)) if !tag.contains('/') => {
+                bail!("{} is `{named}`, which is no name of an image", self.variable)
+            }
+            _ => Ok((named, "latest".to_owned())),
+        }
+    }
+}
+
+async fn on_engine<T: Send + 'static>(
+    work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
+) -> anyhow::Result<T> {
+    RUNTIME.spawn(work).await?
+}
+
+/// The engine, if it answers.
+async fn engine() -> anyhow::Result<Docker> {
+    let answers = async {
+        let engine = docker_client_instance().await.ok()?;
+        engine.ping().await.ok()?;
+        Some(engine)
+    };
+    match timeout(ANSWERS_WITHIN, answers).await {
+        Ok(Some(engine)) => Ok(engine),
+        _ => bail!(
+            "no Docker engine answers at {}",
+            address().as_deref().unwrap_or("any of the usual sockets")
+        ),
+    }
+}
+
+/// Where the engine is: what testcontainers makes of the environment, for the keeper, whose `docker` may make something else of it.
+fn address() -> Option<String> {
+    if let Some(host) = setting("DOCKER_HOST") {
+        return Some(host.to_string_lossy().into_owned());
+    }
+    let home = |rest| Some(PathBuf::from(env::var_os("HOME")?).join(rest));
+    [
+        Some("/var/run/docker.sock".into()),
+        home(".docker/run/docker.sock"),
+        home(".docker/desktop/docker.sock"),
+    ]
+    .into_iter()
+    .flatten()
+    .find(|socket| socket.exists())
+    .map(|socket| format!("unix://{}", socket.display()))
+}
+
+/// Sees to it that the image is there. A pull is tried once, and its failure remembered: here, and for a while in a file for other processes,
+/// so that a machine without a network does not wait for it in every test binary.
+async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerRequest<I>) -> anyhow::Result<()> {
+    static PULLED: Mutex<Option<HashMap<String, Result<(), String>>>> = Mutex::const_new(None);
+
+    let image = request.descriptor();
+    let mut pulled = PULLED.lock().await;
+    let pulled = pulled.get_or_insert_default();
+    if engine.inspect_image(&image).await.is_ok() {
+        return Ok(());
+    }
+    if !pulled.contains_key(&image) {
+        pulled.insert(image.clone(), pull(service, &image, request).await);
+    }
+    match &pulled[&image] {
+        Ok(()) => Ok(()),
+        Err(reason) => bail!("image {image} is not here, and {reason}"),
+    }
+}
+
+async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>) -> Result<(), String> {
+    let note = pull_note(image);
+    if let Some(age_s) = age(&note)
+        .filter(|age| *age < PULL_AGAIN_AFTER)
+        .map(|age| age.as_secs())
+    {
+        let before = fs::read_to_string(&note).unwrap_or_default();
+        return Err(format!(
+            "{before} ({age_s} s ago; to have it tried again now, delete {})",
+            note.display()
+        ));
+    }
+    eprintln!("{service}: pulling the image {image}");
+    match request.pull_image().await {
+        Ok(_) => {
+            let _ = fs::remove_file(&note);
+            Ok(())
+        }
+        Err(error) => {
+            let reason = format!("can't be pulled: {}", root(&error));
+            // Without the note, the next process tries it again: slower, not wrong.
+            let _ = fs::write(&note, &reason);
+            Err(reason)
+        }
+    }
+}
+
+/// The file that remembers a failed pull.
+fn pull_note(image: &str) -> PathBuf {
+    let user = rustix::process::geteuid().as_raw();
+    let image = image.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    env::temp_dir().join(format!("oversold-pull-failed-{user}-{image}"))
+}
+
+fn age(file: &Path) -> Option<Duration> {
+    fs::metadata(file).ok()?.modified().ok()?.elapsed().ok()
+}
