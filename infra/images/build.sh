@@ -11,7 +11,8 @@ cd "$(dirname "$0")"
 
 all=postgres
 base=oversold/debian:bookworm
-mirror=${OVERSOLD_DEBIAN_MIRROR}
+# Without one, debootstrap takes its own default.
+mirror=${OVERSOLD_DEBIAN_MIRROR:-}
 
 say() { echo "build: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -31,10 +32,10 @@ build_base() {
         # shellcheck disable=SC2086 # one word for each package
         DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $missing >&2
     fi
-    say "making $base from $mirror"
+    say "making $base with debootstrap"
     root=$(mktemp -d)
     trap 'rm -rf "$root"' EXIT
-    debootstrap --variant=minbase bookworm "$root" "$mirror" >"$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; fail "debootstrap failed"; }
+    debootstrap --variant=minbase bookworm "$root" ${mirror:+"$mirror"} >"$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; fail "debootstrap failed"; }
     rm -rf "$root.log" "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
     tar -C "$root" -c . | docker import - "$base" >/dev/null
     rm -rf "$root"

@@ -1,0 +1,93 @@
+# The commands of the README. Each sets up what it needs, says what it installs before it does, and may be run again at any time.
+#
+#   LEVEL=lv1            one level instead of all
+#   STRATEGY=…           one strategy of that level
+#   ARGS="--buyers 50"   more words for the command itself
+
+LEVEL ?=
+STRATEGY ?=
+ARGS ?=
+N ?= 20
+
+package_lv1 := lv1-race-condition
+package_lv2 := lv2-db-lock
+levels := lv1 lv2
+package := $(package_$(LEVEL))
+# One strategy, or the level, or nothing: the whole trail.
+chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))
+# A single level is built without the others.
+features := $(if $(LEVEL),--no-default-features --features $(LEVEL))
+
+tools := target/tools
+mdbook := $(tools)/bin/mdbook
+mdbook_version := 0.5.4
+k6 := $(tools)/bin/k6
+k6_version := v1.8.1
+
+ifneq ($(LEVEL),)
+ifeq ($(package),)
+$(error There is no level $(LEVEL); there is $(levels))
+endif
+endif
+
+.PHONY: help rush test red trace book book-check load up down check results soak
+
+help: ## What there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+rush: ## Sell 100 tickets to 1,000 buyers at once, and judge what came of it
+	@infra/setup.sh
+	cargo run --quiet --package oversold $(features) -- rush $(chosen) $(ARGS)
+
+test: ## Run the suite, of all levels or of one
+	@infra/setup.sh
+	cargo test $(if $(LEVEL),--package $(package)) $(ARGS)
+
+red: ## Show the contract test as it fails: make red LEVEL=lv1 [STRATEGY=read-then-write]
+	@test -n "$(LEVEL)" || { echo "make red takes a level: make red LEVEL=lv1"; exit 2; }
+	@infra/setup.sh
+	@infra/red.sh $(package) $(STRATEGY)
+
+trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then-decrement]
+	@test -n "$(LEVEL)" || { echo "make trace takes a level: make trace LEVEL=lv1"; exit 2; }
+	@infra/setup.sh
+	cargo run --quiet --package oversold $(features) -- trace $(chosen) $(ARGS)
+
+book: $(mdbook) ## Read the book at http://localhost:3000
+	$(mdbook) serve book $(ARGS)
+
+book-check: $(mdbook)
+	$(mdbook) build book
+
+$(mdbook):
+	@echo "installing mdbook $(mdbook_version) with cargo into $(tools); this takes a few minutes, once"
+	cargo install mdbook --locked --version $(mdbook_version) --debug --quiet --root $(tools)
+
+load: ## Run the Goose and k6 loads against a server of this level: make load LEVEL=lv1 [STRATEGY=…]
+	@infra/setup.sh
+	load/run.sh $(or $(chosen),lv1)
+
+$(k6):
+	@echo "building k6 $(k6_version) with go into $(tools); this takes two minutes, once"
+	GOBIN=$(abspath $(tools)/bin) go install go.k6.io/k6@$(k6_version)
+
+up: ## Start the backends in containers, for those who prefer compose
+	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach
+	@echo "export DATABASE_URL=postgres://oversold:oversold@127.0.0.1:5432/oversold"
+
+down: ## Stop them
+	docker compose down 2>/dev/null || docker-compose down
+
+check: ## Everything that must be clean besides the tests
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+	$(MAKE) book-check
+
+results: ## Measure again what the book says in figures
+	@infra/setup.sh
+	cargo run --release --package oversold -- rush --json results/rush.json
+
+soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20
+	@infra/setup.sh
+	infra/soak.sh $(N)
