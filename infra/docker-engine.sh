@@ -73,6 +73,8 @@ stop() {
         [ "$tries" -le 150 ] || fail "dockerd (pid $pid) does not end"
         sleep 0.2
     done
+    # The network namespaces of its containers may still be mounted there.
+    mount -t nsfs | awk -v run="$run/" 'index($3, run) == 1 { print $3 }' | xargs -r umount
     rm -rf "$run"
 }
 
