@@ -36,14 +36,7 @@ enum Command {
         settings: Settings,
     },
     /// Show one exact interleaving as a table: a lane for each buyer, a row for each step.
-    Trace {
-        /// The level, or the strategy as LEVEL/STRATEGY.
-        #[arg(value_name = "LEVEL[/STRATEGY]")]
-        level: String,
-        /// Print Markdown, as the book includes it.
-        #[arg(long)]
-        markdown: bool,
-    },
+    Trace(TraceArgs),
     /// Judge a recorded history.
     Judge {
         /// A history as JSON lines, such as `rush --history` writes.
@@ -84,6 +77,23 @@ pub(crate) struct RushArgs {
     /// Write every request and row to this folder, a file of JSON lines for each strategy.
     #[arg(long, value_name = "FOLDER")]
     history: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct TraceArgs {
+    /// The level, or the strategy as LEVEL/STRATEGY.
+    #[arg(value_name = "LEVEL[/STRATEGY]")]
+    level: String,
+    /// Whose turn it is, a letter for each step: A, B and C are Ann, Bob and Carol, a small letter is that buyer's second click.
+    /// After the last letter everybody runs on to an answer [default: both look before either writes].
+    #[arg(long, value_name = "LETTERS", value_parser = trace::Order::parse)]
+    order: Option<trace::Order>,
+    /// Tickets on sale [default: 1, or 2 with a second click].
+    #[arg(long, requires = "order", value_parser = number(1..=10))]
+    capacity: Option<u32>,
+    /// Print Markdown, as the book includes it.
+    #[arg(long)]
+    markdown: bool,
 }
 
 /// A number in this range, or words about what it takes.
@@ -138,7 +148,7 @@ fn main() -> ExitCode {
         }
         Command::Judge { file, json } => judge::judge_file(&file, json),
         Command::Rush(args) => in_runtime(rush::rush(&args)),
-        Command::Trace { level, markdown } => in_runtime(trace::trace(&level, markdown)),
+        Command::Trace(args) => in_runtime(trace::trace(&args)),
         Command::Doctor => in_runtime(doctor::doctor()),
     };
     match ended {

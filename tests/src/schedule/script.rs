@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, No, Observer, Order, Outcome, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage, Steps, Strategy,
-    trace::now_monotonic_us,
+    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
+    Steps, Strategy, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -164,17 +164,19 @@ impl Rehearsal {
 
     /// The forced run that the book shows for a strategy: both look before either writes.
     ///
-    /// Two buyers and one ticket; or, for a strategy about one buyer's second click, two clicks and two tickets. The first request runs
-    /// until it has decided to sell, then the second as far as it gets, then the first to its answer, then the second.
+    /// Two buyers and one ticket; or, for a strategy that fails at one buyer's second click, two clicks and two tickets. The first request
+    /// runs until it has decided to sell, then the second as far as it gets, then the first to its answer, then the second.
     ///
     /// # Errors
     /// Whatever moving a request fails with.
     pub async fn both_look_before_either_writes(&self) -> anyhow::Result<Script<'_>> {
         const DECIDED: &str = "decided to sell";
-        let clicks = self.strategy.clicks;
-        let mut script = self.sale(clicks).await?;
+        let promised = self.strategy.guarantee.alone;
+        let by_clicks = promised.about(Invariant::NoDuplicate) == Promise::Breaks
+            && promised.about(Invariant::NoOversell) == Promise::Keeps;
+        let mut script = self.sale(if by_clicks { 2 } else { 1 }).await?;
         let first = script.buyer("Ann");
-        let second = if clicks > 1 {
+        let second = if by_clicks {
             script.click(first)
         } else {
             script.buyer("Bob")
@@ -322,6 +324,17 @@ impl Script<'_> {
             .filter(|(_, state)| matches!(state.standing, Standing::NotStarted | Standing::Held(_)))
             .map(|(lane, _)| Lane(lane))
             .collect()
+    }
+
+    /// Lets everybody who can move go on to an answer, in the order in which they came.
+    ///
+    /// # Errors
+    /// A step did not end in time, or somebody never got an answer.
+    pub async fn run_everybody_to_an_answer(&mut self) -> anyhow::Result<()> {
+        while let Some(&first) = self.movable().first() {
+            self.step(first).await?;
+        }
+        self.everybody_has_answered()
     }
 
     /// Whether a request ever had to wait for another.
