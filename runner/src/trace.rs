@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use anyhow::ensure;
 use suite::{
     judge::judge,
     schedule::{Lane, Rehearsal, Script},
@@ -70,6 +69,9 @@ impl Order {
         if text.is_empty() || text.len() > 60 || !text.chars().all(known) {
             return Err(TAKES.to_owned());
         }
+        if text.chars().all(|letter| text.starts_with(letter)) {
+            return Err("the letters of at least two requests, such as ABAB".to_owned());
+        }
         Ok(Self(text.to_owned()))
     }
 
@@ -92,7 +94,6 @@ impl Order {
                 lanes.push((again, script.click(first)));
             }
         }
-        ensure!(lanes.len() > 1, "an order takes at least two requests, such as ABAB");
         for letter in self.0.chars() {
             let lane = lanes.iter().find(|&&(name, _)| name == letter).map(|&(_, lane)| lane);
             match lane {
