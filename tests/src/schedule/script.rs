@@ -410,7 +410,10 @@ impl Script<'_> {
 
     /// Lets one request move, and waits until everything stands still again.
     async fn advance(&mut self, lane: usize) -> anyhow::Result<Moved> {
-        let standing = self.shared.board().lanes[lane].standing;
+        let (standing, before) = {
+            let board = self.shared.board();
+            (board.lanes[lane].standing, board.trace.events.len())
+        };
         match standing {
             Standing::Answered => return Ok(Moved::Answered),
             Standing::NotStarted => self.start(lane),
@@ -421,13 +424,16 @@ impl Script<'_> {
             // It is blocked, unless somebody else's move has freed it.
             Standing::Running | Standing::Waiting => {}
         }
-        tokio::time::timeout(PATIENCE, self.standstill(lane)).await.map_err(|_| {
+        let moved = tokio::time::timeout(PATIENCE, self.standstill(lane)).await.map_err(|_| {
             anyhow!(
                 "after {PATIENCE:?} {} had not reached a point, answered, or been seen blocked by a held request\n{}",
                 self.name(lane),
                 self.trace()
             )
-        })?
+        })?;
+        // Whoever was set free by this move runs beside it; in the table, cause comes before effect.
+        self.shared.board().trace.events[before..].sort_by_key(|event| event.lane != lane);
+        moved
     }
 
     /// Ends when no request moves any more.
