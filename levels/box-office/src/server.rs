@@ -33,6 +33,7 @@ use crate::{
 /// How long a start waits for the database.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 
+// ANCHOR: timeouts
 /// How long a reservation waits for a connection of the pool before the buyer hears "undecided".
 const ACQUIRE_TIME: Duration = Duration::from_secs(5);
 
@@ -43,6 +44,7 @@ const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
     ("statement_timeout", "10s"),
     ("idle_in_transaction_session_timeout", "15s"),
 ];
+// ANCHOR_END: timeouts
 
 /// Clients that may wait to be accepted. A thousand buyers come at one instant; the kernel's usual queue holds fewer.
 const BACKLOG: u32 = 4096;
