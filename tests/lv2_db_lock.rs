@@ -36,14 +36,22 @@ const STARVES: Promises = Promises::ALL_KEPT.breaks(&[Progress]).leaves_open(&[N
 
 // ANCHOR: contract
 #[rstest]
+// ANCHOR: mutex-cases
 #[case::mutex("mutex", 1, KEEPS)]
 #[case::mutex_ends_at_its_process("mutex", 3, OVERSELLS)]
+// ANCHOR_END: mutex-cases
+// ANCHOR: pessimistic-cases
 #[case::pessimistic("pessimistic", 1, KEEPS)]
 #[case::pessimistic_on_three("pessimistic", 3, KEEPS)]
+// ANCHOR_END: pessimistic-cases
+// ANCHOR: optimistic-cases
 #[case::optimistic("optimistic", 1, KEEPS)]
 #[case::optimistic_on_three("optimistic", 3, KEEPS)]
+// ANCHOR_END: optimistic-cases
+// ANCHOR: conditional-update-cases
 #[case::conditional_update("conditional-update", 1, KEEPS)]
 #[case::conditional_update_on_three("conditional-update", 3, KEEPS)]
+// ANCHOR_END: conditional-update-cases
 #[case::mutex_does_nothing("broken/mutex-does-nothing", 1, OVERSELLS)]
 #[case::mutex_wrong_key("broken/mutex-wrong-key", 1, OVERSELLS)]
 #[case::guard_before_commit("broken/guard-before-commit", 1, OVERSELLS)]
