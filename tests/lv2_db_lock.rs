@@ -128,6 +128,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
 #[case::for_update_wrong_key("broken/for-update-wrong-key", TWO_BUYERS)]
 #[case::look_up_before_lock("broken/look-up-before-lock", TWO_CLICKS)]
 #[case::version_not_compared("broken/version-not-compared", TWO_BUYERS)]
+#[case::retry_reuses_the_read("broken/retry-reuses-the-read", TWO_BUYERS)]
 #[tokio::test]
 async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] scenario: Scenario) {
     let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
