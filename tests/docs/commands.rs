@@ -138,7 +138,10 @@ impl Known {
         }
         if let Some(level) = set.get("LEVEL") {
             let strategy = set.get("STRATEGY").map(|strategy| format!("/{strategy}"));
-            self.named(&format!("{level}{}", strategy.unwrap_or_default()))?;
+            let unknown = self.named(&format!("{level}{}", strategy.unwrap_or_default()));
+            if unknown.is_some() {
+                return unknown;
+            }
         }
         let flags = self.subcommands.get(target?)?;
         let arguments = shlex::split(set.get("ARGS")?)?;
