@@ -84,7 +84,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
                 .skip(1)
                 .fold("oversold".to_owned(), |command, word| command + " " + &word),
             commit,
-            profile: if cfg!(debug_assertions) { "debug" } else { "release" },
+            release: !cfg!(debug_assertions),
             machine: Machine::this(),
             postgres: postgres.report().clone(),
             capacity: args.capacity,
@@ -144,7 +144,7 @@ async fn one(args: &RushArgs, choice: &Choice, postgres: &Postgres) -> anyhow::R
 struct Figures<'a> {
     command: String,
     commit: Option<String>,
-    profile: &'static str,
+    release: bool,
     machine: Machine,
     postgres: backends::Report,
     capacity: u32,

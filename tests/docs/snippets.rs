@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use box_office::{Place, Promise, Promises};
+use box_office::{Level, Place, Promise, Promises, Strategy};
 use serde::Deserialize;
 use similar::TextDiff;
 
@@ -19,8 +19,23 @@ const BLESS: &str = "OVERSOLD_BLESS";
 /// Where the snippets are, from the root of the repository.
 const FOLDER: &str = "book/generated";
 
-/// The one recorded run that the book shows of the failing contract.
-const RED: (&str, &str) = ("lv1", "read-then-write");
+/// The figures that a page can include: the snippet, and where its figures come from. `make results` measures them.
+const FIGURES: &[(&str, Figures)] = &[
+    ("lv1-rush", |name| figures(&[name], rush_table)),
+    ("lv2-rush", |name| figures(&[name], rush_table)),
+    ("lv2-rush-3", |name| figures(&[name], rush_table)),
+    ("lv2-bench", |_| {
+        let strategies = ["mutex", "pessimistic", "optimistic", "conditional-update"];
+        figures(&strategies.map(|it| format!("lv2-bench-{it}")), bench_table)
+    }),
+    ("lv2-pools", |_| {
+        let strategies = ["pessimistic", "conditional-update"];
+        figures(&strategies.map(|it| format!("lv2-pools-{it}")), pools_table)
+    }),
+];
+
+/// Makes the table of the figures with this name.
+type Figures = fn(&str) -> String;
 
 /// A file of the folder and its text.
 type Snippets = BTreeMap<PathBuf, String>;
@@ -45,8 +60,8 @@ fn snippets() -> Snippets {
             diff((twin.source, &source(twin.source)), (broken.source, &text)),
         );
     }
-    for name in ["lv1-rush", "lv2-rush", "lv2-rush-3"] {
-        add(format!("figures/{name}.md"), figures(name, rush_table));
+    for (name, figures) in FIGURES {
+        add(format!("figures/{name}.md"), figures(name));
     }
     snippets
 }
@@ -93,13 +108,22 @@ fn diff(twin: (&str, &str), broken: (&str, &str)) -> String {
     text + "```\n"
 }
 
+/// What the contract test is red about, strategy by strategy: those of the trail that break something on a single instance.
+fn red_ones() -> impl Iterator<Item = (&'static Level, &'static Strategy, PathBuf)> {
+    let breaking =
+        strategies(Place::Trail).filter(|(_, strategy)| strategy.guarantee.alone.those(Promise::Breaks).count() > 0);
+    breaking.map(|(level, strategy)| {
+        let file = PathBuf::from(format!("red/{}-{}.md", level.name, strategy.name));
+        (level, strategy, file)
+    })
+}
+
 /// What `make red` shows. It differs from run to run, so it is recorded, and the check looks only at what it names as broken.
-fn red() -> String {
-    let (level, strategy) = RED;
+fn red(level: &Level, strategy: &Strategy) -> String {
     let mut make = Command::new("make");
     make.args(["--silent", "--no-print-directory", "red"])
-        .arg(format!("LEVEL={level}"))
-        .arg(format!("STRATEGY={strategy}"))
+        .arg(format!("LEVEL={}", level.name))
+        .arg(format!("STRATEGY={}", strategy.name))
         .current_dir(root());
     // Those of the cargo and the make that run this test would be inherited.
     for (variable, _) in env::vars().filter(|(name, _)| name.starts_with("CARGO") || name.starts_with("MAKE")) {
@@ -111,10 +135,6 @@ fn red() -> String {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "make red: {said}");
     format!("```text\n{}\n```\n", String::from_utf8(output.stdout).unwrap().trim_end())
-}
-
-fn red_file() -> PathBuf {
-    PathBuf::from(format!("red/{}-{}.md", RED.0, RED.1))
 }
 
 /// Holds what a recorded failure names as broken against what the strategy says that it breaks.
@@ -137,33 +157,36 @@ fn misnamed(file: &Path, text: &str, promises: &Promises) -> Vec<Problem> {
     )]
 }
 
-/// A table of measured figures, or what to do to get one.
-fn figures<Run: for<'a> Deserialize<'a>>(name: &str, table: impl Fn(&Run) -> String) -> String {
-    let file = root().join(format!("results/{name}.json"));
-    let Ok(json) = fs::read_to_string(&file) else {
+/// A table of measured figures from these files of `results/`, and how they were measured; or what to do to get some.
+fn figures<Run: for<'a> Deserialize<'a>>(names: &[impl AsRef<str>], table: impl Fn(&[Run]) -> String) -> String {
+    let mut runs: Vec<Run> = vec![];
+    let mut commands: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for name in names {
+        let file = root().join(format!("results/{}.json", name.as_ref()));
+        let Ok(json) = fs::read_to_string(&file) else { continue };
+        let read = || Ok::<_, serde_json::Error>((serde_json::from_str(&json)?, serde_json::from_str(&json)?));
+        let (run, how): (Run, How) = read().unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        runs.push(run);
+        commands.entry(how.to_string()).or_default().push(format!("`{}`", how.command));
+    }
+    if runs.is_empty() {
         return "no figures yet: `make results`\n".to_owned();
-    };
-    let measured: Measured<Run> =
-        serde_json::from_str(&json).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-    format!("{}\n{}\n", table(&measured.run), measured.how)
+    }
+    let how = commands.iter().map(|(on, commands)| format!("measured by {} {on}\n", commands.join(", ")));
+    format!("{}\n{}", table(&runs), how.collect::<Vec<_>>().join("\n"))
 }
 
-/// A file of `results/`: what was measured, and how.
-#[derive(Deserialize)]
-struct Measured<Run> {
-    #[serde(flatten)]
-    how: How,
-    #[serde(flatten)]
-    run: Run,
-}
-
+/// How figures were measured, as every file of `results/` says it.
 #[derive(Deserialize)]
 struct How {
     command: String,
-    profile: String,
+    release: bool,
     commit: Option<String>,
     machine: Machine,
     postgres: Postgres,
+    /// Why they do not count.
+    #[serde(default)]
+    void: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -180,10 +203,10 @@ struct Postgres {
     durability: BTreeMap<String, String>,
 }
 
-impl std::fmt::Display for How {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let machine = &self.machine;
-        write!(f, "measured by `{}` on {}, ", self.command, machine.system)?;
+        write!(f, "on {}, ", machine.system)?;
         if let Some(processor) = &machine.processor {
             write!(f, "{processor}, ")?;
         }
@@ -224,19 +247,102 @@ struct Percentiles {
     p99_ms: f64,
 }
 
-fn rush_table(run: &RushRun) -> String {
+fn rush_table(runs: &[RushRun]) -> String {
     let mut table = "\
 | strategy | sold | oversold by | duplicates | stock | req/s | p50 ms | p95 ms | p99 ms | verdict |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|---|
 "
     .to_owned();
-    for it in &run.strategies {
+    for it in runs.iter().flat_map(|run| &run.strategies) {
         let stock = it.stock.map_or_else(|| "?".to_owned(), |stock| stock.to_string());
         let Percentiles { p50_ms, p95_ms, p99_ms } = it.answered;
         table += &format!(
             "| `{}` | {} | {} | {} | {stock} | {:.0} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} |\n",
             it.strategy, it.sold, it.oversold_by, it.duplicates, it.requests_a_second, it.verdict
         );
+    }
+    table
+}
+
+/// What `oversold bench --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Bench {
+    strategy: String,
+    reservations_a_second: Spread,
+    p50_ms: Spread,
+    p99_ms: Spread,
+    ceiling: Option<Ceiling>,
+}
+
+#[derive(Deserialize)]
+struct Ceiling {
+    transactions_a_second: Spread,
+    ratio: Spread,
+}
+
+#[derive(Deserialize)]
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+impl fmt::Display for Spread {
+    /// With as many digits as were asked for: `{:.2}`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = f.precision().unwrap_or(0);
+        let Self { median, least, most } = self;
+        write!(f, "{median:.digits$} ({least:.digits$} to {most:.digits$})")
+    }
+}
+
+fn bench_table(runs: &[Bench]) -> String {
+    let mut table = "\
+| strategy | reservations/s: median (range) | pgbench, transactions/s | ratio | p50 ms | p99 ms |
+|---|--:|--:|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        let (ceiling, ratio) = match &it.ceiling {
+            Some(ceiling) => (ceiling.transactions_a_second.to_string(), format!("{:.2}", ceiling.ratio)),
+            None => ("not measured".to_owned(), String::new()),
+        };
+        table += &format!(
+            "| `{}` | {} | {ceiling} | {ratio} | {:.1} | {:.1} |\n",
+            it.strategy, it.reservations_a_second, it.p50_ms, it.p99_ms
+        );
+    }
+    table
+}
+
+/// What `oversold bench --pools … --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Curve {
+    strategy: String,
+    pools: Vec<Pool>,
+}
+
+#[derive(Deserialize)]
+struct Pool {
+    pool_size: u32,
+    reservations_a_second: Spread,
+    p50_ms: Spread,
+    p99_ms: Spread,
+}
+
+fn pools_table(runs: &[Curve]) -> String {
+    let mut table = "\
+| strategy | connections in the pool | reservations/s: median (range) | p50 ms | p99 ms |
+|---|--:|--:|--:|--:|
+"
+    .to_owned();
+    for Curve { strategy, pools } in runs {
+        for it in pools {
+            table += &format!(
+                "| `{strategy}` | {} | {} | {:.1} | {:.1} |\n",
+                it.pool_size, it.reservations_a_second, it.p50_ms, it.p99_ms
+            );
+        }
     }
     table
 }
@@ -293,19 +399,15 @@ fn the_generated_snippets_are_up_to_date() {
     let mut snippets = snippets();
     let mut committed = committed();
     if env::var_os(BLESS).is_some() {
-        snippets.insert(red_file(), red());
+        snippets.extend(red_ones().map(|(level, strategy, file)| (file, red(level, strategy))));
         write(&snippets);
         return;
     }
     let mut problems = vec![];
-    let promises = |(level, name): (&str, &str)| {
-        let mut all = strategies(Place::Trail);
-        let (_, strategy) = all.find(|(it, strategy)| it.name == level && strategy.name == name)?;
-        Some(strategy.guarantee.alone)
-    };
-    let recorded = committed.remove(&red_file()).unwrap_or_default();
-    let promises = promises(RED).expect("the recorded strategy is on the trail");
-    problems.extend(misnamed(&Path::new(FOLDER).join(red_file()), &recorded, &promises));
+    for (_, strategy, file) in red_ones() {
+        let recorded = committed.remove(&file).unwrap_or_default();
+        problems.extend(misnamed(&Path::new(FOLDER).join(file), &recorded, &strategy.guarantee.alone));
+    }
     problems.extend(differences(&snippets, &committed));
     none(problems);
 }
@@ -366,39 +468,42 @@ fn figures_are_measured_in_release_and_on_a_commit() {
 }
 
 fn unfit(file: &Path, how: &How) -> Option<Problem> {
-    let wrong = match (&*how.profile, how.commit.as_deref()) {
-        ("release", Some(commit)) if !commit.ends_with('+') => return None,
-        ("release", _) => "these figures were measured with changes that no commit has",
-        _ => "these figures were measured in a debug build",
+    let wrong = match how.commit.as_deref() {
+        _ if !how.void.is_empty() => "these figures are void, as the file itself says",
+        _ if !how.release => "these figures were measured in a debug build",
+        Some(commit) if !commit.ends_with('+') => return None,
+        _ => "these figures were measured with changes that no commit has",
     };
     Some(Problem::new(file, 1, wrong, "commit, then measure anew: `make results`"))
 }
 
+/// A file of `results/`, as far as it says how.
+fn how(release: bool, commit: &str, void: &[&str]) -> How {
+    let json = serde_json::json!({
+        "command": "oversold rush lv1",
+        "release": release,
+        "commit": commit,
+        "machine": { "system": "linux x86_64", "processor": null, "cores": 2, "memory_mib": 4000 },
+        "postgres": { "version": "17.2", "durability": { "fsync": "on" } },
+        "void": void,
+    });
+    serde_json::from_value(json).unwrap()
+}
+
 #[rstest::rstest]
-#[case::debug("debug", Some("4b825dc642cb"), "in a debug build")]
-#[case::changes("release", Some("4b825dc642cb+"), "with changes")]
-#[case::no_commit("release", None, "with changes")]
-fn figures_of_a_debug_build_or_of_no_commit_are_found(
-    #[case] profile: &str,
-    #[case] commit: Option<&str>,
-    #[case] expected: &str,
-) {
-    let how = |profile: &str, commit: Option<&str>| How {
-        command: "oversold rush lv1".to_owned(),
-        profile: profile.to_owned(),
-        commit: commit.map(str::to_owned),
-        machine: Machine {
-            system: "linux".to_owned(),
-            processor: None,
-            cores: 2,
-            memory_mib: None,
-        },
-        postgres: Postgres {
-            version: "17".to_owned(),
-            durability: BTreeMap::new(),
-        },
-    };
-    assert!(unfit(Path::new("rush.json"), &how("release", Some("4b825dc642cb"))).is_none());
-    let found = only(unfit(Path::new("rush.json"), &how(profile, commit)).into_iter().collect());
+#[case::debug(how(false, "4b825dc642cb", &[]), "in a debug build")]
+#[case::changes(how(true, "4b825dc642cb+", &[]), "with changes")]
+#[case::void(how(true, "4b825dc642cb", &["a row is missing"]), "void")]
+fn figures_that_say_nothing_are_found(#[case] how_not: How, #[case] expected: &str) {
+    assert!(unfit(Path::new("rush.json"), &how(true, "4b825dc642cb", &[])).is_none());
+    let found = only(unfit(Path::new("rush.json"), &how_not).into_iter().collect());
     assert!(found.contains(expected), "{found}");
+}
+
+#[test]
+fn figures_say_where_they_were_measured() {
+    assert_eq!(
+        how(true, "4b825dc642cb", &[]).to_string(),
+        "on linux x86_64, 2 cores, 4 GiB of memory; Postgres 17.2, `fsync` on; commit 4b825dc642cb"
+    );
 }
