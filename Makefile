@@ -15,6 +15,8 @@ levels := lv1 lv2
 package := $(package_$(LEVEL))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))
+# Figures are measured in release.
+measure := cargo run --quiet --release --package oversold --
 # A single level is built without the others.
 features := $(if $(LEVEL),--no-default-features --features $(LEVEL))
 
@@ -30,7 +32,7 @@ $(error There is no level $(LEVEL); there is $(levels))
 endif
 endif
 
-.PHONY: help rush test red trace book book-check load up down check results soak
+.PHONY: help rush test red trace book book-check generated exercises load up down check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,8 +58,17 @@ trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then
 book: $(mdbook) ## Read the book at http://localhost:3000
 	$(mdbook) serve book $(ARGS)
 
-book-check: $(mdbook)
-	$(mdbook) build book
+book-check: ## Build the book, and hold what it says against the code
+	@infra/setup.sh
+	cargo test --quiet --package oversold --test docs
+
+generated: ## Write the book's generated snippets anew
+	@infra/setup.sh
+	OVERSOLD_BLESS=1 cargo test --quiet --package oversold --test docs the_generated_snippets
+
+exercises: ## Prove the book's exercises: red before the solution, green with it
+	@infra/setup.sh
+	infra/exercises.sh $(ARGS)
 
 $(mdbook):
 	@echo "installing mdbook $(mdbook_version) with cargo into $(tools); this takes a few minutes, once"
@@ -86,7 +97,11 @@ check: ## Everything that must be clean besides the tests
 
 results: ## Measure again what the book says in figures
 	@infra/setup.sh
-	cargo run --release --package oversold -- rush --json results/rush.json
+	@mkdir -p results
+	$(measure) rush lv1 --json results/lv1-rush.json
+	$(measure) rush lv2 --json results/lv2-rush.json
+	$(measure) rush lv2 --instances 3 --json results/lv2-rush-3.json
+	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20
 	@infra/setup.sh

@@ -37,7 +37,8 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     if let Some(folder) = &args.history {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     }
-    // Before the run: nobody should wait for figures that can't be written.
+    // Before the run: nobody should wait for figures that can't be written, and the file is no change to the commit.
+    let commit = commit();
     let json = args.json.as_deref().map(create).transpose()?;
     let postgres = Postgres::find(Durability::Durable).await?;
 
@@ -82,7 +83,8 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
             command: env::args()
                 .skip(1)
                 .fold("oversold".to_owned(), |command, word| command + " " + &word),
-            commit: commit(),
+            commit,
+            release: !cfg!(debug_assertions),
             machine: Machine::this(),
             postgres: postgres.report().clone(),
             capacity: args.capacity,
@@ -142,6 +144,7 @@ async fn one(args: &RushArgs, choice: &Choice, postgres: &Postgres) -> anyhow::R
 struct Figures<'a> {
     command: String,
     commit: Option<String>,
+    release: bool,
     machine: Machine,
     postgres: backends::Report,
     capacity: u32,
