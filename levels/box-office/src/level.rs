@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
+use prometheus_client::metrics::counter::Counter;
 use sqlx::{Executor, PgPool, Row, migrate::Migrator, postgres::PgPoolOptions, raw_sql};
 
 use crate::{Guarantee, No, Order, Outcome, Steps};
@@ -87,6 +88,8 @@ pub struct Stage {
     pub database: PgPool,
     /// Business time that every reservation spends inside its critical section: `HOLD_MS`.
     pub hold: Duration,
+    /// What a strategy raises each time it starts again because somebody else was quicker. Shown as `oversold_retries_total`.
+    pub retries: Counter,
 }
 
 impl Stage {
