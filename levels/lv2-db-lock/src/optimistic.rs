@@ -47,7 +47,7 @@ impl Optimistic {
     }
 
     async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         let (stock, version): (i64, i64) = sqlx::query_as(

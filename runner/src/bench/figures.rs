@@ -98,3 +98,19 @@ pub(super) async fn connect(address: SocketAddr, connections: usize) -> anyhow::
     }
     Ok(open)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_is_the_middle_and_both_ends() {
+        let of = |measured: &[f64]| Spread::of(measured.iter().copied());
+        assert_eq!(of(&[]), None);
+        assert_eq!(
+            format!("{:.1}", of(&[3.0, 1.0, 2.0]).expect("three")),
+            "2.0 (1.0 to 3.0)"
+        );
+        assert_eq!(of(&[4.0, 1.0, 2.0, 3.0]).expect("four").median, 2.5);
+    }
+}

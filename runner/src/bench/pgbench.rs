@@ -89,3 +89,102 @@ fn parse(output: &str) -> anyhow::Result<Ceiling> {
         a_second: number(after("tps =")?).parse()?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use box_office::Place;
+
+    use super::*;
+    use crate::levels::LEVELS;
+
+    #[test]
+    fn the_rate_is_the_one_without_connecting() {
+        let counted = parse(include_str!("samples/pgbench.txt")).expect("it is a real output");
+        let expected = Ceiling {
+            transactions: 425,
+            failed: 0,
+            a_second: 141.806_157,
+        };
+        assert_eq!(counted, expected);
+    }
+
+    #[test]
+    fn an_output_without_a_rate_is_quoted() {
+        let error = parse("pgbench: error: client 0 aborted\n").expect_err("nothing was counted");
+        assert!(error.to_string().contains("client 0 aborted"), "{error}");
+    }
+
+    /// The words of a statement; parameters are all the same, as they are written differently on the two sides.
+    fn words(text: &str) -> String {
+        let spaced: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut words = String::new();
+        let mut rest = spaced.chars().peekable();
+        while let Some(character) = rest.next() {
+            let next_is = |wanted: fn(&char) -> bool| rest.peek().is_some_and(wanted);
+            let parameter = match character {
+                '$' => next_is(char::is_ascii_digit),
+                ':' => !words.ends_with(':') && next_is(char::is_ascii_alphabetic),
+                _ => false,
+            };
+            words.push(if parameter { '?' } else { character });
+            while parameter
+                && rest
+                    .next_if(|next| next.is_ascii_alphanumeric() || *next == '_')
+                    .is_some()
+            {}
+        }
+        words
+    }
+
+    /// The statements of a file for pgbench, in their order.
+    fn statements_of(file: &str) -> Vec<String> {
+        let lines = file
+            .lines()
+            .filter(|line| !line.starts_with("--") && !line.starts_with("\\set "));
+        let text = lines
+            .map(|line| if line == "\\gset" { ";" } else { line })
+            .collect::<Vec<_>>()
+            .join("\n");
+        let statements = text.split(';').map(|statement| {
+            // The strategy makes the id itself.
+            words(&statement.replace("lpad(:who::text, 32, '0')::uuid", ":id"))
+        });
+        statements.filter(|statement| !statement.is_empty()).collect()
+    }
+
+    #[test]
+    fn pgbench_runs_the_statements_of_the_strategy_in_their_order() {
+        let strategies = LEVELS.iter().flat_map(|level| level.strategies);
+        let mut checked = 0;
+        for strategy in strategies.filter(|strategy| strategy.place == Place::Trail) {
+            let Some(file) = statements(strategy) else {
+                continue;
+            };
+            let source = file.with_file_name(Path::new(strategy.source).file_name().expect("a source is a file"));
+            let source = words(&std::fs::read_to_string(source).expect("the source is there"));
+            // The first statement is in what sells, not in what explains a refusal before it.
+            let mut rest = &source[source.find("async fn reserve(").expect("it sells")..];
+            for statement in statements_of(&std::fs::read_to_string(&file).expect("it is there")) {
+                let written = match statement.as_str() {
+                    "begin" => "stage.begin()".to_owned(),
+                    "commit" => "tx.commit()".to_owned(),
+                    _ => format!("\"{statement}\""),
+                };
+                let found = rest.find(&written);
+                let found =
+                    found.unwrap_or_else(|| panic!("{} does not send, or not now: {statement}", strategy.source));
+                rest = &rest[found + written.len()..];
+            }
+            assert!(
+                !rest.contains("sqlx::query"),
+                "{} sends more than {}",
+                strategy.source,
+                file.display()
+            );
+            checked += 1;
+        }
+        if cfg!(feature = "lv2") {
+            assert!(checked >= 2, "pessimistic and conditional-update have their statements");
+        }
+    }
+}

@@ -91,3 +91,20 @@ fn parse(output: &str) -> anyhow::Result<Load> {
     let last = last.with_context(|| format!("wrk did not say what it counted:\n{output}"))?;
     serde_json::from_str(last).with_context(|| format!("reading what wrk counted: {last}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_wrk_counted_is_its_last_line() {
+        let load = parse(include_str!("samples/wrk.txt")).expect("it is a real output");
+        assert_eq!(load.answers, 0);
+    }
+
+    #[test]
+    fn an_output_without_counts_is_quoted() {
+        let error = parse("unable to connect to 127.0.0.1:1 Connection refused\n").expect_err("nothing was counted");
+        assert!(error.to_string().contains("Connection refused"), "{error}");
+    }
+}

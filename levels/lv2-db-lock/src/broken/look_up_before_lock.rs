@@ -21,7 +21,7 @@ impl Pessimistic {
 #[async_trait]
 impl Reserve for Pessimistic {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         let earlier: Option<Earlier> = sqlx::query_as(

@@ -39,7 +39,7 @@ impl Optimistic {
     }
 
     async fn attempt(&self, first_read: &mut Option<i64>, order: &Order, steps: &Steps) -> Result<Attempt, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         let (stock, version): (i64, i64) = sqlx::query_as(
