@@ -32,7 +32,7 @@ $(error There is no level $(LEVEL); there is $(levels))
 endif
 endif
 
-.PHONY: help rush test red trace book book-check generated exercises load up down check results soak
+.PHONY: help rush test red trace book book-check generated exercises load bench up down check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,12 @@ load: ## Run the Goose and k6 loads against a server of this level: make load LE
 $(k6):
 	@echo "building k6 $(k6_version) with go into $(tools); this takes two minutes, once"
 	GOBIN=$(abspath $(tools)/bin) go install go.k6.io/k6@$(k6_version)
+
+bench: ## Measure one strategy beside the database's own ceiling: make bench LEVEL=lv2 STRATEGY=pessimistic
+	@test -n "$(LEVEL)" || { echo "make bench takes a level: make bench LEVEL=lv2 STRATEGY=pessimistic"; exit 2; }
+	@infra/setup.sh
+	@infra/bench-tools.sh
+	cargo run --release --quiet --package oversold $(features) -- bench $(chosen) $(ARGS)
 
 up: ## Start the backends in containers, for those who prefer compose
 	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach

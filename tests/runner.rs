@@ -53,6 +53,10 @@ fn err(output: &Output) -> String {
 #[case::no_such_buyer(&["trace", "lv1", "--order", "AXB"], "letters A, B, C for the buyers")]
 #[case::one_request(&["trace", "lv1", "--order", "AA"], "of at least two requests")]
 #[case::capacity_of_nothing(&["trace", "lv1", "--capacity", "2"], "--order")]
+#[case::bench_of_nothing(&["bench"], "LEVEL/STRATEGY")]
+#[case::bench_of_no_such_strategy(&["bench", "lv2/luck"], "oversold: lv2 has no strategy \"luck\"")]
+#[case::bench_without_clients(&["bench", "lv2", "--clients", "0"], "a number, 1 to 4000")]
+#[case::bench_of_no_pools(&["bench", "lv2", "--pools", "1,none"], "a number, 1 to 400")]
 #[case::a_port_that_is_none(&["serve", "lv1", "--port", "eighty"], "PORT")]
 fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[case] says: &str) {
     let output = oversold(arguments);
@@ -67,7 +71,7 @@ fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[cas
 fn without_a_command_it_shows_its_help() {
     let output = oversold(&[]);
     assert_eq!(output.status.code(), Some(2));
-    for subcommand in ["rush", "serve", "trace", "judge", "list", "doctor"] {
+    for subcommand in ["rush", "bench", "serve", "trace", "judge", "list", "doctor"] {
         assert!(err(&output).contains(&format!("  {subcommand} ")), "{}", err(&output));
     }
 }
@@ -82,6 +86,41 @@ fn a_backend_that_is_not_there_is_exit_code_3_and_never_a_password() {
     let said = err(&output);
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("127.0.0.1:1") && !said.contains("s3cret"), "{said}");
+}
+
+#[test]
+fn bench_says_what_it_takes() {
+    let output = oversold(&["bench", "--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    for option in ["--clients", "--seconds", "--rounds", "--pool ", "--pools", "--json"] {
+        assert!(out(&output).contains(option), "{}", out(&output));
+    }
+}
+
+#[test]
+fn a_bench_without_wrk_says_how_to_install_it_and_is_exit_code_3() {
+    let nothing = tempdir().unwrap();
+    let output = command(&["bench", "lv2/pessimistic"])
+        .env("PATH", nothing.path())
+        .output()
+        .unwrap();
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert!(said.contains("no wrk") && said.contains("install"), "{said}");
+}
+
+#[test]
+fn the_retries_of_a_rush_are_counted() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let arguments = ["rush", "lv2/optimistic", "--buyers", "100", "--json"];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let retries = figures["strategies"][0]["retries"].as_u64().unwrap();
+    assert!(retries > 0, "{figures}");
+    assert!(out(&output).contains(&format!("{retries} retries")), "{}", out(&output));
 }
 
 #[test]

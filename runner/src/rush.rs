@@ -69,7 +69,11 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     }
     println!("{table}");
     for result in &results {
-        println!("{}: {}", result.strategy, result.seen);
+        let retries = match result.retries {
+            0 => String::new(),
+            retries => format!(", {retries} retries"),
+        };
+        println!("{}: {}{retries}", result.strategy, result.seen);
         println!("    promised: {}; verdict: {}", result.promises, result.verdict);
     }
     let ended = results
@@ -101,7 +105,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     Ok(ended)
 }
 
-fn create(path: &Path) -> anyhow::Result<File> {
+pub(crate) fn create(path: &Path) -> anyhow::Result<File> {
     File::create(path).with_context(|| format!("writing {}", path.display()))
 }
 
@@ -172,6 +176,8 @@ struct Outcome {
     #[serde(skip_serializing_if = "Option::is_none")]
     completed: Option<Latency>,
     greatest_overlap: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    retries: u64,
     client_share: f64,
     broken: Vec<Invariant>,
     seen: String,
@@ -218,6 +224,7 @@ impl Outcome {
             answered: report.answered,
             completed: report.completed,
             greatest_overlap: verdict.coverage.greatest_overlap,
+            retries: report.retries,
             client_share: (report.client_share * 1000.0).round() / 1000.0,
             seen: seen(&broken, &promises, report, rush),
             broken,
@@ -261,6 +268,10 @@ impl Outcome {
             self.verdict.clone(),
         ]
     }
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// One line on what the rush brought to light.

@@ -8,6 +8,7 @@ use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::metrics::counter::Counter;
 use rustix::process::{Resource, getrlimit};
 use sqlx::{ConnectOptions, Connection, migrate::MigrateError, postgres::PgConnectOptions};
 use tokio::{
@@ -166,7 +167,9 @@ impl Server {
         let stage = Stage {
             database: database.clone(),
             hold: settings.hold,
+            retries: Counter::default(),
         };
+        let retries = stage.retries.clone();
         let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
             strategy: strategy.name,
             why,
@@ -182,6 +185,7 @@ impl Server {
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
+                retries,
                 database.clone(),
                 connections.clone(),
                 reservations.clone(),

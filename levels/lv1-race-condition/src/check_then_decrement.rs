@@ -28,7 +28,7 @@ impl CheckThenDecrement {
 #[async_trait]
 impl Reserve for CheckThenDecrement {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: read

@@ -27,7 +27,7 @@ impl CheckThenInsert {
 #[async_trait]
 impl Reserve for CheckThenInsert {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: look

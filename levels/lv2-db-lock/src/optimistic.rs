@@ -49,7 +49,7 @@ impl Optimistic {
     }
 
     async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: read
@@ -144,6 +144,7 @@ impl Reserve for Optimistic {
             if started.elapsed() > DEADLINE {
                 break;
             }
+            self.stage.retries.inc();
             // Full jitter, and no connection held: those who collided together do not come back together.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;

@@ -148,6 +148,7 @@ impl Rush {
         let faults = faults?;
 
         let mut requests = released.requests;
+        let retries = servers.retries().await?;
         let steps = servers.stop().await?;
         steps.add_to(&mut requests, started_us);
 
@@ -168,7 +169,7 @@ impl Rush {
             rows: Some(sold.rows),
             faults,
         };
-        Ok(Report::new(self, history, &released.clock))
+        Ok(Report::new(self, history, retries, &released.clock))
     }
 }
 

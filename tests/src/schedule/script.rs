@@ -130,6 +130,7 @@ impl Rehearsal {
         let stage = Stage {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             hold: Duration::ZERO,
+            retries: Default::default(),
         };
         Ok(Self {
             strategy,

@@ -22,7 +22,7 @@ impl Pessimistic {
 impl Reserve for Pessimistic {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
         // ANCHOR: lock
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         let stock: i64 = sqlx::query_scalar(

@@ -111,7 +111,7 @@ impl Reserve for Mutex {
         };
         steps.at("mutex taken").await;
 
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
