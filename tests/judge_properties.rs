@@ -505,10 +505,11 @@ fn sell(capacity: u64, asks: &[Ask]) -> History {
         let ended_us = ask.sent_us + ask.until_decided_us + ask.until_answered_us;
         let now_us = 2 * turn as Micros;
         let taken = rows.iter().filter(|row| row.status != Status::Released).count() as u64;
-        let of_key = rows.iter().find(|row| row.key == key);
+        let of_key = rows.iter().find(|row| row.key == key).cloned();
         let of_buyer = rows
             .iter()
-            .find(|row| row.buyer == ask.buyer && row.status != Status::Released);
+            .find(|row| row.buyer == ask.buyer && row.status != Status::Released)
+            .cloned();
         let mut sold = |status| {
             let reservation = id(u8::try_from(rows.len()).unwrap());
             rows.push(Row {
