@@ -1,7 +1,11 @@
 //! The judge against a second judge that shares nothing with it but the format of a history: no tables, no shortcuts, every definition looked up by
 //! walking over everything. Small histories come from a small server that sells as it should; then mistakes are planted in them.
 
-use std::{cell::Cell, collections::BTreeSet, ops::RangeInclusive};
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+};
 
 use box_office::{
     BuyerId,
@@ -718,6 +722,7 @@ fn runner() -> TestRunner {
 #[test]
 fn it_finds_what_a_search_of_everything_finds() {
     let (broken, whole, exact) = (Cell::new(0), Cell::new(0), Cell::new(0));
+    let times: RefCell<BTreeMap<&str, u32>> = RefCell::default();
     let mistakes = prop_oneof![
         1 => Just(vec![]),
         3 => vec((0..16_u8, any::<prop::sample::Index>(), any::<u8>()), 1..=3),
@@ -733,6 +738,9 @@ fn it_finds_what_a_search_of_everything_finds() {
 
             let count = if expected.is_empty() { &whole } else { &broken };
             count.set(count.get() + 1);
+            for code in &expected {
+                *times.borrow_mut().entry(code).or_default() += 1;
+            }
             prop_assert!(
                 found.is_subset(&expected),
                 "false alarm: {found:?}, not {expected:?}\n{verdict}"
@@ -751,15 +759,20 @@ fn it_finds_what_a_search_of_everything_finds() {
         })
         .unwrap();
     let (broken, whole, exact) = (broken.get(), whole.get(), exact.get());
-    println!("{broken} of {CASES} histories broke something, {whole} nothing; {exact} gave no ticket back");
+    let times = times.into_inner();
+    println!("{broken} of {CASES} histories broke something, {exact} gave no ticket back; broken: {times:?}");
     assert!(
         broken * 3 >= CASES,
         "only {broken} of {CASES} histories broke something"
     );
-    assert!(whole * 5 >= CASES, "only {whole} of {CASES} histories broke nothing");
+    assert!(whole * 3 >= CASES, "only {whole} of {CASES} histories broke nothing");
     assert!(
         exact * 2 >= CASES,
         "only {exact} of {CASES} histories gave no ticket back"
+    );
+    assert!(
+        times.len() == 9 && times.values().all(|&times| times >= 50),
+        "too few of some: {times:?}"
     );
 }
 
