@@ -6,7 +6,6 @@ use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
-use super::Rush;
 use crate::{
     history::{Answer, History, Micros, Refused},
     judge::{Verdict, judge},
@@ -66,20 +65,23 @@ pub struct Latency {
 }
 
 /// Wall-clock and processor time of the clients' own process.
-pub(super) struct Clock {
-    pub(super) wall: Duration,
-    pub(super) processor: Duration,
+pub struct Clock {
+    wall: Duration,
+    processor: Duration,
 }
 
 impl Clock {
-    pub(super) fn start() -> Self {
+    /// Begins to count.
+    pub fn start() -> Self {
         Self {
             wall: read(ClockId::Monotonic),
             processor: read(ClockId::ProcessCPUTime),
         }
     }
 
-    pub(super) fn stop(self) -> Self {
+    /// Holds what has passed since [`start`](Self::start).
+    #[must_use]
+    pub fn stop(self) -> Self {
         Self {
             wall: read(ClockId::Monotonic).saturating_sub(self.wall),
             processor: read(ClockId::ProcessCPUTime).saturating_sub(self.processor),
@@ -96,7 +98,8 @@ fn read(clock: ClockId) -> Duration {
 }
 
 impl Report {
-    pub(super) fn new(rush: &Rush, history: History, clock: &Clock) -> Self {
+    /// Judges a history that was recorded while `clock` ran, with so many server processes.
+    pub fn new(instances: usize, history: History, clock: &Clock) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (answered, completed) = waits(&history);
         Self {
@@ -106,7 +109,7 @@ impl Report {
             completed: (!completed.is_empty()).then(|| Latency::of(&completed)),
             took: clock.wall,
             client_share: clock.processor.as_secs_f64() / (clock.wall.as_secs_f64() * processors as f64),
-            instances: rush.instances,
+            instances,
             history,
         }
     }
