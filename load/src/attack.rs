@@ -1,4 +1,4 @@
-//! The rush as a Goose scenario: a Goose user for each click, all held at a gate until the last of them is there and connected.
+//! The rush as a Goose scenario: a Goose user for each buyer, all held at a gate until the last of them is there and connected.
 //!
 //! Goose is a closed loop: whoever waits for an answer sends nothing meanwhile. In the first instant of a rush that is what happens in life
 //! too. Repeats are another matter: a server that stalls holds back the requests that would have met the stall, so they are missing from the
@@ -7,13 +7,14 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail};
-use box_office::{BuyerId, SaleId, api::NewReservation, trace::now_monotonic_us};
+use box_office::{SaleId, api::NewReservation, trace::now_monotonic_us};
+use futures_util::future::join_all;
 use goose::{
     GooseAttack,
     config::GooseConfiguration,
@@ -40,9 +41,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 struct Shop {
     sale: SaleId,
     patience: Duration,
-    clicks: Vec<(BuyerId, u32)>,
-    /// The next click that has nobody yet.
-    next: AtomicUsize,
+    clicks: u32,
+    /// How many buyers have come.
+    came: AtomicU32,
     gathered: Barrier,
     /// When the gate opened; `None` before.
     opened: watch::Receiver<Option<Micros>>,
@@ -55,15 +56,14 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         .open(rush.sale, rush.crowd.capacity, &rush.admin_token)
         .await?;
 
-    let clicks: Vec<_> = rush.clicks().collect();
-    let users = clicks.len();
+    let users = rush.crowd.buyers as usize;
     let (open, opened) = watch::channel(None);
     let (done, mut answers) = mpsc::unbounded_channel();
     let shop = Arc::new(Shop {
         sale: rush.sale,
         patience: rush.crowd.patience(),
-        clicks,
-        next: AtomicUsize::new(0),
+        clicks: rush.clicks,
+        came: AtomicU32::new(0),
         gathered: Barrier::new(users + 1),
         opened,
         done,
@@ -132,25 +132,38 @@ fn attack(host: &str, users: usize, shop: &Arc<Shop>) -> anyhow::Result<GooseAtt
 }
 
 impl Shop {
-    /// One click: comes, waits at the gate with everybody else, asks, and repeats what stays undecided until the patience runs out.
-    async fn visit(&self, user: &mut GooseUser) -> Vec<Request> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let (buyer, click) = self.clicks[number];
-        let key = format!("buyer-{buyer}-click-{click}");
-        // The connection is open before the gate is, and the server's pool is warm. If there is no server, the first request will show it.
-        let _ = user.get("/readyz").await;
+    /// One buyer: comes, waits at the gate with everybody else, and clicks.
+    async fn visit(&self, user: &GooseUser) -> Vec<Request> {
+        let buyer = self.came.fetch_add(1, Ordering::Relaxed) + 1;
+        // A Goose user sends one request at a time; its clones share its client. All clicks leave in the same breath.
+        let clicks = (1..=self.clicks).map(|click| (click, user.clone()));
+        let connecting = clicks.map(|(click, mut user)| async move {
+            // The connection is open before the gate is, and the server's pool is warm. If there is no server, the first request shows it.
+            let _ = user.get("/readyz").await;
+            (click, user)
+        });
+        let clicks = join_all(connecting).await;
         self.gathered.wait().await;
         let mut opened = self.opened.clone();
         let Ok(Some(opened_us)) = opened.wait_for(Option::is_some).await.map(|opened| *opened) else {
             return vec![]; // The rush was given up before it began.
         };
+        let clicks = clicks
+            .into_iter()
+            .map(|(click, user)| self.click(user, buyer, click, opened_us));
+        join_all(clicks).await.into_iter().flatten().collect()
+    }
 
+    /// One click: asks, and repeats what stays undecided until the patience runs out.
+    async fn click(&self, mut user: GooseUser, buyer: u32, click: u32, opened_us: Micros) -> Vec<Request> {
+        let number = u64::from((buyer - 1) * self.clicks + click - 1);
+        let key = format!("buyer-{buyer}-click-{click}");
         let mut requests: Vec<Request> = vec![];
         loop {
             let sent_us = now_monotonic_us() - opened_us;
             let mut request = Request {
-                request: (number + requests.len() * 1_000_000) as u64,
-                buyer,
+                request: number + requests.len() as u64 * 1_000_000,
+                buyer: buyer.into(),
                 key: key.clone(),
                 sent_us,
                 answered_us: None,
@@ -158,7 +171,7 @@ impl Shop {
                 steps: vec![],
             };
             let mut pause = PAUSE;
-            if let Some(answered) = self.ask(user, &request).await {
+            if let Some(answered) = self.ask(&mut user, &request).await {
                 request.answered_us = Some(now_monotonic_us() - opened_us);
                 pause = retry_after(&answered.headers).unwrap_or(PAUSE);
                 request.answer = match understand(&answered) {
