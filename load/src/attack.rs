@@ -1,4 +1,5 @@
-//! The rush as a Goose scenario: a Goose user for each buyer, all held at a gate until the last of them is there and connected.
+//! The rush as a Goose scenario: a Goose user for each click, all held at a gate until the last of them is there and connected.
+//! They share one HTTP client, which opens a connection for each: with a client each, most of the time would go into making clients.
 //!
 //! Goose is a closed loop: whoever waits for an answer sends nothing meanwhile. In the first instant of a rush that is what happens in life
 //! too. Repeats are another matter: a server that stalls holds back the requests that would have met the stall, so they are missing from the
@@ -7,16 +8,16 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail};
-use box_office::{SaleId, api::NewReservation, trace::now_monotonic_us};
-use futures_util::future::join_all;
+use box_office::{BuyerId, SaleId, api::NewReservation, trace::now_monotonic_us};
 use goose::{
     GooseAttack,
+    client::GooseClientBuilder,
     config::GooseConfiguration,
     goose::{GooseMethod, GooseRequest, GooseUser, Scenario, Transaction, TransactionFunction},
 };
@@ -41,10 +42,11 @@ const PAUSE: Duration = Duration::from_millis(50);
 struct Shop {
     sale: SaleId,
     patience: Duration,
-    clicks: u32,
-    /// How many buyers have come.
-    came: AtomicU32,
+    clicks: Vec<(BuyerId, u32)>,
+    /// The next click that has nobody yet.
+    next: AtomicUsize,
     gathered: Barrier,
+    connected: Barrier,
     /// When the gate opened; `None` before.
     opened: watch::Receiver<Option<Micros>>,
     done: mpsc::UnboundedSender<Vec<Request>>,
@@ -56,22 +58,24 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         .open(rush.sale, rush.crowd.capacity, &rush.admin_token)
         .await?;
 
-    let users = rush.crowd.buyers as usize;
+    let clicks: Vec<_> = rush.clicks().collect();
+    let users = clicks.len();
     let (open, opened) = watch::channel(None);
     let (done, mut answers) = mpsc::unbounded_channel();
     let shop = Arc::new(Shop {
         sale: rush.sale,
         patience: rush.crowd.patience(),
-        clicks: rush.clicks,
-        came: AtomicU32::new(0),
-        gathered: Barrier::new(users + 1),
+        clicks,
+        next: AtomicUsize::new(0),
+        gathered: Barrier::new(users),
+        connected: Barrier::new(users + 1),
         opened,
         done,
     });
     let mut attack = tokio::spawn(attack(&rush.host.to_string(), users, &shop)?.execute());
 
     tokio::select! {
-        _ = shop.gathered.wait() => {}
+        _ = shop.connected.wait() => {}
         ended = &mut attack => match ended? {
             Ok(_) => bail!("Goose ended before its users were there"),
             Err(error) => bail!("Goose did not start: {error}"),
@@ -117,6 +121,7 @@ fn attack(host: &str, users: usize, shop: &Arc<Shop>) -> anyhow::Result<GooseAtt
     configuration.no_metrics = true;
     configuration.quiet = 1;
 
+    let patience = shop.patience;
     let shop = Arc::clone(shop);
     let visit: TransactionFunction = Arc::new(move |user| {
         let shop = Arc::clone(&shop);
@@ -128,42 +133,34 @@ fn attack(host: &str, users: usize, shop: &Arc<Shop>) -> anyhow::Result<GooseAtt
         })
     });
     let scenario = Scenario::new("rush").register_transaction(Transaction::new(visit));
-    Ok(GooseAttack::initialize_with_config(configuration)?.register_scenario(scenario))
+    let client = GooseClientBuilder::new().without_cookies().timeout(patience);
+    Ok(GooseAttack::initialize_with_config(configuration)?
+        .set_client_builder_without_cookies(client)?
+        .register_scenario(scenario))
 }
 
 impl Shop {
-    /// One buyer: comes, waits at the gate with everybody else, and clicks.
-    async fn visit(&self, user: &GooseUser) -> Vec<Request> {
-        let buyer = self.came.fetch_add(1, Ordering::Relaxed) + 1;
-        // A Goose user sends one request at a time; its clones share its client. All clicks leave in the same breath.
-        let clicks = (1..=self.clicks).map(|click| (click, user.clone()));
-        let connecting = clicks.map(|(click, mut user)| async move {
-            // The connection is open before the gate is, and the server's pool is warm. If there is no server, the first request shows it.
-            let _ = user.get("/readyz").await;
-            (click, user)
-        });
-        let clicks = join_all(connecting).await;
+    /// One click: comes, waits at the gate with everybody else, asks, and repeats what stays undecided until the patience runs out.
+    async fn visit(&self, user: &mut GooseUser) -> Vec<Request> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let (buyer, click) = self.clicks[number];
+        let key = format!("buyer-{buyer}-click-{click}");
         self.gathered.wait().await;
+        // All at once, so that there is a connection for each before the gate opens; and the server's pool is warm. If there is no server,
+        // the first request shows it.
+        let _ = user.get("/readyz").await;
+        self.connected.wait().await;
         let mut opened = self.opened.clone();
         let Ok(Some(opened_us)) = opened.wait_for(Option::is_some).await.map(|opened| *opened) else {
             return vec![]; // The rush was given up before it began.
         };
-        let clicks = clicks
-            .into_iter()
-            .map(|(click, user)| self.click(user, buyer, click, opened_us));
-        join_all(clicks).await.into_iter().flatten().collect()
-    }
 
-    /// One click: asks, and repeats what stays undecided until the patience runs out.
-    async fn click(&self, mut user: GooseUser, buyer: u32, click: u32, opened_us: Micros) -> Vec<Request> {
-        let number = u64::from((buyer - 1) * self.clicks + click - 1);
-        let key = format!("buyer-{buyer}-click-{click}");
         let mut requests: Vec<Request> = vec![];
         loop {
             let sent_us = now_monotonic_us() - opened_us;
             let mut request = Request {
-                request: number + requests.len() as u64 * 1_000_000,
-                buyer: buyer.into(),
+                request: (number + requests.len() * 1_000_000) as u64,
+                buyer,
                 key: key.clone(),
                 sent_us,
                 answered_us: None,
@@ -171,7 +168,7 @@ impl Shop {
                 steps: vec![],
             };
             let mut pause = PAUSE;
-            if let Some(answered) = self.ask(&mut user, &request).await {
+            if let Some(answered) = self.ask(user, &request).await {
                 request.answered_us = Some(now_monotonic_us() - opened_us);
                 pause = retry_after(&answered.headers).unwrap_or(PAUSE);
                 request.answer = match understand(&answered) {
@@ -203,7 +200,6 @@ impl Shop {
         let builder = user
             .get_request_builder(&GooseMethod::Post, &path)
             .ok()?
-            .timeout(self.patience)
             .header("idempotency-key", &request.key)
             .header("x-request-id", request.request.to_string())
             .json(&order);

@@ -10,7 +10,7 @@ mod stand;
 use std::{fmt, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use box_office::{Invariant, Promises, SaleId, explain};
+use box_office::{BuyerId, Invariant, Promises, SaleId, explain};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use outcome::{Ended, Outcome};
 use suite::backends::Missing;
@@ -112,6 +112,14 @@ struct Rush {
     crowd: Crowd,
     clicks: u32,
     promises: Promises,
+}
+
+impl Rush {
+    /// Every click of every buyer, the clicks of one buyer side by side.
+    fn clicks(&self) -> impl Iterator<Item = (BuyerId, u32)> {
+        let clicks = self.clicks;
+        (1..=self.crowd.buyers).flat_map(move |buyer| (1..=clicks).map(move |click| (buyer.into(), click)))
+    }
 }
 
 /// What is promised, from what is not kept.
