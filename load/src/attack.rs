@@ -88,7 +88,9 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         requests.extend(answers.recv().await.context("Goose let go of its users")?);
     }
     let clock = clock.stop();
-    attack.await?.map_err(|error| anyhow!("Goose did not end well: {error}"))?;
+    attack
+        .await?
+        .map_err(|error| anyhow!("Goose did not end well: {error}"))?;
 
     requests.sort_by_key(|request| (request.sent_us, request.request));
     let sale = rush.host.sale(rush.sale).await?;
@@ -203,7 +205,10 @@ impl Shop {
             .header("idempotency-key", &request.key)
             .header("x-request-id", request.request.to_string())
             .json(&order);
-        let ready = GooseRequest::builder().name("reserve").set_request_builder(builder).build();
+        let ready = GooseRequest::builder()
+            .name("reserve")
+            .set_request_builder(builder)
+            .build();
         let response = user.request(ready).await.ok()?.response.ok()?;
         Some(Answered {
             status: response.status(),

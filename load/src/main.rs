@@ -40,12 +40,7 @@ struct GooseArgs {
     #[arg(long, value_name = "http://HOST:PORT")]
     host: sale::Host,
     /// The token that opens sales there.
-    #[arg(
-        long,
-        env = "OVERSOLD_ADMIN_TOKEN",
-        hide_env_values = true,
-        value_name = "TOKEN"
-    )]
+    #[arg(long, env = "OVERSOLD_ADMIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     admin_token: String,
     /// The sale to open. It must not be open yet.
     #[arg(long, default_value_t = 1, value_name = "ID", value_parser = clap::value_parser!(SaleId).range(0..))]

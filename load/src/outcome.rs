@@ -182,7 +182,12 @@ impl Outcome {
     /// One line on what the rush brought to light.
     fn seen(&self) -> String {
         let Summary { capacity, reserved, .. } = self.figures;
-        let codes: Vec<&str> = self.figures.broken.iter().map(|broken| broken.invariant.code()).collect();
+        let codes: Vec<&str> = self
+            .figures
+            .broken
+            .iter()
+            .map(|broken| broken.invariant.code())
+            .collect();
         let codes = codes.join(", ");
         match self.conclusion() {
             Conclusion::AsPromised if codes.is_empty() => format!("{reserved} sold of {capacity}, nothing broken"),
@@ -239,7 +244,9 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
         (
             Invariant::NothingInvented,
             reserved - told - open,
-            format!("the sale says {reserved} reserved, and buyers were told of {told} reservations; {open} got no final answer"),
+            format!(
+                "the sale says {reserved} reserved, and buyers were told of {told} reservations; {open} got no final answer"
+            ),
             "Who wrote this row, and for whom?",
         ),
     ];

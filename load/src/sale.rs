@@ -22,7 +22,11 @@ impl FromStr for Host {
         const TAKES: &str = "an address without a path, such as http://127.0.0.1:8080";
 
         let uri: Uri = text.parse().map_err(|_| TAKES)?;
-        match (uri.scheme_str(), uri.host(), uri.path_and_query().map(|path| path.as_str())) {
+        match (
+            uri.scheme_str(),
+            uri.host(),
+            uri.path_and_query().map(|path| path.as_str()),
+        ) {
             (Some("http"), Some(name), None | Some("/")) => Ok(Self {
                 name: name.to_owned(),
                 port: uri.port_u16().unwrap_or(80),

@@ -80,11 +80,19 @@ fn choose(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strateg
         Some((level, _)) => level == name && strategy.place == "trail",
         None => false,
     };
-    if let Some(unknown) = names.iter().find(|name| !listed.iter().any(|strategy| matches(strategy, name))) {
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| !listed.iter().any(|strategy| matches(strategy, name)))
+    {
         let known: Vec<&str> = listed.iter().map(|strategy| strategy.name.as_str()).collect();
-        bail!("there is no level or strategy {unknown:?}; there is {}", known.join(", "));
+        bail!(
+            "there is no level or strategy {unknown:?}; there is {}",
+            known.join(", ")
+        );
     }
-    let chosen = listed.into_iter().filter(|strategy| names.iter().any(|name| matches(strategy, name)));
+    let chosen = listed
+        .into_iter()
+        .filter(|strategy| names.iter().any(|name| matches(strategy, name)));
     Ok(chosen.collect())
 }
 
@@ -155,7 +163,10 @@ async fn k6(args: &RushArgs, rush: &Rush, promised: &Promised) -> anyhow::Result
         .output()
         .await?;
     let printed = || {
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let (out, err) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
         format!("{out}{err}")
     };
     match output.status.code() {

@@ -386,7 +386,8 @@ fn has_reservation(index: &Index<'_>, buyer: BuyerId, reservation: Uuid, by_us: 
         }
         // Another request of the buyer may have made it and never been answered.
         None => match index.told.get(&reservation) {
-            Some(request) => request.buyer == buyer && request.sent_us <= by_us,
+            // It took the ticket when its key was first sent, and may have been told only on a repeat.
+            Some(request) => request.buyer == buyer && asked_before(&request.key),
             None => index.history.requests.iter().any(|request| {
                 request.buyer == buyer
                     && request.sent_us <= by_us
