@@ -74,11 +74,14 @@ $(mdbook):
 	@echo "installing mdbook $(mdbook_version) with cargo into $(tools); this takes a few minutes, once"
 	cargo install mdbook --locked --version $(mdbook_version) --debug --quiet --root $(tools)
 
-load: ## Run the Goose and k6 loads against a server of this level: make load LEVEL=lv1 [STRATEGY=…]
+load: $(k6) ## Run the Goose and k6 loads against a server of this level: make load LEVEL=lv1 [STRATEGY=…]
 	@infra/setup.sh
-	load/run.sh $(or $(chosen),lv1)
+	load/run.sh $(or $(chosen),lv1) $(ARGS)
 
 $(k6):
+	@command -v go >/dev/null || { \
+		echo "k6 is built with go, and there is none. Install it: apt-get install golang-go (as root), brew install go, or https://go.dev/dl"; \
+		exit 1; }
 	@echo "building k6 $(k6_version) with go into $(tools); this takes two minutes, once"
 	GOBIN=$(abspath $(tools)/bin) go install go.k6.io/k6@$(k6_version)
 

@@ -1,11 +1,69 @@
 //! `oversold list`.
 
-use box_office::{Invariant, Promise, Promises};
+use box_office::{Invariant, Place, Promise, Promises};
+use serde::Serialize;
 
-use crate::levels::LEVELS;
+use crate::{Ended, levels::LEVELS};
+
+/// A strategy for programs that read. The names are stable.
+#[derive(Serialize)]
+struct Listed {
+    name: String,
+    summary: &'static str,
+    place: &'static str,
+    clicks: u32,
+    alone: Codes,
+    together: Codes,
+}
+
+/// The invariants by what is promised about them.
+#[derive(Serialize)]
+struct Codes {
+    keeps: Vec<Invariant>,
+    breaks: Vec<Invariant>,
+    leaves_open: Vec<Invariant>,
+}
+
+impl From<Promises> for Codes {
+    fn from(promises: Promises) -> Self {
+        Self {
+            keeps: promises.those(Promise::Keeps).collect(),
+            breaks: promises.those(Promise::Breaks).collect(),
+            leaves_open: promises.those(Promise::NotPromised).collect(),
+        }
+    }
+}
 
 /// Prints every strategy, what it is, and what it promises.
-pub(crate) fn print() {
+pub(crate) fn print(json: bool) -> anyhow::Result<Ended> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(&listed())?);
+    } else {
+        print_for_people();
+    }
+    Ok(Ended::AsPromised)
+}
+
+fn listed() -> Vec<Listed> {
+    let of_a_level = LEVELS.iter().flat_map(|level| {
+        let listed = |strategy: &'static box_office::Strategy| Listed {
+            name: format!("{}/{}", level.name, strategy.name),
+            summary: strategy.summary,
+            place: match strategy.place {
+                Place::Trail => "trail",
+                Place::Shelf => "shelf",
+                Place::Broken => "broken",
+            },
+            clicks: strategy.clicks,
+            alone: strategy.guarantee.alone.into(),
+            together: strategy.guarantee.together.into(),
+        };
+        level.strategies.iter().map(listed)
+    });
+    of_a_level.collect()
+}
+
+fn print_for_people() {
     for level in LEVELS {
         println!("{}  {}", level.name, level.summary);
         for strategy in level.strategies {

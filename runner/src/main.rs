@@ -50,7 +50,11 @@ enum Command {
         json: bool,
     },
     /// List levels and strategies with what they promise.
-    List,
+    List {
+        /// Print JSON: an array with an object for each strategy.
+        #[arg(long)]
+        json: bool,
+    },
     /// Tell which backends there are, where they come from, and what is missing.
     Doctor,
 }
@@ -176,10 +180,7 @@ fn main() -> ExitCode {
     box_office::raise_open_files_limit();
     let ended = match cli.command {
         Command::Serve { level, settings } => return serve(&level, &settings),
-        Command::List => {
-            list::print();
-            Ok(Ended::AsPromised)
-        }
+        Command::List { json } => list::print(json),
         Command::Judge { file, json } => judge::judge_file(&file, json),
         Command::Rush(args) => in_runtime(rush::rush(&args)),
         Command::Trace(args) => in_runtime(trace::trace(&args)),

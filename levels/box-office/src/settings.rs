@@ -263,6 +263,9 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
             let value = argument.get_env().and_then(env::var_os);
             value.is_some_and(|value| value.to_str().is_none())
         });
+        if let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) {
+            return format!("{} is missing; --help lists what there is", missing.join(" and "));
+        }
         return match (error.kind(), unreadable) {
             (ErrorKind::InvalidUtf8, Some(argument)) => {
                 format!("{} holds something that is not UTF-8; it takes text", name(argument))

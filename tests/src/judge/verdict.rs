@@ -89,18 +89,25 @@ impl Verdict {
 
     /// Holds the verdict against what was promised.
     pub fn conclude(&self, promises: &Promises) -> Conclusion {
+        Conclusion::of(promises, |invariant| self.breaks(invariant))
+    }
+}
+
+impl Conclusion {
+    /// Holds what was seen to break against what was promised.
+    pub fn of(promises: &Promises, breaks: impl Fn(Invariant) -> bool) -> Self {
         let broken: Vec<Invariant> = promises
             .those(Promise::Keeps)
-            .filter(|&invariant| self.breaks(invariant))
+            .filter(|&invariant| breaks(invariant))
             .collect();
         let unseen: Vec<Invariant> = promises
             .those(Promise::Breaks)
-            .filter(|&invariant| !self.breaks(invariant))
+            .filter(|&invariant| !breaks(invariant))
             .collect();
         match (broken.is_empty(), unseen.is_empty()) {
-            (false, _) => Conclusion::Broken(broken),
-            (true, false) => Conclusion::Inconclusive(unseen),
-            (true, true) => Conclusion::AsPromised,
+            (false, _) => Self::Broken(broken),
+            (true, false) => Self::Inconclusive(unseen),
+            (true, true) => Self::AsPromised,
         }
     }
 }

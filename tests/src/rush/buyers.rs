@@ -6,7 +6,11 @@ use anyhow::anyhow;
 use box_office::{BuyerId, ProblemKind, SaleId, api, trace::now_monotonic_us};
 use futures_util::future::{join_all, try_join_all};
 use http_body_util::Full;
-use hyper::{Request as HttpRequest, StatusCode, body::Bytes, header};
+use hyper::{
+    Request as HttpRequest, StatusCode,
+    body::Bytes,
+    header::{self, HeaderMap},
+};
 use rand::RngExt;
 use serde::Deserialize;
 use tokio::{
@@ -163,9 +167,8 @@ impl Click {
         // The client's own deadline: it hangs up, the server may go on.
         if let Ok(Ok(answered)) = timeout(self.patience, self.send(number)).await {
             request.answered_us = Some(now_monotonic_us() - started_us);
-            if let Some(seconds) = answered.headers.get(header::RETRY_AFTER) {
-                let seconds = seconds.to_str().ok().and_then(|seconds| seconds.parse().ok());
-                retry_after = jittered(seconds.map_or(retry_after, Duration::from_secs));
+            if let Some(pause) = self::retry_after(&answered.headers) {
+                retry_after = jittered(pause);
             }
             request.answer = self.understand(answered, started_us).await;
         }
@@ -254,13 +257,21 @@ impl State {
     }
 }
 
-enum Understood {
+/// What an HTTP answer to a reservation means.
+pub enum Understood {
+    /// All there is to know.
     Final(Answer),
-    Accepted { reservation: Uuid, location: String },
+    /// 202: the final state comes later.
+    Accepted {
+        /// The order's id.
+        reservation: Uuid,
+        /// Where to ask for its state.
+        location: String,
+    },
 }
 
 /// What an HTTP answer means, by the contract that all levels share.
-fn understand(answered: &Answered) -> Understood {
+pub fn understand(answered: &Answered) -> Understood {
     let answer = match answered.status {
         StatusCode::CREATED => reservation(answered).map(|reservation| Answer::Confirmed { reservation }),
         StatusCode::ACCEPTED => {
@@ -315,7 +326,13 @@ fn order(sale: SaleId, buyer: BuyerId, key: &str, number: u64) -> anyhow::Result
         .body(Full::from(body))?)
 }
 
+/// The pause that an undecided answer asks for, where it does.
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
 /// Somewhere between the time and one and a half times it, so that those who were refused together do not come back together.
-fn jittered(pause: Duration) -> Duration {
+pub fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(1.0..1.5))
 }

@@ -14,8 +14,9 @@ use anyhow::{Context, ensure};
 use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
 use tokio::sync::watch;
 
+pub use buyers::{Understood, jittered, retry_after, understand};
 pub use connection::{Answered, Connection};
-pub use report::{Answers, Latency, Report};
+pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
 
 use crate::{
@@ -169,7 +170,7 @@ impl Rush {
             rows: Some(sold.rows),
             faults,
         };
-        Ok(Report::new(self, history, retries, &released.clock))
+        Ok(Report::new(self.instances, history, retries, &released.clock))
     }
 }
 

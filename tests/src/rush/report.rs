@@ -6,7 +6,6 @@ use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
-use super::Rush;
 use crate::{
     history::{Answer, History, Micros, Refused},
     judge::{Verdict, judge},
@@ -68,20 +67,23 @@ pub struct Latency {
 }
 
 /// Wall-clock and processor time of the clients' own process.
-pub(super) struct Clock {
-    pub(super) wall: Duration,
-    pub(super) processor: Duration,
+pub struct Clock {
+    wall: Duration,
+    processor: Duration,
 }
 
 impl Clock {
-    pub(super) fn start() -> Self {
+    /// Begins to count.
+    pub fn start() -> Self {
         Self {
             wall: read(ClockId::Monotonic),
             processor: read(ClockId::ProcessCPUTime),
         }
     }
 
-    pub(super) fn stop(self) -> Self {
+    /// Holds what has passed since [`start`](Self::start).
+    #[must_use]
+    pub fn stop(self) -> Self {
         Self {
             wall: read(ClockId::Monotonic).saturating_sub(self.wall),
             processor: read(ClockId::ProcessCPUTime).saturating_sub(self.processor),
@@ -98,7 +100,8 @@ fn read(clock: ClockId) -> Duration {
 }
 
 impl Report {
-    pub(super) fn new(rush: &Rush, history: History, retries: u64, clock: &Clock) -> Self {
+    /// Judges a history that was recorded while `clock` ran, with so many server processes. `retries` is what these counted.
+    pub fn new(instances: usize, history: History, retries: u64, clock: &Clock) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (answered, completed) = waits(&history);
         Self {
@@ -109,7 +112,7 @@ impl Report {
             took: clock.wall,
             client_share: clock.processor.as_secs_f64() / (clock.wall.as_secs_f64() * processors as f64),
             retries,
-            instances: rush.instances,
+            instances,
             history,
         }
     }

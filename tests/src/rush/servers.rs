@@ -95,12 +95,25 @@ impl Servers {
             level.name,
             strategy.name
         );
+        Self::start_named(rush, database, program, strategy.name).await
+    }
+
+    /// The same for a strategy that is known by its name only, as the program knows it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub async fn start_named(
+        rush: &Rush,
+        database: &Database,
+        program: &Program,
+        strategy: &str,
+    ) -> anyhow::Result<Self> {
         let admin_token = Uuid::new_v4().to_string();
         let mut environment = vec![
             ("DATABASE_URL", database.url()),
             ("HOST", "127.0.0.1".to_owned()),
             ("PORT", "0".to_owned()),
-            ("STRATEGY", strategy.name.to_owned()),
+            ("STRATEGY", strategy.to_owned()),
             ("HOLD_MS", rush.hold.as_millis().to_string()),
             ("OVERSOLD_ADMIN_TOKEN", admin_token.clone()),
         ];

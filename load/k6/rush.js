@@ -1,0 +1,255 @@
+// The rush as a k6 script, against a server that runs already:
+//
+//   OVERSOLD_ADMIN_TOKEN=… BASE_URL=http://127.0.0.1:8080 k6 run load/k6/rush.js
+//
+// k6 exits with 99 when a guarantee that should hold broke, or when one that should break was not seen to.
+//
+//   BASE_URL, OVERSOLD_ADMIN_TOKEN   the server, and the token that opens sales there
+//   SALE=1                           the sale to open; it must not be open yet
+//   BUYERS=1000 CAPACITY=100         who comes for how many tickets
+//   CLICKS=1                         requests that each buyer sends at once, each under its own key
+//   VUS=200                          buyers at a time: 200 virtual users stand in for 1,000 buyers
+//   PATIENCE=20                      how long a buyer repeats a request that stays undecided, in seconds
+//   BREAKS=I1,I2 LEAVES_OPEN=I3      what this server breaks and must be seen to, and what it promises nothing about
+//   SUMMARY=FILE                     where to write the figures as JSON
+//   SCENARIO=arrivals                buyers come at a constant rate, whether or not the server keeps up: an open loop, for latencies
+//   RATE=100 SECONDS=10              how many a second, and for how long; there is a ticket for each
+//
+// The rush is a closed loop: a virtual user that waits for an answer sends nothing meanwhile, so a server that stalls holds back the requests
+// that would have met the stall (coordinated omission). SCENARIO=arrivals keeps its rate; what k6 could not send it counts as dropped.
+import { check, sleep } from 'k6';
+import exec from 'k6/execution';
+import http from 'k6/http';
+import { Counter, Gauge, Trend } from 'k6/metrics';
+
+const setting = (name, otherwise) => __ENV[name] || otherwise;
+const number = (name, otherwise, most) => {
+  const value = Number(setting(name, otherwise));
+  if (!Number.isInteger(value) || value < 0 || value > most) {
+    throw new Error(`${name} holds "${__ENV[name]}"; it takes a number, 0 to ${most}`);
+  }
+  return value;
+};
+
+const ARRIVALS = setting('SCENARIO', 'rush') === 'arrivals';
+const RATE = number('RATE', 100, 2000);
+const SECONDS = number('SECONDS', 10, 60);
+const BUYERS = ARRIVALS ? RATE * SECONDS : number('BUYERS', 1000, 20000);
+const CAPACITY = ARRIVALS ? BUYERS : number('CAPACITY', 100, 1000000);
+const CLICKS = number('CLICKS', 1, 50);
+const VUS = Math.min(BUYERS, number('VUS', 200, 1000));
+const PATIENCE = number('PATIENCE', 20, 300);
+const SALE = number('SALE', 1, Number.MAX_SAFE_INTEGER);
+const BASE_URL = setting('BASE_URL', 'http://127.0.0.1:8080');
+
+// What a client can see of the invariants, each as a counter: over 0, it is broken.
+const INVARIANTS = {
+  I1: { title: 'no oversell', counter: new Counter('oversold') },
+  I2: { title: 'conservation', counter: new Counter('unbalanced') },
+  I3: { title: 'no duplicate reservation', counter: new Counter('duplicates') },
+  I4: { title: 'nothing lost', counter: new Counter('lost') },
+  I5: { title: 'nothing invented', counter: new Counter('invented') },
+  I7: { title: 'no undersell', counter: new Counter('undersold') },
+  I10: { title: 'progress', counter: new Counter('unfinished') },
+};
+const count = (code, by) => INVARIANTS[code].counter.add(by);
+
+const confirmed = new Counter('confirmed');
+const refused = new Counter('refused');
+const undecided = new Counter('undecided');
+const stock = new Gauge('stock');
+const reserved = new Gauge('reserved');
+// From a click to the last answer to it, repeats included.
+const answered = new Trend('answered', true);
+
+const codes = (name) => setting(name, '').split(',').filter((code) => code !== '');
+const LEAVES_OPEN = codes('LEAVES_OPEN').concat(ARRIVALS ? codes('BREAKS') : []);
+// A calm stream of buyers need not show what a rush does.
+const BREAKS = ARRIVALS ? [] : codes('BREAKS');
+for (const code of BREAKS) {
+  if (!(code in INVARIANTS)) {
+    throw new Error(`BREAKS holds ${code}, which this script can't see; it takes ${Object.keys(INVARIANTS).join(', ')}`);
+  }
+}
+
+const thresholds = { checks: ['rate==1'] };
+for (const [code, { counter }] of Object.entries(INVARIANTS)) {
+  if (!LEAVES_OPEN.includes(code)) {
+    thresholds[counter.name] = [BREAKS.includes(code) ? 'count>0' : 'count<=0'];
+  }
+}
+if (!ARRIVALS) {
+  thresholds.iterations = [`count==${BUYERS}`];
+}
+
+export const options = {
+  scenarios: {
+    rush: ARRIVALS
+      ? {
+          executor: 'constant-arrival-rate',
+          rate: RATE,
+          timeUnit: '1s',
+          duration: `${SECONDS}s`,
+          preAllocatedVUs: VUS,
+        }
+      : {
+          executor: 'shared-iterations',
+          iterations: BUYERS,
+          vus: VUS,
+          maxDuration: `${Math.ceil(BUYERS / VUS) * PATIENCE + 10}s`,
+        },
+  },
+  thresholds,
+  batch: CLICKS,
+  batchPerHost: CLICKS,
+  summaryTrendStats: ['med', 'p(95)', 'p(99)'],
+};
+
+// A no is an answer, not a failure.
+http.setResponseCallback(http.expectedStatuses(200, 201, 409, 503));
+
+const json = { 'Content-Type': 'application/json' };
+const sale = `${BASE_URL}/api/sales/${SALE}`;
+
+export function setup() {
+  const body = JSON.stringify({ name: 'the last tickets', capacity: CAPACITY });
+  const headers = { ...json, Authorization: `Bearer ${setting('OVERSOLD_ADMIN_TOKEN', '')}` };
+  const opened = http.put(sale, body, { headers });
+  if (opened.status !== 201) {
+    throw new Error(`opening sale ${SALE} at ${BASE_URL} was answered with ${opened.status} ${opened.body || opened.error}`);
+  }
+  // Counters that nothing is added to would not be held against their thresholds.
+  Object.keys(INVARIANTS).forEach((code) => count(code, 0));
+  [confirmed, refused, undecided].forEach((counter) => counter.add(0));
+  count('I1', -CAPACITY);
+}
+
+// What an answer means, by the HTTP contract that all levels share.
+function understand(answer, buyer) {
+  if (answer.status === 0 || answer.status === 503) {
+    return { undecided: true };
+  }
+  let body;
+  try {
+    body = answer.json();
+  } catch (_) {
+    return { unexpected: true };
+  }
+  if (answer.status === 201 && body.id && body.buyer_id === buyer) {
+    return { reservation: body.id };
+  }
+  if (answer.status === 409 && ['/problems/sold-out', '/problems/already-reserved'].includes(body.type)) {
+    return { refused: true };
+  }
+  return { unexpected: true };
+}
+
+// One buyer: all clicks at once, each with its own key; what stays undecided is repeated with the same key until the patience runs out.
+export default function () {
+  const buyer = exec.scenario.iterationInTest + 1;
+  const began = Date.now();
+  const reservations = new Set();
+  let open = [];
+  for (let click = 1; click <= CLICKS; click++) {
+    open.push(`buyer-${buyer}-click-${click}`);
+  }
+  while (open.length > 0) {
+    const sent = Date.now();
+    const answers = http.batch(
+      open.map((key) => [
+        'POST',
+        `${sale}/reservations`,
+        JSON.stringify({ buyer_id: buyer }),
+        { headers: { ...json, 'Idempotency-Key': key }, timeout: `${PATIENCE}s` },
+      ]),
+    );
+    const left = PATIENCE - (Date.now() - began) / 1000;
+    let pause = 0.05;
+    open = open.filter((_, index) => {
+      const answer = answers[index];
+      const meaning = understand(answer, buyer);
+      check(meaning, { 'the contract knows the answer': (it) => !it.unexpected });
+      if (meaning.undecided) {
+        undecided.add(1);
+        pause = Math.max(pause, Number(answer.headers['Retry-After']) || 0);
+        if (left > 0) {
+          return true;
+        }
+      }
+      const { blocked, connecting, duration } = answer.timings;
+      answered.add(sent - began + blocked + connecting + duration);
+      if (meaning.reservation) {
+        confirmed.add(1);
+        reservations.add(meaning.reservation);
+      } else if (meaning.refused) {
+        refused.add(1);
+      } else {
+        count('I10', 1);
+        // It may have a reservation all the same.
+        count('I5', -1);
+        count('I7', -1);
+      }
+      return false;
+    });
+    if (open.length > 0) {
+      sleep(Math.min(left, pause * (1 + Math.random() / 2)));
+    }
+  }
+  count('I1', reservations.size);
+  count('I3', Math.max(0, reservations.size - 1));
+  count('I4', reservations.size);
+  count('I5', -reservations.size);
+}
+
+// Everybody has an answer: what the sale itself shows must agree with what buyers were told.
+export function teardown() {
+  const shown = http.get(sale).json();
+  stock.add(shown.stock);
+  reserved.add(shown.reserved);
+  count('I2', Math.max(Math.abs(shown.stock + shown.reserved - CAPACITY), -shown.stock));
+  count('I4', -shown.reserved);
+  count('I5', shown.reserved);
+  count('I7', Math.min(CAPACITY, BUYERS) - shown.reserved);
+}
+
+export function handleSummary({ metrics }) {
+  const value = (name) => (metrics[name] ? metrics[name].values : {});
+  const sum = (name) => value(name).count || 0;
+  const shown = { stock: value('stock').value, reserved: value('reserved').value };
+  const told = sum('oversold') + CAPACITY;
+  const because = {
+    I1: `${told} reservations confirmed, of ${CAPACITY} tickets`,
+    I2: `the sale says stock ${shown.stock} and ${shown.reserved} reserved, of ${CAPACITY} tickets`,
+    I3: `buyers were told of ${sum('duplicates')} reservations too many for one each`,
+    I4: `the sale says ${shown.reserved} reserved, and buyers were told of ${told} reservations`,
+    I5: `the sale says ${shown.reserved} reserved, and buyers were told of ${told} reservations`,
+    I7: `${shown.reserved} sold, and ${BUYERS} buyers came for ${CAPACITY} tickets`,
+    I10: `${sum('unfinished')} requests never got a final answer`,
+  };
+  const broken = Object.keys(INVARIANTS).filter((code) => sum(INVARIANTS[code].counter.name) > 0);
+  const wait = value('answered');
+  const figures = {
+    requests: sum('confirmed') + sum('refused') + sum('unfinished') + sum('undecided'),
+    confirmed: sum('confirmed'),
+    refused: sum('refused'),
+    undecided: sum('undecided'),
+    duplicates: sum('duplicates'),
+    capacity: CAPACITY,
+    ...shown,
+    p50_ms: wait.med,
+    p95_ms: wait['p(95)'],
+    p99_ms: wait['p(99)'],
+    dropped: sum('dropped_iterations'),
+    broken: broken.map((invariant) => ({ invariant, summary: because[invariant] })),
+  };
+  const lines = [
+    `${figures.confirmed} confirmed, ${figures.refused} refused, ${figures.undecided} undecided; stock ${shown.stock}, ${shown.reserved} reserved of ${CAPACITY}`,
+    `p50 / p95 / p99: ${['med', 'p(95)', 'p(99)'].map((at) => (wait[at] || 0).toFixed(1)).join(' / ')} ms (${ARRIVALS ? `open loop at ${RATE}/s, ${figures.dropped} could not be sent` : 'closed loop: what a stall held back is missing'})`,
+    ...broken.map((code) => `BROKEN ${code} (${INVARIANTS[code].title}): ${because[code]}`),
+  ];
+  const files = { stdout: `${lines.join('\n')}\n` };
+  if (__ENV.SUMMARY) {
+    files[__ENV.SUMMARY] = JSON.stringify(figures);
+  }
+  return files;
+}

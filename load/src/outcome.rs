@@ -1,0 +1,274 @@
+//! What came of a rush: what the clients saw, judged and held against what was promised.
+
+use std::{collections::HashSet, path::Path};
+
+use anyhow::Context;
+use box_office::{Invariant, Promises, api::Sale};
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Deserialize;
+use suite::{
+    history::{Answer, History},
+    judge::{Conclusion, Finding, Verdict},
+    rush::{Answers, Latency, Report},
+};
+
+use crate::Rush;
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// Everything did what it promises.
+    AsPromised = 0,
+    /// A guarantee was broken.
+    Broken = 1,
+    /// What should break was not seen to.
+    Inconclusive = 4,
+}
+
+/// What came of one rush.
+pub(crate) struct Outcome {
+    name: String,
+    generator: &'static str,
+    figures: Summary,
+    promises: Promises,
+}
+
+/// One rush in figures. `load/k6/rush.js` writes the same as JSON.
+#[derive(Deserialize)]
+struct Summary {
+    requests: u64,
+    /// 201.
+    confirmed: u64,
+    /// 409, and every other no.
+    refused: u64,
+    /// 503, no answer, or one that the HTTP contract does not know.
+    undecided: u64,
+    /// Reservations that buyers were told of, beyond one each.
+    duplicates: u64,
+    capacity: u64,
+    /// As the sale shows it afterwards.
+    stock: i64,
+    /// As the sale shows it afterwards.
+    reserved: i64,
+    p50_ms: f64,
+    p95_ms: f64,
+    p99_ms: f64,
+    broken: Vec<Broken>,
+}
+
+#[derive(Deserialize)]
+struct Broken {
+    invariant: Invariant,
+    /// One sentence with the numbers.
+    summary: String,
+}
+
+impl Outcome {
+    /// Goose sent it, and the suite's judge decides.
+    pub(crate) fn of_goose(rush: &Rush, report: &Report, sale: &Sale) -> Self {
+        let mut verdict = report.verdict.clone();
+        look_at(sale, &report.history, &mut verdict);
+        let Answers {
+            confirmed,
+            accepted,
+            sold_out,
+            already_reserved,
+            otherwise_refused,
+            undecided,
+            unexpected,
+        } = report.answers;
+        let Latency {
+            p50_ms, p95_ms, p99_ms, ..
+        } = report.answered;
+        Self {
+            name: rush.name.clone(),
+            generator: "Goose",
+            figures: Summary {
+                requests: report.history.requests.len() as u64,
+                confirmed: confirmed + accepted,
+                refused: sold_out + already_reserved + otherwise_refused,
+                undecided: undecided + unexpected,
+                duplicates: verdict.tally.duplicates,
+                capacity: verdict.tally.capacity,
+                stock: sale.stock,
+                reserved: sale.reserved,
+                p50_ms,
+                p95_ms,
+                p99_ms,
+                broken: verdict
+                    .findings
+                    .into_iter()
+                    .map(|Finding { invariant, summary, .. }| Broken { invariant, summary })
+                    .collect(),
+            },
+            promises: rush.promises,
+        }
+    }
+
+    /// k6 sent it, and its script decided.
+    pub(crate) fn of_k6(rush: &Rush, summary: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(summary).context("k6 wrote no summary")?;
+        Ok(Self {
+            name: rush.name.clone(),
+            generator: "k6",
+            figures: serde_json::from_str(&text).context("the summary of k6")?,
+            promises: rush.promises,
+        })
+    }
+
+    /// What it means.
+    pub(crate) fn conclusion(&self) -> Conclusion {
+        Conclusion::of(&self.promises, |invariant| self.breaks(invariant))
+    }
+
+    fn breaks(&self, invariant: Invariant) -> bool {
+        self.figures.broken.iter().any(|broken| broken.invariant == invariant)
+    }
+
+    /// Prints all of them, and tells how the command ends.
+    pub(crate) fn print(outcomes: &[Self]) -> Ended {
+        let mut table = Table::new();
+        table
+            .load_style(presets::UTF8_FULL_CONDENSED)
+            .set_content_arrangement(ContentArrangement::Disabled)
+            .set_header(COLUMNS)
+            .add_rows(outcomes.iter().map(Self::row));
+        println!("{table}");
+        for outcome in outcomes {
+            println!("{}, {}: {}", outcome.name, outcome.generator, outcome.seen());
+            for Broken { invariant, summary } in &outcome.figures.broken {
+                println!("    {} ({}): {summary}", invariant.code(), invariant.title());
+            }
+        }
+        println!("{CLOSED_LOOP}");
+        let conclusions: Vec<Conclusion> = outcomes.iter().map(Self::conclusion).collect();
+        if conclusions.iter().any(|it| matches!(it, Conclusion::Broken(_))) {
+            Ended::Broken
+        } else if conclusions.iter().any(|it| matches!(it, Conclusion::Inconclusive(_))) {
+            Ended::Inconclusive
+        } else {
+            Ended::AsPromised
+        }
+    }
+
+    fn row(&self) -> [String; COLUMNS.len()] {
+        let Summary {
+            requests,
+            confirmed,
+            refused,
+            undecided,
+            duplicates,
+            capacity,
+            stock,
+            reserved,
+            p50_ms,
+            p95_ms,
+            p99_ms,
+            ..
+        } = &self.figures;
+        [
+            self.name.clone(),
+            self.generator.to_owned(),
+            requests.to_string(),
+            format!("{confirmed} / {refused} / {undecided}"),
+            format!("{reserved} of {capacity}"),
+            stock.to_string(),
+            duplicates.to_string(),
+            format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
+            self.conclusion().to_string(),
+        ]
+    }
+
+    /// One line on what the rush brought to light.
+    fn seen(&self) -> String {
+        let Summary { capacity, reserved, .. } = self.figures;
+        let codes: Vec<&str> = self
+            .figures
+            .broken
+            .iter()
+            .map(|broken| broken.invariant.code())
+            .collect();
+        let codes = codes.join(", ");
+        match self.conclusion() {
+            Conclusion::AsPromised if codes.is_empty() => format!("{reserved} sold of {capacity}, nothing broken"),
+            Conclusion::AsPromised => format!("BROKEN ({codes}), as {} exists to show", self.name),
+            other if codes.is_empty() => format!("{reserved} sold of {capacity}; {other}"),
+            other => format!("BROKEN ({codes}); {other}"),
+        }
+    }
+}
+
+const COLUMNS: [&str; 9] = [
+    "strategy",
+    "sent by",
+    "requests",
+    "201 / 409 / 503",
+    "sold",
+    "stock",
+    "duplicates",
+    "p50 / p95 / p99 ms",
+    "verdict",
+];
+
+/// What the percentiles leave out.
+const CLOSED_LOOP: &str = "\
+Both are closed loops: who waits for an answer sends nothing meanwhile. A server that stalls holds back the requests that would have met the
+stall, so they are missing from the percentiles (coordinated omission). k6 with SCENARIO=arrivals is an open loop.";
+
+/// Adds what the sale itself shows after the rush. Buyers see no rows, so the judge can't compare these numbers for them.
+fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
+    let (stock, reserved) = (sale.stock, sale.reserved);
+    let capacity = i64::try_from(verdict.tally.capacity).unwrap_or(i64::MAX);
+    let told = i64::try_from(verdict.tally.sold).unwrap_or(i64::MAX);
+    // Who never got a final answer may have a reservation all the same.
+    let open = i64::try_from(without_an_answer(history)).unwrap_or(i64::MAX);
+    let found = [
+        (
+            Invariant::NoOversell,
+            reserved - capacity,
+            format!("the sale says {reserved} reserved, of {capacity} tickets"),
+            "Which reservation was one too many?",
+        ),
+        (
+            Invariant::Conservation,
+            (stock + reserved - capacity).abs().max(-stock),
+            format!("the sale says stock {stock} and {reserved} reserved, of {capacity} tickets"),
+            "Which write left no trace in the stock?",
+        ),
+        (
+            Invariant::NothingLost,
+            told - reserved,
+            format!("the sale says {reserved} reserved, and buyers were told of {told} reservations"),
+            "What had happened when the buyer was told, and what had not?",
+        ),
+        (
+            Invariant::NothingInvented,
+            reserved - told - open,
+            format!(
+                "the sale says {reserved} reserved, and buyers were told of {told} reservations; {open} got no final answer"
+            ),
+            "Who wrote this row, and for whom?",
+        ),
+    ];
+    for (invariant, off, summary, question) in found {
+        if off > 0 && !verdict.breaks(invariant) {
+            verdict.findings.push(Finding {
+                invariant,
+                count: off.unsigned_abs(),
+                summary,
+                evidence: None,
+                question,
+            });
+        }
+    }
+    verdict.findings.sort_by_key(|finding| finding.invariant);
+}
+
+/// How many request keys never got a final answer.
+fn without_an_answer(history: &History) -> usize {
+    let answered = |answer: &Answer| matches!(answer, Answer::Confirmed { .. } | Answer::Refused(_));
+    let (answered, open): (Vec<_>, Vec<_>) = history.requests.iter().partition(|request| answered(&request.answer));
+    let answered: HashSet<&str> = answered.iter().map(|request| request.key.as_str()).collect();
+    let open: HashSet<&str> = open.iter().map(|request| request.key.as_str()).collect();
+    open.difference(&answered).count()
+}

@@ -1,0 +1,185 @@
+//! `load rush`: the stand. Postgres by the suite's means, a server of the command `oversold`, and both generators against it.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, bail, ensure};
+use box_office::{Invariant, SaleId, Schema};
+use serde::Deserialize;
+use sqlx::migrate::Migrator;
+use suite::{
+    backends::{Durability, Postgres, keeper},
+    rush::{Program, Servers},
+};
+
+use crate::{
+    Crowd, Rush, RushArgs, attack,
+    outcome::{Ended, Outcome},
+    promises,
+};
+
+/// No tables: a server makes those of its strategy when it starts.
+const EMPTY: Schema = Schema {
+    name: "load",
+    migrations: &Migrator::DEFAULT,
+};
+
+/// The sale that Goose sells out, and the one that k6 does.
+const SALES: [SaleId; 2] = [1, 2];
+
+/// What k6 exits with when a threshold did not hold.
+const THRESHOLDS_CROSSED: i32 = 99;
+
+/// A strategy as `oversold list --json` tells of it.
+#[derive(Deserialize)]
+struct Strategy {
+    name: String,
+    place: String,
+    clicks: u32,
+    alone: Promised,
+}
+
+#[derive(Deserialize)]
+struct Promised {
+    breaks: Vec<Invariant>,
+    leaves_open: Vec<Invariant>,
+}
+
+/// Runs Goose and k6 against every chosen strategy, and prints what came of it.
+pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
+    for (file, what) in [
+        (&args.oversold, "`cargo build -p oversold` makes it"),
+        (&args.k6, "`make target/tools/bin/k6` makes it"),
+        (&args.script, "run this at the root of the repository"),
+    ] {
+        ensure!(file.exists(), "there is no {}: {what}", file.display());
+    }
+    let chosen = choose(list(&args.oversold)?, &args.levels)?;
+    let postgres = Postgres::find(Durability::Durable).await?;
+    let mut outcomes = vec![];
+    for strategy in &chosen {
+        let name = &strategy.name;
+        eprintln!("{name}: Goose, then k6");
+        outcomes.extend(one(args, strategy, &postgres).await.with_context(|| name.clone())?);
+    }
+    Ok(Outcome::print(&outcomes))
+}
+
+/// What there is.
+fn list(oversold: &Path) -> anyhow::Result<Vec<Strategy>> {
+    let output = Command::new(oversold).args(["list", "--json"]).output()?;
+    serde_json::from_slice(&output.stdout).with_context(|| format!("what {} lists", oversold.display()))
+}
+
+/// A strategy, or all on the trail of a level.
+fn choose(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strategy>> {
+    let matches = |strategy: &Strategy, name: &String| match strategy.name.split_once('/') {
+        _ if strategy.name == *name => true,
+        Some((level, _)) => level == name && strategy.place == "trail",
+        None => false,
+    };
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| !listed.iter().any(|strategy| matches(strategy, name)))
+    {
+        let known: Vec<&str> = listed.iter().map(|strategy| strategy.name.as_str()).collect();
+        bail!(
+            "there is no level or strategy {unknown:?}; there is {}",
+            known.join(", ")
+        );
+    }
+    let chosen = listed
+        .into_iter()
+        .filter(|strategy| names.iter().any(|name| matches(strategy, name)));
+    Ok(chosen.collect())
+}
+
+async fn one(args: &RushArgs, strategy: &Strategy, postgres: &Postgres) -> anyhow::Result<Vec<Outcome>> {
+    let (level, name) = strategy.name.split_once('/').context("a name is LEVEL/STRATEGY")?;
+    let program = Program::new(std::path::absolute(&args.oversold)?)
+        .argument("serve")
+        .argument(level);
+    let database = postgres.database(EMPTY).await?;
+    let servers = Servers::start_named(&suite::rush::Rush::default(), &database, &program, name).await?;
+    let address = *servers.live().borrow().first().context("no server lives")?;
+    let (crowd, clicks) = stress(args.crowd, strategy);
+    let rushes = SALES.map(|sale| Rush {
+        name: strategy.name.clone(),
+        host: address.into(),
+        admin_token: servers.admin_token().to_owned(),
+        sale,
+        crowd,
+        clicks,
+        promises: promises(&strategy.alone.breaks, &strategy.alone.leaves_open),
+    });
+    let outcomes = vec![
+        attack::run(&rushes[0]).await.context("Goose")?,
+        k6(args, &rushes[1], &strategy.alone).await.context("k6")?,
+    ];
+    servers.stop().await?;
+    Ok(outcomes)
+}
+
+/// Who has to come for the guarantee to be tried.
+///
+/// Two clicks of one buyer that leave together do not arrive together: in either generator other buyers' requests come between them. Where
+/// they have to meet in the server, a fifth of the buyers come and click five times as often: as many requests, far more pairs of them.
+fn stress(crowd: Crowd, strategy: &Strategy) -> (Crowd, u32) {
+    const FEWER: u32 = 5;
+
+    if strategy.alone.breaks.contains(&Invariant::NoDuplicate) {
+        let buyers = crowd.buyers.div_ceil(FEWER);
+        (Crowd { buyers, ..crowd }, strategy.clicks * FEWER)
+    } else {
+        (crowd, strategy.clicks)
+    }
+}
+
+/// Runs the script of k6.
+async fn k6(args: &RushArgs, rush: &Rush, promised: &Promised) -> anyhow::Result<Outcome> {
+    let folder = keeper::folder("k6")?;
+    let summary: PathBuf = folder.join("summary.json");
+    let codes = |invariants: &[Invariant]| {
+        let codes: Vec<&str> = invariants.iter().map(|invariant| invariant.code()).collect();
+        codes.join(",")
+    };
+    let mut command = tokio::process::Command::from(keeper::command(std::path::absolute(&args.k6)?)?);
+    let output = command
+        .args(["run", "--quiet", "--no-usage-report", "--no-color", "--address", ""])
+        .arg(&args.script)
+        .env("BASE_URL", rush.host.to_string())
+        .env("OVERSOLD_ADMIN_TOKEN", &rush.admin_token)
+        .env("SALE", rush.sale.to_string())
+        .env("BUYERS", rush.crowd.buyers.to_string())
+        .env("CAPACITY", rush.crowd.capacity.to_string())
+        .env("CLICKS", rush.clicks.to_string())
+        .env("PATIENCE", rush.crowd.patience.to_string())
+        .env("BREAKS", codes(&promised.breaks))
+        .env("LEAVES_OPEN", codes(&promised.leaves_open))
+        .env("SUMMARY", &summary)
+        .stdin(Stdio::null())
+        .output()
+        .await?;
+    let printed = || {
+        let (out, err) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        format!("{out}{err}")
+    };
+    match output.status.code() {
+        Some(0 | THRESHOLDS_CROSSED) => {}
+        _ => bail!("it left with {}\n{}", output.status, printed()),
+    }
+    let outcome = Outcome::of_k6(rush, &summary)?;
+    let kept = outcome.conclusion() == suite::judge::Conclusion::AsPromised;
+    ensure!(
+        kept == output.status.success(),
+        "its thresholds and its summary disagree\n{}",
+        printed()
+    );
+    std::fs::remove_dir_all(folder)?;
+    Ok(outcome)
+}

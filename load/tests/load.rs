@@ -1,0 +1,218 @@
+//! `load goose` against servers that tell the truth, and servers that lie: each lie is found, and named.
+
+use std::{
+    collections::HashSet,
+    process::{Output, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    http::{HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
+    routing::{get, post, put},
+};
+use rstest::rstest;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, process::Command};
+use uuid::Uuid;
+
+const CAPACITY: usize = 5;
+const TOKEN: &str = "the token";
+
+/// What a server does wrong.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lie {
+    None,
+    /// One ticket too many, and does not show it.
+    Oversells,
+    /// Whoever clicks twice gets two.
+    SellsABuyerTwice,
+    /// A stock that has lost an update.
+    ForgetsAnUpdate,
+    /// Says that nobody has reserved anything.
+    LosesReservations,
+    /// Says that somebody has a reservation whom nobody ever saw.
+    InventsAReservation,
+    /// Sold out while tickets are left.
+    KeepsATicketBack,
+    /// Says 503 to everybody for ever.
+    NeverDecides,
+    /// Answers what the HTTP contract does not know.
+    Babbles,
+}
+
+struct Box {
+    lie: Lie,
+    sold: Mutex<Vec<(i64, String, Uuid)>>,
+    undecided_once: Mutex<HashSet<String>>,
+}
+
+async fn reserve(
+    State(office): State<Arc<Box>>,
+    Path(sale): Path<i64>,
+    headers: HeaderMap,
+    Json(body): Json<Value>,
+) -> Response {
+    let key = headers["idempotency-key"].to_str().expect("it is text").to_owned();
+    let buyer = body["buyer_id"].as_i64().expect("it is a number");
+    let problem = |status: StatusCode, kind: &str, reservation: Option<Uuid>| {
+        let body = json!({
+            "type": format!("/problems/{kind}"), "title": kind, "status": status.as_u16(), "detail": kind, "request_id": "1",
+            "reservation_id": reservation,
+        });
+        (status, Json(body)).into_response()
+    };
+    let confirmed = |id: Uuid| {
+        let body = json!({"id": id, "sale_id": sale, "buyer_id": buyer, "status": "confirmed"});
+        (StatusCode::CREATED, Json(body)).into_response()
+    };
+    match office.lie {
+        Lie::NeverDecides => return problem(StatusCode::SERVICE_UNAVAILABLE, "undecided", None),
+        Lie::Babbles => return (StatusCode::IM_A_TEAPOT, "short and stout").into_response(),
+        _ => {}
+    }
+    let mut sold = office.sold.lock().expect("nobody panicked");
+    if let Some((.., id)) = sold.iter().find(|(_, earlier, _)| *earlier == key) {
+        return confirmed(*id);
+    }
+    // Every key is first left undecided, after the ticket was taken: whoever repeats it gets the answer.
+    let undecided = office
+        .undecided_once
+        .lock()
+        .expect("nobody panicked")
+        .insert(key.clone());
+    let earlier = sold.iter().find(|(owner, ..)| *owner == buyer).map(|(.., id)| *id);
+    if let Some(id) = earlier.filter(|_| office.lie != Lie::SellsABuyerTwice) {
+        return problem(StatusCode::CONFLICT, "already-reserved", Some(id));
+    }
+    let tickets = match office.lie {
+        Lie::Oversells => CAPACITY + 1,
+        Lie::KeepsATicketBack => CAPACITY - 1,
+        _ => CAPACITY,
+    };
+    if sold.len() >= tickets {
+        return problem(StatusCode::CONFLICT, "sold-out", None);
+    }
+    let id = Uuid::new_v4();
+    sold.push((buyer, key, id));
+    if undecided {
+        problem(StatusCode::SERVICE_UNAVAILABLE, "undecided", None)
+    } else {
+        confirmed(id)
+    }
+}
+
+async fn look(State(office): State<Arc<Box>>, Path(sale): Path<i64>) -> Json<Value> {
+    let (sold, capacity) = (office.sold.lock().expect("nobody panicked").len(), CAPACITY);
+    let (stock, reserved) = match office.lie {
+        Lie::Oversells => (0, capacity),
+        Lie::ForgetsAnUpdate => (1, sold),
+        Lie::LosesReservations => (capacity, 0),
+        Lie::InventsAReservation => (capacity - sold, sold + 1),
+        _ => (capacity - sold, sold),
+    };
+    Json(json!({"id": sale, "name": "x", "capacity": capacity, "stock": stock, "reserved": reserved}))
+}
+
+async fn open(headers: HeaderMap, Json(body): Json<Value>) -> StatusCode {
+    assert_eq!(body["capacity"], CAPACITY);
+    if headers["authorization"] == format!("Bearer {TOKEN}") {
+        StatusCode::CREATED
+    } else {
+        StatusCode::UNAUTHORIZED
+    }
+}
+
+/// Runs `load goose` against a server with this lie.
+async fn load(lie: Lie, arguments: &[&str]) -> (Option<i32>, String) {
+    let office = Arc::new(Box {
+        lie,
+        sold: Mutex::default(),
+        undecided_once: Mutex::default(),
+    });
+    let app = Router::new()
+        .route("/api/sales/{sale}/reservations", post(reserve))
+        .route("/api/sales/{sale}", put(open).get(look))
+        .route("/readyz", get(|| async {}))
+        .with_state(office);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let host = format!("http://{}", listener.local_addr().expect("it listens"));
+    let serving = tokio::spawn(async { axum::serve(listener, app).await });
+    // With two clicks each, of three buyers one wins twice.
+    let buyers = if lie == Lie::SellsABuyerTwice { "3" } else { "10" };
+    let output = run(&[
+        &["goose", "--host", &host, "--buyers", buyers, "--capacity", "5"],
+        arguments,
+    ]
+    .concat())
+    .await;
+    serving.abort();
+    output
+}
+
+async fn run(arguments: &[&str]) -> (Option<i32>, String) {
+    let Output { status, stdout, stderr } = Command::new(env!("CARGO_BIN_EXE_load"))
+        .args(arguments)
+        .env("OVERSOLD_ADMIN_TOKEN", TOKEN)
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&stdout).into_owned() + &String::from_utf8_lossy(&stderr);
+    (status.code(), said)
+}
+
+#[rstest]
+#[case(Lie::Oversells, "I1, I4")]
+#[case(Lie::SellsABuyerTwice, "I3")]
+#[case(Lie::ForgetsAnUpdate, "I2")]
+#[case(Lie::LosesReservations, "I4")]
+#[case(Lie::InventsAReservation, "I1, I2, I5")]
+#[case(Lie::KeepsATicketBack, "I6, I7")]
+#[case(Lie::NeverDecides, "I10")]
+#[case(Lie::Babbles, "I10")]
+#[tokio::test]
+async fn a_server_that_lies_fails_the_load_and_its_lie_is_named(#[case] lie: Lie, #[case] broken: &str) {
+    let (code, said) = load(lie, &["--clicks", "2", "--patience", "1"]).await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains(&format!("BROKEN ({broken}); guarantee broken: {broken}\n")),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn an_honest_server_passes() {
+    let (code, said) = load(Lie::None, &["--clicks", "2"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("5 sold of 5, nothing broken"), "{said}");
+}
+
+#[tokio::test]
+async fn what_is_broken_on_purpose_passes_and_must_be_seen() {
+    let (code, said) = load(Lie::Oversells, &["--breaks", "I1,I4"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("exists to show"), "{said}");
+
+    let (code, said) = load(Lie::None, &["--breaks", "I1"]).await;
+    assert_eq!(code, Some(4), "{said}");
+    assert!(said.contains("inconclusive: I1 was not seen to break"), "{said}");
+}
+
+#[rstest]
+#[case(&["goose", "--host", "http://127.0.0.1:1"], "load: connecting to 127.0.0.1:1: Connection refused")]
+#[case(&["goose", "--host", "ftp://x"], "load: --host holds \"ftp://x\"; it takes an address")]
+#[case(&["goose", "--host", "http://127.0.0.1:1", "--buyers", "0"], "load: --buyers holds \"0\"; it takes a number, 1 to 5000")]
+#[case(&["goose", "--host", "http://127.0.0.1:1", "--breaks", "I11"], "load: --breaks holds \"I11\"; it takes codes")]
+#[case(&["goose"], "load: --host <http://HOST:PORT> is missing")]
+#[case(&["rush", "lv1", "--oversold", "/nowhere"], "load: there is no /nowhere")]
+#[case(&["roll"], "load: unrecognized subcommand 'roll'")]
+#[tokio::test]
+async fn what_can_not_be_done_is_one_clear_line(#[case] arguments: &[&str], #[case] line: &str) {
+    let (code, said) = run(arguments).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.starts_with(line), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
