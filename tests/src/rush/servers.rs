@@ -32,11 +32,12 @@ use crate::{
 /// How long a server may take to listen, or to leave.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How to start a server: a program, and the arguments it takes. Everything else it is told through its environment.
+/// How to start a server: a program, and the arguments and variables it takes. What a rush needs, it is told through its environment as well.
 #[derive(Clone, Debug)]
 pub struct Program {
     executable: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
 }
 
 /// The server processes of one rush.
@@ -67,12 +68,19 @@ impl Program {
         Self {
             executable: executable.into(),
             arguments: vec![],
+            environment: vec![],
         }
     }
 
     /// The same, started with one more argument.
     pub fn argument(mut self, argument: &str) -> Self {
         self.arguments.push(argument.to_owned());
+        self
+    }
+
+    /// The same, with one more variable in its environment.
+    pub fn variable(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.environment.push((name, value.into()));
         self
     }
 }
@@ -236,6 +244,7 @@ impl Servers {
         command
             .args(&self.program.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .envs(self.program.environment.iter().map(|(name, value)| (name, value)))
             .env("INSTANCE", (number + 1).to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
