@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use box_office::{
     Invariant::{Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
-    Promises, Strategy,
+    Place, Promises, Strategy,
 };
 use lv2_db_lock::LEVEL;
 use rstest::rstest;
@@ -15,6 +15,7 @@ use suite::{
     judge::judge,
     rush::{Program, Rush},
     schedule::{Rehearsal, Scenario, cancelled_after_every_poll},
+    twins::differ_by_one_mistake,
 };
 
 fn program() -> Program {
@@ -233,4 +234,15 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
         format!("{error:#}").contains("a transaction is still open"),
         "{error:#}"
     );
+}
+
+#[test]
+fn every_broken_twin_differs_by_its_one_mistake() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let pairs = differ_by_one_mistake(&source).unwrap_or_else(|error| panic!("{error:#}"));
+    let listed = LEVEL
+        .strategies
+        .iter()
+        .filter(|strategy| strategy.place == Place::Broken);
+    assert_eq!(pairs, listed.count());
 }
