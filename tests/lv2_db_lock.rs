@@ -14,7 +14,7 @@ use suite::{
     contract,
     judge::judge,
     rush::{Program, Rush},
-    schedule::{Rehearsal, Scenario, cancelled_after_every_poll},
+    schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
     twins::differ_by_one_mistake,
 };
 
@@ -234,6 +234,21 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
         format!("{error:#}").contains("a transaction is still open"),
         "{error:#}"
     );
+}
+
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[case::one_that_could_not_bear_to_be_cancelled("broken/transaction-left-open")]
+#[tokio::test]
+async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
+    let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
+        .await
+        .unwrap();
+    println!("{name}: hung up at {points:?}");
+    assert!(points.contains(&"committed".to_owned()), "{points:?}");
 }
 
 #[test]

@@ -298,6 +298,11 @@ impl Instance {
 }
 
 impl Steps {
+    /// What the server wrote down of one request.
+    pub fn of(&self, request: u64) -> &[Record] {
+        self.0.get(&request).map_or(&[], Vec::as_slice)
+    }
+
     /// Puts each request's steps beside it.
     pub(super) fn add_to(mut self, requests: &mut [history::Request], started_us: Micros) {
         for request in requests {
