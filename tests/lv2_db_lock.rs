@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use box_office::{
     Invariant::{Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
-    Promises, Strategy,
+    Place, Promises, Strategy,
 };
 use lv2_db_lock::LEVEL;
 use rstest::rstest;
@@ -14,7 +14,8 @@ use suite::{
     contract,
     judge::judge,
     rush::{Program, Rush},
-    schedule::{Rehearsal, Scenario, cancelled_after_every_poll},
+    schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
+    twins::differ_by_one_mistake,
 };
 
 fn program() -> Program {
@@ -260,4 +261,30 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
         format!("{error:#}").contains("a transaction is still open"),
         "{error:#}"
     );
+}
+
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[case::one_that_could_not_bear_to_be_cancelled("broken/transaction-left-open")]
+#[tokio::test]
+async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
+    let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
+        .await
+        .unwrap();
+    println!("{name}: hung up at {points:?}");
+    assert!(points.contains(&"committed".to_owned()), "{points:?}");
+}
+
+#[test]
+fn every_broken_twin_differs_by_its_one_mistake() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let pairs = differ_by_one_mistake(&source).unwrap_or_else(|error| panic!("{error:#}"));
+    let listed = LEVEL
+        .strategies
+        .iter()
+        .filter(|strategy| strategy.place == Place::Broken);
+    assert_eq!(pairs, listed.count());
 }

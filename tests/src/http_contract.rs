@@ -2,21 +2,22 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use box_office::{Level, ProblemKind, SaleId, Strategy, api};
 use http_body_util::Full;
 use hyper::{Method, Request, StatusCode, body::Bytes, header};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use uuid::Uuid;
 
 use crate::{
     backends::Database,
-    rush::{Answered, Connection, Program, Rush, SALE, Servers},
+    rush::{Answered, Connection, Program, Rush, SALE, Servers, Steps},
 };
 
 /// How long any single answer may take.
@@ -48,7 +49,21 @@ impl Talk {
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Self> {
-        let servers = Servers::start(&Rush::default(), database, program, level, strategy).await?;
+        Self::during(&Rush::default(), database, program, level, strategy).await
+    }
+
+    /// Starts one server, as this rush would.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn during(
+        rush: &Rush,
+        database: &Database,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Self> {
+        let servers = Servers::start(rush, database, program, level, strategy).await?;
         let address = *servers.live().borrow().first().context("one was started")?;
         Ok(Self { servers, address })
     }
@@ -71,7 +86,45 @@ impl Talk {
     /// # Errors
     /// It did not.
     pub async fn stop(self) -> anyhow::Result<()> {
-        self.servers.stop().await.map(drop)
+        self.stop_and_tell().await.map(drop)
+    }
+
+    /// The same; tells the steps that it wrote down, if it did.
+    ///
+    /// # Errors
+    /// It did not leave with exit code 0.
+    pub async fn stop_and_tell(self) -> anyhow::Result<Steps> {
+        self.servers.stop().await
+    }
+
+    /// Waits until the process is seen to be stopped (SIGSTOP).
+    ///
+    /// # Errors
+    /// It runs for longer than `patience`.
+    pub async fn stands_still(&self, patience: Duration) -> anyhow::Result<()> {
+        let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let pid = self.process().await?;
+        let seen = async {
+            while waitid(WaitId::Pid(pid), stopped)?.is_none() {
+                sleep(Duration::from_millis(1)).await;
+            }
+            anyhow::Ok(())
+        };
+        timeout(patience, seen)
+            .await
+            .map_err(|_| anyhow!("after {patience:?} the server still runs"))?
+    }
+
+    /// Lets a stopped process go on (SIGCONT).
+    ///
+    /// # Errors
+    /// It has left.
+    pub async fn goes_on(&self) -> anyhow::Result<()> {
+        Ok(kill_process(self.process().await?, Signal::CONT)?)
+    }
+
+    async fn process(&self) -> anyhow::Result<Pid> {
+        Pid::from_raw(self.pid().await?.cast_signed()).context("a process has a number")
     }
 
     async fn call(&self, call: Call<'_>) -> anyhow::Result<Answered> {
@@ -155,7 +208,15 @@ impl Talk {
     /// # Errors
     /// It was open already, or there is no answer.
     pub async fn opens_a_sale(&self, capacity: u32) -> anyhow::Result<()> {
-        self.servers.open_sale(SALE, capacity).await
+        self.opens(SALE, capacity).await
+    }
+
+    /// Opens any sale, as an administrator.
+    ///
+    /// # Errors
+    /// It was open already, or there is no answer.
+    pub async fn opens(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
+        self.servers.open_sale(sale, capacity).await
     }
 
     /// The sale as the server tells it.

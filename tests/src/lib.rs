@@ -8,5 +8,6 @@ pub mod judge;
 pub mod rows;
 pub mod rush;
 pub mod schedule;
+pub mod twins;
 
 pub use contract::{RED, contract};

@@ -13,6 +13,7 @@ mod run;
 mod server;
 mod settings;
 mod steps;
+mod stop;
 mod telemetry;
 pub mod trace;
 
@@ -26,3 +27,4 @@ pub use run::{main, raise_open_files_limit, serve};
 pub use server::{CutOff, Server, StartError};
 pub use settings::{AdminToken, DatabaseUrl, Limits, LogFormat, Settings, explain};
 pub use steps::{Observer, Point, Sighting, Steps};
+pub use stop::StopAt;

@@ -28,6 +28,7 @@ use crate::{
     DatabaseUrl, Level, Limits, Settings, Stage, Strategy,
     http::{self, App},
     metrics::Metrics,
+    stop::Stopper,
     trace::Recorder,
 };
 
@@ -192,6 +193,7 @@ impl Server {
             ),
             database,
             recorder,
+            stopper: settings.stop_at.clone().map(Stopper::new),
             reservations,
             admin_token: settings.admin_token.clone(),
             limits: settings.limits,

@@ -19,6 +19,8 @@ use sqlx::postgres::PgConnectOptions;
 use subtle::ConstantTimeEq;
 use tracing_subscriber::EnvFilter;
 
+use crate::StopAt;
+
 /// The log lines that are written unless told otherwise. sqlx passes on Postgres's notices, which say nothing to an operator.
 const LOG: &str = "info,sqlx=warn";
 
@@ -64,6 +66,9 @@ pub struct Settings {
     /// Where to write every step of every reservation as JSON lines, when the server ends
     #[arg(long = "trace-file", env = "OVERSOLD_TRACE_FILE", value_name = "FILE")]
     pub trace_file: Option<PathBuf>,
+    /// Where to stop this process (SIGSTOP), as if it froze there: for tests of what then happens
+    #[arg(long = "stop-at", env = "OVERSOLD_STOP_AT", value_name = "POINT#TIME")]
+    pub stop_at: Option<StopAt>,
     /// How long and how big things may get.
     #[arg(skip)]
     pub limits: Limits,
@@ -84,6 +89,7 @@ impl Default for Settings {
             log_format: LogFormat::Pretty,
             log: LOG.to_owned(),
             trace_file: None,
+            stop_at: None,
             limits: Limits::default(),
         }
     }

@@ -46,6 +46,11 @@ impl Steps {
         Self(Some(observer))
     }
 
+    /// Whoever watches.
+    pub(crate) fn observer(&self) -> Option<&dyn Observer> {
+        self.0.as_deref()
+    }
+
     /// Marks a point: `steps.at("stock read").await`.
     #[track_caller]
     pub fn at(&self, step: &'static str) -> Point<'_> {

@@ -147,6 +147,12 @@ const WRONG: &[Wrong] = &[
         line: r#"HOLD_MS (--hold-ms) holds "-1"; it takes a number of milliseconds, 0 to 10000"#,
     },
     Wrong {
+        name: "a_place_to_stop_at_without_its_time_is_named",
+        variables: &[NOBODY, ("OVERSOLD_STOP_AT", "stock read")],
+        flags: &[],
+        line: r#"OVERSOLD_STOP_AT (--stop-at) holds "stock read"; it takes a scheduling point and which time it is come to, such as stock read#1"#,
+    },
+    Wrong {
         name: "a_hold_over_the_time_outs_is_named",
         variables: &[NOBODY, ("HOLD_MS", "10001")],
         flags: &[],
@@ -306,6 +312,7 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
         "OVERSOLD_ADMIN_TOKEN",
         "LOG_FORMAT",
         "OVERSOLD_TRACE_FILE",
+        "OVERSOLD_STOP_AT",
         "RUST_LOG",
         LEVEL.summary,
         LEVEL.strategies[0].summary,

@@ -171,11 +171,11 @@ pub static LEVEL: Level = Level {
             name: "broken/transaction-left-open",
             summary: "nobody rolls back when the request is cancelled",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ONE_INSTANCE,
             clicks: 2,
             schema: BARE,
             source: "levels/lv2-db-lock/src/broken/transaction_left_open.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::transaction_left_open::Pessimistic::new(stage)) as _) }),
+            open: |stage| Box::pin(async { Ok(Box::new(broken::transaction_left_open::Mutex::new(stage)) as _) }),
         },
         Strategy {
             name: "broken/version-not-compared",

@@ -38,6 +38,7 @@ pub(super) struct Gate {
     buyers: JoinSet<Vec<Request>>,
     opened: Arc<Barrier>,
     start: watch::Sender<Option<Start>>,
+    live: watch::Receiver<Vec<SocketAddr>>,
 }
 
 #[derive(Clone)]
@@ -102,7 +103,12 @@ impl Gate {
         }
         // Every buyer has run up to the gate before it opens.
         opened.wait().await;
-        Ok(Self { buyers, opened, start })
+        Ok(Self {
+            buyers,
+            opened,
+            start,
+            live,
+        })
     }
 
     /// Opens, and waits until everybody has gone home.
@@ -112,8 +118,36 @@ impl Gate {
         self.start.send_replace(Some(Start { started_us, answered }));
         let mut requests: Vec<Request> = self.buyers.join_all().await.into_iter().flatten().collect();
         let clock = clock.stop();
+        look_again(&mut requests, &self.live, started_us).await;
         requests.sort_by_key(|request| (request.sent_us, request.request));
         Released { requests, clock }
+    }
+}
+
+/// A final state never changes: everybody whose order was accepted asks once more, now that all is decided.
+async fn look_again(requests: &mut [Request], live: &watch::Receiver<Vec<SocketAddr>>, started_us: Micros) {
+    let Some(&address) = live.borrow().first() else { return };
+    let Ok(mut connection) = Connection::open(address).await else {
+        return;
+    };
+    for request in requests {
+        let Answer::Accepted {
+            reservation,
+            ending: Some(ending),
+        } = &mut request.answer
+        else {
+            continue;
+        };
+        let state = State::read(&mut connection, &format!("/api/reservations/{reservation}")).await;
+        if let Some(refused) = state.ok().and_then(|state| state.decided())
+            && refused != ending.refused
+        {
+            ending.changed_to = Some(Box::new(Ending {
+                at_us: now_monotonic_us() - started_us,
+                refused,
+                changed_to: None,
+            }));
+        }
     }
 }
 
@@ -216,7 +250,8 @@ impl Click {
     /// Asks about an accepted order until it is decided, at any instance that lives.
     async fn follow(&mut self, location: &str, started_us: Micros) -> Option<Ending> {
         loop {
-            if let Ok(state) = self.state(location).await
+            if let Ok(connection) = self.connection().await
+                && let Ok(state) = State::read(connection, location).await
                 && let Some(refused) = state.decided()
             {
                 return Some(Ending {
@@ -228,12 +263,6 @@ impl Click {
             sleep(ASK_AGAIN).await;
         }
     }
-
-    async fn state(&mut self, location: &str) -> anyhow::Result<State> {
-        let request = HttpRequest::get(location).body(Full::default())?;
-        let answered = self.connection().await?.send(request).await?;
-        Ok(serde_json::from_slice(&answered.body)?)
-    }
 }
 
 /// A reservation as `GET /api/reservations/{id}` tells it.
@@ -244,6 +273,12 @@ struct State {
 }
 
 impl State {
+    async fn read(connection: &mut Connection, location: &str) -> anyhow::Result<Self> {
+        let request = HttpRequest::get(location).body(Full::default())?;
+        let answered = connection.send(request).await?;
+        Ok(serde_json::from_slice(&answered.body)?)
+    }
+
     /// `None` while it is under way; then whether, and why, it was refused.
     #[expect(clippy::option_option, reason = "not decided yet, decided yes, decided no")]
     fn decided(&self) -> Option<Option<Refused>> {

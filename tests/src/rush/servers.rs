@@ -32,11 +32,12 @@ use crate::{
 /// How long a server may take to listen, or to leave.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How to start a server: a program, and the arguments it takes. Everything else it is told through its environment.
+/// How to start a server: a program, and the arguments and variables it takes. What a rush needs, it is told through its environment as well.
 #[derive(Clone, Debug)]
 pub struct Program {
     executable: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
 }
 
 /// The server processes of one rush.
@@ -67,12 +68,19 @@ impl Program {
         Self {
             executable: executable.into(),
             arguments: vec![],
+            environment: vec![],
         }
     }
 
     /// The same, started with one more argument.
     pub fn argument(mut self, argument: &str) -> Self {
         self.arguments.push(argument.to_owned());
+        self
+    }
+
+    /// The same, with one more variable in its environment.
+    pub fn variable(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.environment.push((name, value.into()));
         self
     }
 }
@@ -268,6 +276,7 @@ impl Servers {
         command
             .args(&self.program.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .envs(self.program.environment.iter().map(|(name, value)| (name, value)))
             .env("INSTANCE", (number + 1).to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -321,6 +330,11 @@ impl Instance {
 }
 
 impl Steps {
+    /// What the server wrote down of one request.
+    pub fn of(&self, request: u64) -> &[Record] {
+        self.0.get(&request).map_or(&[], Vec::as_slice)
+    }
+
     /// Puts each request's steps beside it.
     pub(super) fn add_to(mut self, requests: &mut [history::Request], started_us: Micros) {
         for request in requests {

@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use box_office::{BuyerId, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, trace::now_monotonic_us};
 use futures_util::future::{BoxFuture, try_join_all};
+use sqlx::PgPool;
 use tokio::time::timeout;
 
 use super::script::{answer_of, open_sale};
@@ -83,26 +84,7 @@ pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::
         }
 
         let after = async {
-            let mut locked = true;
-            let gave_up = Instant::now() + ROLLBACK_PATIENCE;
-            while locked {
-                ensure!(
-                    Instant::now() < gave_up,
-                    "a transaction is still open, and holds its locks"
-                );
-                locked = sqlx::query_scalar(
-                    "select exists (
-                         select
-                           from pg_stat_activity
-                           join pg_locks using (pid)
-                          where datname = current_database()
-                            and state like 'idle in transaction%'
-                            and relation is not null
-                     )",
-                )
-                .fetch_one(&observer)
-                .await?;
-            }
+            nothing_left_open(&observer).await?;
             let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
             drop(whole.await.context("the pool is not whole")?);
             for buyer in [1, 2] {
@@ -146,7 +128,32 @@ pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::
     unreachable!("the polls do not run out")
 }
 
-fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
+/// Waits until no transaction that nobody runs any more holds locks in this database.
+pub(super) async fn nothing_left_open(observer: &PgPool) -> anyhow::Result<()> {
+    let mut locked = true;
+    let gave_up = Instant::now() + ROLLBACK_PATIENCE;
+    while locked {
+        ensure!(
+            Instant::now() < gave_up,
+            "a transaction is still open, and holds its locks"
+        );
+        locked = sqlx::query_scalar(
+            "select exists (
+                         select
+                           from pg_stat_activity
+                           join pg_locks using (pid)
+                          where datname = current_database()
+                            and state like 'idle in transaction%'
+                            and relation is not null
+                     )",
+        )
+        .fetch_one(observer)
+        .await?;
+    }
+    Ok(())
+}
+
+pub(super) fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
     Ok(Order {
         sale,
         buyer,
@@ -155,7 +162,7 @@ fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
 }
 
 /// A request that has no answer yet.
-fn request(order: &Order) -> Request {
+pub(super) fn request(order: &Order) -> Request {
     Request {
         request: now_monotonic_us(),
         buyer: order.buyer,

@@ -6,10 +6,12 @@
 mod blocked;
 mod cancel;
 mod explore;
+mod hang_up;
 mod script;
 mod trace;
 
 pub use cancel::cancelled_after_every_poll;
 pub use explore::{Broken, Explored, Scenario};
+pub use hang_up::hung_up_at_every_point;
 pub use script::{Lane, Rehearsal, Script};
 pub use trace::{Event, Happened, Trace};

@@ -23,6 +23,7 @@ use crate::{
     AdminToken, Limits, Reserve,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
+    stop::Stopper,
     trace::Recorder,
 };
 
@@ -32,6 +33,7 @@ pub(crate) struct App {
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
     pub(crate) recorder: Option<Arc<Recorder>>,
+    pub(crate) stopper: Option<Arc<Stopper>>,
     /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
     pub(crate) reservations: TaskTracker,
     pub(crate) admin_token: Option<AdminToken>,

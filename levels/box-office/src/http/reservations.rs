@@ -81,6 +81,10 @@ async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Ou
         None => Steps::unobserved(),
         Some(recorder) => recorder.steps_of(request.0),
     };
+    let steps = match &app.stopper {
+        None => steps,
+        Some(stopper) => stopper.watch(steps),
+    };
     let tracker = app.reservations.clone();
     let task = async move {
         let result = AssertUnwindSafe(app.seller.reserve(&order, &steps))

@@ -25,6 +25,17 @@ impl Reserve for Pessimistic {
         let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
+        let stock: i64 = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        .bind(order.sale)
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps.at("stock read").saw(stock).await;
+
         let earlier: Option<Earlier> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
@@ -38,21 +49,13 @@ impl Reserve for Pessimistic {
         .bind(order.key.as_str())
         .fetch_optional(&mut *tx)
         .await?;
+        let stock: i64 = sqlx::query_scalar("select stock from sale where id = $1 for update")
+            .bind(order.sale)
+            .fetch_one(&mut *tx)
+            .await?;
         if let Some(earlier) = earlier {
             return Ok(earlier.answer(order)?);
         }
-
-        let stock: i64 = sqlx::query_scalar(
-            "select stock
-               from sale
-              where id = $1
-                for update",
-        )
-        .bind(order.sale)
-        .fetch_optional(&mut *tx)
-        .await?
-        .ok_or(Refusal::UnknownSale)?;
-        steps.at("stock read").saw(stock).await;
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
         }

@@ -1,45 +1,51 @@
-//! Broken: the transaction is begun and ended by hand. When the request is cancelled in between, nobody rolls back: the connection goes back
-//! to the pool with the transaction open and the sale's row locked.
+//! Broken: the transaction is begun and ended by hand. When the request is cancelled in between, nobody ends it: the connection goes back to
+//! the pool with the transaction open, and what it has locked stays locked.
 //!
-//! Twin: `pessimistic`, whose transaction rolls back when it is dropped. Caught by cancelling at every step.
+//! Twin: `mutex`, whose transaction rolls back when it is dropped. Caught by cancelling it at every poll. Until then nothing shows:
+//! `commit` ends a refusal too, and turns into a rollback when a statement has failed.
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use sqlx::{Postgres, pool::PoolConnection};
+use tokio::sync::Mutex as AsyncMutex;
 use uuid::Uuid;
 
-/// Sells under a lock on the sale's row.
-pub struct Pessimistic {
+/// How many locks there are. Sales share them, so that a made-up sale costs no memory.
+const LOCKS: usize = 64;
+
+/// Sells under a lock of this process.
+pub struct Mutex {
     stage: Stage,
+    locks: [AsyncMutex<()>; LOCKS],
 }
 
-impl Pessimistic {
+impl Mutex {
     /// Sells on this stage.
     pub fn new(stage: Stage) -> Self {
-        Self { stage }
+        Self {
+            stage,
+            locks: std::array::from_fn(|_| AsyncMutex::new(())),
+        }
     }
-}
 
-#[async_trait]
-impl Reserve for Pessimistic {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        // ANCHOR: lock
-        let mut tx = self.stage.database.acquire().await?;
-        sqlx::query("begin").execute(&mut *tx).await?;
-        steps.at("transaction begun").await;
+    /// The lock of this key.
+    fn lock_of(&self, key: i64) -> &AsyncMutex<()> {
+        &self.locks[key.unsigned_abs() as usize % LOCKS]
+    }
 
+    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    async fn sell(&self, tx: &mut PoolConnection<Postgres>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
-              where id = $1
-                for update",
+              where id = $1",
         )
         .bind(order.sale)
-        .fetch_optional(&mut *tx)
+        .fetch_optional(&mut **tx)
         .await?
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        // Inside the lock: outside it, the same buyer's second click would find nothing either.
         let earlier: Option<Earlier> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
@@ -51,7 +57,7 @@ impl Reserve for Pessimistic {
         .bind(order.sale)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .fetch_optional(&mut *tx)
+        .fetch_optional(&mut **tx)
         .await?;
         if let Some(earlier) = earlier {
             return Ok(earlier.answer(order)?);
@@ -61,9 +67,7 @@ impl Reserve for Pessimistic {
         }
         steps.at("decided to sell").await;
         self.stage.business_time().await;
-        // ANCHOR_END: lock
 
-        // ANCHOR: write
         sqlx::query(
             "update sale
                 set stock = $2
@@ -71,7 +75,7 @@ impl Reserve for Pessimistic {
         )
         .bind(order.sale)
         .bind(stock - 1)
-        .execute(&mut *tx)
+        .execute(&mut **tx)
         .await?;
         steps.at("stock written").saw(stock - 1).await;
 
@@ -84,13 +88,36 @@ impl Reserve for Pessimistic {
         .bind(order.sale)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .execute(&mut *tx)
+        .execute(&mut **tx)
         .await?;
         steps.at("reservation written").await;
-
-        sqlx::query("commit").execute(&mut *tx).await?;
-        steps.at("committed").await;
         Ok(Outcome::Confirmed(Reservation { id }))
-        // ANCHOR_END: write
+    }
+}
+
+#[async_trait]
+impl Reserve for Mutex {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let lock = self.lock_of(order.sale);
+        let guard = match lock.try_lock() {
+            Ok(guard) => guard,
+            Err(_) => {
+                steps.blocked("waits for the mutex");
+                lock.lock().await
+            }
+        };
+        steps.at("mutex taken").await;
+
+        let mut tx = self.stage.database.acquire().await?;
+        sqlx::query("begin").execute(&mut *tx).await?;
+        steps.at("transaction begun").await;
+        let answer = self.sell(&mut tx, order, steps).await;
+        sqlx::query("commit").execute(&mut *tx).await?;
+        if answer.is_ok() {
+            steps.at("committed").await;
+        }
+        drop(guard); // only now: dropped before the commit, the next buyer would read the old stock
+        steps.at("lock released").await;
+        answer
     }
 }

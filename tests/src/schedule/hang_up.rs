@@ -1,0 +1,156 @@
+//! A buyer who hangs up while the server stands still at a scheduling point: held there as a process, stopped from within.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, bail, ensure};
+use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
+use sqlx::PgPool;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use super::cancel::{nothing_left_open, order, request};
+use crate::{
+    backends::{self, Database},
+    history::{Answer, FORMAT_VERSION, Header, History, Micros},
+    http_contract::Talk,
+    judge::judge,
+    rows,
+    rush::{Program, Rush},
+};
+
+/// How long the server may take to come to its point, and to go on once it may.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How a client leaves.
+#[derive(Clone, Copy, Debug)]
+enum Leaves {
+    /// It closes the connection (FIN).
+    Closing,
+    /// It tears it down (RST).
+    Resetting,
+}
+
+/// Stops the level's own server at every scheduling point of a reservation, hangs up, lets it go on, and checks each time that nothing half done
+/// stays behind: the reservation is made all the same, for it runs in a task of its own; no transaction is open; the pool's one connection
+/// serves; a repeat with the same key gets that reservation, and the next buyer the other ticket.
+///
+/// Returns the points.
+///
+/// # Errors
+/// What stayed behind, and at which point; or that the server never stood still there.
+pub async fn hung_up_at_every_point(
+    program: &Program,
+    level: &Level,
+    strategy: &Strategy,
+) -> anyhow::Result<Vec<String>> {
+    let database = backends::postgres().await?.database(strategy.schema).await?;
+    let observer = database.pool(1).await?;
+    let points = points(&database, program, level, strategy).await?;
+    let mut sale = 1;
+    for point in &points {
+        for leaves in [Leaves::Closing, Leaves::Resetting] {
+            sale += 1;
+            let program = program.clone().variable("OVERSOLD_STOP_AT", format!("{point}#1"));
+            // One connection: if it is lost, nobody is served any more.
+            let rush = Rush {
+                pool_size: Some(1),
+                ..Rush::default()
+            };
+            let talk = Talk::during(&rush, &database, &program, level, strategy).await?;
+            hang_up(&talk, &observer, sale, leaves)
+                .await
+                .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
+            talk.stop().await?;
+        }
+    }
+    Ok(points)
+}
+
+/// Every point that a reservation comes to, in order.
+async fn points(
+    database: &Database,
+    program: &Program,
+    level: &Level,
+    strategy: &Strategy,
+) -> anyhow::Result<Vec<String>> {
+    let talk = Talk::during(&Rush::default().traced(), database, program, level, strategy).await?;
+    talk.opens(1, 1).await?;
+    let mut answer = vec![0; 64];
+    send(talk.address(), 1).await?.read_exact(&mut answer).await?;
+    ensure!(answer.starts_with(b"HTTP/1.1 201"), "{}", answer.escape_ascii());
+    let steps = talk.stop_and_tell().await?;
+    Ok(steps.of(NUMBER).iter().map(|record| record.step.clone()).collect())
+}
+
+async fn hang_up(talk: &Talk, observer: &PgPool, sale: SaleId, leaves: Leaves) -> anyhow::Result<()> {
+    talk.opens(sale, 2).await?;
+    let first = order(sale, 1)?;
+    let mut requests = vec![request(&first)];
+    let buyer = send(talk.address(), sale).await?;
+    talk.stands_still(PATIENCE).await.context("the fault did not strike")?;
+    if matches!(leaves, Leaves::Resetting) {
+        buyer.set_zero_linger()?;
+    }
+    drop(buyer);
+    talk.goes_on().await?;
+
+    let made = async {
+        while rows::read(observer, sale).await?.rows.is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        anyhow::Ok(())
+    };
+    timeout(PATIENCE, made)
+        .await
+        .context("the reservation was cut: its row never came")??;
+    for buyer in [1, 2] {
+        let order = order(sale, buyer)?;
+        let mut request = request(&order);
+        let answered = talk.reserve(sale, buyer, Some(order.key.as_str())).await?;
+        request.answered_us = Some(now_monotonic_us());
+        if answered.status != 201 {
+            bail!("buyer {buyer}, who comes after it, is told {}", answered.status);
+        }
+        let reservation = answered.json::<box_office::api::Reservation>()?.id;
+        request.answer = Answer::Confirmed { reservation };
+        requests.push(request);
+    }
+    nothing_left_open(observer).await?;
+    let sold = rows::read(observer, sale).await?;
+    let history = History {
+        header: Header {
+            version: FORMAT_VERSION,
+            strategy: "hung up".to_owned(),
+            sale,
+            capacity: 2,
+            deadline_us: Micros::MAX / 2,
+            expiry_us: None,
+            stock: Some(sold.stock),
+        },
+        requests,
+        rows: Some(sold.rows),
+        faults: vec![],
+    };
+    let verdict = judge(&history);
+    ensure!(verdict.findings.is_empty(), "{verdict}");
+    Ok(())
+}
+
+/// Names the request in the server's trace.
+const NUMBER: u64 = 1;
+
+/// Buyer 1 asks for a ticket, on a connection that can be left.
+async fn send(address: SocketAddr, sale: SaleId) -> anyhow::Result<TcpStream> {
+    let body = r#"{"buyer_id": 1}"#;
+    let request = format!(
+        "POST /api/sales/{sale}/reservations HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n\
+         Idempotency-Key: buyer-1\r\nX-Request-Id: {NUMBER}\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(request.as_bytes()).await?;
+    Ok(stream)
+}

@@ -1,0 +1,57 @@
+//! Broken strategies beside their correct twins: each differs by its one mistake, or it would not show what catches that mistake.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, ensure};
+use similar::{ChangeTag, TextDiff};
+
+/// How many lines one mistake may take, removed and added ones together.
+const MOST_LINES: usize = 10;
+
+/// Compares every file of `broken/` in a level's source folder with the twin that its documentation names, as ``Twin: `mutex` ``.
+/// What the modules say of themselves at their head does not count.
+///
+/// Returns how many there are.
+///
+/// # Errors
+/// A file names no twin or differs from it by too much; with the diff.
+pub fn differ_by_one_mistake(source: &Path) -> anyhow::Result<usize> {
+    let mut pairs = 0;
+    for entry in fs::read_dir(source.join("broken"))? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name == "mod.rs") {
+            continue;
+        }
+        differs_by_one_mistake(&path, source).with_context(|| path.display().to_string())?;
+        pairs += 1;
+    }
+    Ok(pairs)
+}
+
+fn differs_by_one_mistake(broken: &Path, source: &Path) -> anyhow::Result<()> {
+    let (says, broken) = split(broken)?;
+    let name = says
+        .split_once("Twin: `")
+        .and_then(|(_, rest)| rest.split_once('`'))
+        .map(|(name, _)| name)
+        .context("its documentation names no twin: \"Twin: `…`\"")?;
+    let (_, twin) = split(&source.join(name.replace('-', "_")).with_extension("rs"))?;
+    let diff = TextDiff::from_lines(&twin, &broken);
+    let changed = diff
+        .iter_all_changes()
+        .filter(|change| change.tag() != ChangeTag::Equal)
+        .count();
+    ensure!(changed > 0, "it does not differ from {name}");
+    ensure!(
+        changed <= MOST_LINES,
+        "it differs from {name} by {changed} lines, and one mistake takes at most {MOST_LINES}:\n{}",
+        diff.unified_diff()
+    );
+    Ok(())
+}
+
+/// The documentation at the head of a file, and the code after it.
+fn split(path: &Path) -> anyhow::Result<(String, String)> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    Ok(text.split_inclusive('\n').partition(|line| line.starts_with("//!")))
+}
