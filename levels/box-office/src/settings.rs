@@ -32,7 +32,7 @@ pub struct Settings {
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: Option<DatabaseUrl>,
     /// How many connections to the database a server opens at most
-    #[arg(long, env = "DATABASE_POOL_SIZE", value_name = "N", default_value_t = 16, value_parser = pool_size)]
+    #[arg(long, env = "DATABASE_POOL_SIZE", value_name = "N", default_value_t = Settings::default().database_pool_size, value_parser = pool_size)]
     pub database_pool_size: u32,
     /// The address to listen on
     #[arg(long, env = "HOST", value_name = "ADDRESS", default_value_t = Settings::default().host, value_parser = host)]
@@ -79,7 +79,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             database_url: None,
-            database_pool_size: 16,
+            // A hot row is served one after another: more connections only queue at its lock, and wake each other up.
+            database_pool_size: 4,
             host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 8080,
             strategy: None,

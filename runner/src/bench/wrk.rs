@@ -99,7 +99,18 @@ mod tests {
     #[test]
     fn what_wrk_counted_is_its_last_line() {
         let load = parse(include_str!("samples/wrk.txt")).expect("it is a real output");
-        assert_eq!(load.answers, 0);
+        let counted = Load {
+            answers: 5576,
+            took_us: 1_011_521,
+            refused: 557,
+            cut_off: 0,
+            p50_us: 444,
+            p99_us: 9862,
+            max_us: 17_763,
+        };
+        assert_eq!(load, counted);
+        assert_eq!(load.confirmed(), 5019);
+        assert_eq!(load.confirmed_a_second().round(), 4962.0);
     }
 
     #[test]

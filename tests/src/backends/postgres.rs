@@ -76,7 +76,7 @@ enum Server {
 
 /// A server that was started here.
 enum Own {
-    Docker(docker::Server),
+    Docker(Box<docker::Server>),
     Native(native::Server),
 }
 
@@ -129,7 +129,9 @@ impl Postgres {
                             });
                     }
                 },
-                Source::Docker => docker::Server::start(durability).await.map(Own::Docker).map(started),
+                Source::Docker => docker::Server::start(durability)
+                    .await
+                    .map(|server| started(Own::Docker(Box::new(server)))),
                 Source::Native => native::Server::start(durability).await.map(Own::Native).map(started),
             };
             let reason = match forced {
