@@ -425,22 +425,28 @@ fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> 
 /// What is found, and what is shown for it, does not hang on the order of the lines.
 #[test]
 fn the_order_of_the_lines_does_not_matter() {
-    let mut one = sold_again()
-        .takes(3, 0, 9)
-        .takes(4, 0, 9)
-        .ask(5, "5", 0, 9, accepted(5))
-        .0;
-    one.requests.extend(undecided().0.requests);
-    for (number, request) in one.requests.iter_mut().enumerate() {
-        request.request = number as u64;
+    let late = 9 + DEADLINE_US;
+    let mut sale = sold_again().takes(3, 0, 9).takes(4, 0, 9).takes(3, 20, 29);
+    for buyer in 5..9 {
+        let key = buyer.to_string();
+        sale = sale
+            .ask(buyer, &key, 0, late, accepted(100))
+            .ask(buyer, &key, 0, 1, No(UnknownSale))
+            .ask(buyer, &key, 3, 9, confirmed(101))
+            .ask(buyer, &key, 10, 19, No(SoldOut))
+            .row(buyer + 10, &key, 200);
     }
+    let one = sale.0;
     let mut other = one.clone();
     other.requests.reverse();
     other.rows.as_mut().expect("rows").reverse();
 
     let shown = judge(&one).to_string();
     assert_eq!(shown, judge(&other).to_string());
-    assert!(shown.contains("BROKEN I1"), "{shown}");
+    let told = |code| shown.contains(&format!("BROKEN {code} "));
+    for code in ["I1", "I2", "I3", "I4", "I5", "I6", "I9", "I10"] {
+        assert!(told(code), "not {code}:\n{shown}");
+    }
 }
 
 /// The sentence that a verdict owes to what it could not look at.

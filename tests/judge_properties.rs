@@ -37,8 +37,10 @@ const EXPIRY_US: Micros = 4;
 mod brute_force {
     use super::*;
 
+    type Rule = fn(&History) -> bool;
+
     pub(crate) fn broken(history: &History) -> BTreeSet<&'static str> {
-        let rules: [(Invariant, fn(&History) -> bool); 9] = [
+        let rules: [(Invariant, Rule); 9] = [
             (NoOversell, oversold),
             (Conservation, not_conserved),
             (NoDuplicate, duplicated),
@@ -486,7 +488,7 @@ fn asks() -> impl Strategy<Value = Vec<Ask>> {
             key: if key == 3 {
                 0
             } else {
-                key + 3 * u8::try_from(buyer).unwrap()
+                key + 3 * u8::try_from(buyer).expect("few buyers")
             },
             sent_us,
             until_decided_us,
@@ -515,7 +517,7 @@ fn sell(capacity: u64, asks: &[Ask]) -> History {
             .find(|row| row.buyer == ask.buyer && row.status != Status::Released)
             .cloned();
         let mut sold = |status| {
-            let reservation = id(u8::try_from(rows.len()).unwrap());
+            let reservation = id(u8::try_from(rows.len()).expect("few rows"));
             rows.push(Row {
                 reservation,
                 buyer: ask.buyer,
@@ -546,7 +548,7 @@ fn sell(capacity: u64, asks: &[Ask]) -> History {
                 earlier: row.reservation,
             }),
             (None, None, fate) if taken == capacity => match fate {
-                4..8 => accepted(id(100 + u8::try_from(number).unwrap()), Some(SoldOut)),
+                4..8 => accepted(id(100 + u8::try_from(number).expect("few requests")), Some(SoldOut)),
                 _ => Answer::Refused(SoldOut),
             },
             (None, None, 2..4) => {
@@ -757,7 +759,7 @@ fn it_finds_what_a_search_of_everything_finds() {
             }
             Ok(())
         })
-        .unwrap();
+        .expect("every case holds");
     let (broken, whole, exact) = (broken.get(), whole.get(), exact.get());
     let times = times.into_inner();
     println!("{broken} of {CASES} histories broke something, {exact} gave no ticket back; broken: {times:?}");
@@ -795,5 +797,5 @@ fn it_never_accuses_a_right_server() {
             prop_assert_eq!(accused, None, "{}", verdict);
             Ok(())
         })
-        .unwrap();
+        .expect("every case holds");
 }
