@@ -212,8 +212,8 @@ const COLUMNS: [&str; 9] = [
 
 /// What the percentiles leave out.
 const CLOSED_LOOP: &str = "\
-Both are closed loops: who waits for an answer sends nothing meanwhile. A server that stalls holds back the requests that would have met the
-stall, so they are missing from the percentiles (coordinated omission). k6 with SCENARIO=arrivals is an open loop.";
+Goose is a closed loop, and so is k6 unless SCENARIO=arrivals: who waits for an answer sends nothing meanwhile. A server that stalls holds back
+the requests that would have met the stall, so they are missing from the percentiles (coordinated omission).";
 
 /// Adds what the sale itself shows after the rush. Buyers see no rows, so the judge can't compare these numbers for them.
 fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
