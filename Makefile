@@ -15,6 +15,8 @@ levels := lv1 lv2
 package := $(package_$(LEVEL))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))
+# Figures are measured in release.
+measure := cargo run --quiet --release --package oversold --
 # A single level is built without the others.
 features := $(if $(LEVEL),--no-default-features --features $(LEVEL))
 
@@ -30,7 +32,7 @@ $(error There is no level $(LEVEL); there is $(levels))
 endif
 endif
 
-.PHONY: help rush test red trace book book-check load up down check results soak
+.PHONY: help rush test red trace book book-check generated exercises load bench up down check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,8 +58,17 @@ trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then
 book: $(mdbook) ## Read the book at http://localhost:3000
 	$(mdbook) serve book $(ARGS)
 
-book-check: $(mdbook)
-	$(mdbook) build book
+book-check: ## Build the book, and hold what it says against the code
+	@infra/setup.sh
+	cargo test --quiet --package oversold --test docs
+
+generated: ## Write the book's generated snippets anew
+	@infra/setup.sh
+	OVERSOLD_BLESS=1 cargo test --quiet --package oversold --test docs the_generated_snippets
+
+exercises: ## Prove the book's exercises: red before the solution, green with it
+	@infra/setup.sh
+	infra/exercises.sh $(ARGS)
 
 $(mdbook):
 	@echo "installing mdbook $(mdbook_version) with cargo into $(tools); this takes a few minutes, once"
@@ -74,6 +85,12 @@ $(k6):
 	@echo "building k6 $(k6_version) with go into $(tools); this takes two minutes, once"
 	GOBIN=$(abspath $(tools)/bin) go install go.k6.io/k6@$(k6_version)
 
+bench: ## Measure one strategy beside the database's own ceiling: make bench LEVEL=lv2 STRATEGY=pessimistic
+	@test -n "$(LEVEL)" || { echo "make bench takes a level: make bench LEVEL=lv2 STRATEGY=pessimistic"; exit 2; }
+	@infra/setup.sh
+	@infra/bench-tools.sh
+	cargo run --release --quiet --package oversold $(features) -- bench $(chosen) $(ARGS)
+
 up: ## Start the backends in containers, for those who prefer compose
 	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach
 	@echo "export DATABASE_URL=postgres://oversold:oversold@127.0.0.1:5432/oversold"
@@ -89,7 +106,11 @@ check: ## Everything that must be clean besides the tests
 
 results: ## Measure again what the book says in figures
 	@infra/setup.sh
-	cargo run --release --package oversold -- rush --json results/rush.json
+	@mkdir -p results
+	$(measure) rush lv1 --json results/lv1-rush.json
+	$(measure) rush lv2 --json results/lv2-rush.json
+	$(measure) rush lv2 --instances 3 --json results/lv2-rush-3.json
+	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20
 	@infra/setup.sh

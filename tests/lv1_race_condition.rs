@@ -34,6 +34,7 @@ const OVERSELLS: Promises = Promises::ALL_KEPT
 /// Two tickets for one buyer.
 const DUPLICATES: Promises = Promises::ALL_KEPT.breaks(&[NoDuplicate]).leaves_open(&[OneAnswer]);
 
+// ANCHOR: contract
 #[rstest]
 #[case::read_then_write("read-then-write", 1, OVERSELLS)]
 #[case::read_then_write_on_three("read-then-write", 3, OVERSELLS)]
@@ -46,7 +47,9 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
     let rush = Rush::for_strategy(strategy(name)).instances(instances);
     contract(&program(), &LEVEL, name, rush, expected).await;
 }
+// ANCHOR_END: contract
 
+// ANCHOR: forced
 /// How often each forced order is run: it does not break by luck.
 const RUNS: usize = 100;
 
@@ -65,7 +68,9 @@ async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold:
         assert!(judge(&history).breaks(NoOversell), "{}", script.trace());
     }
 }
+// ANCHOR_END: forced
 
+// ANCHOR: clicks
 #[tokio::test]
 async fn two_clicks_of_one_buyer_take_two_tickets_in_every_run() {
     let rehearsal = Rehearsal::of(strategy("check-then-insert")).await.unwrap();
@@ -77,7 +82,9 @@ async fn two_clicks_of_one_buyer_take_two_tickets_in_every_run() {
         assert!(!verdict.breaks(NoOversell), "{}", script.trace());
     }
 }
+// ANCHOR_END: clicks
 
+// ANCHOR: waits
 /// The update waits for the row's lock, the check before it does not: that is why no update is lost, and the stock is negative all the same.
 #[tokio::test]
 async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
@@ -99,7 +106,9 @@ async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
         script.trace()
     );
 }
+// ANCHOR_END: waits
 
+// ANCHOR: alone
 /// One after the other, each of them is right: nobody finds these bugs by trying.
 #[rstest]
 #[case::read_then_write("read-then-write")]
@@ -118,6 +127,7 @@ async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &st
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.findings.is_empty(), "{verdict}\n{}", script.trace());
 }
+// ANCHOR_END: alone
 
 #[rstest]
 #[case::read_then_write("read-then-write")]

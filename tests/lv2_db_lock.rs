@@ -34,20 +34,29 @@ const OVERSELLS: Promises = Promises::ALL_KEPT
 const DUPLICATES: Promises = Promises::ALL_KEPT.breaks(&[NoDuplicate]).leaves_open(&[OneAnswer]);
 const STARVES: Promises = Promises::ALL_KEPT.breaks(&[Progress]).leaves_open(&[NoUndersell]);
 
+// ANCHOR: contract
 #[rstest]
+// ANCHOR: mutex-cases
 #[case::mutex("mutex", 1, KEEPS)]
 #[case::mutex_ends_at_its_process("mutex", 3, OVERSELLS)]
+// ANCHOR_END: mutex-cases
+// ANCHOR: pessimistic-cases
 #[case::pessimistic("pessimistic", 1, KEEPS)]
 #[case::pessimistic_on_three("pessimistic", 3, KEEPS)]
+// ANCHOR_END: pessimistic-cases
+// ANCHOR: optimistic-cases
 #[case::optimistic("optimistic", 1, KEEPS)]
 #[case::optimistic_on_three("optimistic", 3, KEEPS)]
+// ANCHOR_END: optimistic-cases
+// ANCHOR: conditional-update-cases
 #[case::conditional_update("conditional-update", 1, KEEPS)]
 #[case::conditional_update_on_three("conditional-update", 3, KEEPS)]
-#[case::without_the_mutex("broken/mutex-does-nothing", 1, OVERSELLS)]
-#[case::the_buyers_mutex("broken/mutex-wrong-key", 1, OVERSELLS)]
+// ANCHOR_END: conditional-update-cases
+#[case::mutex_does_nothing("broken/mutex-does-nothing", 1, OVERSELLS)]
+#[case::mutex_wrong_key("broken/mutex-wrong-key", 1, OVERSELLS)]
 #[case::guard_before_commit("broken/guard-before-commit", 1, OVERSELLS)]
-#[case::without_for_update("broken/for-update-does-nothing", 1, OVERSELLS)]
-#[case::for_update_on_the_wrong_row("broken/for-update-wrong-key", 1, OVERSELLS)]
+#[case::for_update_does_nothing("broken/for-update-does-nothing", 1, OVERSELLS)]
+#[case::for_update_wrong_key("broken/for-update-wrong-key", 1, OVERSELLS)]
 #[case::look_up_before_lock("broken/look-up-before-lock", 1, DUPLICATES)]
 #[case::version_not_compared("broken/version-not-compared", 1, OVERSELLS)]
 #[case::retry_reuses_the_read("broken/retry-reuses-the-read", 1, OVERSELLS)]
@@ -56,7 +65,9 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
     let rush = Rush::for_strategy(strategy(name)).instances(instances);
     contract(&program(), &LEVEL, name, rush, expected).await;
 }
+// ANCHOR_END: contract
 
+// ANCHOR: orders
 /// Where nothing happens that another request could see: holding a request there only tries the same order again.
 const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
 
@@ -107,6 +118,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
         }
     }
 }
+// ANCHOR_END: orders
 
 #[rstest]
 #[case::mutex_does_nothing("broken/mutex-does-nothing", TWO_BUYERS)]
@@ -116,6 +128,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
 #[case::for_update_wrong_key("broken/for-update-wrong-key", TWO_BUYERS)]
 #[case::look_up_before_lock("broken/look-up-before-lock", TWO_CLICKS)]
 #[case::version_not_compared("broken/version-not-compared", TWO_BUYERS)]
+#[case::retry_reuses_the_read("broken/retry-reuses-the-read", TWO_BUYERS)]
 #[tokio::test]
 async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] scenario: Scenario) {
     let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
@@ -132,6 +145,7 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] 
     );
 }
 
+// ANCHOR: guard
 #[tokio::test]
 async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
     let rehearsal = Rehearsal::of(strategy("broken/guard-before-commit")).await.unwrap();
@@ -146,7 +160,9 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.breaks(NoOversell), "{}\n{verdict}", script.trace());
 }
+// ANCHOR_END: guard
 
+// ANCHOR: guard-kept
 #[tokio::test]
 async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
     let rehearsal = Rehearsal::of(strategy("mutex")).await.unwrap();
@@ -161,7 +177,9 @@ async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.findings.is_empty(), "{}\n{verdict}", script.trace());
 }
+// ANCHOR_END: guard-kept
 
+// ANCHOR: fifty-clicks
 /// One reservation, however often the buyer clicks at once.
 #[rstest]
 #[case::pessimistic("pessimistic", 3)]
@@ -179,7 +197,9 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str, #[case] in
     let report = contract(&program(), &LEVEL, name, rush, KEEPS).await;
     assert_eq!(report.verdict.tally.sold, 4);
 }
+// ANCHOR_END: fifty-clicks
 
+// ANCHOR: many-tickets
 #[tokio::test]
 async fn a_mutex_on_two_instances_sells_one_buyer_many_tickets() {
     let rush = Rush {
@@ -192,8 +212,10 @@ async fn a_mutex_on_two_instances_sells_one_buyer_many_tickets() {
     let report = rush.run(&program(), &LEVEL, strategy("mutex")).await.unwrap();
     assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
 }
+// ANCHOR_END: many-tickets
 
-/// FAULTS: fewer connections than callers, by far.
+// ANCHOR: pool
+/// Fewer connections than callers, by far.
 #[tokio::test]
 async fn a_thousand_callers_share_a_pool_of_eight() {
     let rush = Rush {
@@ -202,7 +224,9 @@ async fn a_thousand_callers_share_a_pool_of_eight() {
     };
     contract(&program(), &LEVEL, "pessimistic", rush, KEEPS).await;
 }
+// ANCHOR_END: pool
 
+// ANCHOR: second-connection
 #[tokio::test]
 async fn a_second_connection_taken_while_one_is_held_starves_the_pool() {
     let rush = Rush {
@@ -212,7 +236,9 @@ async fn a_second_connection_taken_while_one_is_held_starves_the_pool() {
     };
     contract(&program(), &LEVEL, "broken/second-connection", rush, STARVES).await;
 }
+// ANCHOR_END: second-connection
 
+// ANCHOR: cancelled
 #[rstest]
 #[case::mutex("mutex")]
 #[case::pessimistic("pessimistic")]
@@ -223,6 +249,7 @@ async fn a_reservation_can_be_cancelled_anywhere(#[case] name: &str) {
     let cancelled = cancelled_after_every_poll(strategy(name)).await.unwrap();
     println!("{name}: cancelled {cancelled} times");
 }
+// ANCHOR_END: cancelled
 
 #[tokio::test]
 async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled() {

@@ -34,7 +34,8 @@ fn proc_value(file: &str, name: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// The commit that is checked out, and `+` if something was changed since. `None` outside a checkout.
+/// The commit that is checked out, and `+` if something was changed since, but for the figures themselves and what is made of them.
+/// `None` outside a checkout.
 pub(crate) fn commit() -> Option<String> {
     let git = |arguments: &[&str]| {
         let output = Command::new("git").args(arguments).output().ok()?;
@@ -44,6 +45,7 @@ pub(crate) fn commit() -> Option<String> {
             .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
-    let changed = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    let code = [":(top)", ":(top,exclude)results", ":(top,exclude)book/generated"];
+    let changed = !git(&[&["status", "--porcelain", "--untracked-files=no", "--"], &code[..]].concat())?.is_empty();
     Some(format!("{commit}{}", if changed { "+" } else { "" }))
 }

@@ -1,5 +1,6 @@
 //! The command `oversold`: run the sale, look at it step by step, judge what was recorded.
 
+mod bench;
 mod doctor;
 mod judge;
 mod levels;
@@ -10,6 +11,7 @@ mod trace;
 
 use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode};
 
+use bench::ToolMissing;
 use box_office::{Settings, explain};
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 use levels::Choice;
@@ -27,6 +29,8 @@ struct Cli {
 enum Command {
     /// Let all buyers in at once, and judge what came of it.
     Rush(RushArgs),
+    /// Measure what one strategy sells in a second, beside what the database could do at most.
+    Bench(BenchArgs),
     /// Serve a level over HTTP until it is told to stop.
     Serve {
         /// The level, or the strategy as LEVEL/STRATEGY.
@@ -36,14 +40,7 @@ enum Command {
         settings: Settings,
     },
     /// Show one exact interleaving as a table: a lane for each buyer, a row for each step.
-    Trace {
-        /// The level, or the strategy as LEVEL/STRATEGY.
-        #[arg(value_name = "LEVEL[/STRATEGY]")]
-        level: String,
-        /// Print Markdown, as the book includes it.
-        #[arg(long)]
-        markdown: bool,
-    },
+    Trace(TraceArgs),
     /// Judge a recorded history.
     Judge {
         /// A history as JSON lines, such as `rush --history` writes.
@@ -90,6 +87,53 @@ pub(crate) struct RushArgs {
     history: Option<PathBuf>,
 }
 
+#[derive(Args)]
+pub(crate) struct TraceArgs {
+    /// The level, or the strategy as LEVEL/STRATEGY.
+    #[arg(value_name = "LEVEL[/STRATEGY]")]
+    level: String,
+    /// Whose turn it is, a letter for each step: A, B and C are Ann, Bob and Carol, a small letter is that buyer's second click.
+    /// After the last letter everybody runs on to an answer [default: both look before either writes].
+    #[arg(long, value_name = "LETTERS", value_parser = trace::Order::parse)]
+    order: Option<trace::Order>,
+    /// Tickets on sale [default: 1, or 2 with a second click].
+    #[arg(long, requires = "order", value_parser = number(1..=10))]
+    capacity: Option<u32>,
+    /// Print Markdown, as the book includes it.
+    #[arg(long)]
+    markdown: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    /// What to measure; a level alone stands for its first strategy.
+    #[arg(value_name = "LEVEL/STRATEGY")]
+    strategy: String,
+    /// Connections that buy one ticket after another.
+    #[arg(long, default_value_t = 64, value_parser = number(1..=4_000))]
+    clients: u32,
+    /// How long a round takes.
+    #[arg(long, default_value_t = 10, value_parser = number(1..=60))]
+    seconds: u32,
+    /// Rounds of ours, each beside one of the ceiling [default: 5; with --pools 1].
+    #[arg(long, value_parser = number(1..=100))]
+    rounds: Option<u32>,
+    /// Connections in the server's pool.
+    #[arg(
+        long = "pool",
+        env = "DATABASE_POOL_SIZE",
+        default_value_t = Settings::default().database_pool_size,
+        value_parser = number(1..=400)
+    )]
+    pool: u32,
+    /// Show what pools of these sizes make of it, and leave the ceiling out: 1,2,4,8,16,64.
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = number(1..=400))]
+    pools: Vec<u32>,
+    /// Write the figures, with machine, commit and settings, to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
 /// A number in this range, or words about what it takes.
 fn number(range: RangeInclusive<u32>) -> impl Fn(&str) -> Result<u32, String> + Clone + Send + Sync + 'static {
     move |text| match text.parse() {
@@ -111,7 +155,7 @@ pub(crate) enum Ended {
 
 /// The exit code for a command line that can't be understood, or a file that can't be read.
 const USAGE: u8 = 2;
-/// The exit code for a backend that is not there.
+/// The exit code for a backend or a tool that is not there.
 const BACKEND_MISSING: u8 = 3;
 
 fn main() -> ExitCode {
@@ -139,14 +183,16 @@ fn main() -> ExitCode {
         Command::List { json } => list::print(json),
         Command::Judge { file, json } => judge::judge_file(&file, json),
         Command::Rush(args) => in_runtime(rush::rush(&args)),
-        Command::Trace { level, markdown } => in_runtime(trace::trace(&level, markdown)),
+        Command::Trace(args) => in_runtime(trace::trace(&args)),
+        Command::Bench(args) => in_runtime(bench::bench(&args)),
         Command::Doctor => in_runtime(doctor::doctor()),
     };
     match ended {
         Ok(ended) => ExitCode::from(ended as u8),
         Err(error) => {
             eprintln!("oversold: {error:#}");
-            ExitCode::from(if error.is::<Missing>() { BACKEND_MISSING } else { USAGE })
+            let missing = error.is::<Missing>() || error.is::<ToolMissing>();
+            ExitCode::from(if missing { BACKEND_MISSING } else { USAGE })
         }
     }
 }

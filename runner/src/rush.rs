@@ -37,7 +37,8 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     if let Some(folder) = &args.history {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     }
-    // Before the run: nobody should wait for figures that can't be written.
+    // Before the run: nobody should wait for figures that can't be written, and the file is no change to the commit.
+    let commit = commit();
     let json = args.json.as_deref().map(create).transpose()?;
     let postgres = Postgres::find(Durability::Durable).await?;
 
@@ -68,7 +69,11 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     }
     println!("{table}");
     for result in &results {
-        println!("{}: {}", result.strategy, result.seen);
+        let retries = match result.retries {
+            0 => String::new(),
+            retries => format!(", {retries} retries"),
+        };
+        println!("{}: {}{retries}", result.strategy, result.seen);
         println!("    promised: {}; verdict: {}", result.promises, result.verdict);
     }
     let ended = results
@@ -82,7 +87,8 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
             command: env::args()
                 .skip(1)
                 .fold("oversold".to_owned(), |command, word| command + " " + &word),
-            commit: commit(),
+            commit,
+            release: !cfg!(debug_assertions),
             machine: Machine::this(),
             postgres: postgres.report().clone(),
             capacity: args.capacity,
@@ -99,7 +105,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     Ok(ended)
 }
 
-fn create(path: &Path) -> anyhow::Result<File> {
+pub(crate) fn create(path: &Path) -> anyhow::Result<File> {
     File::create(path).with_context(|| format!("writing {}", path.display()))
 }
 
@@ -142,6 +148,7 @@ async fn one(args: &RushArgs, choice: &Choice, postgres: &Postgres) -> anyhow::R
 struct Figures<'a> {
     command: String,
     commit: Option<String>,
+    release: bool,
     machine: Machine,
     postgres: backends::Report,
     capacity: u32,
@@ -169,6 +176,8 @@ struct Outcome {
     #[serde(skip_serializing_if = "Option::is_none")]
     completed: Option<Latency>,
     greatest_overlap: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    retries: u64,
     client_share: f64,
     broken: Vec<Invariant>,
     seen: String,
@@ -215,6 +224,7 @@ impl Outcome {
             answered: report.answered,
             completed: report.completed,
             greatest_overlap: verdict.coverage.greatest_overlap,
+            retries: report.retries,
             client_share: (report.client_share * 1000.0).round() / 1000.0,
             seen: seen(&broken, &promises, report, rush),
             broken,
@@ -258,6 +268,10 @@ impl Outcome {
             self.verdict.clone(),
         ]
     }
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// One line on what the rush brought to light.

@@ -32,6 +32,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
         in_words(&expected),
     );
 
+    // ANCHOR: heart
     let report = rush
         .traced()
         .run(program, level, strategy)
@@ -57,6 +58,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
         report.verdict
     );
     report
+    // ANCHOR_END: heart
 }
 
 /// Such as `breaks I1 I2; leaves open I3`.

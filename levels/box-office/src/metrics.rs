@@ -39,10 +39,11 @@ struct ReservationLabels {
 }
 
 impl Metrics {
-    /// `strategy` is `lv1/read-then-write`; `clients` holds the open connections, `in_flight` the reservations that run.
+    /// `strategy` is `lv1/read-then-write`; `retries` is the one that the strategy raises; `clients` holds the open connections, `in_flight` the reservations that run.
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
+        retries: Counter,
         database: PgPool,
         clients: TaskTracker,
         in_flight: TaskTracker,
@@ -73,6 +74,12 @@ impl Metrics {
             "reservations",
             "Reservations that came to their end, by what came out",
             reservations.clone(),
+        );
+
+        registry.register(
+            "retries",
+            "How often a reservation started again because another was quicker",
+            retries,
         );
 
         registry.register_collector(Box::new(Now {

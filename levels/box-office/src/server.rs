@@ -8,6 +8,7 @@ use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::metrics::counter::Counter;
 use rustix::process::{Resource, getrlimit};
 use sqlx::{ConnectOptions, Connection, migrate::MigrateError, postgres::PgConnectOptions};
 use tokio::{
@@ -33,6 +34,7 @@ use crate::{
 /// How long a start waits for the database.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 
+// ANCHOR: deadlines
 /// How long a reservation waits for a connection of the pool before the buyer hears "undecided".
 const ACQUIRE_TIME: Duration = Duration::from_secs(5);
 
@@ -43,6 +45,7 @@ const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
     ("statement_timeout", "10s"),
     ("idle_in_transaction_session_timeout", "15s"),
 ];
+// ANCHOR_END: deadlines
 
 /// Clients that may wait to be accepted. A thousand buyers come at one instant; the kernel's usual queue holds fewer.
 const BACKLOG: u32 = 4096;
@@ -164,7 +167,9 @@ impl Server {
         let stage = Stage {
             database: database.clone(),
             hold: settings.hold,
+            retries: Counter::default(),
         };
+        let retries = stage.retries.clone();
         let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
             strategy: strategy.name,
             why,
@@ -180,6 +185,7 @@ impl Server {
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
+                retries,
                 database.clone(),
                 connections.clone(),
                 reservations.clone(),

@@ -270,6 +270,13 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
             (ErrorKind::InvalidUtf8, Some(argument)) => {
                 format!("{} holds something that is not UTF-8; it takes text", name(argument))
             }
+            (ErrorKind::MissingRequiredArgument, _) => {
+                let missing = match error.get(ContextKind::InvalidArg) {
+                    Some(ContextValue::Strings(missing)) => missing.join(" and "),
+                    _ => "an argument".to_owned(),
+                };
+                format!("{missing} is missing; --help lists what there is")
+            }
             // clap's first line says what is wrong; the rest is advice.
             _ => {
                 let text = error.render().to_string();

@@ -7,7 +7,7 @@
 //! Where it ends: at the second buyer in the same instant.
 //! Anomaly: check-then-act, also called time of check to time of use. Costs nothing.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "The check is older than the write".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-decrement: negative stock".
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
@@ -28,7 +28,7 @@ impl CheckThenDecrement {
 #[async_trait]
 impl Reserve for CheckThenDecrement {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: read

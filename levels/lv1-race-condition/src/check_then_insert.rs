@@ -6,7 +6,7 @@
 //! Guarantee: never more tickets than the capacity. Where it ends: at a buyer's second click in the same instant.
 //! Anomaly: check-then-act on a row that is not there yet, which no row lock can protect. Costs nothing.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "Two clicks, two tickets".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert: two clicks, two tickets".
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
@@ -27,7 +27,7 @@ impl CheckThenInsert {
 #[async_trait]
 impl Reserve for CheckThenInsert {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: look
@@ -74,6 +74,7 @@ impl Reserve for CheckThenInsert {
         };
         steps.at("stock written").saw(stock_left).await;
 
+        // ANCHOR: insert
         let id = Uuid::now_v7();
         sqlx::query(
             "insert into reservation (id, sale_id, buyer_id, request_key)
@@ -86,6 +87,7 @@ impl Reserve for CheckThenInsert {
         .execute(&mut *tx)
         .await?;
         steps.at("reservation written").await;
+        // ANCHOR_END: insert
 
         tx.commit().await?;
         steps.at("committed").await;

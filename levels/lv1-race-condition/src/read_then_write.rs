@@ -7,7 +7,7 @@
 //! Anomaly: the lost update. Read committed, the default isolation level of Postgres, allows it.
 //! What it costs: nothing, which is why it is written so often.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "Two buyers read the same stock".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write: the lost update".
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
@@ -28,7 +28,7 @@ impl ReadThenWrite {
 #[async_trait]
 impl Reserve for ReadThenWrite {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: read

@@ -7,7 +7,7 @@
 //! Guarantee: keeps everything but an order of service, on any number of instances.
 //! Where it ends: at what one statement on one database can say. Costs the least: one round trip, the row locked for no longer than that.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level" (the re-check) and 7.8.2 "Data-Modifying Statements in WITH". Book: LV.2, "One statement".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level" (the re-check) and 7.8 "WITH Queries". Book: LV.2, "conditional-update".
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
@@ -24,6 +24,7 @@ impl ConditionalUpdate {
         Self { stage }
     }
 
+    // ANCHOR: refusal
     /// Why the statement took no ticket. Whatever was there first is committed: the statement has waited for it.
     async fn refusal(&self, order: &Order) -> Result<Outcome, No> {
         let earlier: Option<Earlier> = sqlx::query_as(
@@ -48,11 +49,13 @@ impl ConditionalUpdate {
             .await?;
         Err(if known { Refusal::SoldOut } else { Refusal::UnknownSale }.into())
     }
+    // ANCHOR_END: refusal
 }
 
 #[async_trait]
 impl Reserve for ConditionalUpdate {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        // ANCHOR: statement
         let sold: Result<Option<Uuid>, sqlx::Error> = sqlx::query_scalar(
             "with taken as (
                    update sale
@@ -72,6 +75,8 @@ impl Reserve for ConditionalUpdate {
         .bind(order.key.as_str())
         .fetch_optional(&self.stage.database)
         .await;
+        // ANCHOR_END: statement
+        // ANCHOR: answers
         match sold {
             Ok(Some(id)) => {
                 steps.at("committed").await;
@@ -87,5 +92,6 @@ impl Reserve for ConditionalUpdate {
             }
             Err(error) => Err(error.into()),
         }
+        // ANCHOR_END: answers
     }
 }

@@ -7,7 +7,7 @@
 //! Where it ends: at the process. Autoscaling, and even a rolling restart that lets the old and the new instance overlap, is a second one.
 //! Costs: no connection while waiting; one buyer at a time for each sale.
 //!
-//! Tokio's documentation of `Mutex`: it queues first in, first out. Book: LV.2, "A lock in the process".
+//! Tokio's documentation of `Mutex`: it queues first in, first out. Book: LV.2, "mutex".
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
@@ -15,8 +15,10 @@ use sqlx::postgres::PgTransaction;
 use tokio::sync::Mutex as AsyncMutex;
 use uuid::Uuid;
 
+// ANCHOR: locks
 /// How many locks there are. Sales share them, so that a made-up sale costs no memory.
 const LOCKS: usize = 64;
+// ANCHOR_END: locks
 
 /// Sells under a lock of this process.
 pub struct Mutex {
@@ -33,10 +35,12 @@ impl Mutex {
         }
     }
 
+    // ANCHOR: lock-of
     /// The lock of this key.
     fn lock_of(&self, key: i64) -> &AsyncMutex<()> {
         &self.locks[key.unsigned_abs() as usize % LOCKS]
     }
+    // ANCHOR_END: lock-of
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
@@ -103,6 +107,7 @@ impl Mutex {
 #[async_trait]
 impl Reserve for Mutex {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        // ANCHOR: lock
         let lock = self.lock_of(order.sale);
         let guard = match lock.try_lock() {
             Ok(guard) => guard,
@@ -113,7 +118,7 @@ impl Reserve for Mutex {
         };
         steps.at("mutex taken").await;
 
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
@@ -123,5 +128,6 @@ impl Reserve for Mutex {
         drop(guard); // only now: dropped before the commit, the next buyer would read the old stock
         steps.at("lock released").await;
         answer
+        // ANCHOR_END: lock
     }
 }

@@ -7,7 +7,7 @@
 //! Where it ends: the buyers of one sale are served one after another, a durable commit each, and everyone who waits holds a pooled
 //! connection. `lock_timeout` bounds the wait. The lock is only as wide as the transaction: what is read outside it is stale.
 //!
-//! Postgres manual, 13.3.2 "Row-Level Locks". Book: LV.2, "Take the row first".
+//! Postgres manual, 13.3.2 "Row-Level Locks". Book: LV.2, "pessimistic".
 
 use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
@@ -28,7 +28,8 @@ impl Pessimistic {
 #[async_trait]
 impl Reserve for Pessimistic {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        // ANCHOR: lock
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         let stock: i64 = sqlx::query_scalar(
@@ -65,7 +66,9 @@ impl Reserve for Pessimistic {
         }
         steps.at("decided to sell").await;
         self.stage.business_time().await;
+        // ANCHOR_END: lock
 
+        // ANCHOR: write
         sqlx::query(
             "update sale
                 set stock = $2
@@ -93,5 +96,6 @@ impl Reserve for Pessimistic {
         tx.commit().await?;
         steps.at("committed").await;
         Ok(Outcome::Confirmed(Reservation { id }))
+        // ANCHOR_END: write
     }
 }

@@ -26,7 +26,8 @@ use std::{
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
-pub use postgres::{Database, Durability, Postgres, Private};
+pub use native::on_path;
+pub use postgres::{Database, Durability, Postgres, Private, program as postgres_program};
 
 /// The Postgres of this process: found or started once, and shared by all its tests. It trades durability for speed.
 ///

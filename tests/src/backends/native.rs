@@ -37,7 +37,7 @@ fn id(which: &str, name: &str) -> Option<u32> {
 }
 
 /// Finds a program as the shell would.
-pub(super) fn on_path(program: &str) -> Option<PathBuf> {
+pub fn on_path(program: &str) -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?)
         .map(|folder| folder.join(program))
         .find(|file| file.is_file())

@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, OnceCell};
 use super::{Missing, Report, Source, forced, remedy, root, setting};
 pub use database::Database;
 use database::ExternalOwner;
+pub use native::program;
 
 const SERVICE: &str = "postgres";
 const URL_VARIABLE: &str = "DATABASE_URL";

@@ -1,32 +1,50 @@
 //! A history, looked up by what the rules ask for.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, hash::Hash};
 
 use box_office::BuyerId;
 use uuid::Uuid;
 
-use crate::history::{Answer, History, Micros, Refused, Request, Row, Status};
+use crate::history::{Answer, Ending, History, Micros, Refused, Request, Row, Status};
 
-/// One order: a buyer's key, and every request that carried it.
+/// One order: a buyer's key, and every request that carried it, in the order in which they were sent.
 pub(super) struct Order<'a> {
-    pub(super) requests: Vec<&'a Request>,
+    pub(super) number: usize,
+    /// The number of its buyer.
+    pub(super) buyer: usize,
+    /// The number of its key.
+    pub(super) key: usize,
+    pub(super) requests: &'a [&'a Request],
 }
 
 /// A history and its look-up tables.
+///
+/// Buyers, keys, orders and reservations are numbered as they are first seen, so that each is hashed once. The tables are then plain vectors, which
+/// are walked alike in every run.
 pub(super) struct Index<'a> {
     pub(super) history: &'a History,
-    pub(super) orders: HashMap<(BuyerId, &'a str), Order<'a>>,
-    /// For each key, the buyers that used it, with the first time each sent it.
-    pub(super) buyers_of_key: HashMap<&'a str, Vec<(BuyerId, Micros)>>,
-    pub(super) rows_by_id: HashMap<Uuid, Vec<&'a Row>>,
-    pub(super) rows_by_key: HashMap<&'a str, Vec<&'a Row>>,
-    pub(super) rows_by_buyer: HashMap<BuyerId, Vec<&'a Row>>,
-    /// What buyers were told they have, with the request that says so.
-    pub(super) told: HashMap<Uuid, &'a Request>,
+    reservations: Numbers<Uuid>,
+    /// The numbers of each order's buyer and key.
+    buyer_and_key_of_order: Vec<(usize, usize)>,
+    requests_of_order: Groups<&'a Request>,
+    /// The order that was sent first comes first.
+    pub(super) orders_of_key: Groups<usize>,
+    pub(super) requests_of_buyer: Groups<&'a Request>,
+    rows_of_order: Groups<&'a Row>,
+    pub(super) rows_of_key: Groups<&'a Row>,
+    pub(super) rows_of_buyer: Groups<&'a Row>,
+    /// For each reservation, its rows, with the number of the order that asked for them.
+    pub(super) rows_of_reservation: Groups<(Option<usize>, &'a Row)>,
+    /// For each reservation, the requests whose answer said that it is theirs, with the number of their order.
+    answers_of_reservation: Groups<(usize, &'a Request)>,
+    /// For each order, the first time at which a reservation of it can have been there. `None`: none of its requests can have made one.
+    pub(super) took_us: Vec<Option<Micros>>,
+    /// Whether a ticket was ever given back, or may have been: then some rules can only check what is necessary.
+    pub(super) has_releases: bool,
 }
 
 /// The end of a request, as far as the client saw one.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(super) enum End<'a> {
     Confirmed(Uuid),
     Refused(&'a Refused),
@@ -63,14 +81,79 @@ impl Request {
         }
     }
 
-    /// Whether nothing can come after it: the buyer need not ask again.
-    pub(super) fn is_final(&self) -> bool {
-        matches!(self.end(), End::Confirmed(_) | End::Refused(_)) && !self.is_refused_by_the_door()
+    /// Whether it ended before another time. What never ended did not.
+    pub(super) fn ended_before(&self, at_us: Micros) -> bool {
+        self.ended_us().is_some_and(|ended_us| ended_us < at_us)
     }
 
-    /// Rate limiting says nothing about the order.
-    pub(super) fn is_refused_by_the_door(&self) -> bool {
-        matches!(self.end(), End::Refused(Refused::RateLimited))
+    /// The reservation that its answer says is its own.
+    pub(super) fn reservation(&self) -> Option<Uuid> {
+        match self.answer {
+            Answer::Confirmed { reservation } | Answer::Accepted { reservation, .. } => Some(reservation),
+            _ => None,
+        }
+    }
+
+    /// Whether nothing can come after it: the buyer need not ask again. Rate limiting says nothing about the order.
+    pub(super) fn is_final(&self) -> bool {
+        match self.end() {
+            End::Confirmed(_) => true,
+            End::Refused(refused) => *refused != Refused::RateLimited,
+            _ => false,
+        }
+    }
+
+    /// Whether the system has said all that it has to say. Rate limiting is a no, too.
+    pub(super) fn is_settled(&self) -> bool {
+        matches!(self.end(), End::Confirmed(_) | End::Refused(_))
+    }
+
+    /// Whether it may have happened or not, for all that its client knows.
+    pub(super) fn is_uncertain(&self) -> bool {
+        matches!(self.end(), End::Open | End::Undecided | End::Unexpected)
+    }
+
+    /// Every final state that was observed of an accepted order: one, if all is well.
+    fn endings(&self) -> impl Iterator<Item = &Ending> {
+        let first = match &self.answer {
+            Answer::Accepted { ending, .. } => ending.as_ref(),
+            _ => None,
+        };
+        std::iter::successors(first, |ending| ending.changed_to.as_deref())
+    }
+
+    /// Whether its final state did not stay what it was.
+    pub(super) fn has_changed(&self) -> bool {
+        let mut endings = self.endings();
+        let first = endings.next();
+        endings.any(|later| first.is_some_and(|first| later.refused != first.refused))
+    }
+
+    /// The no that it ended with, if nobody ever said yes.
+    pub(super) fn refused(&self) -> Option<&Refused> {
+        match self.end() {
+            End::Refused(refused) if self.endings().all(|ending| ending.refused.is_some()) => Some(refused),
+            _ => None,
+        }
+    }
+
+    /// Whether it was refused after it may have held a ticket for a while.
+    fn may_have_given_back(&self) -> bool {
+        matches!(self.refused(), Some(Refused::Expired | Refused::Declined))
+    }
+
+    /// Whether it may have taken a ticket, as nothing does that was refused. Where tickets are given back, an order that was decided late may have
+    /// held one until then.
+    fn may_have_taken(&self, has_releases: bool) -> bool {
+        let accepted = matches!(self.answer, Answer::Accepted { .. });
+        self.refused().is_none() || self.may_have_given_back() || (accepted && has_releases)
+    }
+
+    /// Whether this row may be its own, which a request that was refused has none of. Only an order that was decided late may have held a ticket
+    /// and given it back.
+    pub(super) fn may_have_made(&self, row: &Row) -> bool {
+        let decided_late = matches!(self.answer, Answer::Accepted { .. }) || self.may_have_given_back();
+        self.refused().is_none() || (decided_late && !row.is_live())
     }
 }
 
@@ -80,89 +163,215 @@ impl Row {
         self.status != Status::Released
     }
 
-    /// The end of its time with a ticket, on the database's clock.
-    pub(super) fn until_us(&self) -> Micros {
-        self.released_us.unwrap_or(Micros::MAX)
+    /// Its time with a ticket, on the database's clock. `None`: it was given back, and nobody knows when.
+    pub(super) fn held_us(&self) -> Option<(Micros, Micros)> {
+        let until_us = if self.is_live() { Micros::MAX } else { self.released_us? };
+        (self.taken_us < until_us).then_some((self.taken_us, until_us))
     }
 }
 
 impl<'a> Index<'a> {
     pub(super) fn new(history: &'a History) -> Self {
-        let mut index = Self {
-            history,
-            orders: HashMap::with_capacity(history.requests.len()),
-            buyers_of_key: HashMap::with_capacity(history.requests.len()),
-            rows_by_id: HashMap::new(),
-            rows_by_key: HashMap::new(),
-            rows_by_buyer: HashMap::new(),
-            told: HashMap::new(),
-        };
+        let rows = history.rows.as_deref().unwrap_or_default();
+        let mut buyers: Numbers<BuyerId> = Numbers::for_about(history.requests.len());
+        let mut keys: Numbers<&str> = Numbers::for_about(history.requests.len());
+        let mut orders: Numbers<(usize, usize)> = Numbers::for_about(history.requests.len());
+        let mut reservations: Numbers<Uuid> = Numbers::for_about(rows.len());
+
+        let (mut of_order, mut of_buyer, mut answers) = (vec![], vec![], vec![]);
+        of_order.reserve_exact(history.requests.len());
+        of_buyer.reserve_exact(history.requests.len());
+        let mut buyer_and_key_of_order = vec![];
         for request in &history.requests {
-            let key = request.key.as_str();
-            let order = index
-                .orders
-                .entry((request.buyer, key))
-                .or_insert(Order { requests: vec![] });
-            order.requests.push(request);
-            let buyers = index.buyers_of_key.entry(key).or_default();
-            match buyers.iter_mut().find(|(buyer, _)| *buyer == request.buyer) {
-                Some((_, first_us)) => *first_us = request.sent_us.min(*first_us),
-                None => buyers.push((request.buyer, request.sent_us)),
+            let (buyer, key) = (buyers.of(request.buyer), keys.of(&request.key));
+            let order = orders.of((buyer, key));
+            if order == buyer_and_key_of_order.len() {
+                buyer_and_key_of_order.push((buyer, key));
             }
-            if let End::Confirmed(reservation) = request.end() {
-                index.told.entry(reservation).or_insert(request);
+            of_order.push((order, request));
+            of_buyer.push((buyer, request));
+            if let Some(reservation) = request.reservation() {
+                answers.push((reservations.of(reservation), (order, request)));
             }
         }
-        for row in history.rows.iter().flatten() {
-            index.rows_by_id.entry(row.reservation).or_default().push(row);
-            index.rows_by_key.entry(&row.key).or_default().push(row);
-            index.rows_by_buyer.entry(row.buyer).or_default().push(row);
+
+        let (mut of_asked, mut rows_of_key, mut rows_of_buyer, mut of_reservation) = (vec![], vec![], vec![], vec![]);
+        for row in rows {
+            let (buyer, key) = (buyers.of(row.buyer), keys.of(&row.key));
+            let order = orders.look_up((buyer, key));
+            of_asked.extend(order.map(|order| (order, row)));
+            rows_of_key.push((key, row));
+            rows_of_buyer.push((buyer, row));
+            of_reservation.push((reservations.of(row.reservation), (order, row)));
         }
-        index
+
+        let by_sent = |request: &&Request| (request.sent_us, request.request);
+        let by_taken = |row: &&Row| (row.taken_us, row.reservation);
+        let requests_of_order = Groups::new(orders.len(), of_order, by_sent);
+        let of_key = buyer_and_key_of_order.iter().enumerate();
+        let of_key = of_key.map(|(order, &(_, key))| (key, order)).collect();
+        let by_first_sent = |order: &usize| by_sent(&requests_of_order.of(*order)[0]);
+        let has_releases =
+            rows.iter().any(|row| !row.is_live()) || history.requests.iter().any(Request::may_have_given_back);
+        let took_us = |requests: &[&Request]| {
+            let mut requests = requests.iter();
+            let first = requests.find(|request| request.may_have_taken(has_releases));
+            first.map(|request| request.sent_us)
+        };
+        Self {
+            history,
+            orders_of_key: Groups::new(keys.len(), of_key, by_first_sent),
+            took_us: requests_of_order.all().map(took_us).collect(),
+            requests_of_order,
+            requests_of_buyer: Groups::new(buyers.len(), of_buyer, by_sent),
+            buyer_and_key_of_order,
+            rows_of_order: Groups::new(orders.len(), of_asked, by_taken),
+            rows_of_key: Groups::new(keys.len(), rows_of_key, by_taken),
+            rows_of_buyer: Groups::new(buyers.len(), rows_of_buyer, by_taken),
+            rows_of_reservation: Groups::new(reservations.len(), of_reservation, |(_, row)| by_taken(row)),
+            answers_of_reservation: Groups::new(reservations.len(), answers, |(_, request)| by_sent(request)),
+            reservations,
+            has_releases,
+        }
     }
 
     pub(super) fn rows(&self) -> &'a [Row] {
         self.history.rows.as_deref().unwrap_or_default()
     }
 
-    /// Whether a ticket was ever given back, or may have been: then some rules can only check what is necessary.
-    pub(super) fn has_releases(&self) -> bool {
-        let in_rows = self.rows().iter().any(|row| !row.is_live());
-        let in_answers = self
-            .history
-            .requests
-            .iter()
-            .any(|request| matches!(request.end(), End::Refused(Refused::Expired | Refused::Declined)));
-        in_rows || in_answers
+    pub(super) fn has_rows(&self) -> bool {
+        self.history.rows.is_some()
     }
 
-    /// For every reservation that took a ticket, as far as anybody can know, when its order was first sent; in the order of time.
+    pub(super) fn orders(&self) -> impl Iterator<Item = Order<'_>> {
+        (0..self.buyer_and_key_of_order.len()).map(|number| self.order(number))
+    }
+
+    pub(super) fn order(&self, number: usize) -> Order<'_> {
+        let (buyer, key) = self.buyer_and_key_of_order[number];
+        Order {
+            number,
+            buyer,
+            key,
+            requests: self.requests_of_order.of(number),
+        }
+    }
+
+    pub(super) fn rows_of(&self, order: &Order<'_>) -> &[&'a Row] {
+        self.rows_of_order.of(order.number)
+    }
+
+    /// The rows of a reservation, with the number of the order that asked for them.
+    pub(super) fn rows_of_reservation(&self, reservation: Uuid) -> &[(Option<usize>, &'a Row)] {
+        let number = self.reservations.look_up(reservation);
+        number.map_or(&[], |number| self.rows_of_reservation.of(number))
+    }
+
+    /// The requests whose answer said that this reservation is theirs, with the number of their order.
+    pub(super) fn answers_of(&self, reservation: Uuid) -> &[(usize, &'a Request)] {
+        let number = self.reservations.look_up(reservation);
+        number.map_or(&[], |number| self.answers_of_reservation.of(number))
+    }
+
+    /// For every reservation that buyers were told they have for good, the first request that was told so.
+    pub(super) fn told(&self) -> impl Iterator<Item = &'a Request> {
+        self.answers_of_reservation.all().filter_map(|answers| {
+            let mut told = answers.iter().map(|&(_, request)| request);
+            told.find(|request| matches!(request.end(), End::Confirmed(_)) && !request.has_changed())
+        })
+    }
+
+    /// The times at which tickets may have been taken: for each, when its order was first sent. In the order of time.
     ///
-    /// A repeated key takes at its first sending, so that nobody is accused for having been quick.
+    /// A repeated key takes at its first sending, so that nobody is accused for having been quick. A request that was refused takes nothing.
     pub(super) fn takers_us(&self) -> Vec<Micros> {
         let mut takers = vec![];
-        for (&(buyer, key), order) in &self.orders {
-            let Some(first_us) = order.requests.iter().map(|request| request.sent_us).min() else {
-                continue;
-            };
-            let rows = self.rows_by_key.get(key).into_iter().flatten();
-            let rows = rows.filter(|row| row.buyer == buyer).count();
-            let only_refused = order
-                .requests
-                .iter()
-                .all(|request| matches!(request.end(), End::Refused(_)));
-            let told = order
-                .requests
-                .iter()
-                .any(|request| matches!(request.end(), End::Confirmed(_)));
-            let taken = match rows {
-                0 => usize::from(told),
-                _ if only_refused => 0,
-                rows => rows,
-            };
-            takers.extend(std::iter::repeat_n(first_us, taken));
+        for order in self.orders() {
+            if let Some(first_us) = self.took_us[order.number] {
+                let rows = self.rows_of(&order);
+                let mut told: Vec<Uuid> = order
+                    .requests
+                    .iter()
+                    .filter_map(|request| match request.end() {
+                        End::Confirmed(reservation) => Some(reservation),
+                        _ => None,
+                    })
+                    .filter(|told| {
+                        let rows = self.rows_of_reservation(*told);
+                        rows.iter().all(|(asked, _)| *asked != Some(order.number))
+                    })
+                    .collect();
+                told.sort_unstable();
+                told.dedup();
+                let mut taken = rows.len() + told.len();
+                if taken == 0 {
+                    taken = usize::from(order.requests.iter().any(|request| request.may_have_given_back()));
+                }
+                takers.extend(std::iter::repeat_n(first_us, taken));
+            }
+            if !self.has_rows() {
+                // Nobody can say which of these took a ticket.
+                let uncertain = order.requests.iter().filter(|request| request.is_uncertain());
+                takers.extend(uncertain.map(|request| request.sent_us));
+            }
         }
         takers.sort_unstable();
         takers
+    }
+}
+
+/// Gives each thing a number: how many others were seen before it.
+struct Numbers<T>(HashMap<T, usize>);
+
+impl<T: Eq + Hash> Numbers<T> {
+    fn for_about(things: usize) -> Self {
+        Self(HashMap::with_capacity(things))
+    }
+
+    fn of(&mut self, thing: T) -> usize {
+        let next = self.0.len();
+        *self.0.entry(thing).or_insert(next)
+    }
+
+    fn look_up(&self, thing: T) -> Option<usize> {
+        self.0.get(&thing).copied()
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// Things by the number of the group they are in.
+pub(super) struct Groups<T> {
+    /// Where each group starts; one more says where the last one ends.
+    starts: Vec<usize>,
+    members: Vec<T>,
+}
+
+impl<T: Copy> Groups<T> {
+    /// Members of a group stand in the order of `key`.
+    fn new<K: Ord>(groups: usize, mut members: Vec<(usize, T)>, key: impl Fn(&T) -> K) -> Self {
+        members.sort_by_cached_key(|(group, member)| (*group, key(member)));
+        let mut starts = Vec::with_capacity(groups + 1);
+        for (at, (group, _)) in members.iter().enumerate() {
+            while starts.len() <= *group {
+                starts.push(at);
+            }
+        }
+        starts.resize(groups + 1, members.len());
+        Self {
+            starts,
+            members: members.into_iter().map(|(_, member)| member).collect(),
+        }
+    }
+
+    pub(super) fn of(&self, group: usize) -> &[T] {
+        &self.members[self.starts[group]..self.starts[group + 1]]
+    }
+
+    /// Group by group, empty ones too.
+    pub(super) fn all(&self) -> impl Iterator<Item = &[T]> {
+        self.starts.windows(2).map(|edges| &self.members[edges[0]..edges[1]])
     }
 }

@@ -1,18 +1,19 @@
 //! The invariants, a function each.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use box_office::{BuyerId, Invariant};
 use uuid::Uuid;
 
 use super::{
     Evidence,
-    index::{End, Index},
+    evidence::in_words,
+    index::{End, Index, Order},
     verdict::{Coverage, Finding, NotChecked, Tally, Verdict},
 };
 use crate::history::{Answer, Micros, Refused, Request, Row, Status};
 
-/// What one rule found: how often, in words, and the smallest case.
+/// What one rule found: how often, in words, and the first case.
 struct Found {
     count: u64,
     summary: String,
@@ -34,14 +35,25 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
         skip(NothingInvented, "the rows could not be read");
     }
     if index.history.rows.is_none() || index.history.header.stock.is_none() {
-        skip(Conservation, "rows or stock could not be read");
+        skip(
+            Conservation,
+            "rows or stock could not be read: only what is certain without them was checked",
+        );
     }
-    if index.has_releases() {
+    if index.has_releases {
         skip(NoUndersell, "tickets were given back");
         skip(
             NoFalseRefusal,
             "tickets were given back: only what is necessary for \"sold out\" was checked",
         );
+    }
+    if index
+        .rows()
+        .iter()
+        .any(|row| !row.is_live() && row.released_us.is_none())
+    {
+        skip(NoOversell, "nobody knows until when released tickets were held");
+        skip(NoDuplicate, "nobody knows until when released tickets were held");
     }
     if !everybody_knows(index) {
         skip(NoUndersell, "a buyer's last answer is not final");
@@ -61,7 +73,7 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
         ),
         (
             NoDuplicate,
-            duplicates(index, &tally),
+            duplicates(index),
             "What did the second request look for, and when was it there to be found?",
         ),
         (
@@ -115,46 +127,32 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
 
 fn tally(index: &Index<'_>) -> Tally {
     let capacity = index.history.header.capacity;
-    let sold = match &index.history.rows {
-        Some(rows) => rows.iter().filter(|row| row.is_live()).count(),
-        None => index.told.len(),
-    } as u64;
-    let mut live: HashMap<BuyerId, u64> = HashMap::new();
-    match &index.history.rows {
-        Some(rows) => rows
-            .iter()
-            .filter(|row| row.is_live())
-            .for_each(|row| *live.entry(row.buyer).or_default() += 1),
-        None => index
-            .told
-            .values()
-            .for_each(|request| *live.entry(request.buyer).or_default() += 1),
-    }
+    let mut buyers: Vec<BuyerId> = if index.has_rows() {
+        let live = index.rows().iter().filter(|row| row.is_live());
+        live.map(|row| row.buyer).collect()
+    } else {
+        index.told().map(|request| request.buyer).collect()
+    };
+    let sold = buyers.len() as u64;
+    buyers.sort_unstable();
+    buyers.dedup();
     Tally {
         capacity,
         sold,
         stock: index.history.header.stock,
         oversold_by: sold.saturating_sub(capacity),
-        duplicates: live.values().map(|reservations| reservations - 1).sum(),
+        duplicates: sold - buyers.len() as u64,
     }
 }
 
-/// I1. With rows: at no moment more of them hold a ticket than there are. Without: nor were more buyers told so.
+/// I1. With rows: at no moment more of them hold a ticket than there are. Without: nor were more buyers told that they have one.
 fn oversell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     let capacity = tally.capacity;
-    let most = most_at_once(
-        index
-            .rows()
-            .iter()
-            .filter(|row| row.taken_us <= row.until_us())
-            .map(|row| (row.taken_us, row.until_us())),
-    );
-    let told = if index.has_releases() {
-        0
+    let most = if index.has_rows() {
+        most_at_once(index.rows().iter().filter_map(Row::held_us))
     } else {
-        index.told.len() as u64
+        tally.sold
     };
-    let most = most.max(told);
     (most > capacity).then(|| Found {
         count: most - capacity,
         summary: format!("{most} reservations held a ticket at the same time, of {capacity} tickets"),
@@ -162,391 +160,522 @@ fn oversell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     })
 }
 
-/// I2.
+/// I2. What could not be read may be anything: without rows or stock, only more tickets than there were are certainly wrong.
 fn conservation(index: &Index<'_>, tally: &Tally) -> Option<Found> {
-    let (Some(stock), Some(rows)) = (tally.stock, &index.history.rows) else {
-        return None;
-    };
-    let held = rows.iter().filter(|row| row.status == Status::Held).count() as u64;
-    let sum = i128::from(stock) + i128::from(tally.sold);
-    let off = sum.abs_diff(i128::from(tally.capacity));
+    let Tally {
+        capacity, sold, stock, ..
+    } = *tally;
+    let held = index.rows().iter().filter(|row| row.status == Status::Held).count() as u64;
+    let all_known = index.has_rows() && stock.is_some();
+    let left = stock.unwrap_or(0);
+    let sum = i128::from(if all_known { left } else { left.max(0) }) + i128::from(sold);
+    let off = sum - i128::from(capacity);
     let mut wrong = vec![];
-    if stock < 0 {
-        wrong.push(format!("the stock is {stock}"));
+    if left < 0 {
+        wrong.push(format!("the stock is {left}"));
     }
-    if off > 0 {
+    if all_known && off != 0 {
+        wrong.push(format!("stock {left} + {sold} sold = {sum}, but there were {capacity}"));
+    } else if off > 0 {
         wrong.push(format!(
-            "stock {stock} + {} sold = {sum}, but there were {}",
-            tally.sold, tally.capacity
+            "at least {sum} tickets are sold or left, but there were {capacity}"
         ));
-    } else if tally.sold > tally.capacity && stock >= 0 {
-        wrong.push(format!("{} sold of {}", tally.sold, tally.capacity));
     }
     if held > 0 {
         wrong.push(format!("{held} reservations are still held"));
     }
     (!wrong.is_empty()).then(|| Found {
-        count: u64::try_from(off).unwrap_or(u64::MAX).max(held).max(1),
+        count: u64::try_from(off.unsigned_abs()).unwrap_or(u64::MAX).max(held).max(1),
         summary: wrong.join("; "),
         evidence: None,
     })
 }
 
-/// I3.
-fn duplicates(index: &Index<'_>, tally: &Tally) -> Option<Found> {
-    let of_a_buyer = index.rows_by_buyer.values().filter(|rows| rows.len() > 1).map(|rows| {
-        (
-            most_at_once(rows.iter().map(|row| (row.taken_us, row.until_us()))),
-            rows,
-        )
-    });
-    let of_a_key = index
-        .rows_by_key
-        .values()
-        .filter(|rows| rows.len() > 1)
-        .map(|rows| (rows.len() as u64, rows));
-    let too_many: Vec<(u64, &Vec<&Row>)> = of_a_buyer.chain(of_a_key).filter(|(most, _)| *most > 1).collect();
-    let count: u64 = too_many.iter().map(|(most, _)| most - 1).sum();
-    if let Some((_, rows)) = too_many
-        .into_iter()
-        .min_by_key(|(_, rows)| (rows.len(), rows[0].taken_us))
-    {
-        let buyers: HashSet<BuyerId> = rows.iter().map(|row| row.buyer).collect();
-        let of = match buyers.len() {
-            1 => format!("buyer {} has {} of them", rows[0].buyer, rows.len()),
-            _ => format!("key {} has {} of them", rows[0].key, rows.len()),
-        };
-        let requests: Vec<&Request> = rows
-            .iter()
-            .filter_map(|row| index.told.get(&row.reservation).copied())
-            .take(2)
-            .collect();
-        return Some(Found {
-            count,
-            summary: format!("{count} reservations too many for their buyer or key; {of}"),
-            evidence: Some(match requests.len() {
-                2 => Evidence::of(&requests),
-                _ => Evidence::of_rows(&rows[..2]),
-            }),
-        });
+/// I3. With rows: those that came while their buyer had a live one, or after another under their key.
+fn duplicates(index: &Index<'_>) -> Option<Found> {
+    if !index.has_rows() {
+        return duplicates_told(index);
     }
-    (index.history.rows.is_none() && tally.duplicates > 0 && !index.has_releases()).then(|| Found {
-        count: tally.duplicates,
+    let mut too_many: Vec<[&Row; 2]> = vec![];
+    for rows in index.rows_of_key.all() {
+        too_many.extend(rows.iter().skip(1).map(|row| [rows[0], *row]));
+    }
+    for rows in index.rows_of_buyer.all() {
+        // Of those that came before, the one that is live the longest.
+        let mut longest: Option<(Micros, &Row)> = None;
+        for &row in rows {
+            let Some((from_us, until_us)) = row.held_us() else {
+                continue;
+            };
+            match longest {
+                Some((live_until_us, other)) if from_us < live_until_us => too_many.push([other, row]),
+                _ => {}
+            }
+            if longest.is_none_or(|(live_until_us, _)| live_until_us < until_us) {
+                longest = Some((until_us, row));
+            }
+        }
+    }
+    // A row that is too many for its buyer and for its key is one case, not two.
+    too_many.sort_by_key(|[first, row]| (row.taken_us, row.reservation, first.taken_us, first.reservation));
+    too_many.dedup_by_key(|[_, row]| std::ptr::from_ref(*row));
+    let &[first, second] = too_many.first()?;
+    let whose = if first.buyer == second.buyer {
+        format!("buyer {}", first.buyer)
+    } else {
+        format!("key {}", first.key)
+    };
+    let told: Vec<&Request> = [first, second]
+        .iter()
+        .filter_map(|row| index.answers_of(row.reservation).first())
+        .map(|&(_, request)| request)
+        .collect();
+    Some(Found {
+        count: too_many.len() as u64,
         summary: format!(
-            "buyers were told of {} reservations too many for one each",
-            tally.duplicates
+            "{} reservations too many for their buyer or key; the first is one of {whose}",
+            too_many.len()
         ),
-        evidence: None,
+        evidence: Some(match told.len() {
+            2 => Evidence::of(&told),
+            _ => Evidence::of_rows(&[first, second]),
+        }),
+    })
+}
+
+/// I3, where only the answers are known: what was confirmed stays, so that two are two.
+fn duplicates_told(index: &Index<'_>) -> Option<Found> {
+    let mut told: Vec<&Request> = index.told().collect();
+    let mut too_many: Vec<[&Request; 2]> = vec![];
+    told.sort_unstable_by_key(|request| (request.buyer, request.sent_us, request.request));
+    for of_buyer in told.chunk_by(|one, other| one.buyer == other.buyer) {
+        too_many.extend(of_buyer[1..].iter().map(|request| [of_buyer[0], *request]));
+    }
+    told.sort_unstable_by(|one, other| {
+        (&one.key, one.sent_us, one.request).cmp(&(&other.key, other.sent_us, other.request))
+    });
+    for of_key in told.chunk_by(|one, other| one.key == other.key) {
+        too_many.extend(of_key[1..].iter().map(|request| [of_key[0], *request]));
+    }
+    too_many.sort_by_key(|[first, second]| (second.sent_us, second.request, first.sent_us, first.request));
+    too_many.dedup_by_key(|[_, second]| std::ptr::from_ref(*second));
+    let pair = too_many.first()?;
+    Some(Found {
+        count: too_many.len() as u64,
+        summary: format!(
+            "buyers were told of {} reservations too many for their buyer or key",
+            too_many.len()
+        ),
+        evidence: Some(Evidence::of(pair)),
     })
 }
 
 /// I4.
 fn lost(index: &Index<'_>) -> Option<Found> {
-    let mut cases: Vec<&Request> = vec![];
-    let mut why = String::new();
+    let mut cases = Cases::default();
     for request in &index.history.requests {
-        let missing = match request.end() {
-            End::Confirmed(reservation) if index.history.rows.is_some() => {
-                let rows = index.rows_by_id.get(&reservation).map_or(0, Vec::len);
-                (rows != 1).then(|| format!("reservation {reservation} was confirmed and has {rows} rows"))
+        let buyer = request.buyer;
+        if let (End::Confirmed(reservation), true) = (request.end(), index.has_rows()) {
+            let rows = index.rows_of_reservation(reservation).len();
+            if rows != 1 {
+                cases.request(request, || {
+                    format!("reservation {reservation} was confirmed and has {rows} rows")
+                });
+                continue;
             }
-            End::Open => Some(format!(
-                "an order of buyer {} was accepted and never decided",
-                request.buyer
-            )),
-            _ => None,
-        };
-        let missing = missing.or_else(|| match &request.answer {
-            Answer::Accepted {
-                ending: Some(ending), ..
-            } if ending.changed_to.is_some() => Some(format!(
-                "the final state of an order of buyer {} changed",
-                request.buyer
-            )),
-            _ => None,
-        });
-        if let Some(missing) = missing {
-            if cases.is_empty() {
-                why = missing;
-            }
-            cases.push(request);
+        }
+        if !matches!(request.answer, Answer::Accepted { .. }) {
+            continue;
+        }
+        if request.end() == End::Open {
+            cases.request(request, || {
+                format!("an order of buyer {buyer} was accepted and never decided")
+            });
+        } else if is_late(index, request) {
+            cases.request(request, || {
+                format!("an order of buyer {buyer} was accepted and decided after its deadline")
+            });
+        } else if request.has_changed() {
+            cases.request(request, || {
+                format!("the final state of an order of buyer {buyer} changed")
+            });
         }
     }
-    found(&cases, "answers are not what the rows say", &why)
+    cases.found("answers are not what came of them")
 }
 
 /// I5.
 fn invented(index: &Index<'_>) -> Option<Found> {
-    let mut cases: Vec<&Row> = vec![];
-    let mut why = String::new();
-    for row in index.rows() {
-        let order = index.orders.get(&(row.buyer, row.key.as_str()));
-        let wrong = match (order, index.told.get(&row.reservation)) {
-            (_, Some(request)) if request.buyer != row.buyer || request.key != row.key => Some(format!(
-                "reservation {} was confirmed to buyer {} under key {}, its row names buyer {} and key {}",
-                row.reservation, request.buyer, request.key, row.buyer, row.key
-            )),
-            (None, _) => Some(format!(
-                "nobody asked for reservation {} of buyer {}, key {}",
-                row.reservation, row.buyer, row.key
-            )),
-            (Some(order), _) if order.requests.iter().all(|request| refused_a_ticket(request)) => Some(format!(
-                "buyer {} was refused every time under key {}, and has reservation {}",
-                row.buyer, row.key, row.reservation
-            )),
-            _ => None,
+    let mut cases = Cases::default();
+    for &(asked, row) in index.rows_of_reservation.all().flatten() {
+        let Row {
+            reservation,
+            buyer,
+            key,
+            ..
+        } = row;
+        let mut answers = index.answers_of(*reservation).iter();
+        let may_have_asked = |order| {
+            let mut requests = index.order(order).requests.iter();
+            requests.any(|request| request.may_have_made(row))
         };
-        if let Some(wrong) = wrong {
-            if cases.is_empty() {
-                why = wrong;
-            }
-            cases.push(row);
+        if let Some((_, answered)) = answers.find(|(order, _)| Some(*order) != asked) {
+            cases.row(row, || {
+                format!(
+                    "reservation {reservation} was answered to buyer {} under key {}, its row names buyer {buyer} and key {key}",
+                    answered.buyer, answered.key
+                )
+            });
+        } else if asked.is_none() {
+            cases.row(row, || {
+                format!("nobody asked for reservation {reservation} of buyer {buyer}, key {key}")
+            });
+        } else if !asked.is_some_and(may_have_asked) {
+            cases.row(row, || {
+                format!("buyer {buyer} was refused every time under key {key}, and has reservation {reservation}")
+            });
         }
     }
-    let first = cases.first()?;
-    Some(Found {
-        count: cases.len() as u64,
-        summary: format!("{} rows that nobody asked for; {why}", cases.len()),
-        evidence: Some(Evidence::of_rows(&[first])),
-    })
-}
-
-/// Whether a request ended with a no, so that no ticket may come of it. An order that ended after it had held a ticket has a row all the same.
-fn refused_a_ticket(request: &Request) -> bool {
-    matches!(request.end(), End::Refused(refused) if !matches!(refused, Refused::Expired | Refused::Declined))
+    cases.found("rows that nobody asked for")
 }
 
 /// I6.
 fn false_refusals(index: &Index<'_>) -> Option<Found> {
-    let capacity = index.history.header.capacity;
     let takers_us = index.takers_us();
-    let mut cases: Vec<&Request> = vec![];
-    let mut why = String::new();
-    for request in &index.history.requests {
-        let (End::Refused(refused), Some(ended_us)) = (request.end(), request.ended_us()) else {
-            continue;
-        };
-        let wrong = match refused {
-            Refused::SoldOut => {
-                let taken = takers_us.partition_point(|&sent_us| sent_us <= ended_us) as u64;
-                (taken < capacity)
-                    .then(|| format!("told \"sold out\" when at most {taken} of {capacity} could be taken"))
-            }
-            Refused::AlreadyReserved { earlier } => {
-                (!has_reservation(index, request.buyer, *earlier, ended_us)).then(|| {
+    let unsure_us = unsure_us(index);
+    let mut had = HashMap::new();
+    let mut cases = Cases::default();
+    for order in index.orders() {
+        for &request in order.requests {
+            let (End::Refused(refused), Some(ended_us)) = (request.end(), request.ended_us()) else {
+                continue;
+            };
+            let is_true = match refused {
+                Refused::SoldOut => {
+                    let taken = takers_us.partition_point(|&sent_us| sent_us <= ended_us);
+                    taken as u64 >= index.history.header.capacity
+                }
+                Refused::AlreadyReserved { earlier } => had
+                    .entry((order.buyer, *earlier))
+                    .or_insert_with(|| may_have_had(index, &order, *earlier, &unsure_us))
+                    .is_some_and(|(from_us, until_us)| from_us <= ended_us && request.sent_us <= until_us),
+                Refused::KeyOfAnotherBuyer => {
+                    let mut orders = index.orders_of_key.of(order.key).iter();
+                    let other = orders.find(|other| **other != order.number);
+                    other.is_some_and(|&other| index.order(other).requests[0].sent_us <= ended_us)
+                }
+                Refused::UnknownSale => false,
+                // A repeat gives an order no new life.
+                Refused::Expired => {
+                    let passes_us = |expiry_us| order.requests[0].sent_us.saturating_add(expiry_us);
+                    let expiry_us = index.history.header.expiry_us;
+                    expiry_us.is_some_and(|expiry_us| passes_us(expiry_us) <= ended_us)
+                }
+                Refused::Declined | Refused::RateLimited => true,
+            };
+            if !is_true {
+                cases.request(request, || {
+                    let why_not = match refused {
+                        Refused::SoldOut => "not enough others can have taken a ticket by then",
+                        Refused::AlreadyReserved { .. } => "the reservation that was named is not the buyer's",
+                        Refused::KeyOfAnotherBuyer => "nobody else had sent this key",
+                        Refused::Expired => "the order's time was not up",
+                        _ => "there is",
+                    };
                     format!(
-                        "told of reservation {earlier}, which buyer {} does not have",
-                        request.buyer
+                        "buyer {} was told {:?}, but {why_not}",
+                        request.buyer,
+                        in_words(&request.answer)
                     )
-                })
+                });
             }
-            Refused::KeyOfAnotherBuyer => {
-                let buyers = index.buyers_of_key.get(request.key.as_str()).into_iter().flatten();
-                let by_another = buyers
-                    .into_iter()
-                    .any(|&(buyer, first_us)| buyer != request.buyer && first_us <= ended_us);
-                (!by_another).then(|| {
-                    format!(
-                        "told that key {} is another buyer's, and nobody else had sent it",
-                        request.key
-                    )
-                })
-            }
-            Refused::UnknownSale => Some("told that there is no such sale".to_owned()),
-            Refused::Expired => {
-                let passed = index
-                    .history
-                    .header
-                    .expiry_us
-                    .is_some_and(|expiry_us| ended_us >= request.sent_us.saturating_add(expiry_us));
-                (!passed).then(|| "told \"expired\" before its time was up".to_owned())
-            }
-            Refused::Declined | Refused::RateLimited => None,
-        };
-        if let Some(wrong) = wrong {
-            if cases.is_empty() {
-                why = format!("buyer {} was {wrong}", request.buyer);
-            }
-            cases.push(request);
         }
     }
-    found(&cases, "refusals were not true", &why)
+    cases.found("refusals were not true")
 }
 
-/// Whether a buyer had the reservation that a refusal names, as far as anybody can know.
-fn has_reservation(index: &Index<'_>, buyer: BuyerId, reservation: Uuid, by_us: Micros) -> bool {
-    let asked_before = |key: &str| {
-        let order = index.orders.get(&(buyer, key));
-        order.is_some_and(|order| order.requests.iter().any(|request| request.sent_us <= by_us))
-    };
-    match &index.history.rows {
-        Some(_) => {
-            let rows = index.rows_by_id.get(&reservation).into_iter().flatten();
-            rows.into_iter().any(|row| row.buyer == buyer && asked_before(&row.key))
-        }
+/// From when until when a buyer may have had a reservation, as far as anybody can know. `None`: never.
+fn may_have_had(
+    index: &Index<'_>,
+    order: &Order<'_>,
+    reservation: Uuid,
+    unsure_us: &[Option<Micros>],
+) -> Option<(Micros, Micros)> {
+    let buyer = order.requests[0].buyer;
+    let answers = index.answers_of(reservation);
+    let told = answers.iter().filter(|(_, request)| request.buyer == buyer);
+    let told_us = told.filter_map(|(told, _)| index.took_us[*told]);
+    let rows = index.rows_of_reservation(reservation).iter();
+    let rows: Vec<_> = rows.filter(|(_, row)| row.buyer == buyer).collect();
+    let from_us = if index.has_rows() {
+        rows.first()?;
+        let asked_us = rows.iter().filter_map(|(asked, _)| index.took_us[(*asked)?]);
+        // A row that nobody asked for may always have been there.
+        told_us.chain(asked_us).min().unwrap_or(0)
+    } else {
         // Another request of the buyer may have made it and never been answered.
-        None => match index.told.get(&reservation) {
-            // It took the ticket when its key was first sent, and may have been told only on a repeat.
-            Some(request) => request.buyer == buyer && asked_before(&request.key),
-            None => index.history.requests.iter().any(|request| {
-                request.buyer == buyer
-                    && request.sent_us <= by_us
-                    && matches!(request.end(), End::Undecided | End::Open)
-            }),
-        },
+        told_us.chain(unsure_us[order.buyer]).min()?
+    };
+    // Row times can't be held against the refusal. But what a buyer was told is over, and is not live, was over by then.
+    let is_live = rows.iter().any(|(_, row)| row.is_live());
+    let over_us = answers.iter().filter(|(_, request)| request.refused().is_some());
+    let over_us = over_us.filter_map(|(_, request)| request.ended_us()).min();
+    Some((from_us, over_us.filter(|_| !is_live).unwrap_or(Micros::MAX)))
+}
+
+/// For each buyer, when the first request was sent of which nobody can say whether it took a ticket. Rows can say.
+fn unsure_us(index: &Index<'_>) -> Vec<Option<Micros>> {
+    if index.has_rows() {
+        return vec![];
     }
+    let first_unsure = |requests: &[&Request]| {
+        let first = requests.iter().find(|request| request.is_uncertain());
+        first.map(|request| request.sent_us)
+    };
+    index.requests_of_buyer.all().map(first_unsure).collect()
 }
 
 /// I7.
 fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
-    if index.has_releases() || !everybody_knows(index) {
+    if index.has_releases || !everybody_knows(index) {
         return None;
     }
-    let buyers: HashSet<BuyerId> = index.history.requests.iter().map(|request| request.buyer).collect();
-    let due = tally.capacity.min(buyers.len() as u64);
-    (tally.sold < due).then(|| {
-        let refused: Vec<&Request> = index
-            .history
-            .requests
-            .iter()
-            .filter(|request| matches!(request.end(), End::Refused(Refused::SoldOut)))
-            .take(1)
-            .collect();
+    // Who only ever used another buyer's key never came as far as the tickets.
+    let came = |requests: &&[&Request]| {
+        let mut finals = requests.iter().filter(|request| request.is_final());
+        finals.any(|request| request.end() != End::Refused(&Refused::KeyOfAnotherBuyer))
+    };
+    let buyers = index.requests_of_buyer.all().filter(came).count() as u64;
+    let requests = || index.history.requests.iter();
+    // Where rows could not be read, whatever was left undecided may have taken a ticket.
+    let unsure = match index.has_rows() {
+        true => 0,
+        false => requests().filter(|request| request.is_uncertain()).count() as u64,
+    };
+    let (sold, due) = (tally.sold + unsure, tally.capacity.min(buyers));
+    (sold < due).then(|| {
+        let sold_out = requests().filter(|request| request.end() == End::Refused(&Refused::SoldOut));
+        let first = sold_out.min_by_key(|request| (request.sent_us, request.request));
         Found {
-            count: due - tally.sold,
-            summary: format!(
-                "{} sold, and {} buyers came for {} tickets",
-                tally.sold,
-                buyers.len(),
-                tally.capacity
-            ),
-            evidence: (!refused.is_empty()).then(|| Evidence::of(&refused)),
+            count: due - sold,
+            summary: format!("{sold} sold, and {buyers} buyers came for {} tickets", tally.capacity),
+            evidence: first.map(|request| Evidence::of(&[request])),
         }
     })
 }
 
-/// Whether the last answer to every order is final.
+/// Whether every buyer's last answer is final. Of requests that were sent at the same time, each may be the last.
 fn everybody_knows(index: &Index<'_>) -> bool {
-    index
-        .orders
-        .values()
-        .all(|order| last_sent(&order.requests).is_some_and(|request| request.is_final()))
-}
-
-fn last_sent<'a>(requests: &[&'a Request]) -> Option<&'a Request> {
-    requests.iter().copied().max_by_key(|request| request.sent_us)
+    index.requests_of_buyer.all().all(|requests| {
+        let last_us = requests.last().map(|request| request.sent_us);
+        let mut last = requests
+            .iter()
+            .rev()
+            .take_while(|request| Some(request.sent_us) == last_us);
+        last.all(|request| request.is_final())
+    })
 }
 
 /// I9.
 fn contradictions(index: &Index<'_>) -> Option<Found> {
-    let mut cases: Vec<&Request> = vec![];
-    let mut pair: Option<(&Request, &Request)> = None;
-    let mut why = String::new();
-    for ((buyer, key), order) in &index.orders {
-        // The first confirmation, by when the client had it: what is sent after that must agree.
-        let confirmed = order
-            .requests
-            .iter()
-            .filter_map(|request| match (request.end(), request.ended_us()) {
-                (End::Confirmed(reservation), Some(ended_us)) => Some((ended_us, reservation, *request)),
-                _ => None,
-            })
-            .min_by_key(|(ended_us, ..)| *ended_us);
-        if let Some((known_us, reservation, first)) = confirmed {
-            for request in order
-                .requests
-                .iter()
-                .filter(|request| request.sent_us > known_us && request.is_final())
-            {
-                let same = matches!(request.end(), End::Confirmed(other) if other == reservation);
-                if !same {
-                    if pair.is_none() {
-                        why = format!("buyer {buyer} was confirmed under key {key}, and later told otherwise");
-                        pair = Some((first, request));
-                    }
-                    cases.push(request);
-                }
-            }
-        }
-        // The last final answer agrees with the rows, unless something that is still undecided may have come after it.
-        let all_final = order
-            .requests
-            .iter()
-            .all(|request| request.is_final() || request.is_refused_by_the_door());
-        let mut finals: Vec<&&Request> = order.requests.iter().filter(|request| request.is_final()).collect();
-        finals.sort_by_key(|request| request.ended_us());
-        if let (true, Some(last), Some(_)) = (all_final, finals.last(), &index.history.rows)
-            && matches!(last.end(), End::Refused(_))
-            && !finals
-                .iter()
-                .any(|request| request.ended_us() >= Some(last.sent_us) && matches!(request.end(), End::Confirmed(_)))
-            && index
-                .rows_by_key
-                .get(key)
-                .into_iter()
-                .flatten()
-                .any(|row| row.buyer == *buyer && row.is_live())
-            && confirmed.is_some()
-            && !cases.iter().any(|case| std::ptr::eq(*case, **last))
-        {
-            if pair.is_none() {
-                why = format!("buyer {buyer} was refused last under key {key}, and has a reservation under it");
-            }
-            cases.push(last);
+    let mut cases = Cases::default();
+    for orders in index.orders_of_key.all() {
+        confirmed_otherwise(index, orders, &mut cases);
+    }
+    for order in index.orders() {
+        refused_after_all(&order, &mut cases);
+        if index.has_rows() {
+            last_answer_and_rows(index, &order, &mut cases);
         }
     }
-    let mut found = found(&cases, "answers contradict an earlier one", &why)?;
-    if let Some((first, second)) = pair {
-        found.evidence = Some(Evidence::of(&[first, second]));
+    cases.found("answers contradict an earlier one or the rows")
+}
+
+/// Once a key is confirmed, a later confirmation of it, whoever is told, is of the same reservation.
+fn confirmed_otherwise(index: &Index<'_>, orders: &[usize], cases: &mut Cases) {
+    let mut confirmed: Vec<(Micros, Uuid, &Request)> = vec![];
+    for &order in orders {
+        for &request in index.order(order).requests {
+            if let (End::Confirmed(reservation), Some(ended_us)) = (request.end(), request.ended_us()) {
+                confirmed.push((ended_us, reservation, request));
+            }
+        }
     }
-    Some(found)
+    confirmed.sort_unstable_by_key(|(ended_us, _, request)| (*ended_us, request.sent_us, request.request));
+    let Some(&first) = confirmed.first() else { return };
+    let other = confirmed.iter().find(|(_, reservation, _)| *reservation != first.1);
+    let Some(&other) = other else { return };
+    for &(_, reservation, request) in &confirmed {
+        // The earliest one of another reservation.
+        let (known_us, _, earlier) = if reservation == first.1 { other } else { first };
+        if known_us < request.sent_us {
+            cases.pair(earlier, request, || {
+                format!(
+                    "buyer {} was confirmed under key {}, and buyer {} later with another reservation",
+                    earlier.buyer, earlier.key, request.buyer
+                )
+            });
+        }
+    }
+}
+
+/// Once an order is confirmed, its buyer is not refused any more.
+fn refused_after_all(order: &Order<'_>, cases: &mut Cases) {
+    let confirmed = order.requests.iter().copied();
+    let confirmed =
+        confirmed.filter(|request| matches!(request.end(), End::Confirmed(_)) && request.ended_us().is_some());
+    let Some(first) = confirmed.min_by_key(|request| (request.ended_us(), request.sent_us, request.request)) else {
+        return;
+    };
+    for &request in order.requests {
+        if request.is_final() && matches!(request.end(), End::Refused(_)) && first.ended_before(request.sent_us) {
+            cases.pair(first, request, || {
+                format!(
+                    "buyer {} was confirmed under key {}, and later refused",
+                    request.buyer, request.key
+                )
+            });
+        }
+    }
+}
+
+/// The last final answer agrees with the rows. Which one was last may be open: then it is enough that one of them does.
+fn last_answer_and_rows(index: &Index<'_>, order: &Order<'_>, cases: &mut Cases) {
+    let finals = || order.requests.iter().copied().filter(|request| request.is_final());
+    let Some(last_sent_us) = finals().map(|request| request.sent_us).max() else {
+        return;
+    };
+    let mut last = finals()
+        .filter(|request| !request.ended_before(last_sent_us))
+        .peekable();
+    let Some(&shown) = last.peek() else { return };
+    if last.all(|request| disagrees_with_rows(index, order, request)) {
+        cases.request(shown, || {
+            format!(
+                "buyer {} was told {:?} last under key {}, and the rows say otherwise",
+                shown.buyer,
+                in_words(&shown.answer),
+                shown.key
+            )
+        });
+    }
+}
+
+fn disagrees_with_rows(index: &Index<'_>, order: &Order<'_>, last: &Request) -> bool {
+    // Rows match answers by reservation: one that was answered to somebody else is not this order's.
+    let of_another = |row: &Row| {
+        let mut answers = index.answers_of(row.reservation).iter();
+        answers.any(|(answered, _)| *answered != order.number)
+    };
+    let mut own_rows = index.rows_of(order).iter().filter(|row| !of_another(row));
+    match last.end() {
+        // A confirmed order without any row is lost, which is another rule's.
+        End::Confirmed(reservation) => match index.rows_of_reservation(reservation) {
+            [] => own_rows.next().is_some(),
+            rows => !last.has_changed() && !rows.iter().any(|(_, row)| row.is_live()),
+        },
+        End::Refused(refused) => {
+            // What stayed undecided may have taken a ticket after the refusal: a later repeat, or any, once tickets came back.
+            let mut uncertain = order.requests.iter().filter(|request| request.is_uncertain());
+            let taken_since = uncertain.any(|request| index.has_releases || last.sent_us <= request.sent_us);
+            let named =
+                |row: &Row| matches!(refused, Refused::AlreadyReserved { earlier } if *earlier == row.reservation);
+            !taken_since && !last.has_changed() && own_rows.any(|row| row.is_live() && !named(row))
+        }
+        _ => false,
+    }
 }
 
 /// I10.
 fn unfinished(index: &Index<'_>) -> Option<Found> {
-    let deadline_us = index.history.header.deadline_us;
-    // A fault that was never healed may excuse whoever is undecided.
-    let healed_us = index
-        .history
-        .faults
+    let faults = &index.history.faults;
+    // `None`: something was never healed, which may excuse whoever is undecided.
+    let healed_us = faults
         .iter()
         .map(|fault| fault.healed_us)
         .try_fold(0, |latest, healed_us| Some(healed_us?.max(latest)));
-    let mut cases: Vec<&Request> = vec![];
-    let mut why = String::new();
-    for order in index.orders.values() {
-        let last = last_sent(&order.requests);
-        for &request in &order.requests {
-            let late = request
-                .ended_us()
-                .is_some_and(|ended_us| ended_us > request.sent_us.saturating_add(deadline_us));
-            let open = matches!(request.end(), End::Open);
-            let never_told = last.is_some_and(|last| std::ptr::eq(last, request))
-                && !request.is_final()
-                && healed_us.is_some_and(|healed_us| request.sent_us >= healed_us);
-            if late || open || never_told {
-                if cases.is_empty() {
-                    let what = if late {
-                        "was answered after its deadline"
-                    } else {
-                        "never got a final answer"
-                    };
-                    why = format!("buyer {} {what} under key {}", request.buyer, request.key);
-                }
-                cases.push(request);
-            }
+    let mut cases = Cases::default();
+    for order in index.orders() {
+        let first_ended_us = order.requests.iter().filter_map(|request| request.ended_us()).min();
+        // The last time at which the buyer was told something final.
+        let told_us = order.requests.iter().filter(|request| request.is_settled());
+        let told_us = told_us.map(|request| request.ended_us().unwrap_or(Micros::MAX)).max();
+        for &request in order.requests {
+            let sent_us = request.sent_us;
+            let is_repeat = first_ended_us.is_some_and(|ended_us| ended_us < sent_us);
+            let was_told = told_us.is_some_and(|told_us| sent_us <= told_us);
+            let must_be_told = match healed_us {
+                None => false,
+                // Nothing struck: nothing excuses silence.
+                Some(_) if faults.is_empty() => is_repeat || request.ended_us().is_none(),
+                Some(healed_us) => healed_us < sent_us,
+            };
+            let what = if is_late(index, request) {
+                "was answered after the deadline"
+            } else if request.end() == End::Unexpected {
+                "got an answer that means nothing"
+            } else if request.end() == End::Open {
+                "was accepted and never told how it ended"
+            } else if request.is_uncertain() && must_be_told && !was_told {
+                "never got a final answer"
+            } else {
+                continue;
+            };
+            cases.request(request, || {
+                format!("buyer {} {what} under key {}", request.buyer, request.key)
+            });
         }
     }
-    found(&cases, "requests did not come to their end", &why)
+    cases.found("requests did not come to their end")
 }
 
-fn found(cases: &[&Request], what: &str, first: &str) -> Option<Found> {
-    let smallest = cases.iter().min_by_key(|request| (request.sent_us, request.request))?;
-    Some(Found {
-        count: cases.len() as u64,
-        summary: format!("{} {what}; {first}", cases.len()),
-        evidence: Some(Evidence::of(&[smallest])),
-    })
+fn is_late(index: &Index<'_>, request: &Request) -> bool {
+    let by_us = request.sent_us.saturating_add(index.history.header.deadline_us);
+    request.ended_us().is_some_and(|ended_us| ended_us > by_us)
+}
+
+/// What a rule has collected: how many cases, and the first of them.
+#[derive(Default)]
+struct Cases {
+    count: u64,
+    first: Option<((Micros, u128), String, Evidence)>,
+}
+
+impl Cases {
+    fn add(&mut self, at: (Micros, u128), case: impl FnOnce() -> (String, Evidence)) {
+        self.count += 1;
+        if self.first.as_ref().is_none_or(|(first, ..)| at < *first) {
+            let (why, evidence) = case();
+            self.first = Some((at, why, evidence));
+        }
+    }
+
+    fn request(&mut self, request: &Request, why: impl FnOnce() -> String) {
+        self.add((request.sent_us, request.request.into()), || {
+            (why(), Evidence::of(&[request]))
+        });
+    }
+
+    fn pair(&mut self, earlier: &Request, request: &Request, why: impl FnOnce() -> String) {
+        self.add((request.sent_us, request.request.into()), || {
+            (why(), Evidence::of(&[earlier, request]))
+        });
+    }
+
+    fn row(&mut self, row: &Row, why: impl FnOnce() -> String) {
+        self.add((row.taken_us, row.reservation.as_u128()), || {
+            (why(), Evidence::of_rows(&[row]))
+        });
+    }
+
+    fn found(self, what: &str) -> Option<Found> {
+        let Self { count, first } = self;
+        first.map(|(_, why, evidence)| Found {
+            count,
+            summary: format!("{count} {what}; {why}"),
+            evidence: Some(evidence),
+        })
+    }
 }
 
 /// Two confirmed requests that overlap as briefly as any: where they were traced, two that had both looked before either had written.
@@ -559,9 +688,8 @@ fn conflicting_pair<'a>(index: &Index<'a>) -> Option<[&'a Request; 2]> {
         }
     }
     let mut confirmed: Vec<(Micros, Micros, &Request)> = index
-        .told
-        .values()
-        .filter_map(|request| inside(request).map(|(from_us, to_us)| (from_us, to_us, *request)))
+        .told()
+        .filter_map(|request| inside(request).map(|(from_us, to_us)| (from_us, to_us, request)))
         .collect();
     confirmed.sort_unstable_by_key(|&(from_us, to_us, request)| (from_us, to_us, request.request));
     confirmed
@@ -587,11 +715,11 @@ fn most_at_once(intervals: impl Iterator<Item = (Micros, Micros)>) -> u64 {
     most.unsigned_abs()
 }
 
+/// How many requests were under way at the same time, at most. Here, equal times count as the same time.
 fn greatest_overlap(index: &Index<'_>) -> u64 {
-    let requests = &index.history.requests;
-    most_at_once(
-        requests
-            .iter()
-            .map(|request| (request.sent_us, request.answered_us.unwrap_or(Micros::MAX))),
-    )
+    let requests = index.history.requests.iter();
+    most_at_once(requests.map(|request| {
+        let until_us = request.answered_us.unwrap_or(Micros::MAX);
+        (request.sent_us, until_us.saturating_add(1))
+    }))
 }

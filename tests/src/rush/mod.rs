@@ -149,6 +149,7 @@ impl Rush {
         let faults = faults?;
 
         let mut requests = released.requests;
+        let retries = servers.retries().await?;
         let steps = servers.stop().await?;
         steps.add_to(&mut requests, started_us);
 
@@ -169,7 +170,7 @@ impl Rush {
             rows: Some(sold.rows),
             faults,
         };
-        Ok(Report::new(self.instances, history, &released.clock))
+        Ok(Report::new(self.instances, history, retries, &released.clock))
     }
 }
 

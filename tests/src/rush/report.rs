@@ -28,6 +28,8 @@ pub struct Report {
     pub took: Duration,
     /// The share of this machine's processors that the clients themselves used in that time, from 0 to 1.
     pub client_share: f64,
+    /// How often reservations started again because others were quicker, on the servers that were alive at the end.
+    pub retries: u64,
     /// Server processes.
     pub instances: usize,
 }
@@ -99,7 +101,7 @@ fn read(clock: ClockId) -> Duration {
 
 impl Report {
     /// Judges a history that was recorded while `clock` ran, with so many server processes.
-    pub fn new(instances: usize, history: History, clock: &Clock) -> Self {
+    pub fn new(instances: usize, history: History, retries: u64, clock: &Clock) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (answered, completed) = waits(&history);
         Self {
@@ -109,6 +111,7 @@ impl Report {
             completed: (!completed.is_empty()).then(|| Latency::of(&completed)),
             took: clock.wall,
             client_share: clock.processor.as_secs_f64() / (clock.wall.as_secs_f64() * processors as f64),
+            retries,
             instances,
             history,
         }

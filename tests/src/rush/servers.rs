@@ -206,6 +206,25 @@ impl Servers {
             .context("it has left")
     }
 
+    /// How often reservations started again on the servers that live, as their metrics say.
+    ///
+    /// # Errors
+    /// A server does not tell.
+    pub async fn retries(&self) -> anyhow::Result<u64> {
+        let live = self.live.borrow().clone();
+        let mut retries = 0;
+        for address in live {
+            let request = Request::get("/metrics").body(Full::default())?;
+            let answered = Connection::open(address).await?.send(request).await?;
+            let text = String::from_utf8(answered.body.to_vec())?;
+            let counted = text
+                .lines()
+                .find_map(|line| line.strip_prefix("oversold_retries_total "));
+            retries += counted.context("the metrics do not tell")?.trim().parse::<u64>()?;
+        }
+        Ok(retries)
+    }
+
     /// SIGTERM to all that still run. Each must answer what is in flight and leave with exit code 0.
     ///
     /// # Errors

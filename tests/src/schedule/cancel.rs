@@ -62,6 +62,7 @@ pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::
         let stage = Stage {
             database: pool.clone(),
             hold: Duration::ZERO,
+            retries: Default::default(),
         };
         let reserve = (strategy.open)(stage).await?;
         let sale = SaleId::try_from(polls + 1)?;

@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, No, Observer, Order, Outcome, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage, Steps, Strategy,
-    trace::now_monotonic_us,
+    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
+    Steps, Strategy, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -130,6 +130,7 @@ impl Rehearsal {
         let stage = Stage {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             hold: Duration::ZERO,
+            retries: Default::default(),
         };
         Ok(Self {
             strategy,
@@ -164,17 +165,19 @@ impl Rehearsal {
 
     /// The forced run that the book shows for a strategy: both look before either writes.
     ///
-    /// Two buyers and one ticket; or, for a strategy about one buyer's second click, two clicks and two tickets. The first request runs
-    /// until it has decided to sell, then the second as far as it gets, then the first to its answer, then the second.
+    /// Two buyers and one ticket; or, for a strategy that fails at one buyer's second click, two clicks and two tickets. The first request
+    /// runs until it has decided to sell, then the second as far as it gets, then the first to its answer, then the second.
     ///
     /// # Errors
     /// Whatever moving a request fails with.
     pub async fn both_look_before_either_writes(&self) -> anyhow::Result<Script<'_>> {
         const DECIDED: &str = "decided to sell";
-        let clicks = self.strategy.clicks;
-        let mut script = self.sale(clicks).await?;
+        let promised = self.strategy.guarantee.alone;
+        let by_clicks = promised.about(Invariant::NoDuplicate) == Promise::Breaks
+            && promised.about(Invariant::NoOversell) == Promise::Keeps;
+        let mut script = self.sale(if by_clicks { 2 } else { 1 }).await?;
         let first = script.buyer("Ann");
-        let second = if clicks > 1 {
+        let second = if by_clicks {
             script.click(first)
         } else {
             script.buyer("Bob")
@@ -324,6 +327,17 @@ impl Script<'_> {
             .collect()
     }
 
+    /// Lets everybody who can move go on to an answer, in the order in which they came.
+    ///
+    /// # Errors
+    /// A step did not end in time, or somebody never got an answer.
+    pub async fn run_everybody_to_an_answer(&mut self) -> anyhow::Result<()> {
+        while let Some(&first) = self.movable().first() {
+            self.step(first).await?;
+        }
+        self.everybody_has_answered()
+    }
+
     /// Whether a request ever had to wait for another.
     pub fn was_anybody_blocked(&self) -> bool {
         let board = self.shared.board();
@@ -397,7 +411,10 @@ impl Script<'_> {
 
     /// Lets one request move, and waits until everything stands still again.
     async fn advance(&mut self, lane: usize) -> anyhow::Result<Moved> {
-        let standing = self.shared.board().lanes[lane].standing;
+        let (standing, before) = {
+            let board = self.shared.board();
+            (board.lanes[lane].standing, board.trace.events.len())
+        };
         match standing {
             Standing::Answered => return Ok(Moved::Answered),
             Standing::NotStarted => self.start(lane),
@@ -408,13 +425,16 @@ impl Script<'_> {
             // It is blocked, unless somebody else's move has freed it.
             Standing::Running | Standing::Waiting => {}
         }
-        tokio::time::timeout(PATIENCE, self.standstill(lane)).await.map_err(|_| {
+        let moved = tokio::time::timeout(PATIENCE, self.standstill(lane)).await.map_err(|_| {
             anyhow!(
                 "after {PATIENCE:?} {} had not reached a point, answered, or been seen blocked by a held request\n{}",
                 self.name(lane),
                 self.trace()
             )
-        })?
+        })?;
+        // Whoever was set free by this move runs beside it; in the table, cause comes before effect.
+        self.shared.board().trace.events[before..].sort_by_key(|event| event.lane != lane);
+        moved
     }
 
     /// Ends when no request moves any more.

@@ -74,6 +74,7 @@ pub(super) async fn reserve(
     }
 }
 
+// ANCHOR: task
 /// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped.
 async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, No> {
     let steps = match &app.recorder {
@@ -96,6 +97,7 @@ async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Ou
         Err(_) => Err(Undecided::TimedOut.into()),
     }
 }
+// ANCHOR_END: task
 
 /// Shows a reservation.
 #[utoipa::path(

@@ -89,7 +89,7 @@ impl Reserve for Obedient {
             "panic" => panic!("as asked"),
             _ => {
                 let id = Uuid::now_v7();
-                let mut tx = self.stage.database.begin().await?;
+                let mut tx = self.stage.begin().await?;
                 if order.key.as_str().starts_with("wait") {
                     steps.blocked("waiting for the test");
                     lock(&mut tx, order.buyer).await?;

@@ -3,6 +3,7 @@
 -- No unique key on (sale_id, buyer_id), no check on stock, and no foreign key either: an insert would lock the sale's row to honour it.
 -- What keeps a sale right on these tables is the strategy alone.
 
+-- ANCHOR: tables
 create table sale (
     id       bigint primary key,
     name     text   not null,
@@ -22,6 +23,7 @@ create table reservation (
 -- Not unique: they only make the look-ups quick.
 create index reservation_by_buyer on reservation (sale_id, buyer_id);
 create index reservation_by_key on reservation (sale_id, request_key);
+-- ANCHOR_END: tables
 
 -- What the theatre and the judge read, the same two views in every level.
 create view sale_now as

@@ -8,8 +8,10 @@ use sqlx::postgres::PgTransaction;
 use tokio::sync::Mutex as AsyncMutex;
 use uuid::Uuid;
 
+// ANCHOR: locks
 /// How many locks there are. Sales share them, so that a made-up sale costs no memory.
 const LOCKS: usize = 64;
+// ANCHOR_END: locks
 
 /// Sells under a lock of this process.
 pub struct Mutex {
@@ -26,10 +28,12 @@ impl Mutex {
         }
     }
 
+    // ANCHOR: lock-of
     /// The lock of this key.
     fn lock_of(&self, key: i64) -> &AsyncMutex<()> {
         &self.locks[key.unsigned_abs() as usize % LOCKS]
     }
+    // ANCHOR_END: lock-of
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
@@ -96,6 +100,7 @@ impl Mutex {
 #[async_trait]
 impl Reserve for Mutex {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        // ANCHOR: lock
         let lock = self.lock_of(order.sale);
         let _ = match lock.try_lock() {
             Ok(guard) => guard,
@@ -106,7 +111,7 @@ impl Reserve for Mutex {
         };
         steps.at("mutex taken").await;
 
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
@@ -115,5 +120,6 @@ impl Reserve for Mutex {
         }
         steps.at("lock released").await;
         answer
+        // ANCHOR_END: lock
     }
 }

@@ -22,7 +22,8 @@ impl Pessimistic {
 #[async_trait]
 impl Reserve for Pessimistic {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.database.begin().await?;
+        // ANCHOR: lock
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
         let stock: i64 = sqlx::query_scalar(
@@ -59,7 +60,9 @@ impl Reserve for Pessimistic {
         }
         steps.at("decided to sell").await;
         self.stage.business_time().await;
+        // ANCHOR_END: lock
 
+        // ANCHOR: write
         sqlx::query(
             "update sale
                 set stock = $2
@@ -87,5 +90,6 @@ impl Reserve for Pessimistic {
         tx.commit().await?;
         steps.at("committed").await;
         Ok(Outcome::Confirmed(Reservation { id }))
+        // ANCHOR_END: write
     }
 }

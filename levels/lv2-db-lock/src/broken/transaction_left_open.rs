@@ -22,6 +22,7 @@ impl Pessimistic {
 #[async_trait]
 impl Reserve for Pessimistic {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        // ANCHOR: lock
         let mut tx = self.stage.database.acquire().await?;
         sqlx::query("begin").execute(&mut *tx).await?;
         steps.at("transaction begun").await;
@@ -60,7 +61,9 @@ impl Reserve for Pessimistic {
         }
         steps.at("decided to sell").await;
         self.stage.business_time().await;
+        // ANCHOR_END: lock
 
+        // ANCHOR: write
         sqlx::query(
             "update sale
                 set stock = $2
@@ -88,5 +91,6 @@ impl Reserve for Pessimistic {
         sqlx::query("commit").execute(&mut *tx).await?;
         steps.at("committed").await;
         Ok(Outcome::Confirmed(Reservation { id }))
+        // ANCHOR_END: write
     }
 }

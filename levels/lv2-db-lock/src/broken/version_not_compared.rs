@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
 use uuid::Uuid;
 
+// ANCHOR: bounds
 /// How often one request tries.
 const ATTEMPTS: u32 = 200;
 
@@ -19,6 +20,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
 /// No pause is longer than this.
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+// ANCHOR_END: bounds
 
 /// Sells if the sale's version is still the one that was read.
 pub struct Optimistic {
@@ -39,9 +41,10 @@ impl Optimistic {
     }
 
     async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, No> {
-        let mut tx = self.stage.database.begin().await?;
+        let mut tx = self.stage.begin().await?;
         steps.at("transaction begun").await;
 
+        // ANCHOR: read
         let (stock, version): (i64, i64) = sqlx::query_as(
             "select stock, version
                from sale
@@ -79,7 +82,9 @@ impl Optimistic {
         }
         steps.at("decided to sell").await;
         self.stage.business_time().await;
+        // ANCHOR_END: read
 
+        // ANCHOR: compare
         let updated = sqlx::query(
             "update sale
                 set stock = $2, version = version + 1
@@ -95,6 +100,7 @@ impl Optimistic {
             return Ok(Attempt::Overtaken);
         }
         steps.at("stock written").saw(stock - 1).await;
+        // ANCHOR_END: compare
 
         let id = Uuid::now_v7();
         sqlx::query(
@@ -118,6 +124,7 @@ impl Optimistic {
 #[async_trait]
 impl Reserve for Optimistic {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        // ANCHOR: retry
         let started = Instant::now();
         let mut longest = FIRST_PAUSE;
         for _ in 0..ATTEMPTS {
@@ -127,11 +134,13 @@ impl Reserve for Optimistic {
             if started.elapsed() > DEADLINE {
                 break;
             }
+            self.stage.retries.inc();
             // Full jitter, and no connection held: those who collided together do not come back together.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;
             longest = (longest * 2).min(LONGEST_PAUSE);
         }
         Err(Undecided::Overloaded.into())
+        // ANCHOR_END: retry
     }
 }

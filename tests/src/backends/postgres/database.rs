@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::Context;
 use box_office::Schema;
+use percent_encoding::percent_decode_str;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
@@ -129,6 +130,27 @@ impl Database {
     /// Its URL, password included. [`without_secrets`](crate::backends::without_secrets) makes it fit to be shown.
     pub fn url(&self) -> String {
         self.options.to_url_lossy().to_string()
+    }
+
+    /// The same for Postgres's own programs, as the environment that they read: on a command line everybody could see the password.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        let url = self.options.to_url_lossy();
+        let mut environment = vec![
+            ("PGHOST", self.options.get_host().to_owned()),
+            ("PGPORT", self.options.get_port().to_string()),
+            ("PGUSER", self.options.get_username().to_owned()),
+            ("PGDATABASE", self.name.clone()),
+        ];
+        if let Some(password) = url.password() {
+            environment.push((
+                "PGPASSWORD",
+                percent_decode_str(password).decode_utf8_lossy().into_owned(),
+            ));
+        }
+        if let Some((_, mode)) = url.query_pairs().find(|(name, _)| name == "sslmode") {
+            environment.push(("PGSSLMODE", mode.into_owned()));
+        }
+        environment
     }
 
     /// Opens a pool of at most so many connections. The pool belongs to the runtime it was opened on.

@@ -276,6 +276,12 @@ fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
     Ok(table.lines().filter_map(child).collect())
 }
 
+/// One of the programs that come with Postgres, such as `pgbench`: beside `initdb`, or else on PATH.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let beside = programs().ok().map(|folder| folder.join(name));
+    beside.filter(|file| file.is_file()).or_else(|| on_path(name))
+}
+
 /// The folder that holds `initdb` and `postgres`.
 fn programs() -> anyhow::Result<PathBuf> {
     let complete = |folder: &Path| {

@@ -1,0 +1,85 @@
+#!/bin/sh
+# Proves the exercises of the book: the contract test is red for just the reasons that the exercise names; with the solution applied it is
+# red for just those that may remain, and the strategy keeps what the solution promises for it, on one instance and on three.
+#
+#   infra/exercises.sh [NAME…]        a NAME is a folder of book/exercises
+#
+# It works on a copy of this checkout, changes that are not committed yet included. The copy is built into the same target folder, where
+# the libraries are built already; so nothing else should build or test here meanwhile.
+set -eu
+cd "$(dirname "$0")/.."
+
+here=$PWD
+copy=$here/target/exercises
+log=$(mktemp)
+CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$here/target}
+# The copy is no repository; git must not look for one above it.
+GIT_CEILING_DIRECTORIES=$here/target
+export CARGO_TARGET_DIR GIT_CEILING_DIRECTORIES
+trap 'rm -rf "$copy" "$log"' EXIT
+trap 'exit 130' INT TERM
+
+# shellcheck disable=SC2046 # names of folders, one word each
+[ $# -gt 0 ] || set -- $(ls book/exercises)
+
+# The value of a key in an exercise's file, without quotes, brackets and commas.
+value() { sed -n "s/^$2 = //p" "book/exercises/$1/exercise.toml" | tr -d '[]",'; }
+# The invariants that the contract test is red about, on one line.
+red() {
+    make --no-print-directory --silent -C "$copy" red "LEVEL=$1" "STRATEGY=$2" >"$log" 2>&1 || return 1
+    sed -n 's/^BROKEN \(I[0-9]*\) .*/\1/p' "$log" | tr '\n' ' ' | sed 's/ $//'
+}
+# The strategy's cases of the contract test.
+contract() {
+    target=$(echo "$1" | tr - _)
+    run() { (cd "$copy" && RUST_BACKTRACE=0 cargo test --quiet --package "$1" --test "$target" -- "$2" "$3" $4); } # $4: a word for each test
+    names=$(sed -n "s|^#\[case::\([a-z0-9_]*\)(\"$2\", [0-9]*, [A-Z].*|\1|p" "$copy/tests/$target.rs" | paste -sd '|' -)
+    cases=$(run "$1" --list --format=terse "" | sed -nE "s/^(a_sale_keeps_its_guarantee::case_[0-9]+_($names)): test\$/\1/p")
+    [ -n "$cases" ] || { echo "the contract test has no case for $2"; return 1; }
+    run "$1" --exact --test-threads=1 "$cases"
+}
+failed=
+fails() {
+    echo "$1: $2" >&2
+    [ "$#" -lt 3 ] || sed 's/^/    /' "$3" >&2
+    failed="$failed $1"
+}
+# Holds what is red against what should be.
+compare() {
+    is=$(red "$(value "$1" level)" "$(value "$1" strategy)") || { fails "$1" "make red did not run" "$log"; return 1; }
+    [ "$is" = "$3" ] || { fails "$1" "$2 the solution the contract test is red about '$is', and should be about '$3'" "$log"; return 1; }
+}
+
+rm -rf "$copy"
+mkdir -p "$copy"
+git ls-files --cached --others --exclude-standard | while read -r file; do [ ! -e "$file" ] || echo "$file"; done |
+    tar -cf - -T - | tar -xf - -C "$copy"
+# Cargo tells by its time whether a file has changed, and the one built last may be that of a solution.
+sed -n 's|^+++ b/||p' book/exercises/*/solution.patch | sort -u | while read -r file; do touch "$copy/$file"; done
+
+provable=
+for exercise; do
+    if [ ! -f "book/exercises/$exercise/exercise.toml" ] || [ ! -f "book/exercises/$exercise/solution.patch" ]; then
+        fails "$exercise" "book/exercises/$exercise needs an exercise.toml and a solution.patch"
+    elif compare "$exercise" "before" "$(value "$exercise" red)"; then
+        provable="$provable $exercise"
+    fi
+done
+for exercise in $provable; do
+    patch=$here/book/exercises/$exercise/solution.patch
+    level=$(value "$exercise" level)
+    package=$(sed -n "s/^package_$level := //p" Makefile)
+    if ! git -C "$copy" apply "$patch" >"$log" 2>&1; then
+        fails "$exercise" "the solution does not apply: make it anew from the code as it is" "$log"
+        continue
+    fi
+    if compare "$exercise" "with" "$(value "$exercise" then)"; then
+        if contract "$package" "$(value "$exercise" strategy)" >"$log" 2>&1; then
+            echo "$exercise: red ($(value "$exercise" red)) before its solution, and as it should be with it"
+        else
+            fails "$exercise" "with the solution the contract test of $package fails" "$log"
+        fi
+    fi
+    git -C "$copy" apply --reverse "$patch"
+done
+[ -z "$failed" ] || { echo "not proved:$failed" >&2; exit 1; }

@@ -1,0 +1,190 @@
+//! The ceiling: what the database makes of the same statements when nothing stands between them and it but `pgbench`.
+
+use std::{
+    path::{Path, PathBuf},
+    thread::available_parallelism,
+    time::Duration,
+};
+
+use anyhow::Context;
+use box_office::Strategy;
+use serde::Serialize;
+use suite::{
+    backends::{Database, postgres_program},
+    rush::SALE,
+};
+
+use super::tool::{self, ToolMissing};
+
+/// The program, and the statements of one strategy.
+pub(super) struct Pgbench {
+    program: PathBuf,
+    statements: PathBuf,
+}
+
+/// What it counted.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Ceiling {
+    pub(super) transactions: u64,
+    pub(super) failed: u64,
+    pub(super) a_second: f64,
+}
+
+impl Pgbench {
+    /// `None` where a strategy has no file of statements: what it does can't be said in pgbench's language.
+    pub(super) fn find(strategy: &Strategy) -> Result<Option<Self>, ToolMissing> {
+        let Some(statements) = statements(strategy) else {
+            return Ok(None);
+        };
+        let install = if cfg!(target_os = "macos") {
+            "brew install postgresql@17"
+        } else {
+            "sudo apt-get install --yes postgresql (it comes with the server; elsewhere it may be in postgresql-contrib)"
+        };
+        let program = tool::needed(postgres_program("pgbench"), "pgbench", install)?;
+        Ok(Some(Self { program, statements }))
+    }
+
+    /// Runs the statements over so many connections, each the next transaction as soon as the last is done.
+    pub(super) async fn run(&self, database: &Database, clients: u32, time: Duration) -> anyhow::Result<Ceiling> {
+        let processors = available_parallelism().map_or(1, usize::from);
+        let threads = processors.min(clients as usize);
+        let mut command = tool::command(&self.program)?;
+        for (variable, _) in std::env::vars_os() {
+            if variable.to_string_lossy().starts_with("PG") {
+                command.env_remove(variable);
+            }
+        }
+        command
+            .envs(database.environment())
+            .args(["--no-vacuum", "--protocol=prepared"])
+            .arg("--file")
+            .arg(&self.statements)
+            .args(["--client", &clients.to_string()])
+            .args(["--jobs", &threads.to_string()])
+            .args(["--time", &time.as_secs().to_string()])
+            .args(["--define", &format!("sale={SALE}"), "--define", "buyer=0"]);
+        parse(&tool::output(&mut command, "pgbench").await?)
+    }
+}
+
+/// The file of statements beside the strategy's source.
+fn statements(strategy: &Strategy) -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
+    let file = root.join(strategy.source).with_extension("pgbench.sql");
+    file.is_file().then_some(file)
+}
+
+fn parse(output: &str) -> anyhow::Result<Ceiling> {
+    let after = |name: &str| {
+        let value = output.lines().rev().find_map(|line| line.strip_prefix(name));
+        value.with_context(|| format!("pgbench does not say {name:?}:\n{output}"))
+    };
+    // What follows the number is a remark, or the number that was asked for.
+    let number = |text: &str| text.trim().split([' ', '/']).next().unwrap_or_default().to_owned();
+    Ok(Ceiling {
+        transactions: number(after("number of transactions actually processed:")?).parse()?,
+        // Before version 15 a failed transaction ended its client.
+        failed: after("number of failed transactions:").map_or(Ok(0), |text| number(text).parse())?,
+        a_second: number(after("tps =")?).parse()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use box_office::Place;
+
+    use super::*;
+    use crate::levels::LEVELS;
+
+    #[test]
+    fn the_rate_is_the_one_without_connecting() {
+        let counted = parse(include_str!("samples/pgbench.txt")).expect("it is a real output");
+        let expected = Ceiling {
+            transactions: 425,
+            failed: 0,
+            a_second: 141.806_157,
+        };
+        assert_eq!(counted, expected);
+    }
+
+    #[test]
+    fn an_output_without_a_rate_is_quoted() {
+        let error = parse("pgbench: error: client 0 aborted\n").expect_err("nothing was counted");
+        assert!(error.to_string().contains("client 0 aborted"), "{error}");
+    }
+
+    /// The words of a statement; parameters are all the same, as they are written differently on the two sides.
+    fn words(text: &str) -> String {
+        let spaced: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut words = String::new();
+        let mut rest = spaced.chars().peekable();
+        while let Some(character) = rest.next() {
+            let next_is = |wanted: fn(&char) -> bool| rest.peek().is_some_and(wanted);
+            let parameter = match character {
+                '$' => next_is(char::is_ascii_digit),
+                ':' => !words.ends_with(':') && next_is(char::is_ascii_alphabetic),
+                _ => false,
+            };
+            words.push(if parameter { '?' } else { character });
+            while parameter
+                && rest
+                    .next_if(|next| next.is_ascii_alphanumeric() || *next == '_')
+                    .is_some()
+            {}
+        }
+        words
+    }
+
+    /// The statements of a file for pgbench, in their order.
+    fn statements_of(file: &str) -> Vec<String> {
+        let lines = file
+            .lines()
+            .filter(|line| !line.starts_with("--") && !line.starts_with("\\set "));
+        let text = lines
+            .map(|line| if line == "\\gset" { ";" } else { line })
+            .collect::<Vec<_>>()
+            .join("\n");
+        let statements = text.split(';').map(|statement| {
+            // The strategy makes the id itself.
+            words(&statement.replace("lpad(:who::text, 32, '0')::uuid", ":id"))
+        });
+        statements.filter(|statement| !statement.is_empty()).collect()
+    }
+
+    #[test]
+    fn pgbench_runs_the_statements_of_the_strategy_in_their_order() {
+        let strategies = LEVELS.iter().flat_map(|level| level.strategies);
+        let mut checked = 0;
+        for strategy in strategies.filter(|strategy| strategy.place == Place::Trail) {
+            let Some(file) = statements(strategy) else {
+                continue;
+            };
+            let source = file.with_file_name(Path::new(strategy.source).file_name().expect("a source is a file"));
+            let source = words(&std::fs::read_to_string(source).expect("the source is there"));
+            // The first statement is in what sells, not in what explains a refusal before it.
+            let mut rest = &source[source.find("async fn reserve(").expect("it sells")..];
+            for statement in statements_of(&std::fs::read_to_string(&file).expect("it is there")) {
+                let written = match statement.as_str() {
+                    "begin" => "stage.begin()".to_owned(),
+                    "commit" => "tx.commit()".to_owned(),
+                    _ => format!("\"{statement}\""),
+                };
+                let found = rest.find(&written);
+                let found =
+                    found.unwrap_or_else(|| panic!("{} does not send, or not now: {statement}", strategy.source));
+                rest = &rest[found + written.len()..];
+            }
+            assert!(
+                !rest.contains("sqlx::query"),
+                "{} sends more than {}",
+                strategy.source,
+                file.display()
+            );
+            checked += 1;
+        }
+        if cfg!(feature = "lv2") {
+            assert!(checked >= 2, "pessimistic and conditional-update have their statements");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The book and the README: what is generated is what the code says, and what they tell the reader to type, open or read is there.
+//!
+//! `make generated` (that is, `OVERSOLD_BLESS=1`) writes the generated snippets anew. Everything else that fails here is mended by hand.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "docs/commands.rs"]
+mod commands;
+#[path = "docs/html.rs"]
+mod html;
+#[path = "docs/pages.rs"]
+mod pages;
+#[path = "docs/rules.rs"]
+mod rules;
+#[path = "docs/snippets.rs"]
+mod snippets;
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use box_office::{Level, Place, Strategy};
+
+/// The levels that the book is about.
+static LEVELS: [&Level; 2] = [&lv1_race_condition::LEVEL, &lv2_db_lock::LEVEL];
+
+/// The root of the repository.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// Every strategy of every level that stands at this place.
+fn strategies(place: Place) -> impl Iterator<Item = (&'static Level, &'static Strategy)> {
+    let all = LEVELS
+        .iter()
+        .flat_map(|&level| level.strategies.iter().map(move |strategy| (level, strategy)));
+    all.filter(move |(_, strategy)| strategy.place == place)
+}
+
+/// Something that a person has to mend.
+struct Problem {
+    file: PathBuf,
+    line: usize,
+    wrong: String,
+    to_do: String,
+}
+
+impl Problem {
+    fn new(file: impl Into<PathBuf>, line: usize, wrong: impl Into<String>, to_do: impl Into<String>) -> Self {
+        Self {
+            file: file.into(),
+            line,
+            wrong: wrong.into(),
+            to_do: to_do.into(),
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            file,
+            line,
+            wrong,
+            to_do,
+        } = self;
+        write!(f, "{}:{line}: {wrong}\n    {to_do}", file.display())
+    }
+}
+
+/// Fails with all of them, one after another.
+#[track_caller]
+fn none(problems: Vec<Problem>) {
+    let shown: Vec<String> = problems.iter().map(Problem::to_string).collect();
+    assert!(shown.is_empty(), "\n{}\n", shown.join("\n"));
+}
+
+/// What a check finds wrong with a broken input, for the tests of the checks themselves.
+#[track_caller]
+fn only(problems: Vec<Problem>) -> String {
+    let shown: Vec<String> = problems.iter().map(Problem::to_string).collect();
+    let [one] = &shown[..] else {
+        panic!("one problem was expected: {shown:?}");
+    };
+    one.clone()
+}

@@ -1,0 +1,509 @@
+//! The generated snippets of the book: each is made here, held against what is committed, and written with `OVERSOLD_BLESS=1`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env, fmt, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use box_office::{Level, Place, Promise, Promises, Strategy};
+use serde::Deserialize;
+use similar::TextDiff;
+
+use crate::{Problem, none, only, pages, root, strategies};
+
+/// Set by `make generated`.
+const BLESS: &str = "OVERSOLD_BLESS";
+
+/// Where the snippets are, from the root of the repository.
+const FOLDER: &str = "book/generated";
+
+/// The figures that a page can include: the snippet, and where its figures come from. `make results` measures them.
+const FIGURES: &[(&str, Figures)] = &[
+    ("lv1-rush", |name| figures(&[name], rush_table)),
+    ("lv2-rush", |name| figures(&[name], rush_table)),
+    ("lv2-rush-3", |name| figures(&[name], rush_table)),
+    ("lv2-bench", |_| {
+        let strategies = ["mutex", "pessimistic", "optimistic", "conditional-update"];
+        figures(&strategies.map(|it| format!("lv2-bench-{it}")), bench_table)
+    }),
+    ("lv2-pools", |_| {
+        let strategies = ["pessimistic", "conditional-update"];
+        figures(&strategies.map(|it| format!("lv2-pools-{it}")), pools_table)
+    }),
+];
+
+/// Makes the table of the figures with this name.
+type Figures = fn(&str) -> String;
+
+/// A file of the folder and its text.
+type Snippets = BTreeMap<PathBuf, String>;
+
+/// All of them that are the same on every machine.
+fn snippets() -> Snippets {
+    let mut snippets = Snippets::new();
+    let mut add = |name: String, text: String| snippets.insert(PathBuf::from(name), text.trim_end().to_owned() + "\n");
+    for (level, strategy) in strategies(Place::Trail) {
+        let name = format!("{}-{}", level.name, strategy.name);
+        add(format!("traces/{name}.md"), trace(&format!("{}/{}", level.name, strategy.name)));
+    }
+    for (level, broken) in strategies(Place::Broken) {
+        let text = source(broken.source);
+        let twin = twin_of(&text).unwrap_or_else(|| panic!("{}: its docs name no `Twin: `", broken.source));
+        let twin = level
+            .strategy(twin)
+            .unwrap_or_else(|| panic!("{}: its twin {twin:?} is no strategy of {}", broken.source, level.name));
+        let name = broken.name.trim_start_matches("broken/");
+        add(
+            format!("diffs/{}-{name}.md", level.name),
+            diff((twin.source, &source(twin.source)), (broken.source, &text)),
+        );
+    }
+    for (name, figures) in FIGURES {
+        add(format!("figures/{name}.md"), figures(name));
+    }
+    snippets
+}
+
+fn source(path: &str) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// One exact interleaving, as `oversold trace` prints it.
+fn trace(name: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_oversold"));
+    let output = command.args(["trace", name, "--markdown"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "oversold trace {name}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The name after `Twin: ` in a broken strategy's docs.
+fn twin_of(source: &str) -> Option<&str> {
+    source.split("Twin: `").nth(1)?.split('`').next()
+}
+
+/// The code of a strategy: what stands below the docs of its file, without the marks that the book includes parts by.
+fn code(source: &str) -> String {
+    let lines = source
+        .lines()
+        .filter(|line| !line.starts_with("//!") && !line.contains("// ANCHOR"));
+    let code: Vec<&str> = lines.skip_while(|line| line.is_empty()).collect();
+    code.join("\n") + "\n"
+}
+
+/// What a broken strategy does otherwise than its twin; each is the path and the text of a file.
+fn diff(twin: (&str, &str), broken: (&str, &str)) -> String {
+    let (before, after) = (code(twin.1), code(broken.1));
+    let diff = TextDiff::from_lines(&before, &after);
+    let mut text = format!("```diff\n--- {}\n+++ {}\n", twin.0, broken.0);
+    for hunk in diff.unified_diff().context_radius(3).iter_hunks() {
+        // Without the line numbers, which would be counted below the docs.
+        let hunk = hunk.to_string();
+        let (_, lines) = hunk.split_once('\n').unwrap_or_default();
+        text += "@@\n";
+        text += lines;
+    }
+    text + "```\n"
+}
+
+/// What the contract test is red about, strategy by strategy: those of the trail that break something on a single instance.
+fn red_ones() -> impl Iterator<Item = (&'static Level, &'static Strategy, PathBuf)> {
+    let breaking =
+        strategies(Place::Trail).filter(|(_, strategy)| strategy.guarantee.alone.those(Promise::Breaks).count() > 0);
+    breaking.map(|(level, strategy)| {
+        let file = PathBuf::from(format!("red/{}-{}.md", level.name, strategy.name));
+        (level, strategy, file)
+    })
+}
+
+/// What `make red` shows. It differs from run to run, so it is recorded, and the check looks only at what it names as broken.
+fn red(level: &Level, strategy: &Strategy) -> String {
+    let mut make = Command::new("make");
+    make.args(["--silent", "--no-print-directory", "red"])
+        .arg(format!("LEVEL={}", level.name))
+        .arg(format!("STRATEGY={}", strategy.name))
+        .current_dir(root());
+    // Those of the cargo and the make that run this test would be inherited.
+    for (variable, _) in env::vars().filter(|(name, _)| name.starts_with("CARGO") || name.starts_with("MAKE")) {
+        if variable != "CARGO_HOME" && variable != "CARGO_TARGET_DIR" {
+            make.env_remove(variable);
+        }
+    }
+    let output = make.env_remove("MFLAGS").env_remove(BLESS).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "make red: {said}");
+    format!("```text\n{}\n```\n", String::from_utf8(output.stdout).unwrap().trim_end())
+}
+
+/// Holds what a recorded failure names as broken against what the strategy says that it breaks.
+fn misnamed(file: &Path, text: &str, promises: &Promises) -> Vec<Problem> {
+    let named: BTreeSet<&str> = text
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("BROKEN ")?.split(' ').next())
+        .collect();
+    let codes = |promise| promises.those(promise).map(|invariant| invariant.code());
+    let missing: Vec<&str> = codes(Promise::Breaks).filter(|code| !named.contains(code)).collect();
+    let too_many: Vec<&str> = codes(Promise::Keeps).filter(|code| named.contains(code)).collect();
+    if missing.is_empty() && too_many.is_empty() {
+        return vec![];
+    }
+    vec![Problem::new(
+        file,
+        1,
+        format!("the recorded run names {named:?} as broken; it lacks {missing:?}, and the strategy keeps {too_many:?}"),
+        "record it anew: `make generated`",
+    )]
+}
+
+/// A table of measured figures from these files of `results/`, and how they were measured; or what to do to get some.
+fn figures<Run: for<'a> Deserialize<'a>>(names: &[impl AsRef<str>], table: impl Fn(&[Run]) -> String) -> String {
+    let mut runs: Vec<Run> = vec![];
+    let mut commands: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for name in names {
+        let file = root().join(format!("results/{}.json", name.as_ref()));
+        let Ok(json) = fs::read_to_string(&file) else { continue };
+        let read = || Ok::<_, serde_json::Error>((serde_json::from_str(&json)?, serde_json::from_str(&json)?));
+        let (run, how): (Run, How) = read().unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        runs.push(run);
+        commands.entry(how.to_string()).or_default().push(format!("`{}`", how.command));
+    }
+    if runs.is_empty() {
+        return "no figures yet: `make results`\n".to_owned();
+    }
+    let how = commands.iter().map(|(on, commands)| format!("measured by {} {on}\n", commands.join(", ")));
+    format!("{}\n{}", table(&runs), how.collect::<Vec<_>>().join("\n"))
+}
+
+/// How figures were measured, as every file of `results/` says it.
+#[derive(Deserialize)]
+struct How {
+    command: String,
+    release: bool,
+    commit: Option<String>,
+    machine: Machine,
+    postgres: Postgres,
+    /// Why they do not count.
+    #[serde(default)]
+    void: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Machine {
+    system: String,
+    processor: Option<String>,
+    cores: usize,
+    memory_mib: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Postgres {
+    version: String,
+    durability: BTreeMap<String, String>,
+}
+
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let machine = &self.machine;
+        write!(f, "on {}, ", machine.system)?;
+        if let Some(processor) = &machine.processor {
+            write!(f, "{processor}, ")?;
+        }
+        write!(f, "{} cores", machine.cores)?;
+        if let Some(mib) = machine.memory_mib {
+            write!(f, ", {} GiB of memory", (mib as f64 / 1024.0).round())?;
+        }
+        write!(f, "; Postgres {}", self.postgres.version)?;
+        for (setting, value) in &self.postgres.durability {
+            write!(f, ", `{setting}` {value}")?;
+        }
+        write!(f, "; commit {}", self.commit.as_deref().unwrap_or("unknown"))
+    }
+}
+
+/// What `oversold rush --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct RushRun {
+    strategies: Vec<Rush>,
+}
+
+#[derive(Deserialize)]
+struct Rush {
+    strategy: String,
+    sold: u64,
+    oversold_by: u64,
+    duplicates: u64,
+    stock: Option<i64>,
+    requests_a_second: f64,
+    answered: Percentiles,
+    verdict: String,
+}
+
+#[derive(Deserialize)]
+struct Percentiles {
+    p50_ms: f64,
+    p95_ms: f64,
+    p99_ms: f64,
+}
+
+fn rush_table(runs: &[RushRun]) -> String {
+    let mut table = "\
+| strategy | sold | oversold by | duplicates | stock | req/s | p50 ms | p95 ms | p99 ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|---|
+"
+    .to_owned();
+    for it in runs.iter().flat_map(|run| &run.strategies) {
+        let stock = it.stock.map_or_else(|| "?".to_owned(), |stock| stock.to_string());
+        let Percentiles { p50_ms, p95_ms, p99_ms } = it.answered;
+        table += &format!(
+            "| `{}` | {} | {} | {} | {stock} | {:.0} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} |\n",
+            it.strategy, it.sold, it.oversold_by, it.duplicates, it.requests_a_second, it.verdict
+        );
+    }
+    table
+}
+
+/// What `oversold bench --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Bench {
+    strategy: String,
+    reservations_a_second: Spread,
+    p50_ms: Spread,
+    p99_ms: Spread,
+    ceiling: Option<Ceiling>,
+}
+
+#[derive(Deserialize)]
+struct Ceiling {
+    transactions_a_second: Spread,
+    ratio: Spread,
+}
+
+#[derive(Deserialize)]
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+impl fmt::Display for Spread {
+    /// With as many digits as were asked for: `{:.2}`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = f.precision().unwrap_or(0);
+        let Self { median, least, most } = self;
+        write!(f, "{median:.digits$} ({least:.digits$} to {most:.digits$})")
+    }
+}
+
+fn bench_table(runs: &[Bench]) -> String {
+    let mut table = "\
+| strategy | reservations/s: median (range) | pgbench, transactions/s | ratio | p50 ms | p99 ms |
+|---|--:|--:|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        let (ceiling, ratio) = match &it.ceiling {
+            Some(ceiling) => (ceiling.transactions_a_second.to_string(), format!("{:.2}", ceiling.ratio)),
+            None => ("not measured".to_owned(), String::new()),
+        };
+        table += &format!(
+            "| `{}` | {} | {ceiling} | {ratio} | {:.1} | {:.1} |\n",
+            it.strategy, it.reservations_a_second, it.p50_ms, it.p99_ms
+        );
+    }
+    table
+}
+
+/// What `oversold bench --pools … --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Curve {
+    strategy: String,
+    pools: Vec<Pool>,
+}
+
+#[derive(Deserialize)]
+struct Pool {
+    pool_size: u32,
+    reservations_a_second: Spread,
+    p50_ms: Spread,
+    p99_ms: Spread,
+}
+
+fn pools_table(runs: &[Curve]) -> String {
+    let mut table = "\
+| strategy | connections in the pool | reservations/s: median (range) | p50 ms | p99 ms |
+|---|--:|--:|--:|--:|
+"
+    .to_owned();
+    for Curve { strategy, pools } in runs {
+        for it in pools {
+            table += &format!(
+                "| `{strategy}` | {} | {} | {:.1} | {:.1} |\n",
+                it.pool_size, it.reservations_a_second, it.p50_ms, it.p99_ms
+            );
+        }
+    }
+    table
+}
+
+/// Holds the snippets against the files that are committed: each is there, as it should be, and none beside them.
+fn differences(snippets: &Snippets, committed: &Snippets) -> Vec<Problem> {
+    let to_do = "`make generated` writes it anew: read what has changed, then commit it";
+    let mut problems = vec![];
+    for (file, text) in snippets {
+        let shown = Path::new(FOLDER).join(file);
+        match committed.get(file) {
+            None => problems.push(Problem::new(shown, 1, "this snippet is not written yet", to_do)),
+            Some(old) if old != text => {
+                let line = old.lines().zip(text.lines()).take_while(|(old, new)| old == new).count() + 1;
+                let diff = TextDiff::from_lines(old, text);
+                let diff = diff.unified_diff().context_radius(1).to_string();
+                problems.push(Problem::new(shown, line, format!("this is out of date:\n{diff}"), to_do));
+            }
+            Some(_) => {}
+        }
+    }
+    for file in committed.keys().filter(|file| !snippets.contains_key(*file)) {
+        let to_do = "`make generated` deletes it";
+        problems.push(Problem::new(Path::new(FOLDER).join(file), 1, "nothing makes this snippet", to_do));
+    }
+    problems
+}
+
+fn committed() -> Snippets {
+    let folder = root().join(FOLDER);
+    let files = pages::files_below(&folder).into_iter();
+    files
+        .map(|file| {
+            let text = fs::read_to_string(&file).unwrap();
+            (file.strip_prefix(&folder).unwrap().to_owned(), text)
+        })
+        .collect()
+}
+
+fn write(snippets: &Snippets) {
+    let folder = root().join(FOLDER);
+    for file in committed().keys().filter(|file| !snippets.contains_key(*file)) {
+        fs::remove_file(folder.join(file)).unwrap();
+    }
+    for (file, text) in snippets {
+        let file = folder.join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, text).unwrap();
+    }
+}
+
+#[test]
+fn the_generated_snippets_are_up_to_date() {
+    let mut snippets = snippets();
+    let mut committed = committed();
+    if env::var_os(BLESS).is_some() {
+        snippets.extend(red_ones().map(|(level, strategy, file)| (file, red(level, strategy))));
+        write(&snippets);
+        return;
+    }
+    let mut problems = vec![];
+    for (_, strategy, file) in red_ones() {
+        let recorded = committed.remove(&file).unwrap_or_default();
+        problems.extend(misnamed(&Path::new(FOLDER).join(file), &recorded, &strategy.guarantee.alone));
+    }
+    problems.extend(differences(&snippets, &committed));
+    none(problems);
+}
+
+#[test]
+fn a_snippet_that_is_missing_or_out_of_date_or_left_behind_is_found() {
+    let snippets = |files: &[(&str, &str)]| -> Snippets {
+        let owned = files.iter().map(|(file, text)| (PathBuf::from(file), (*text).to_owned()));
+        owned.collect()
+    };
+    let made = snippets(&[("a.md", "1\n2\n")]);
+
+    none(differences(&made, &made));
+    let found = only(differences(&made, &snippets(&[])));
+    assert!(found.contains("a.md:1: this snippet is not written yet"), "{found}");
+    let found = only(differences(&made, &snippets(&[("a.md", "1\n3\n")])));
+    assert!(found.contains("a.md:2: this is out of date") && found.contains("-3\n+2"), "{found}");
+    let found = only(differences(&snippets(&[]), &made));
+    assert!(found.contains("nothing makes this snippet"), "{found}");
+}
+
+#[test]
+fn a_recorded_failure_that_names_something_else_is_found() {
+    use box_office::Invariant::{Conservation, NoOversell};
+    let promises = Promises::ALL_KEPT.breaks(&[NoOversell, Conservation]);
+    let misnamed = |text| misnamed(Path::new("red.md"), text, &promises);
+
+    none(misnamed("BROKEN I1 (no oversell): …\n…\nBROKEN I2 (conservation): …"));
+    let found = only(misnamed("BROKEN I1 (no oversell): …"));
+    assert!(found.contains("lacks [\"I2\"]"), "{found}");
+    let found = only(misnamed("BROKEN I1 (…)\nBROKEN I2 (…)\nBROKEN I4 (…)"));
+    assert!(found.contains("keeps [\"I4\"]"), "{found}");
+}
+
+#[test]
+fn a_diff_shows_the_mistake_and_not_the_docs() {
+    let twin = "//! Right.\n\nuse a;\n\n// ANCHOR: lock\nlet guard = lock();\n// ANCHOR_END: lock\nsell();\n";
+    let broken = "//! Broken: dropped at once.\n//!\n//! Twin: `right`. Caught by I1.\n\nuse a;\n\nlet _ = lock();\nsell();\n";
+    assert_eq!(twin_of(broken), Some("right"));
+    assert_eq!(
+        diff(("right.rs", twin), ("broken.rs", broken)),
+        "```diff\n--- right.rs\n+++ broken.rs\n@@\n use a;\n \n-let guard = lock();\n+let _ = lock();\n sell();\n```\n"
+    );
+}
+
+/// Figures of a debug build, or of a checkout with changes, say nothing about the commit that they name.
+#[test]
+fn figures_are_measured_in_release_and_on_a_commit() {
+    let problems = pages::files_below(&root().join("results"))
+        .into_iter()
+        .filter(|file| file.extension().is_some_and(|extension| extension == "json"))
+        .flat_map(|file| {
+            let json = fs::read_to_string(&file).unwrap();
+            let how: How = serde_json::from_str(&json).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+            unfit(file.strip_prefix(root()).unwrap(), &how)
+        });
+    none(problems.collect());
+}
+
+fn unfit(file: &Path, how: &How) -> Option<Problem> {
+    let wrong = match how.commit.as_deref() {
+        _ if !how.void.is_empty() => "these figures are void, as the file itself says",
+        _ if !how.release => "these figures were measured in a debug build",
+        Some(commit) if !commit.ends_with('+') => return None,
+        _ => "these figures were measured with changes that no commit has",
+    };
+    Some(Problem::new(file, 1, wrong, "commit, then measure anew: `make results`"))
+}
+
+/// A file of `results/`, as far as it says how.
+fn how(release: bool, commit: &str, void: &[&str]) -> How {
+    let json = serde_json::json!({
+        "command": "oversold rush lv1",
+        "release": release,
+        "commit": commit,
+        "machine": { "system": "linux x86_64", "processor": null, "cores": 2, "memory_mib": 4000 },
+        "postgres": { "version": "17.2", "durability": { "fsync": "on" } },
+        "void": void,
+    });
+    serde_json::from_value(json).unwrap()
+}
+
+#[rstest::rstest]
+#[case::debug(how(false, "4b825dc642cb", &[]), "in a debug build")]
+#[case::changes(how(true, "4b825dc642cb+", &[]), "with changes")]
+#[case::void(how(true, "4b825dc642cb", &["a row is missing"]), "void")]
+fn figures_that_say_nothing_are_found(#[case] how_not: How, #[case] expected: &str) {
+    assert!(unfit(Path::new("rush.json"), &how(true, "4b825dc642cb", &[])).is_none());
+    let found = only(unfit(Path::new("rush.json"), &how_not).into_iter().collect());
+    assert!(found.contains(expected), "{found}");
+}
+
+#[test]
+fn figures_say_where_they_were_measured() {
+    assert_eq!(
+        how(true, "4b825dc642cb", &[]).to_string(),
+        "on linux x86_64, 2 cores, 4 GiB of memory; Postgres 17.2, `fsync` on; commit 4b825dc642cb"
+    );
+}

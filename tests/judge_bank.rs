@@ -1,0 +1,460 @@
+//! A bank of histories that grade the judge. Each is right as it stands, at the edge of one invariant, and one planted change takes it over that edge.
+//!
+//! Times of requests are microseconds on the client's clock, times of rows on the database's: that both are small numbers here means nothing.
+
+use box_office::{
+    BuyerId,
+    Invariant::{
+        self, Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost,
+        OneAnswer, Progress,
+    },
+};
+use rstest::rstest;
+use suite::{
+    history::{
+        Answer::{self, Refused as No, Undecided},
+        Ending, FORMAT_VERSION, Fault, Header, History, Micros,
+        Refused::{self, AlreadyReserved, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale},
+        Request, Row,
+        Status::{self, Confirmed, Held, Released},
+    },
+    judge::judge,
+};
+use uuid::Uuid;
+
+const DEADLINE_US: Micros = 1000;
+const EXPIRY_US: Micros = 100;
+
+/// A history under construction.
+#[derive(Clone)]
+struct Sale(History);
+
+fn sale(capacity: u64) -> Sale {
+    Sale(History {
+        header: Header {
+            version: FORMAT_VERSION,
+            strategy: "bank".to_owned(),
+            sale: 1,
+            capacity,
+            deadline_us: DEADLINE_US,
+            expiry_us: Some(EXPIRY_US),
+            stock: Some(i64::try_from(capacity).expect("a small number")),
+        },
+        requests: vec![],
+        rows: Some(vec![]),
+        faults: vec![],
+    })
+}
+
+fn id(number: u128) -> Uuid {
+    Uuid::from_u128(number)
+}
+
+fn confirmed(number: u128) -> Answer {
+    Answer::Confirmed {
+        reservation: id(number),
+    }
+}
+
+/// 202 without a final state.
+fn accepted(number: u128) -> Answer {
+    Answer::Accepted {
+        reservation: id(number),
+        ending: None,
+    }
+}
+
+/// 202, and then this.
+fn ends(number: u128, at_us: Micros, refused: Option<Refused>) -> Answer {
+    Answer::Accepted {
+        reservation: id(number),
+        ending: Some(Ending {
+            at_us,
+            refused,
+            changed_to: None,
+        }),
+    }
+}
+
+/// 202, and then this, and then that.
+fn ends_twice(number: u128, first: Option<Refused>, second: Option<Refused>) -> Answer {
+    Answer::Accepted {
+        reservation: id(number),
+        ending: Some(Ending {
+            at_us: 30,
+            refused: first,
+            changed_to: Some(Box::new(Ending {
+                at_us: 40,
+                refused: second,
+                changed_to: None,
+            })),
+        }),
+    }
+}
+
+fn already(number: u128) -> Answer {
+    No(AlreadyReserved { earlier: id(number) })
+}
+
+impl Sale {
+    /// One request.
+    fn ask(mut self, buyer: BuyerId, key: &str, sent_us: Micros, answered_us: Micros, answer: Answer) -> Self {
+        self.0.requests.push(Request {
+            request: self.0.requests.len() as u64,
+            buyer,
+            key: key.to_owned(),
+            sent_us,
+            answered_us: Some(answered_us),
+            answer,
+            steps: vec![],
+        });
+        self
+    }
+
+    /// One reservation, and its ticket less.
+    fn row(mut self, buyer: BuyerId, key: &str, number: u128) -> Self {
+        let rows = self.0.rows.get_or_insert_default();
+        rows.push(Row {
+            reservation: id(number),
+            buyer,
+            key: key.to_owned(),
+            status: Confirmed,
+            taken_us: 100 + rows.len() as Micros,
+            released_us: None,
+        });
+        self.back(-1)
+    }
+
+    /// A buyer is confirmed, under a key of the buyer's own number, and has the row of that number.
+    fn takes(self, buyer: BuyerId, sent_us: Micros, answered_us: Micros) -> Self {
+        let number = u128::try_from(buyer).expect("buyers are positive");
+        self.ask(buyer, &buyer.to_string(), sent_us, answered_us, confirmed(number))
+            .row(buyer, &buyer.to_string(), number)
+    }
+
+    /// The last row gave its ticket back.
+    fn released(mut self, taken_us: Micros, released_us: Micros) -> Self {
+        let row = self.last_row();
+        row.status = Released;
+        row.taken_us = taken_us;
+        row.released_us = Some(released_us);
+        self.back(1)
+    }
+
+    fn back(mut self, tickets: i64) -> Self {
+        self.0.header.stock = self.0.header.stock.map(|stock| stock + tickets);
+        self
+    }
+
+    fn stock(mut self, stock: i64) -> Self {
+        self.0.header.stock = Some(stock);
+        self
+    }
+
+    fn no_stock(mut self) -> Self {
+        self.0.header.stock = None;
+        self
+    }
+
+    /// A foreign server: nobody can read its rows or its stock.
+    fn foreign(mut self) -> Self {
+        self.0.rows = None;
+        self.no_stock()
+    }
+
+    fn last_row(&mut self) -> &mut Row {
+        self.0.rows.as_mut().and_then(|rows| rows.last_mut()).expect("a row")
+    }
+
+    fn with_row(mut self, change: impl FnOnce(&mut Row)) -> Self {
+        change(self.last_row());
+        self
+    }
+
+    fn status(self, status: Status) -> Self {
+        self.with_row(|row| row.status = status)
+    }
+
+    /// The last row is not there, and its ticket is.
+    fn without_row(mut self) -> Self {
+        self.0.rows.as_mut().and_then(Vec::pop).expect("a row");
+        self.back(1)
+    }
+
+    /// Changes the last request.
+    fn with(mut self, change: impl FnOnce(&mut Request)) -> Self {
+        change(self.0.requests.last_mut().expect("a request"));
+        self
+    }
+
+    /// The last request gets another answer.
+    fn answer(self, answer: Answer) -> Self {
+        self.with(|request| request.answer = answer)
+    }
+
+    fn sent(self, sent_us: Micros) -> Self {
+        self.with(|request| request.sent_us = sent_us)
+    }
+
+    fn answered(self, answered_us: Micros) -> Self {
+        self.with(|request| request.answered_us = Some(answered_us))
+    }
+
+    fn never_answered(self) -> Self {
+        self.with(|request| request.answered_us = None)
+    }
+
+    /// The first request gets another answer.
+    fn first_answer(mut self, answer: Answer) -> Self {
+        self.0.requests[0].answer = answer;
+        self
+    }
+
+    fn fault(mut self, struck_us: Micros, healed_us: Option<Micros>) -> Self {
+        self.0.faults = vec![Fault {
+            fault: "planted".to_owned(),
+            struck_us,
+            healed_us,
+        }];
+        self
+    }
+
+    fn no_fault(mut self) -> Self {
+        self.0.faults.clear();
+        self
+    }
+}
+
+/// One ticket that was held and given back at 20, and then sold to another.
+fn sold_again() -> Sale {
+    sale(1)
+        .ask(1, "1", 0, 5, ends(1, 50, Some(Declined)))
+        .row(1, "1", 1)
+        .released(10, 20)
+        .takes(2, 60, 70)
+        .with_row(|row| row.taken_us = 20)
+}
+
+/// Two tickets, two buyers who have them, and a third who came too late.
+fn sold_out() -> Sale {
+    sale(2).takes(1, 0, 10).takes(2, 0, 10).ask(3, "3", 0, 10, No(SoldOut))
+}
+
+/// One of two tickets is sold; the other buyer can't know yet.
+fn undecided() -> Sale {
+    sale(2).takes(1, 0, 10).ask(2, "2", 0, 10, Undecided)
+}
+
+#[rstest]
+// I1
+#[case::one_more_than_there_are(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.takes(3, 0, 9), &[NoOversell, Conservation])]
+#[case::taken_before_it_was_given_back(sold_again(), |s: Sale| s.with_row(|row| row.taken_us = 19), &[NoOversell])]
+#[case::given_back_in_turn(
+    sold_again().ask(3, "3", 0, 9, ends(3, 50, Some(Declined))).row(3, "3", 3).released(9, 10),
+    |s: Sale| s.with_row(|row| row.released_us = Some(11)), &[NoOversell])]
+#[case::undecided_with_a_row_holds_a_ticket(
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, Undecided), |s: Sale| s.row(2, "2", 2), &[NoOversell, Conservation])]
+#[case::two_told_of_one_ticket_by_a_foreign_server(
+    sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).ask(2, "2", 0, 9, Undecided),
+    |s: Sale| s.answer(ends(2, 9, None)), &[NoOversell, Conservation])]
+// I2
+#[case::a_ticket_came_from_nowhere(sale(3).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.stock(2), &[Conservation])]
+#[case::a_ticket_went_nowhere(sale(3).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.stock(0), &[Conservation])]
+#[case::less_than_nothing_left(sale(1).takes(1, 0, 9), |s: Sale| s.stock(-1), &[Conservation])]
+#[case::still_held(sale(1).takes(1, 0, 9), |s: Sale| s.status(Held), &[Conservation])]
+#[case::given_back_to_nobody(
+    sale(1).ask(1, "1", 0, 9, ends(1, 50, Some(Declined))).row(1, "1", 1).released(10, 20),
+    |s: Sale| s.stock(0), &[Conservation])]
+#[case::held_where_the_stock_is_unknown(sale(1).takes(1, 0, 9).no_stock(), |s: Sale| s.status(Held), &[Conservation])]
+#[case::one_left_of_those_a_foreign_server_sold(
+    sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).stock(0), |s: Sale| s.stock(1), &[Conservation])]
+// I3
+#[case::two_clicks(
+    sale(2).takes(1, 0, 9).ask(1, "other", 0, 9, Undecided), |s: Sale| s.row(1, "other", 2), &[NoDuplicate])]
+#[case::again_before_the_first_was_given_back(
+    sale(2).ask(1, "a", 0, 9, ends(1, 50, Some(Declined))).row(1, "a", 1).released(10, 20)
+        .ask(1, "b", 0, 9, confirmed(2)).row(1, "b", 2).with_row(|row| row.taken_us = 20),
+    |s: Sale| s.with_row(|row| row.taken_us = 19), &[NoDuplicate])]
+#[case::a_key_that_was_given_back_is_used_up(
+    sale(2).ask(1, "a", 0, 9, ends(1, 50, Some(Declined))).row(1, "a", 1).released(10, 20)
+        .ask(1, "b", 60, 70, confirmed(2)).row(1, "b", 2).with_row(|row| row.taken_us = 20),
+    |s: Sale| s.with(|request| request.key = "a".to_owned()).with_row(|row| row.key = "a".to_owned()), &[NoDuplicate])]
+#[case::one_key_of_two_buyers(
+    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, No(KeyOfAnotherBuyer)),
+    |s: Sale| s.answer(confirmed(2)).row(2, "1", 2), &[NoDuplicate])]
+#[case::one_buyer_told_of_two_by_a_foreign_server(
+    sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(1, "b", 0, 9, already(1)),
+    |s: Sale| s.answer(confirmed(2)), &[NoDuplicate])]
+#[case::one_key_told_of_two_by_a_foreign_server(
+    sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(2, "a", 0, 9, No(KeyOfAnotherBuyer)),
+    |s: Sale| s.answer(confirmed(2)), &[NoDuplicate])]
+// I4
+#[case::confirmed_without_a_row(
+    sale(2).ask(2, "2", 0, 9, Undecided).takes(1, 0, 10), |s: Sale| s.without_row(), &[NothingLost])]
+#[case::confirmed_with_two_rows(sale(2).takes(1, 0, 9), |s: Sale| s.row(1, "1", 1), &[NoDuplicate, NothingLost])]
+#[case::accepted_confirmed_and_without_a_row(
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(SoldOut))),
+    |s: Sale| s.answer(ends(2, 50, None)), &[NothingLost])]
+#[case::accepted_and_decided_too_late(
+    sale(1).takes(1, 7, 9).answer(ends(1, 7 + DEADLINE_US, None)),
+    |s: Sale| s.answer(ends(1, 8 + DEADLINE_US, None)), &[NothingLost, Progress])]
+#[case::accepted_and_never_decided(
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(SoldOut))),
+    |s: Sale| s.answer(accepted(2)), &[NothingLost, Progress])]
+#[case::a_final_state_that_changed(
+    sale(1).takes(1, 0, 9).answer(ends_twice(1, None, None)),
+    |s: Sale| s.answer(ends_twice(1, None, Some(SoldOut))), &[NothingLost])]
+// I5
+#[case::a_row_that_nobody_asked_for(undecided(), |s: Sale| s.row(3, "3", 3), &[NothingInvented])]
+#[case::a_row_under_another_key(
+    undecided().row(2, "2", 2), |s: Sale| s.with_row(|row| row.key = "3".to_owned()), &[NothingInvented])]
+#[case::a_row_of_another_buyer(
+    undecided().row(2, "2", 2), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
+#[case::confirmed_to_one_and_the_row_is_anothers(
+    undecided().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
+#[case::turned_away_at_the_door_and_has_a_row(
+    undecided().row(2, "2", 2), |s: Sale| s.answer(No(RateLimited)), &[NothingInvented])]
+#[case::refused_at_once_and_held_a_ticket(
+    sold_again().ask(3, "3", 0, 60, ends(3, 60, Some(SoldOut))).row(3, "3", 3).released(1, 2),
+    |s: Sale| s.answer(No(SoldOut)), &[NothingInvented])]
+#[case::refused_and_has_it_all_the_same(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9),
+    |s: Sale| s.answer(No(SoldOut)), &[NothingInvented, NoFalseRefusal, OneAnswer])]
+// I6
+#[case::sold_out_before_the_last_taker_was_sent(
+    sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, No(SoldOut)),
+    |s: Sale| s.answered(9), &[NoFalseRefusal])]
+#[case::accepted_and_sold_out_before_the_last_taker_was_sent(
+    sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 1, ends(3, 10, Some(SoldOut))),
+    |s: Sale| s.answer(ends(3, 9, Some(SoldOut))), &[NoFalseRefusal])]
+#[case::a_repeat_takes_at_its_first_sending(
+    sale(1).ask(1, "1", 0, 5, Undecided).takes(1, 20, 25).ask(2, "2", 8, 10, No(SoldOut)),
+    |s: Sale| s.first_answer(No(SoldOut)), &[NoFalseRefusal])]
+#[case::what_left_no_row_took_nothing(
+    sale(1).ask(1, "1", 0, 5, Undecided).row(1, "1", 1).ask(2, "2", 0, 9, No(SoldOut)),
+    |s: Sale| s.without_row(), &[NoFalseRefusal])]
+#[case::undecided_at_a_foreign_server_may_have_taken(
+    sale(1).foreign().ask(1, "1", 10, 15, Undecided).ask(2, "2", 0, 10, No(SoldOut)),
+    |s: Sale| s.answered(9), &[NoFalseRefusal])]
+#[case::already_reserved_by_somebody_else(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9).ask(1, "again", 0, 9, already(1)),
+    |s: Sale| s.answer(already(2)), &[NoFalseRefusal])]
+#[case::already_reserved_before_it_was_asked_for(
+    sale(1).takes(1, 10, 20).ask(1, "again", 0, 10, already(1)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
+#[case::already_reserved_after_it_was_over(
+    sale(1).ask(1, "1", 0, 9, ends(1, 50, Some(Declined))).row(1, "1", 1).released(10, 20)
+        .ask(1, "again", 50, 60, already(1)),
+    |s: Sale| s.sent(51), &[NoFalseRefusal])]
+#[case::already_reserved_at_a_foreign_server(
+    sale(1).foreign().ask(1, "1", 10, 15, Undecided).ask(1, "again", 0, 10, already(1)),
+    |s: Sale| s.answered(9), &[NoFalseRefusal])]
+#[case::a_key_that_nobody_else_had_sent(
+    sale(1).takes(1, 10, 20).ask(2, "1", 0, 10, No(KeyOfAnotherBuyer)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
+#[case::expired_before_its_time(
+    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, No(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal])]
+#[case::a_repeat_expires_with_its_order(
+    sale(1).ask(1, "1", 0, 9, Undecided).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, No(Expired)),
+    |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal])]
+#[case::no_such_sale(sold_out(), |s: Sale| s.answer(No(UnknownSale)), &[NoFalseRefusal])]
+// I7. Where nothing is given back, a ticket that is left makes "sold out" or a confirmation untrue as well.
+#[case::one_left_and_one_refused(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9),
+    |s: Sale| s.without_row().answer(No(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+#[case::fewer_buyers_than_tickets(
+    sale(5).takes(1, 0, 9).takes(2, 0, 9),
+    |s: Sale| s.without_row().answer(No(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+#[case::a_sold_ticket_that_is_lost(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
+#[case::the_last_answer_is_final(undecided(), |s: Sale| s.answer(No(UnknownSale)), &[NoFalseRefusal, NoUndersell])]
+#[case::who_used_anothers_key_did_not_come_for_a_ticket(
+    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, No(KeyOfAnotherBuyer)),
+    |s: Sale| s.answer(No(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+#[case::another_key_of_the_buyer_is_still_undecided(
+    sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Undecided).ask(2, "b", 0, 9, No(SoldOut)).row(2, "a", 2),
+    |s: Sale| s.without_row().sent(1), &[NoFalseRefusal, NoUndersell])]
+#[case::undecided_at_a_foreign_server_may_be_sold(
+    sale(1).foreign().ask(1, "1", 0, 5, Undecided).ask(1, "1", 6, 9, No(SoldOut)),
+    |s: Sale| s.first_answer(No(RateLimited)), &[NoFalseRefusal, NoUndersell])]
+// I9
+#[case::refused_after_it_was_confirmed(
+    sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, No(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
+#[case::already_reserved_is_not_the_first_answer(
+    sale(1).takes(1, 0, 10).ask(1, "1", 11, 20, confirmed(1)), |s: Sale| s.answer(already(1)), &[OneAnswer])]
+#[case::another_reservation_under_the_same_key(
+    sale(2).takes(1, 0, 10).ask(1, "1", 11, 20, confirmed(1)),
+    |s: Sale| s.answer(confirmed(2)), &[NothingLost, OneAnswer])]
+#[case::another_reservation_at_a_foreign_server(
+    sale(2).foreign().ask(1, "1", 0, 10, confirmed(1)).ask(1, "1", 10, 20, confirmed(2)).answer(confirmed(1)).sent(11),
+    |s: Sale| s.answer(confirmed(2)), &[NoDuplicate, OneAnswer])]
+#[case::another_buyer_is_confirmed_under_the_key(
+    sale(2).takes(1, 0, 10).ask(2, "1", 11, 20, No(KeyOfAnotherBuyer)),
+    |s: Sale| s.answer(confirmed(2)).row(2, "1", 2), &[NoDuplicate, OneAnswer])]
+#[case::undecided_then_refused_and_has_it(
+    sold_out().ask(2, "2", 11, 20, confirmed(2)).ask(2, "2", 21, 30, Undecided).ask(2, "2", 31, 40, confirmed(2)),
+    |s: Sale| s.answer(No(SoldOut)), &[OneAnswer])]
+#[case::a_repeat_told_sold_out_while_the_row_is_there(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 5, Undecided).row(2, "2", 2).ask(2, "2", 0, 9, No(SoldOut)),
+    |s: Sale| s.sent(1), &[OneAnswer])]
+#[case::confirmed_and_given_back(
+    undecided().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.status(Released).back(1), &[OneAnswer])]
+// I10
+#[case::answered_too_late(
+    sale(1).takes(1, 7, 7 + DEADLINE_US), |s: Sale| s.answered(8 + DEADLINE_US), &[Progress])]
+#[case::refused_too_late(sold_out().answered(DEADLINE_US), |s: Sale| s.answered(1 + DEADLINE_US), &[Progress])]
+#[case::an_answer_that_means_nothing(
+    undecided(), |s: Sale| s.answer(Answer::Unexpected { what: "500 oops".to_owned() }), &[Progress])]
+#[case::repeated_and_still_undecided(undecided().ask(2, "2", 10, 20, Undecided), |s: Sale| s.sent(11), &[Progress])]
+#[case::never_told_in_the_end(
+    undecided().ask(2, "2", 11, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.answer(Undecided), &[Progress])]
+#[case::undecided_after_the_healing(undecided().fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
+#[case::undecided_after_it_was_healed_after_all(
+    undecided().fault(5, None).sent(10), |s: Sale| s.fault(5, Some(9)), &[Progress])]
+#[case::no_answer_and_nothing_to_excuse_it(
+    undecided().never_answered().fault(5, None), |s: Sale| s.no_fault(), &[Progress])]
+fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> Sale, #[case] broken: &[Invariant]) {
+    let changed = plant(right.clone());
+
+    let verdict = judge(&right.0);
+    assert!(verdict.findings.is_empty(), "with the change undone:\n{verdict}");
+    let verdict = judge(&changed.0);
+    let found: Vec<Invariant> = verdict.findings.iter().map(|finding| finding.invariant).collect();
+    assert_eq!(found, broken, "{verdict}");
+}
+
+/// What is found, and what is shown for it, does not hang on the order of the lines.
+#[test]
+fn the_order_of_the_lines_does_not_matter() {
+    let mut one = sold_again()
+        .takes(3, 0, 9)
+        .takes(4, 0, 9)
+        .ask(5, "5", 0, 9, accepted(5))
+        .0;
+    one.requests.extend(undecided().0.requests);
+    for (number, request) in one.requests.iter_mut().enumerate() {
+        request.request = number as u64;
+    }
+    let mut other = one.clone();
+    other.requests.reverse();
+    other.rows.as_mut().expect("rows").reverse();
+
+    let shown = judge(&one).to_string();
+    assert_eq!(shown, judge(&other).to_string());
+    assert!(shown.contains("BROKEN I1"), "{shown}");
+}
+
+/// The sentence that a verdict owes to what it could not look at.
+#[rstest]
+#[case::a_foreign_server(sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)), &["I8", "I4", "I5", "I2"])]
+#[case::tickets_given_back(sold_again(), &["I8", "I7", "I6"])]
+#[case::given_back_at_an_unknown_time(
+    sold_again().ask(3, "3", 0, 9, ends(3, 50, Some(Declined))).row(3, "3", 3).released(1, 2)
+        .with_row(|row| row.released_us = None),
+    &["I8", "I7", "I6", "I1", "I3"])]
+#[case::a_buyer_who_can_not_know(undecided(), &["I8", "I7"])]
+fn what_was_not_checked_is_said(#[case] sale: Sale, #[case] not_checked: &[&str]) {
+    let verdict = judge(&sale.0);
+    assert!(verdict.findings.is_empty(), "{verdict}");
+    let listed: Vec<&str> = verdict.not_checked.iter().map(|part| part.invariant.code()).collect();
+    assert_eq!(listed, not_checked);
+}

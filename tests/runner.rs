@@ -1,0 +1,272 @@
+//! The command `oversold`: its exit codes, its words about bad input, and the names in its JSON.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    process::{Command, Output},
+};
+
+use rstest::rstest;
+use serde_json::Value;
+use tempfile::tempdir;
+
+/// Runs the command in an environment without settings of its own.
+fn oversold(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_oversold"));
+    command.args(arguments);
+    for variable in [
+        "STRATEGY",
+        "PORT",
+        "DATABASE_POOL_SIZE",
+        "HOLD_MS",
+        "OVERSOLD_TRACE_FILE",
+    ] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[rstest]
+#[case::no_such_level(&["rush", "lv9"], "oversold: there is no level \"lv9\"; there is lv1, lv2")]
+#[case::no_such_strategy(&["trace", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"; it has read-then-write, check-then-decrement, check-then-insert")]
+#[case::no_tickets(&["rush", "--capacity", "0"], "a number, 1 to 1000000")]
+#[case::too_many_buyers(&["rush", "--buyers", "1e9"], "a number, 1 to 20000")]
+#[case::too_many_instances(&["rush", "--instances", "17"], "a number, 1 to 16")]
+#[case::no_such_option(&["rush", "--byers", "3"], "--byers")]
+#[case::no_such_command(&["sell"], "sell")]
+#[case::no_such_file(&["judge", "nowhere.jsonl"], "oversold: opening nowhere.jsonl: No such file")]
+#[case::json_into_nowhere(&["rush", "lv1", "--json", "no/such/folder/x.json"], "oversold: writing no/such/folder/x.json")]
+#[case::no_such_buyer(&["trace", "lv1", "--order", "AXB"], "letters A, B, C for the buyers")]
+#[case::one_request(&["trace", "lv1", "--order", "AA"], "of at least two requests")]
+#[case::capacity_of_nothing(&["trace", "lv1", "--capacity", "2"], "--order")]
+#[case::bench_of_nothing(&["bench"], "LEVEL/STRATEGY")]
+#[case::bench_of_no_such_strategy(&["bench", "lv2/luck"], "oversold: lv2 has no strategy \"luck\"")]
+#[case::bench_without_clients(&["bench", "lv2", "--clients", "0"], "a number, 1 to 4000")]
+#[case::bench_of_no_pools(&["bench", "lv2", "--pools", "1,none"], "a number, 1 to 400")]
+#[case::a_port_that_is_none(&["serve", "lv1", "--port", "eighty"], "PORT")]
+fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[case] says: &str) {
+    let output = oversold(arguments);
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains(says), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert!(out(&output).is_empty(), "{}", out(&output));
+}
+
+#[test]
+fn without_a_command_it_shows_its_help() {
+    let output = oversold(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    for subcommand in ["rush", "bench", "serve", "trace", "judge", "list", "doctor"] {
+        assert!(err(&output).contains(&format!("  {subcommand} ")), "{}", err(&output));
+    }
+}
+
+#[test]
+fn a_backend_that_is_not_there_is_exit_code_3_and_never_a_password() {
+    let output = command(&["rush", "lv1"])
+        .env("DATABASE_URL", "postgres://me:s3cret@127.0.0.1:1/nowhere")
+        .env_remove("OVERSOLD_BACKENDS")
+        .output()
+        .unwrap();
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("127.0.0.1:1") && !said.contains("s3cret"), "{said}");
+}
+
+#[test]
+fn bench_says_what_it_takes() {
+    let output = oversold(&["bench", "--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    for option in ["--clients", "--seconds", "--rounds", "--pool ", "--pools", "--json"] {
+        assert!(out(&output).contains(option), "{}", out(&output));
+    }
+}
+
+#[test]
+fn a_bench_without_wrk_says_how_to_install_it_and_is_exit_code_3() {
+    let nothing = tempdir().unwrap();
+    let output = command(&["bench", "lv2/pessimistic"])
+        .env("PATH", nothing.path())
+        .output()
+        .unwrap();
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert!(said.contains("no wrk") && said.contains("install"), "{said}");
+}
+
+#[test]
+fn the_retries_of_a_rush_are_counted() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let arguments = ["rush", "lv2/optimistic", "--buyers", "100", "--json"];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let retries = figures["strategies"][0]["retries"].as_u64().unwrap();
+    assert!(retries > 0, "{figures}");
+    assert!(out(&output).contains(&format!("{retries} retries")), "{}", out(&output));
+}
+
+#[test]
+fn list_names_every_strategy_with_its_promises() {
+    let output = oversold(&["list"]);
+    assert_eq!(output.status.code(), Some(0));
+    let listed = out(&output);
+    for name in ["lv1/read-then-write", "lv2/mutex", "lv2/broken/guard-before-commit"] {
+        assert!(listed.contains(name), "{listed}");
+    }
+    assert!(listed.contains("I10"), "{listed}");
+}
+
+/// LV.1 breaks, as it promises: that is exit code 0, and the table says both.
+#[test]
+fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_names() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let output = oversold(&["rush", "lv1/read-then-write", "--json", json.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(out(&output).contains("BROKEN (I1, I2"), "{}", out(&output));
+    assert!(out(&output).contains("verdict: as promised"), "{}", out(&output));
+
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let keys = |value: &Value| -> BTreeSet<String> { value.as_object().unwrap().keys().cloned().collect() };
+    for name in [
+        "command",
+        "commit",
+        "machine",
+        "postgres",
+        "capacity",
+        "buyers",
+        "instances",
+        "hold_ms",
+        "strategies",
+    ] {
+        assert!(
+            keys(&figures).contains(name),
+            "{name} is not among {:?}",
+            keys(&figures)
+        );
+    }
+    let strategy = &figures["strategies"][0];
+    for name in [
+        "strategy",
+        "promises",
+        "clicks",
+        "requests",
+        "sold",
+        "stock",
+        "oversold_by",
+        "duplicates",
+        "answers",
+        "requests_a_second",
+        "took_ms",
+        "answered",
+        "greatest_overlap",
+        "client_share",
+        "broken",
+        "seen",
+        "verdict",
+    ] {
+        assert!(
+            keys(strategy).contains(name),
+            "{name} is not among {:?}",
+            keys(strategy)
+        );
+    }
+    assert_eq!(strategy["verdict"], "as promised");
+    assert!(strategy["sold"].as_u64() > Some(100));
+    for durability in ["fsync", "synchronous_commit"] {
+        assert_eq!(
+            figures["postgres"]["durability"][durability], "on",
+            "{}",
+            figures["postgres"]
+        );
+    }
+}
+
+/// A rush that is too small to break anything says so, instead of passing.
+#[test]
+fn a_rush_that_shows_nothing_is_inconclusive_and_exit_code_4() {
+    let output = oversold(&["rush", "lv1/read-then-write", "--buyers", "1"]);
+    assert_eq!(output.status.code(), Some(4), "{}", err(&output));
+    assert!(
+        out(&output).contains("inconclusive: I1, I2 was not seen to break"),
+        "{}",
+        out(&output)
+    );
+}
+
+/// What `rush --history` writes is what `judge` reads, and both come to the same verdict; a broken one is exit code 1.
+#[test]
+fn a_recorded_history_is_judged_again() {
+    let folder = tempdir().unwrap();
+    let histories = folder.path().join("histories");
+    let recorded = oversold(&[
+        "rush",
+        "lv1/check-then-decrement",
+        "--history",
+        histories.to_str().unwrap(),
+    ]);
+    assert_eq!(recorded.status.code(), Some(0), "{}", err(&recorded));
+    let file = histories.join("lv1-check-then-decrement.jsonl");
+
+    let judged = oversold(&["judge", file.to_str().unwrap()]);
+    assert_eq!(judged.status.code(), Some(1), "{}", err(&judged));
+    assert!(out(&judged).contains("BROKEN I1"), "{}", out(&judged));
+
+    let verdict: Value = serde_json::from_str(&out(&oversold(&["judge", "--json", file.to_str().unwrap()]))).unwrap();
+    assert_eq!(verdict["coverage"]["requests"], 1000);
+    assert!(!verdict["findings"].as_array().unwrap().is_empty());
+
+    // One byte too few, and it is no history any more: the line that is wrong is named.
+    let text = fs::read_to_string(&file).unwrap();
+    let cut = folder.path().join("cut.jsonl");
+    fs::write(&cut, &text[..text.len() - 2]).unwrap();
+    let refused = oversold(&["judge", cut.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+    assert!(err(&refused).contains("line "), "{}", err(&refused));
+}
+
+/// The lines of a trace that name a lane's steps, without the table's borders.
+#[test]
+fn the_forced_interleaving_is_the_same_each_time_and_shows_the_oversell() {
+    let [first, second] = [0, 1].map(|_| oversold(&["trace", "lv1/read-then-write"]));
+    assert_eq!(first.status.code(), Some(0), "{}", err(&first));
+    assert_eq!(out(&first), out(&second));
+    assert!(out(&first).contains("2 sold of 1, stock 0"), "{}", out(&first));
+    assert!(out(&first).contains("BROKEN I1"), "{}", out(&first));
+}
+
+#[rstest]
+#[case::one_after_another("lv1/read-then-write", "AAAAAAAABBBBBBBB", "1 sold of 1, stock 0\nnothing broken")]
+#[case::in_turn("lv1/read-then-write", "ABABAB", "2 sold of 1, stock 0\nBROKEN I1")]
+#[case::two_clicks("lv1/check-then-insert", "AaAaAaAa", "BROKEN I3")]
+#[case::behind_a_lock("lv2/pessimistic", "ABABABAB", "1 sold of 1, stock 0\nnothing broken")]
+fn a_reader_chooses_the_order(#[case] strategy: &str, #[case] order: &str, #[case] says: &str) {
+    let output = oversold(&["trace", strategy, "--order", order]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(out(&output).contains(says), "{}\n{}", out(&output), err(&output));
+}
+
+#[test]
+fn doctor_tells_where_postgres_comes_from() {
+    let output = oversold(&["doctor"]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(out(&output).starts_with("postgres: "), "{}", out(&output));
+}
