@@ -222,6 +222,8 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
     let told = i64::try_from(verdict.tally.sold).unwrap_or(i64::MAX);
     // Who never got a final answer may have a reservation all the same.
     let open = i64::try_from(without_an_answer(history)).unwrap_or(i64::MAX);
+    let buyers: HashSet<_> = history.requests.iter().map(|request| request.buyer).collect();
+    let buyers = i64::try_from(buyers.len()).unwrap_or(i64::MAX);
     let found = [
         (
             Invariant::NoOversell,
@@ -248,6 +250,15 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
                 "the sale says {reserved} reserved, and buyers were told of {told} reservations; {open} got no final answer"
             ),
             "Who wrote this row, and for whom?",
+        ),
+        (
+            Invariant::NoUndersell,
+            capacity.min(buyers) - told.max(reserved) - open,
+            format!(
+                "{} sold, and {buyers} buyers came for {capacity} tickets",
+                told.max(reserved)
+            ),
+            "Who was told no while this ticket was there?",
         ),
     ];
     for (invariant, off, summary, question) in found {

@@ -197,12 +197,12 @@ async fn finish(mut command: Command) -> (Option<i32>, String) {
 }
 
 #[rstest]
-#[case(Lie::Oversells, "I1, I4")]
+#[case(Lie::Oversells, "I1, I2, I4")]
 #[case(Lie::SellsABuyerTwice, "I3")]
 #[case(Lie::ForgetsAnUpdate, "I2")]
-#[case(Lie::LosesReservations, "I4")]
+#[case(Lie::LosesReservations, "I2, I4")]
 #[case(Lie::InventsAReservation, "I1, I2, I5")]
-#[case(Lie::KeepsATicketBack, "I6, I7")]
+#[case(Lie::KeepsATicketBack, "I7")]
 #[case(Lie::NeverDecides, "I10")]
 #[case(Lie::Babbles, "I10")]
 #[tokio::test]
@@ -224,7 +224,7 @@ async fn an_honest_server_passes() {
 
 #[tokio::test]
 async fn what_is_broken_on_purpose_passes_and_must_be_seen() {
-    let (code, said) = load(Lie::Oversells, &["--breaks", "I1,I4"]).await;
+    let (code, said) = load(Lie::Oversells, &["--breaks", "I1,I2,I4"]).await;
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("exists to show"), "{said}");
 
