@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{anyhow, bail, ensure};
 use box_office::{BuyerId, SaleId, api::NewReservation, trace::now_monotonic_us};
 use goose::{
     GooseAttack,
@@ -35,6 +35,12 @@ use crate::{Rush, outcome::Outcome};
 /// How many users Goose starts in a second. They wait at the gate, so this decides only how long the gathering takes.
 const USERS_A_SECOND: u32 = 1000;
 
+/// A connection for each, at both ends.
+const MOST_USERS: usize = 10_000;
+
+/// What a strategy tries again within one request, only the server's own metrics tell.
+const NOT_COUNTED: u64 = 0;
+
 /// Before a repeat that the server gives no time for.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -54,12 +60,16 @@ struct Shop {
 
 /// Opens the sale, sends the rush, looks at the sale, and judges.
 pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
+    let clicks: Vec<_> = rush.clicks().collect();
+    let users = clicks.len();
+    ensure!(
+        users <= MOST_USERS,
+        "{users} requests at once are too many: --buyers times --clicks is at most {MOST_USERS}"
+    );
     rush.host
         .open(rush.sale, rush.crowd.capacity, &rush.admin_token)
         .await?;
 
-    let clicks: Vec<_> = rush.clicks().collect();
-    let users = clicks.len();
     let (open, opened) = watch::channel(None);
     let (done, mut answers) = mpsc::unbounded_channel();
     let shop = Arc::new(Shop {
@@ -85,7 +95,11 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
     open.send_replace(Some(now_monotonic_us()));
     let mut requests = vec![];
     for _ in 0..users {
-        requests.extend(answers.recv().await.context("Goose let go of its users")?);
+        tokio::select! {
+            biased;
+            Some(answered) = answers.recv() => requests.extend(answered),
+            _ = &mut attack => bail!("Goose ended before all of its users did"),
+        }
     }
     let clock = clock.stop();
     attack
@@ -109,7 +123,11 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         rows: None,
         faults: vec![],
     };
-    Ok(Outcome::of_goose(rush, &Report::new(1, history, 0, &clock), &sale))
+    Ok(Outcome::of_goose(
+        rush,
+        &Report::new(1, history, NOT_COUNTED, &clock),
+        &sale,
+    ))
 }
 
 fn attack(host: &str, users: usize, shop: &Arc<Shop>) -> anyhow::Result<GooseAttack> {

@@ -212,8 +212,8 @@ const COLUMNS: [&str; 9] = [
 
 /// What the percentiles leave out.
 const CLOSED_LOOP: &str = "\
-Both are closed loops: who waits for an answer sends nothing meanwhile. A server that stalls holds back the requests that would have met the
-stall, so they are missing from the percentiles (coordinated omission). k6 with SCENARIO=arrivals is an open loop.";
+Goose is a closed loop, and so is k6 unless SCENARIO=arrivals: who waits for an answer sends nothing meanwhile. A server that stalls holds back
+the requests that would have met the stall, so they are missing from the percentiles (coordinated omission).";
 
 /// Adds what the sale itself shows after the rush. Buyers see no rows, so the judge can't compare these numbers for them.
 fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
@@ -222,6 +222,8 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
     let told = i64::try_from(verdict.tally.sold).unwrap_or(i64::MAX);
     // Who never got a final answer may have a reservation all the same.
     let open = i64::try_from(without_an_answer(history)).unwrap_or(i64::MAX);
+    let buyers: HashSet<_> = history.requests.iter().map(|request| request.buyer).collect();
+    let buyers = i64::try_from(buyers.len()).unwrap_or(i64::MAX);
     let found = [
         (
             Invariant::NoOversell,
@@ -248,6 +250,15 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
                 "the sale says {reserved} reserved, and buyers were told of {told} reservations; {open} got no final answer"
             ),
             "Who wrote this row, and for whom?",
+        ),
+        (
+            Invariant::NoUndersell,
+            capacity.min(buyers) - told.max(reserved) - open,
+            format!(
+                "{} sold, and {buyers} buyers came for {capacity} tickets",
+                told.max(reserved)
+            ),
+            "Who was told no while this ticket was there?",
         ),
     ];
     for (invariant, off, summary, question) in found {

@@ -1,12 +1,13 @@
 //! `load rush`: the stand. Postgres by the suite's means, a server of the command `oversold`, and both generators against it.
 
 use std::{
+    env,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, bail, ensure};
-use box_office::{Invariant, SaleId, Schema};
+use box_office::{Invariant, Promise, SaleId, Schema};
 use serde::Deserialize;
 use sqlx::migrate::Migrator;
 use suite::{
@@ -26,8 +27,10 @@ const EMPTY: Schema = Schema {
     migrations: &Migrator::DEFAULT,
 };
 
-/// The sale that Goose sells out, and the one that k6 does.
-const SALES: [SaleId; 2] = [1, 2];
+/// The sale that Goose sells out.
+const GOOSE_SALE: SaleId = 1;
+/// The one that k6 does.
+const K6_SALE: SaleId = 2;
 
 /// What k6 exits with when a threshold did not hold.
 const THRESHOLDS_CROSSED: i32 = 99;
@@ -50,8 +53,8 @@ struct Promised {
 /// Runs Goose and k6 against every chosen strategy, and prints what came of it.
 pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     for (file, what) in [
-        (&args.oversold, "`cargo build -p oversold` makes it"),
-        (&args.k6, "`make target/tools/bin/k6` makes it"),
+        (&args.oversold, "`cargo build -p oversold` builds it"),
+        (&args.k6, "`make target/tools/bin/k6` builds it"),
         (&args.script, "run this at the root of the repository"),
     ] {
         ensure!(file.exists(), "there is no {}: {what}", file.display());
@@ -105,18 +108,27 @@ async fn one(args: &RushArgs, strategy: &Strategy, postgres: &Postgres) -> anyho
     let servers = Servers::start_named(&suite::rush::Rush::default(), &database, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;
     let (crowd, clicks) = stress(args.crowd, strategy);
-    let rushes = SALES.map(|sale| Rush {
+    let Promised { breaks, leaves_open } = &strategy.alone;
+    let goose_rush = Rush {
         name: strategy.name.clone(),
         host: address.into(),
         admin_token: servers.admin_token().to_owned(),
-        sale,
+        sale: GOOSE_SALE,
         crowd,
         clicks,
-        promises: promises(&strategy.alone.breaks, &strategy.alone.leaves_open),
-    });
+        promises: promises(breaks, leaves_open),
+    };
+    let mut k6_rush = Rush {
+        sale: K6_SALE,
+        ..goose_rush.clone()
+    };
+    if env::var_os("SCENARIO").is_some_and(|scenario| scenario == "arrivals") {
+        // A calm stream of buyers need not show what a rush does.
+        k6_rush.promises = promises(&[], &[breaks.as_slice(), leaves_open].concat());
+    }
     let outcomes = vec![
-        attack::run(&rushes[0]).await.context("Goose")?,
-        k6(args, &rushes[1], &strategy.alone).await.context("k6")?,
+        attack::run(&goose_rush).await.context("Goose")?,
+        k6(args, &k6_rush).await.context("k6")?,
     ];
     servers.stop().await?;
     Ok(outcomes)
@@ -138,11 +150,11 @@ fn stress(crowd: Crowd, strategy: &Strategy) -> (Crowd, u32) {
 }
 
 /// Runs the script of k6.
-async fn k6(args: &RushArgs, rush: &Rush, promised: &Promised) -> anyhow::Result<Outcome> {
+async fn k6(args: &RushArgs, rush: &Rush) -> anyhow::Result<Outcome> {
     let folder = keeper::folder("k6")?;
     let summary: PathBuf = folder.join("summary.json");
-    let codes = |invariants: &[Invariant]| {
-        let codes: Vec<&str> = invariants.iter().map(|invariant| invariant.code()).collect();
+    let codes = |promise| {
+        let codes: Vec<&str> = rush.promises.those(promise).map(Invariant::code).collect();
         codes.join(",")
     };
     let mut command = tokio::process::Command::from(keeper::command(std::path::absolute(&args.k6)?)?);
@@ -156,8 +168,8 @@ async fn k6(args: &RushArgs, rush: &Rush, promised: &Promised) -> anyhow::Result
         .env("CAPACITY", rush.crowd.capacity.to_string())
         .env("CLICKS", rush.clicks.to_string())
         .env("PATIENCE", rush.crowd.patience.to_string())
-        .env("BREAKS", codes(&promised.breaks))
-        .env("LEAVES_OPEN", codes(&promised.leaves_open))
+        .env("BREAKS", codes(Promise::Breaks))
+        .env("LEAVES_OPEN", codes(Promise::NotPromised))
         .env("SUMMARY", &summary)
         .stdin(Stdio::null())
         .output()

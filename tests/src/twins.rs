@@ -29,13 +29,11 @@ pub fn differ_by_one_mistake(source: &Path) -> anyhow::Result<usize> {
 }
 
 fn differs_by_one_mistake(broken: &Path, source: &Path) -> anyhow::Result<()> {
-    let (says, broken) = split(broken)?;
-    let name = says
-        .split_once("Twin: `")
-        .and_then(|(_, rest)| rest.split_once('`'))
-        .map(|(name, _)| name)
-        .context("its documentation names no twin: \"Twin: `…`\"")?;
-    let (_, twin) = split(&source.join(name.replace('-', "_")).with_extension("rs"))?;
+    let broken = fs::read_to_string(broken)?;
+    let name = twin_of(&broken).context("its documentation names no twin: \"Twin: `…`\"")?;
+    let twin = source.join(name.replace('-', "_")).with_extension("rs");
+    let twin = fs::read_to_string(&twin).with_context(|| twin.display().to_string())?;
+    let (twin, broken) = (code(&twin), code(&broken));
     let diff = TextDiff::from_lines(&twin, &broken);
     let changed = diff
         .iter_all_changes()
@@ -50,8 +48,16 @@ fn differs_by_one_mistake(broken: &Path, source: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The documentation at the head of a file, and the code after it.
-fn split(path: &Path) -> anyhow::Result<(String, String)> {
-    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    Ok(text.split_inclusive('\n').partition(|line| line.starts_with("//!")))
+/// The name after ``Twin: ` `` in the documentation of a broken strategy's file.
+pub fn twin_of(source: &str) -> Option<&str> {
+    source.split_once("Twin: `")?.1.split_once('`').map(|(name, _)| name)
+}
+
+/// The code of a file: what stands below the module's documentation, without the marks by which the book includes parts of it.
+pub fn code(source: &str) -> String {
+    let lines = source
+        .lines()
+        .filter(|line| !line.starts_with("//!") && !line.trim_start().starts_with("// ANCHOR"));
+    let code: Vec<&str> = lines.skip_while(|line| line.is_empty()).collect();
+    code.join("\n") + "\n"
 }
