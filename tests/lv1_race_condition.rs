@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use box_office::{
-    Invariant::{Conservation, NoDuplicate, NoOversell, NothingInvented, NothingLost, OneAnswer, Progress},
+    Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingInvented, NothingLost, OneAnswer, Progress},
     ProblemKind, Promises, Strategy,
 };
 use lv1_race_condition::{BARE, LEVEL};
@@ -11,10 +11,11 @@ use rstest::rstest;
 use suite::{
     backends::{self, Durability, Postgres},
     contract,
-    history::{Answer, History},
+    crowd::bears_idle_and_slow_clients,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::judge,
-    rush::{FaultKind, PlannedFault, Program, Report, Rush, SALE},
+    restarts,
+    rush::{Program, Rush, SALE},
     schedule::Rehearsal,
 };
 
@@ -169,82 +170,27 @@ async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
 }
 
 /// What holds of a rush in which instances come and go, whatever the strategy sells.
-fn nothing_is_lost(report: &Report) {
-    for invariant in [NothingLost, NothingInvented, Progress] {
-        assert!(!report.verdict.breaks(invariant), "{}", report.verdict);
-    }
-}
-
-fn undecided(history: &History) -> Vec<&suite::history::Request> {
-    history
-        .requests
-        .iter()
-        .filter(|request| request.answer == Answer::Undecided)
-        .collect()
-}
+const NOTHING_IS_LOST: &[Invariant] = &[NothingLost, NothingInvented, Progress];
 
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
-    const INSTANCES: usize = 3;
-    let rush = Rush::default().instances(INSTANCES).fault(PlannedFault {
-        after_answers: 100,
-        instance: 1,
-        kind: FaultKind::Kill,
-    });
-    let report = rush.run(&program(), &LEVEL, strategy("read-then-write")).await.unwrap();
-
-    let [fault] = &report.history.faults[..] else {
-        panic!("one fault was planned: {:?}", report.history.faults)
-    };
-    assert!(
-        fault.fault.contains("signal: 9"),
-        "the fault did not strike: {}",
-        fault.fault
-    );
-    let undecided = undecided(&report.history);
-    assert!(
-        !undecided.is_empty(),
-        "the fault did not strike: nothing was in flight on the instance"
-    );
-    assert!(
-        undecided.len() <= report.history.requests.len() / INSTANCES + 1,
-        "{} undecided",
-        undecided.len()
-    );
-    for request in undecided {
-        assert!(
-            request.sent_us <= fault.struck_us,
-            "sent after the kill, and yet undecided: {request:?}"
-        );
-    }
-    nothing_is_lost(&report);
+    let strategy = strategy("read-then-write");
+    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, NOTHING_IS_LOST).await;
 }
 
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided() {
-    // Few enough that nobody waits long for a connection, however slow the machine is.
-    let mut rush = Rush {
-        buyers: 300,
-        ..Rush::default()
-    }
-    .instances(3);
-    for instance in 0..3 {
-        rush = rush.fault(PlannedFault {
-            after_answers: 50 * (instance as u64 + 1),
-            instance,
-            kind: FaultKind::Restart,
-        });
-    }
-    let report = rush.run(&program(), &LEVEL, strategy("read-then-write")).await.unwrap();
+    let strategy = strategy("read-then-write");
+    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, NOTHING_IS_LOST).await;
+}
 
-    assert_eq!(report.history.faults.len(), 3);
-    for fault in &report.history.faults {
-        assert!(
-            fault.fault.contains("exit status: 0"),
-            "SIGTERM did not end it in peace: {}",
-            fault.fault
-        );
-    }
-    assert_eq!(undecided(&report.history).len(), 0, "{}", report.verdict);
-    nothing_is_lost(&report);
+#[tokio::test]
+async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
+    let database = backends::postgres().await.unwrap().database(BARE).await.unwrap();
+    let talk = Talk::with(&database, &program(), &LEVEL, strategy("read-then-write"))
+        .await
+        .unwrap();
+    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    println!("they cost {kib} KiB");
+    talk.stop().await.unwrap();
 }

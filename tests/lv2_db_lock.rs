@@ -5,15 +5,18 @@
 use std::{path::Path, time::Duration};
 
 use box_office::{
-    Invariant::{Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
+    Invariant::{self, Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
     Place, Promises, Strategy,
 };
 use lv2_db_lock::LEVEL;
 use rstest::rstest;
 use suite::{
-    contract,
+    backends, contract,
+    crowd::bears_idle_and_slow_clients,
+    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::judge,
-    rush::{Program, Rush},
+    restarts,
+    rush::{Program, Rush, SALE},
     schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
     twins::differ_by_one_mistake,
 };
@@ -287,4 +290,87 @@ fn every_broken_twin_differs_by_its_one_mistake() {
         .iter()
         .filter(|strategy| strategy.place == Place::Broken);
     assert_eq!(pairs, listed.count());
+}
+
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn the_http_contract_holds(#[case] name: &str) {
+    let strategy = strategy(name);
+    let database = backends::postgres()
+        .await
+        .unwrap()
+        .database(strategy.schema)
+        .await
+        .unwrap();
+    let talk = Talk::with(&database, &program(), &LEVEL, strategy).await.unwrap();
+
+    sells_refuses_and_repeats(&talk).await.unwrap();
+    refuses_bad_input(&talk).await.unwrap();
+    let sale = talk.sale(SALE).await.unwrap();
+    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
+    talk.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
+    let strategy = strategy("pessimistic");
+    let database = backends::postgres()
+        .await
+        .unwrap()
+        .database(strategy.schema)
+        .await
+        .unwrap();
+    let talk = Talk::with(&database, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    println!("they cost {kib} KiB");
+    talk.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
+    let strategy = strategy("pessimistic");
+    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+}
+
+#[tokio::test]
+async fn a_rolling_restart_leaves_nobody_undecided() {
+    let strategy = strategy("pessimistic");
+    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+}
+
+/// 64 buyers on one row, each on a connection of its own.
+const STORM: Rush = Rush {
+    capacity: 32,
+    buyers: 64,
+    clicks: 1,
+    instances: 1,
+    hold: Duration::from_millis(1),
+    pool_size: Some(64),
+    patience: Duration::from_secs(20),
+    traced: true,
+    faults: vec![],
+};
+
+#[tokio::test]
+async fn in_a_version_storm_retries_are_bounded_and_every_ticket_is_sold() {
+    let report = contract(&program(), &LEVEL, "optimistic", STORM, KEEPS).await;
+
+    assert_eq!(report.verdict.tally.sold, 32, "{}", report.verdict);
+    let overtaken = report.history.requests.iter().map(|request| {
+        let steps = request.steps.iter();
+        steps.filter(|step| step.step == "overtaken").count()
+    });
+    let (retries, most) = overtaken.fold((0, 0), |(sum, most), times| (sum + times, most.max(times)));
+    println!("{retries} retries, at most {most} of one request");
+    assert!(retries > 0, "the fault did not strike: nobody was overtaken");
+    assert!(most < 200, "one request tried {most} times");
+}
+
+#[tokio::test]
+async fn in_a_version_storm_a_retry_that_reuses_its_read_oversells() {
+    contract(&program(), &LEVEL, "broken/retry-reuses-the-read", STORM, OVERSELLS).await;
 }

@@ -2,9 +2,11 @@
 
 pub mod backends;
 mod contract;
+pub mod crowd;
 pub mod history;
 pub mod http_contract;
 pub mod judge;
+pub mod restarts;
 pub mod rows;
 pub mod rush;
 pub mod schedule;

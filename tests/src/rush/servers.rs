@@ -128,6 +128,8 @@ impl Servers {
         if let Some(pool_size) = rush.pool_size {
             environment.push(("DATABASE_POOL_SIZE", pool_size.to_string()));
         }
+        // Every buyer is an open file here as well.
+        box_office::raise_open_files_limit();
         let folder = keeper::folder("rush")?;
         let mut servers = Self {
             program: program.clone(),

@@ -1,0 +1,138 @@
+//! A thousand buyers against a server that does nothing: what a rush costs by itself. Its clients must not be the bottleneck of what they measure.
+//!
+//! `cargo run --release --package suite --example rush_of_nothing`
+//!
+//! This program is that server as well: told by a variable, it answers the first hundred orders with a 201 and all others with "sold out".
+
+use std::{
+    env,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post, put},
+};
+use box_office::{Guarantee, Level, Place, ProblemKind, Promises, Schema, Strategy, api};
+use sqlx::{PgPool, migrate::Migrator};
+use suite::rush::{Program, Rush};
+use tokio::{
+    net::TcpListener,
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+};
+use uuid::Uuid;
+
+const ACT_AS_SERVER: &str = "RUSH_OF_NOTHING_ACTS_AS_SERVER";
+
+/// How many rushes are run.
+const RUNS: usize = 10;
+
+static MIGRATIONS: Migrator = sqlx::migrate!("../levels/box-office/tests/migrations");
+
+static LEVEL: Level = Level {
+    name: "lv0",
+    package: "lv0-nothing",
+    summary: "does nothing",
+    strategies: &[Strategy {
+        name: "nothing",
+        summary: "answers at once",
+        place: Place::Broken,
+        guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+        clicks: 1,
+        schema: Schema {
+            name: "nothing",
+            migrations: &MIGRATIONS,
+        },
+        source: "tests/examples/rush_of_nothing.rs",
+        open: |_| Box::pin(async { anyhow::bail!("this server is a program of its own") }),
+    }],
+};
+
+fn main() -> anyhow::Result<ExitCode> {
+    let runtime = Runtime::new()?;
+    if env::var_os(ACT_AS_SERVER).is_some() {
+        runtime.block_on(nothing())?;
+    } else {
+        runtime.block_on(rush())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn rush() -> anyhow::Result<()> {
+    let program = Program::new(env::current_exe()?).variable(ACT_AS_SERVER, "1");
+    for _ in 0..RUNS {
+        let report = Rush::default().run(&program, &LEVEL, &LEVEL.strategies[0]).await?;
+        let answers = report.answers;
+        println!(
+            "{} answers ({} × 201, {} × sold out) in {:.1} ms; the clients used {:.0} % of the machine; p50 {:.1} ms, p99 {:.1} ms",
+            report.history.requests.len(),
+            answers.confirmed,
+            answers.sold_out,
+            report.took.as_secs_f64() * 1000.0,
+            report.client_share * 100.0,
+            report.answered.p50_ms,
+            report.answered.p99_ms,
+        );
+    }
+    Ok(())
+}
+
+async fn nothing() -> anyhow::Result<()> {
+    let mut told_to_stop = signal(SignalKind::terminate())?;
+    box_office::raise_open_files_limit();
+    let routes = Router::new()
+        .route("/readyz", get(async || "ready\n"))
+        .route("/api/sales/{id}/reservations", post(answer))
+        .with_state(Arc::new(AtomicI64::new(100)))
+        .route("/api/sales/{id}", put(open_sale))
+        .with_state(PgPool::connect(&env::var("DATABASE_URL")?).await?);
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    println!("it listens on http://{}", listener.local_addr()?);
+    tokio::select! {
+        served = axum::serve(listener, routes) => served?,
+        _ = told_to_stop.recv() => {}
+    }
+    Ok(())
+}
+
+/// The rush looks for the sale's row in the end.
+async fn open_sale(State(database): State<PgPool>, Path(sale): Path<i64>, Json(new): Json<api::NewSale>) -> StatusCode {
+    let opened = sqlx::query("insert into sale (id, name, capacity, stock) values ($1, $2, $3, $3)")
+        .bind(sale)
+        .bind(new.name)
+        .bind(new.capacity)
+        .execute(&database)
+        .await;
+    opened.map_or(StatusCode::INTERNAL_SERVER_ERROR, |_| StatusCode::CREATED)
+}
+
+async fn answer(State(left): State<Arc<AtomicI64>>, Json(new): Json<api::NewReservation>) -> Response {
+    if left.fetch_sub(1, Ordering::Relaxed) > 0 {
+        let confirmed = api::Reservation {
+            id: Uuid::now_v7(),
+            sale_id: 1,
+            buyer_id: new.buyer_id,
+            status: "confirmed".to_owned(),
+        };
+        return (StatusCode::CREATED, Json(confirmed)).into_response();
+    }
+    let kind = ProblemKind::SoldOut;
+    let problem = api::Problem {
+        kind: kind.uri(),
+        title: "sold out".to_owned(),
+        status: 409,
+        detail: "every ticket of this sale is taken".to_owned(),
+        request_id: "0".to_owned(),
+        reservation_id: None,
+    };
+    let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
+    (kind.status(), content_type, Json(problem)).into_response()
+}
