@@ -29,7 +29,7 @@ use suite::{
 };
 use uuid::Uuid;
 
-const CASES: u32 = 6000;
+const CASES: u32 = 4000;
 const DEADLINE_US: Micros = 8;
 const EXPIRY_US: Micros = 4;
 
