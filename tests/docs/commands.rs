@@ -209,7 +209,10 @@ impl Known {
 
 fn is_assignment(word: &str) -> bool {
     word.split_once('=').is_some_and(|(name, _)| {
-        !name.is_empty() && name.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_')
+        !name.is_empty()
+            && name
+                .chars()
+                .all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_')
     })
 }
 
@@ -272,7 +275,10 @@ fn every_command_is_there() {
 #[case::flag("`PORT=0 oversold rush lv1 --byers 50`", "takes no `--byers`")]
 #[case::flag_after_cargo_run("`cargo run -p oversold -- rush --byers=50`", "takes no `--byers`")]
 #[case::package("`cargo test -p lv1`", "no package `lv1`")]
-#[case::test("`make test && cargo test -p suite no_such_thing`", "no test is called `no_such_thing`")]
+#[case::test(
+    "`make test && cargo test -p suite no_such_thing`",
+    "no test is called `no_such_thing`"
+)]
 fn a_command_that_is_not_there_is_found(#[case] text: &str, #[case] expected: &str) {
     let known = Known {
         // Without this file, which has the wrong name in it.

@@ -64,7 +64,12 @@ fn links_to_nowhere(built: &BTreeMap<PathBuf, Built>, pages: &[Page], exists: im
             };
             let (source, line) = written_at(file, link, pages);
             let to_do = "link to a page as `[words](page.md#heading-in-small-letters)`";
-            problems.push(Problem::new(source, line, format!("the link {link:?} leads nowhere: {wrong}"), to_do));
+            problems.push(Problem::new(
+                source,
+                line,
+                format!("the link {link:?} leads nowhere: {wrong}"),
+                to_do,
+            ));
         }
     }
     problems
@@ -77,7 +82,11 @@ fn written_at(html: &Path, link: &str, pages: &[Page]) -> (PathBuf, usize) {
     let line = pages
         .iter()
         .find(|page| page.file == source)
-        .and_then(|page| page.lines.iter().find(|line| line.text.contains(&written) || line.text.contains(link)))
+        .and_then(|page| {
+            page.lines
+                .iter()
+                .find(|line| line.text.contains(&written) || line.text.contains(link))
+        })
         .map_or(1, |line| line.number);
     (source, line)
 }
@@ -85,9 +94,11 @@ fn written_at(html: &Path, link: &str, pages: &[Page]) -> (PathBuf, usize) {
 #[test]
 fn the_book_builds_and_its_links_lead_somewhere() {
     let folder = tempfile::tempdir().unwrap();
-    let mut book = MDBook::load(root().join("book")).unwrap_or_else(|error| panic!("the book does not load: {error:#}"));
+    let mut book =
+        MDBook::load(root().join("book")).unwrap_or_else(|error| panic!("the book does not load: {error:#}"));
     book.config.build.build_dir = folder.path().to_owned();
-    book.build().unwrap_or_else(|error| panic!("the book does not build: {error:#}"));
+    book.build()
+        .unwrap_or_else(|error| panic!("the book does not build: {error:#}"));
 
     let built: BTreeMap<PathBuf, Built> = pages::files_below(folder.path())
         .into_iter()
@@ -100,7 +111,9 @@ fn the_book_builds_and_its_links_lead_somewhere() {
         .collect();
     let links: usize = built.values().map(|page| page.links.len()).sum();
     assert!(links > built.len(), "the links are not where this test looks for them");
-    none(links_to_nowhere(&built, &pages::book(), |file| folder.path().join(file).exists()));
+    none(links_to_nowhere(&built, &pages::book(), |file| {
+        folder.path().join(file).exists()
+    }));
 }
 
 #[rstest::rstest]
@@ -114,10 +127,19 @@ fn a_link_to_nowhere_is_found(#[case] link: &str, #[case] expected: &str) {
         BTreeMap::from([(PathBuf::from("a.html"), a), (PathBuf::from("b.html"), b)])
     };
     let pages = [Page::new("book/src/a.md", "\n[c](c.md) [b](b.md#gone) [a](#gone)")];
-    for fine in ["#one", "b.html#two", "./b.html", "https://doc.rust-lang.org/x.html#y", "logo.svg"] {
+    for fine in [
+        "#one",
+        "b.html#two",
+        "./b.html",
+        "https://doc.rust-lang.org/x.html#y",
+        "logo.svg",
+    ] {
         let exists = |file: &Path| file == Path::new("logo.svg");
         none(links_to_nowhere(&book(&format!("<a href=\"{fine}\">")), &pages, exists));
     }
     let found = only(links_to_nowhere(&book(link), &pages, |_| false));
-    assert!(found.starts_with("book/src/a.md:2:") && found.contains(expected), "{found}");
+    assert!(
+        found.starts_with("book/src/a.md:2:") && found.contains(expected),
+        "{found}"
+    );
 }

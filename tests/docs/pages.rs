@@ -135,7 +135,14 @@ fn code_is_told_from_prose() {
     let sh = Kind::Code("sh".to_owned());
     assert_eq!(
         kinds,
-        [&Kind::Prose, &Kind::Prose, &Kind::Fence, &sh, &Kind::Fence, &Kind::Prose]
+        [
+            &Kind::Prose,
+            &Kind::Prose,
+            &Kind::Fence,
+            &sh,
+            &Kind::Fence,
+            &Kind::Prose
+        ]
     );
     assert_eq!(page.inline_code().collect::<Vec<_>>(), [(1, "make rush")]);
 }

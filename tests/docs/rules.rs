@@ -42,7 +42,7 @@ fn sections(level: &str) -> &'static [&'static str] {
 }
 
 /// What looks like a measured figure and is a constant: the text, and where it comes from.
-const CONSTANTS: &[(&str, &str)] = &[];
+const CONSTANTS: &[(&str, &str)] = &[("2 seconds", "a timeout in a question of start/async-rust.md")];
 
 /// An include: the file from the root of the repository, and what of it.
 struct Include {
@@ -52,8 +52,9 @@ struct Include {
 }
 
 fn includes(page: &Page) -> Vec<Include> {
-    static INCLUDE: LazyLock<Regex> =
-        LazyLock::new(|| Regex::new(r"(^|[^\\])\{\{\s*#(?:rustdoc_)?include\s+([^:}\s]+)(?::([^}\s]*))?\s*\}\}").unwrap());
+    static INCLUDE: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"(^|[^\\])\{\{\s*#(?:rustdoc_)?include\s+([^:}\s]+)(?::([^}\s]*))?\s*\}\}").unwrap()
+    });
     let folder = page.file.parent().unwrap_or(Path::new(""));
     let mut found = vec![];
     for line in &page.lines {
@@ -86,7 +87,11 @@ fn includes_of_nothing(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -
     for page in pages {
         let includes = includes(page);
         // What is not understood here would be checked by nobody.
-        let written = page.lines.iter().filter(|line| line.text.contains("{{#")).map(|line| line.number);
+        let written = page
+            .lines
+            .iter()
+            .filter(|line| line.text.contains("{{#"))
+            .map(|line| line.number);
         for line in written.filter(|line| !includes.iter().any(|include| include.line == *line)) {
             problems.push(Problem::new(
                 &page.file,
@@ -103,7 +108,12 @@ fn includes_of_nothing(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -
                 } else {
                     "the path is seen from the page's folder"
                 };
-                problems.push(Problem::new(&page.file, line, format!("there is no file {shown}"), to_do));
+                problems.push(Problem::new(
+                    &page.file,
+                    line,
+                    format!("there is no file {shown}"),
+                    to_do,
+                ));
                 continue;
             };
             let Some(anchor) = anchor else { continue };
@@ -143,14 +153,21 @@ fn headings_out_of_order(page: &Page, level: &str) -> Vec<Problem> {
     if names == sections {
         return vec![];
     }
-    let first = names.iter().zip(sections).take_while(|(is, should)| is == should).count();
+    let first = names
+        .iter()
+        .zip(sections)
+        .take_while(|(is, should)| is == should)
+        .count();
     let wrong = match (names.get(first), sections.get(first)) {
         (Some(is), Some(should)) => format!("the section {is:?} stands where {should:?} should"),
         (None, Some(should)) => format!("the section {should:?} is missing"),
         (is, _) => format!("the section {:?} is one too many", is.unwrap_or(&"")),
     };
     let line = headings.get(first).map_or(page.lines.len(), |(line, _)| *line);
-    let to_do = format!("a strategy's page of {level} has, in this order: {}", sections.join(", "));
+    let to_do = format!(
+        "a strategy's page of {level} has, in this order: {}",
+        sections.join(", ")
+    );
     vec![Problem::new(&page.file, line, wrong, to_do)]
 }
 
@@ -231,7 +248,14 @@ fn unused_snippets(generated: &[PathBuf], pages: &[Page]) -> Vec<Problem> {
     generated
         .iter()
         .filter(|file| !used.contains(*file))
-        .map(|file| Problem::new(file, 1, "no page includes this snippet", "include it, or stop generating it"))
+        .map(|file| {
+            Problem::new(
+                file,
+                1,
+                "no page includes this snippet",
+                "include it, or stop generating it",
+            )
+        })
         .collect()
 }
 
@@ -279,7 +303,9 @@ fn every_strategy_s_page_has_its_sections_in_order() {
 #[case::one_twice(&[0, 1, 2, 3, 4, 5, 6, 6], "one too many")]
 fn sections_out_of_order_are_found(#[case] order: &[usize], #[case] expected: &str) {
     let page = |order: &[usize]| {
-        let headings = order.iter().map(|&index| format!("## {}\n\ntext\n", sections("lv1")[index]));
+        let headings = order
+            .iter()
+            .map(|&index| format!("## {}\n\ntext\n", sections("lv1")[index]));
         Page::new("page.md", &headings.collect::<String>())
     };
     none(headings_out_of_order(&page(&[0, 1, 2, 3, 4, 5, 6]), "lv1"));
@@ -311,11 +337,20 @@ fn a_page_outside_the_summary_is_found_and_a_line_without_a_page_too() {
     let pages = [Page::new("book/src/a.md", ""), Page::new("book/src/lv1/b.md", "")];
     let summary = |text| Page::new("book/src/SUMMARY.md", text);
 
-    none(pages_apart_from_the_summary(&pages, &summary("[a](a.md)\n- [b](lv1/b.md)")));
+    none(pages_apart_from_the_summary(
+        &pages,
+        &summary("[a](a.md)\n- [b](lv1/b.md)"),
+    ));
     let found = only(pages_apart_from_the_summary(&pages, &summary("[a](a.md)")));
     assert!(found.contains("b.md:1: SUMMARY.md does not name"), "{found}");
-    let found = only(pages_apart_from_the_summary(&pages, &summary("[a](a.md) [b](./lv1/b.md)\n[c](c.md)")));
-    assert!(found.contains("SUMMARY.md:2: there is no page book/src/c.md"), "{found}");
+    let found = only(pages_apart_from_the_summary(
+        &pages,
+        &summary("[a](a.md) [b](./lv1/b.md)\n[c](c.md)"),
+    ));
+    assert!(
+        found.contains("SUMMARY.md:2: there is no page book/src/c.md"),
+        "{found}"
+    );
 }
 
 #[test]
@@ -340,7 +375,10 @@ fn a_figure_in_the_prose_is_found(#[case] text: &str) {
 #[test]
 fn a_number_that_is_no_figure_is_let_pass() {
     let text = "100 tickets, 1,000 buyers, LV.1's 3 strategies, after 5 s\n```text\n12 ms\n```\n{{#include 12 ms}}";
-    none(figures_in_prose(&[Page::new("page.md", text)], &[("5 s", "a constant")]));
+    none(figures_in_prose(
+        &[Page::new("page.md", text)],
+        &[("5 s", "a constant")],
+    ));
 }
 
 #[test]
@@ -354,7 +392,10 @@ fn every_generated_snippet_is_used() {
 
 #[test]
 fn an_unused_snippet_is_found() {
-    let pages = [Page::new("book/src/lv1/a.md", "{{#include ../../generated/traces/a.md}}")];
+    let pages = [Page::new(
+        "book/src/lv1/a.md",
+        "{{#include ../../generated/traces/a.md}}",
+    )];
     let generated = ["a", "b"].map(|name| PathBuf::from(format!("book/generated/traces/{name}.md")));
     let found = only(unused_snippets(&generated, &pages));
     assert!(found.starts_with("book/generated/traces/b.md:1:"), "{found}");

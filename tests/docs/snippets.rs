@@ -46,7 +46,10 @@ fn snippets() -> Snippets {
     let mut add = |name: String, text: String| snippets.insert(PathBuf::from(name), text.trim_end().to_owned() + "\n");
     for (level, strategy) in strategies(Place::Trail) {
         let name = format!("{}-{}", level.name, strategy.name);
-        add(format!("traces/{name}.md"), trace(&format!("{}/{}", level.name, strategy.name)));
+        add(
+            format!("traces/{name}.md"),
+            trace(&format!("{}/{}", level.name, strategy.name)),
+        );
     }
     for (level, broken) in strategies(Place::Broken) {
         let text = source(broken.source);
@@ -134,7 +137,10 @@ fn red(level: &Level, strategy: &Strategy) -> String {
     let output = make.env_remove("MFLAGS").env_remove(BLESS).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "make red: {said}");
-    format!("```text\n{}\n```\n", String::from_utf8(output.stdout).unwrap().trim_end())
+    format!(
+        "```text\n{}\n```\n",
+        String::from_utf8(output.stdout).unwrap().trim_end()
+    )
 }
 
 /// Holds what a recorded failure names as broken against what the strategy says that it breaks.
@@ -152,7 +158,9 @@ fn misnamed(file: &Path, text: &str, promises: &Promises) -> Vec<Problem> {
     vec![Problem::new(
         file,
         1,
-        format!("the recorded run names {named:?} as broken; it lacks {missing:?}, and the strategy keeps {too_many:?}"),
+        format!(
+            "the recorded run names {named:?} as broken; it lacks {missing:?}, and the strategy keeps {too_many:?}"
+        ),
         "record it anew: `make generated`",
     )]
 }
@@ -167,12 +175,17 @@ fn figures<Run: for<'a> Deserialize<'a>>(names: &[impl AsRef<str>], table: impl 
         let read = || Ok::<_, serde_json::Error>((serde_json::from_str(&json)?, serde_json::from_str(&json)?));
         let (run, how): (Run, How) = read().unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         runs.push(run);
-        commands.entry(how.to_string()).or_default().push(format!("`{}`", how.command));
+        commands
+            .entry(how.to_string())
+            .or_default()
+            .push(format!("`{}`", how.command));
     }
     if runs.is_empty() {
         return "no figures yet: `make results`\n".to_owned();
     }
-    let how = commands.iter().map(|(on, commands)| format!("measured by {} {on}\n", commands.join(", ")));
+    let how = commands
+        .iter()
+        .map(|(on, commands)| format!("measured by {} {on}\n", commands.join(", ")));
     format!("{}\n{}", table(&runs), how.collect::<Vec<_>>().join("\n"))
 }
 
@@ -304,7 +317,10 @@ fn bench_table(runs: &[Bench]) -> String {
     .to_owned();
     for it in runs {
         let (ceiling, ratio) = match &it.ceiling {
-            Some(ceiling) => (ceiling.transactions_a_second.to_string(), format!("{:.2}", ceiling.ratio)),
+            Some(ceiling) => (
+                ceiling.transactions_a_second.to_string(),
+                format!("{:.2}", ceiling.ratio),
+            ),
             None => ("not measured".to_owned(), String::new()),
         };
         table += &format!(
@@ -356,17 +372,32 @@ fn differences(snippets: &Snippets, committed: &Snippets) -> Vec<Problem> {
         match committed.get(file) {
             None => problems.push(Problem::new(shown, 1, "this snippet is not written yet", to_do)),
             Some(old) if old != text => {
-                let line = old.lines().zip(text.lines()).take_while(|(old, new)| old == new).count() + 1;
+                let line = old
+                    .lines()
+                    .zip(text.lines())
+                    .take_while(|(old, new)| old == new)
+                    .count()
+                    + 1;
                 let diff = TextDiff::from_lines(old, text);
                 let diff = diff.unified_diff().context_radius(1).to_string();
-                problems.push(Problem::new(shown, line, format!("this is out of date:\n{diff}"), to_do));
+                problems.push(Problem::new(
+                    shown,
+                    line,
+                    format!("this is out of date:\n{diff}"),
+                    to_do,
+                ));
             }
             Some(_) => {}
         }
     }
     for file in committed.keys().filter(|file| !snippets.contains_key(*file)) {
         let to_do = "`make generated` deletes it";
-        problems.push(Problem::new(Path::new(FOLDER).join(file), 1, "nothing makes this snippet", to_do));
+        problems.push(Problem::new(
+            Path::new(FOLDER).join(file),
+            1,
+            "nothing makes this snippet",
+            to_do,
+        ));
     }
     problems
 }
@@ -406,7 +437,11 @@ fn the_generated_snippets_are_up_to_date() {
     let mut problems = vec![];
     for (_, strategy, file) in red_ones() {
         let recorded = committed.remove(&file).unwrap_or_default();
-        problems.extend(misnamed(&Path::new(FOLDER).join(file), &recorded, &strategy.guarantee.alone));
+        problems.extend(misnamed(
+            &Path::new(FOLDER).join(file),
+            &recorded,
+            &strategy.guarantee.alone,
+        ));
     }
     problems.extend(differences(&snippets, &committed));
     none(problems);
@@ -415,7 +450,9 @@ fn the_generated_snippets_are_up_to_date() {
 #[test]
 fn a_snippet_that_is_missing_or_out_of_date_or_left_behind_is_found() {
     let snippets = |files: &[(&str, &str)]| -> Snippets {
-        let owned = files.iter().map(|(file, text)| (PathBuf::from(file), (*text).to_owned()));
+        let owned = files
+            .iter()
+            .map(|(file, text)| (PathBuf::from(file), (*text).to_owned()));
         owned.collect()
     };
     let made = snippets(&[("a.md", "1\n2\n")]);
@@ -424,7 +461,10 @@ fn a_snippet_that_is_missing_or_out_of_date_or_left_behind_is_found() {
     let found = only(differences(&made, &snippets(&[])));
     assert!(found.contains("a.md:1: this snippet is not written yet"), "{found}");
     let found = only(differences(&made, &snippets(&[("a.md", "1\n3\n")])));
-    assert!(found.contains("a.md:2: this is out of date") && found.contains("-3\n+2"), "{found}");
+    assert!(
+        found.contains("a.md:2: this is out of date") && found.contains("-3\n+2"),
+        "{found}"
+    );
     let found = only(differences(&snippets(&[]), &made));
     assert!(found.contains("nothing makes this snippet"), "{found}");
 }
@@ -445,7 +485,8 @@ fn a_recorded_failure_that_names_something_else_is_found() {
 #[test]
 fn a_diff_shows_the_mistake_and_not_the_docs() {
     let twin = "//! Right.\n\nuse a;\n\n// ANCHOR: lock\nlet guard = lock();\n// ANCHOR_END: lock\nsell();\n";
-    let broken = "//! Broken: dropped at once.\n//!\n//! Twin: `right`. Caught by I1.\n\nuse a;\n\nlet _ = lock();\nsell();\n";
+    let broken =
+        "//! Broken: dropped at once.\n//!\n//! Twin: `right`. Caught by I1.\n\nuse a;\n\nlet _ = lock();\nsell();\n";
     assert_eq!(twin_of(broken), Some("right"));
     assert_eq!(
         diff(("right.rs", twin), ("broken.rs", broken)),
@@ -474,7 +515,12 @@ fn unfit(file: &Path, how: &How) -> Option<Problem> {
         Some(commit) if !commit.ends_with('+') => return None,
         _ => "these figures were measured with changes that no commit has",
     };
-    Some(Problem::new(file, 1, wrong, "commit, then measure anew: `make results`"))
+    Some(Problem::new(
+        file,
+        1,
+        wrong,
+        "commit, then measure anew: `make results`",
+    ))
 }
 
 /// A file of `results/`, as far as it says how.
