@@ -15,7 +15,7 @@ levels := lv1 lv2
 package := $(package_$(LEVEL))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))
-# Figures are measured in release.
+# Figures are measured in release. One after another: nothing else may run beside them.
 measure := cargo run --quiet --release --package oversold --
 # A single level is built without the others.
 features := $(if $(LEVEL),--no-default-features --features $(LEVEL))
@@ -110,6 +110,13 @@ results: ## Measure again what the book says in figures
 	$(measure) rush lv1 --json results/lv1-rush.json
 	$(measure) rush lv2 --json results/lv2-rush.json
 	$(measure) rush lv2 --instances 3 --json results/lv2-rush-3.json
+	@infra/bench-tools.sh
+	for strategy in mutex pessimistic optimistic conditional-update; do \
+		$(measure) bench lv2/$$strategy --json results/lv2-bench-$$strategy.json || exit; \
+	done
+	for strategy in pessimistic conditional-update; do \
+		$(measure) bench lv2/$$strategy --pools 1,2,4,8,16,64 --json results/lv2-pools-$$strategy.json || exit; \
+	done
 	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20
