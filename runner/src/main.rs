@@ -37,7 +37,7 @@ enum Command {
         #[arg(value_name = "LEVEL[/STRATEGY]")]
         level: String,
         #[command(flatten)]
-        settings: Settings,
+        settings: Box<Settings>,
     },
     /// Show one exact interleaving as a table: a lane for each buyer, a row for each step.
     Trace(TraceArgs),
