@@ -146,11 +146,22 @@ fn number(range: RangeInclusive<u32>) -> impl Fn(&str) -> Result<u32, String> + 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Ended {
     /// Everything did what it promises.
-    AsPromised = 0,
+    AsPromised,
     /// The run did not stress a strategy enough to tell.
-    Inconclusive = 4,
+    Inconclusive,
     /// A guarantee was broken.
-    Broken = 1,
+    Broken,
+}
+
+impl Ended {
+    /// The exit code. It is no measure of how bad the end is; the order of the variants is.
+    fn code(self) -> u8 {
+        match self {
+            Self::AsPromised => 0,
+            Self::Broken => 1,
+            Self::Inconclusive => 4,
+        }
+    }
 }
 
 /// The exit code for a command line that can't be understood, or a file that can't be read.
@@ -188,7 +199,7 @@ fn main() -> ExitCode {
         Command::Doctor => in_runtime(doctor::doctor()),
     };
     match ended {
-        Ok(ended) => ExitCode::from(ended as u8),
+        Ok(ended) => ExitCode::from(ended.code()),
         Err(error) => {
             eprintln!("oversold: {error:#}");
             let missing = error.is::<Missing>() || error.is::<ToolMissing>();
