@@ -102,7 +102,6 @@ check: ## Everything that must be clean besides the tests
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
-	$(MAKE) book-check
 
 results: ## Measure again what the book says in figures
 	@infra/setup.sh
