@@ -132,7 +132,8 @@ mod tests {
         let mut words = String::new();
         let mut rest = spaced.chars().peekable();
         while let Some(character) = rest.next() {
-            let next_is = |wanted: fn(&char) -> bool| rest.peek().is_some_and(wanted);
+            let next = rest.peek().copied();
+            let next_is = |wanted: fn(&char) -> bool| next.as_ref().is_some_and(wanted);
             let parameter = match character {
                 '$' => next_is(char::is_ascii_digit),
                 ':' => !words.ends_with(':') && next_is(char::is_ascii_alphabetic),
