@@ -45,8 +45,15 @@ impl Pgbench {
         Ok(Some(Self { program, statements }))
     }
 
-    /// Runs the statements over so many connections, each the next transaction as soon as the last is done.
-    pub(super) async fn run(&self, database: &Database, clients: u32, time: Duration) -> anyhow::Result<Ceiling> {
+    /// Runs the statements over so many connections, each the next transaction as soon as the last is done. The buyers of
+    /// each client come after `first_buyer`, of which there are fewer than a thousand million.
+    pub(super) async fn run(
+        &self,
+        database: &Database,
+        clients: u32,
+        time: Duration,
+        first_buyer: u64,
+    ) -> anyhow::Result<Ceiling> {
         let processors = available_parallelism().map_or(1, usize::from);
         let threads = processors.min(clients as usize);
         let mut command = tool::command(&self.program)?;
@@ -63,7 +70,12 @@ impl Pgbench {
             .args(["--client", &clients.to_string()])
             .args(["--jobs", &threads.to_string()])
             .args(["--time", &time.as_secs().to_string()])
-            .args(["--define", &format!("sale={SALE}"), "--define", "buyer=0"]);
+            .args([
+                "--define",
+                &format!("sale={SALE}"),
+                "--define",
+                &format!("buyer={first_buyer}"),
+            ]);
         parse(&tool::output(&mut command, "pgbench").await?)
     }
 }
@@ -120,7 +132,8 @@ mod tests {
         let mut words = String::new();
         let mut rest = spaced.chars().peekable();
         while let Some(character) = rest.next() {
-            let mut next_is = |wanted: fn(&char) -> bool| rest.peek().is_some_and(wanted);
+            let next = rest.peek().copied();
+            let next_is = |wanted: fn(&char) -> bool| next.as_ref().is_some_and(wanted);
             let parameter = match character {
                 '$' => next_is(char::is_ascii_digit),
                 ':' => !words.ends_with(':') && next_is(char::is_ascii_alphabetic),
