@@ -160,13 +160,14 @@ fn test(name: impl Into<String>, service: Service, needs: &[Source], run: impl F
     }
 }
 
-type Run = fn(Service);
+type OfEach = (&'static str, &'static [Source], fn(Service));
+type OfOne = (&'static str, Service, &'static [Source], fn());
 
 fn tests() -> Vec<Test> {
     use Service::{Postgres, Redis};
     use Source::{Docker, Native};
 
-    let of_each_service: [(&str, &[Source], Run); 11] = [
+    let of_each_service: [OfEach; 11] = [
         (
             "an_external_server_is_used_and_left_as_it_was",
             &[Native],
@@ -223,7 +224,7 @@ fn tests() -> Vec<Test> {
             the_image_is_the_same_everywhere,
         ),
     ];
-    let of_one_service: [(&str, Service, &[Source], fn()); 10] = [
+    let of_one_service: [OfOne; 10] = [
         (
             "an_external_user_must_be_allowed_to_create_databases",
             Postgres,
@@ -359,18 +360,7 @@ fn play(role: &str) {
         "keep" => {
             keeper::folder("empty").unwrap();
         }
-        "stubborn" => {
-            let mut child = keeper::command("sh").unwrap();
-            let child = child
-                .args(["-c", "trap '' INT TERM; echo; sleep 1000"])
-                .stdout(Stdio::piped());
-            let mut child = child.spawn().unwrap();
-            // It ignores the signal from here on.
-            BufReader::new(child.stdout.take().unwrap())
-                .read_line(&mut String::new())
-                .unwrap();
-            say(&json!({ "pid": child.id() }));
-        }
+        "stubborn" => stubborn(),
         "serve" => runtime.block_on(async {
             match service {
                 Service::Postgres => serve_postgres().await,
@@ -396,6 +386,21 @@ fn play(role: &str) {
         "durable" => runtime.block_on(durable()),
         _ => unreachable!("no role is called {role}"),
     }
+}
+
+/// Leaves a process behind that only SIGKILL ends.
+#[allow(clippy::zombie_processes)]
+fn stubborn() {
+    let mut child = keeper::command("sh").unwrap();
+    let child = child
+        .args(["-c", "trap '' INT TERM; echo; sleep 1000"])
+        .stdout(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    // It ignores the signal from here on.
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut String::new())
+        .unwrap();
+    say(&json!({ "pid": child.id() }));
 }
 
 fn say(value: &Value) {
@@ -1052,8 +1057,8 @@ struct External {
 }
 
 enum Server {
-    Postgres(Private<Postgres>, Database),
-    Redis(Private<Redis>),
+    Postgres(Box<(Database, Private<Postgres>)>),
+    Redis(Box<Private<Redis>>),
 }
 
 impl External {
@@ -1065,13 +1070,13 @@ impl External {
                     let postgres = Postgres::private(Durability::Fast).await.unwrap();
                     let database = postgres.database(schema("tickets")).await.unwrap();
                     let url = database.url();
-                    (Server::Postgres(postgres, database), url)
+                    (Server::Postgres(Box::new((database, postgres))), url)
                 }
                 Service::Redis => {
                     let redis = Redis::private().await.unwrap();
                     redis.command(&["SET", "oversold:{someone}:else", "1"]).await.unwrap();
                     let url = redis.url().to_owned();
-                    (Server::Redis(redis), url)
+                    (Server::Redis(Box::new(redis)), url)
                 }
             }
         });
@@ -1087,9 +1092,9 @@ impl External {
     fn contents(&self) -> Vec<String> {
         self.runtime.block_on(async {
             match &self.server {
-                Server::Postgres(_, database) => {
+                Server::Postgres(server) => {
                     let names = sqlx::query_scalar("select datname from pg_database order by 1");
-                    names.fetch_all(&mut connect(database).await).await.unwrap()
+                    names.fetch_all(&mut connect(&server.0).await).await.unwrap()
                 }
                 Server::Redis(redis) => {
                     let Reply::Array(keys) = redis.command(&["KEYS", "*"]).await.unwrap() else {
@@ -1164,12 +1169,12 @@ fn an_external_server_is_swept(service: Service) {
 
 fn an_external_user_must_be_allowed_to_create_databases() {
     let external = External::start(Service::Postgres);
-    let Server::Postgres(_, database) = &external.server else {
+    let Server::Postgres(server) = &external.server else {
         unreachable!("it is a Postgres")
     };
     external.runtime.block_on(async {
         let user = sqlx::raw_sql("create role guest login password 'guest'");
-        user.execute(&mut connect(database).await).await.unwrap();
+        user.execute(&mut connect(&server.0).await).await.unwrap();
     });
     a_guest_is_refused(&external, "may not create databases");
 }
