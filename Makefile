@@ -13,6 +13,8 @@ package_lv1 := lv1-race-condition
 package_lv2 := lv2-db-lock
 levels := lv1 lv2
 package := $(package_$(LEVEL))
+# What each level needs besides Postgres. One that needs more says so here: services_lv3 := redis
+services := postgres $(if $(LEVEL),$(services_$(LEVEL)),$(sort $(foreach level,$(levels),$(services_$(level)))))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))
 # Figures are measured in release. One after another: nothing else may run beside them.
@@ -38,36 +40,36 @@ help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 rush: ## Sell 100 tickets to 1,000 buyers at once, and judge what came of it
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	cargo run --quiet --package oversold $(features) -- rush $(chosen) $(ARGS)
 
 test: ## Run the suite, of all levels or of one
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	cargo test $(if $(LEVEL),--package $(package)) $(ARGS)
 
 red: ## Show the contract test as it fails: make red LEVEL=lv1 [STRATEGY=read-then-write]
 	@test -n "$(LEVEL)" || { echo "make red takes a level: make red LEVEL=lv1"; exit 2; }
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	@infra/red.sh $(package) $(STRATEGY)
 
 trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then-decrement]
 	@test -n "$(LEVEL)" || { echo "make trace takes a level: make trace LEVEL=lv1"; exit 2; }
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	cargo run --quiet --package oversold $(features) -- trace $(chosen) $(ARGS)
 
 book: $(mdbook) ## Read the book at http://localhost:3000
 	$(mdbook) serve book $(ARGS)
 
 book-check: ## Build the book, and hold what it says against the code
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	cargo test --quiet --package oversold --test docs
 
 generated: ## Write the book's generated snippets anew
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	OVERSOLD_BLESS=1 cargo test --quiet --package oversold --test docs the_generated_snippets
 
 exercises: ## Prove the book's exercises: red before the solution, green with it
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	infra/exercises.sh $(ARGS)
 
 $(mdbook):
@@ -75,7 +77,7 @@ $(mdbook):
 	cargo install mdbook --locked --version $(mdbook_version) --debug --quiet --root $(tools)
 
 load: $(k6) ## Run the Goose and k6 loads against a server of this level: make load LEVEL=lv1 [STRATEGY=…]
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	load/run.sh $(or $(chosen),lv1) $(ARGS)
 
 $(k6):
@@ -87,13 +89,14 @@ $(k6):
 
 bench: ## Measure one strategy beside the database's own ceiling: make bench LEVEL=lv2 STRATEGY=pessimistic
 	@test -n "$(LEVEL)" || { echo "make bench takes a level: make bench LEVEL=lv2 STRATEGY=pessimistic"; exit 2; }
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	@infra/bench-tools.sh
 	cargo run --release --quiet --package oversold $(features) -- bench $(chosen) $(ARGS)
 
 up: ## Start the backends in containers, for those who prefer compose
 	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach
 	@echo "export DATABASE_URL=postgres://oversold:oversold@127.0.0.1:5432/oversold"
+	@echo "export REDIS_URL=redis://127.0.0.1:6379/0"
 
 down: ## Stop them
 	docker compose down 2>/dev/null || docker-compose down
@@ -104,7 +107,7 @@ check: ## Everything that must be clean besides the tests
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 
 results: ## Measure again what the book says in figures
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	@mkdir -p results
 	$(measure) rush lv1 --json results/lv1-rush.json
 	$(measure) rush lv2 --json results/lv2-rush.json
@@ -119,5 +122,5 @@ results: ## Measure again what the book says in figures
 	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20
-	@infra/setup.sh
+	@infra/setup.sh $(services)
 	infra/soak.sh $(N)

@@ -1,14 +1,45 @@
 #!/bin/sh
-# Sees to it that there is a Postgres to be had, in the order in which the suite looks for one. `make rush` and `make test` run it first.
+# Sees to it that the services are to be had, each in the order in which the suite looks for it. `make rush` and `make test` run it first.
+#
+#   infra/setup.sh [postgres|redis…]         Postgres unless named
+#
 # What it installs it says before it does; with nothing to install it says nothing.
 set -eu
 
 say() { echo "setup: $*" >&2; }
 
-image=${OVERSOLD_POSTGRES_IMAGE:-postgres:17-alpine}
 forced=${OVERSOLD_BACKENDS:-}
+case $forced in
+"" | native | docker) ;;
+*)
+    say "OVERSOLD_BACKENDS is \`$forced\`; it takes \`docker\` or \`native\`"
+    exit 2
+    ;;
+esac
 
-native() {
+# What differs between the services.
+about() {
+    case $1 in
+    postgres)
+        name=Postgres image=${OVERSOLD_POSTGRES_IMAGE:-postgres:17-alpine} url=${DATABASE_URL:-}
+        programs="the folder of initdb and postgres in OVERSOLD_POSTGRES_BIN"
+        apt=postgresql megabytes=80 dnf=postgresql-server pacman=postgresql brew=postgresql@17
+        example=DATABASE_URL=postgres://user:password@host:5432/name
+        ;;
+    redis)
+        name=Redis image=${OVERSOLD_REDIS_IMAGE:-redis:7-alpine} url=${REDIS_URL:-}
+        programs="the folder of redis-server in OVERSOLD_REDIS_BIN"
+        apt=redis-server megabytes=2 dnf=redis pacman=redis brew=redis
+        example=REDIS_URL=redis://user:password@host:6379/0
+        ;;
+    *)
+        say "there is no service $1; there are postgres and redis"
+        exit 2
+        ;;
+    esac
+}
+
+native_postgres() {
     if [ -n "${OVERSOLD_POSTGRES_BIN:-}" ]; then
         [ -x "$OVERSOLD_POSTGRES_BIN/initdb" ]
         return
@@ -19,6 +50,14 @@ native() {
         [ ! -x "$initdb" ] || return 0
     done
     return 1
+}
+
+native_redis() {
+    if [ -n "${OVERSOLD_REDIS_BIN:-}" ]; then
+        [ -x "$OVERSOLD_REDIS_BIN/redis-server" ]
+        return
+    fi
+    command -v redis-server >/dev/null || [ -x /opt/homebrew/bin/redis-server ] || [ -x /usr/local/bin/redis-server ]
 }
 
 engine() { command -v docker >/dev/null && docker version >/dev/null 2>&1; }
@@ -32,61 +71,87 @@ install_native() {
         command -v sudo >/dev/null || return 1
         sudo=sudo
     fi
-    say "installing Postgres with apt-get${sudo:+, with sudo}: package postgresql, about 80 MB to download. No server is left running"
-    # The package would make a database cluster of its own and start it. Nobody here needs that one.
-    rule=/etc/postgresql-common/createcluster.d/oversold.conf
-    trap '$sudo rm -f "$rule"' EXIT
-    $sudo mkdir -p "${rule%/*}" &&
-        echo "create_main_cluster = false" | $sudo tee "$rule" >/dev/null &&
+    say "installing $name with apt-get${sudo:+, with sudo}: package $apt, about $megabytes MB to download. No server is left running"
+    "without_a_server_$1" &&
         $sudo apt-get update -qq >&2 &&
-        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends postgresql >&2
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$apt" >&2 || return 1
+    "afterwards_$1"
+    $sudo rm -f ${rule:+"$rule"}
+    trap - EXIT
 }
 
+# The package would make a database cluster of its own and start it. Nobody here needs that one.
+without_a_server_postgres() {
+    rule=/etc/postgresql-common/createcluster.d/oversold.conf
+    trap '$sudo rm -f "$rule"' EXIT
+    $sudo mkdir -p "${rule%/*}" && echo "create_main_cluster = false" | $sudo tee "$rule" >/dev/null
+}
+
+afterwards_postgres() { :; }
+
+# The package would start a server at once, which policy-rc.d forbids, and again with every start of the machine.
+without_a_server_redis() {
+    rule=
+    [ -e /usr/sbin/policy-rc.d ] || rule=/usr/sbin/policy-rc.d
+    [ -n "$rule" ] || return 0
+    trap '$sudo rm -f "$rule"' EXIT
+    printf '#!/bin/sh\nexit 101\n' | $sudo tee "$rule" >/dev/null && $sudo chmod 755 "$rule"
+}
+
+afterwards_redis() { $sudo update-rc.d redis-server disable >&2 || say "redis-server may start with this machine"; }
+
 what_to_run() {
-    say "there is no Postgres, and none can be installed from here. Do one of these:"
+    say "there is no $name, and none can be installed from here. Do one of these:"
     case $(uname -s) in
-    Darwin) say "  brew install postgresql@17" ;;
+    Darwin) say "  brew install $brew" ;;
     *)
         if command -v apt-get >/dev/null; then
-            say "  apt-get install postgresql           (as root)"
+            say "  apt-get install $apt                  (as root)"
         elif command -v dnf >/dev/null; then
-            say "  sudo dnf install postgresql-server"
+            say "  sudo dnf install $dnf"
         elif command -v pacman >/dev/null; then
-            say "  sudo pacman -S postgresql"
+            say "  sudo pacman -S $pacman"
         else
-            say "  install Postgres with your package manager, or name the folder of initdb and postgres in OVERSOLD_POSTGRES_BIN"
+            say "  install $name with your package manager, or name $programs"
         fi
         ;;
     esac
     say "  start a Docker engine                 (the image $image is pulled)"
-    say "  export DATABASE_URL=postgres://user:password@host:5432/name"
+    say "  export $example"
     exit 1
 }
 
-case $forced in
-"")
-    [ -z "${DATABASE_URL:-}" ] || exit 0
-    if engine && has_image; then exit 0; fi
-    if native; then exit 0; fi
-    if engine; then
-        say "pulling the image $image"
-        if docker pull --quiet "$image" >&2; then exit 0; fi
-        say "it can't be pulled, so Postgres is needed on this machine itself"
-    fi
-    install_native || what_to_run
-    ;;
-native)
-    native || install_native || what_to_run
-    ;;
-docker)
-    engine || { say "OVERSOLD_BACKENDS is \`docker\`, and no Docker engine answers: start one"; exit 1; }
-    has_image || { say "pulling the image $image"; docker pull --quiet "$image" >&2; } || {
-        say "it can't be pulled; infra/images/build.sh builds one without a registry"
-        exit 1
-    }
-    ;;
-*)
-    say "OVERSOLD_BACKENDS is \`$forced\`; it takes \`docker\` or \`native\`"
-    exit 2
-    ;;
-esac
+see_to() {
+    case $forced in
+    "")
+        [ -z "$url" ] || return 0
+        if engine && has_image; then return; fi
+        if "native_$1"; then return; fi
+        if engine; then
+            say "pulling the image $image"
+            if docker pull --quiet "$image" >&2; then return; fi
+            say "it can't be pulled, so $name is needed on this machine itself"
+        fi
+        install_native "$1" || what_to_run
+        ;;
+    native)
+        "native_$1" || install_native "$1" || what_to_run
+        ;;
+    docker)
+        engine || { say "OVERSOLD_BACKENDS is \`docker\`, and no Docker engine answers: start one"; exit 1; }
+        has_image || { say "pulling the image $image"; docker pull --quiet "$image" >&2; } || {
+            say "it can't be pulled; infra/images/build.sh builds one without a registry"
+            exit 1
+        }
+        ;;
+    esac
+}
+
+[ $# -gt 0 ] || set -- postgres
+for service; do
+    about "$service"
+done
+for service; do
+    about "$service"
+    see_to "$service"
+done

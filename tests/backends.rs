@@ -1,16 +1,17 @@
-//! Where Postgres comes from, what is said when it comes from nowhere, and that nothing stays behind.
+//! Where the services come from, what is said when one comes from nowhere, and that nothing stays behind.
 //!
 //! Settings are read from the environment and a process can end only once, so most tests run this very program again as a child: with
-//! settings and a temporary folder of its own, in a role named by [`ROLE`].
+//! settings and a temporary folder of its own, in a role named by [`ROLE`] and on a service named by [`SERVICE`].
 
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    any::Any,
     borrow::Cow,
     env,
     ffi::OsStr,
     fs,
-    io::{self, BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     net::TcpStream,
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
@@ -28,11 +29,13 @@ use sqlx::{
     Connection, PgConnection, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
 };
-use suite::backends::{self, Database, Durability, Missing, Postgres, Source, keeper};
+use suite::backends::{self, Database, Durability, Missing, Postgres, Private, Redis, Reply, Report, Source, keeper};
 use tempfile::TempDir;
 
 /// Names what a child of this test is to do.
 const ROLE: &str = "OVERSOLD_TEST_ROLE";
+/// Names the service it is to do that on.
+const SERVICE: &str = "OVERSOLD_TEST_SERVICE";
 /// How long anything may take that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a condition is looked at that is waited for.
@@ -52,7 +55,10 @@ fn main() {
     let tests = tests().into_iter().map(|test| {
         let required = required.clone();
         Trial::ignorable_test(test.name.clone(), move || {
-            let absent = test.needs.iter().find_map(|&source| Some((source, absent(source)?)));
+            let absent = test
+                .needs
+                .iter()
+                .find_map(|&source| Some((source, absent(test.service, source)?)));
             match absent {
                 Some((source, reason)) if required.contains(&source) => {
                     Err(Failed::from(format!("OVERSOLD_REQUIRE lists {source}, but: {reason}")))
@@ -85,14 +91,51 @@ fn required() -> Result<Vec<Source>, String> {
         .collect()
 }
 
+/// A service, with its names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Service {
+    Postgres,
+    Redis,
+}
+
+impl Service {
+    const ALL: [Self; 2] = [Self::Postgres, Self::Redis];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres",
+            Self::Redis => "redis",
+        }
+    }
+
+    /// One of its settings, such as `OVERSOLD_REDIS_BIN`.
+    fn setting(self, what: &str) -> String {
+        format!("OVERSOLD_{}_{what}", self.name().to_uppercase())
+    }
+
+    fn url_variable(self) -> &'static str {
+        match self {
+            Self::Postgres => "DATABASE_URL",
+            Self::Redis => "REDIS_URL",
+        }
+    }
+
+    /// Why there is no native one for [`nowhere`].
+    fn not_native(self) -> &'static str {
+        match self {
+            Self::Postgres => "OVERSOLD_POSTGRES_BIN is `/nowhere`, which does not hold initdb and postgres",
+            Self::Redis => "OVERSOLD_REDIS_BIN is `/nowhere`, which does not hold redis-server",
+        }
+    }
+}
+
 /// Why there is no such source on this machine, if there is none.
-fn absent(source: Source) -> Option<&'static str> {
-    static NATIVE: OnceLock<Option<String>> = OnceLock::new();
-    static DOCKER: OnceLock<Option<String>> = OnceLock::new();
-    let known = if source == Source::Native { &NATIVE } else { &DOCKER };
+fn absent(service: Service, source: Source) -> Option<&'static str> {
+    static KNOWN: [OnceLock<Option<String>>; 4] = [const { OnceLock::new() }; 4];
+    let known = &KNOWN[service as usize * 2 + usize::from(source == Source::Native)];
     let reason = known.get_or_init(|| {
         let temp = temp();
-        let said = Role::new("find", temp.path()).forced(source).said();
+        let said = Role::new(service, "find", temp.path()).forced(source).said();
         said["error"].as_str().map(|error| {
             let line = error.lines().find_map(|line| line.trim().strip_prefix(source.name()));
             line.unwrap_or(error).trim_start_matches(": ").to_owned()
@@ -103,139 +146,192 @@ fn absent(source: Source) -> Option<&'static str> {
 
 struct Test {
     name: String,
+    service: Service,
     needs: Vec<Source>,
     run: Box<dyn FnOnce() + Send>,
 }
 
-fn test(name: impl Into<String>, needs: &[Source], run: impl FnOnce() + Send + 'static) -> Test {
+fn test(name: impl Into<String>, service: Service, needs: &[Source], run: impl FnOnce() + Send + 'static) -> Test {
     Test {
         name: name.into(),
+        service,
         needs: needs.to_vec(),
         run: Box::new(run),
     }
 }
 
+type OfEach = (&'static str, &'static [Source], fn(Service));
+type OfOne = (&'static str, Service, &'static [Source], fn());
+
 fn tests() -> Vec<Test> {
+    use Service::{Postgres, Redis};
     use Source::{Docker, Native};
 
-    let mut tests = vec![
-        test(
+    let of_each_service: [OfEach; 11] = [
+        (
             "an_external_server_is_used_and_left_as_it_was",
             &[Native],
             an_external_server_is_used_and_left_as_it_was,
         ),
-        test(
+        (
             "what_a_killed_run_left_on_an_external_server_goes_with_the_next",
             &[Native],
             an_external_server_is_swept,
         ),
-        test(
-            "an_external_user_must_be_allowed_to_create_databases",
-            &[Native],
-            an_external_user_must_be_allowed,
-        ),
-        test(
+        (
             "a_forced_source_wins_over_an_external_one",
             &[Native],
             a_forced_source_wins_over_an_external_one,
         ),
-        test(
+        (
             "every_bad_setting_gets_one_clear_line",
             &[],
             every_bad_setting_gets_one_clear_line,
         ),
-        test(
+        (
             "a_server_that_was_asked_for_and_is_not_there_is_named_without_its_password",
             &[],
             an_absent_external_server,
         ),
-        test(
+        (
             "nothing_there_says_what_was_tried_and_what_to_install",
             &[],
             nothing_there_says_what_was_tried,
         ),
-        test(
+        (
             "an_absent_source_is_ignored_with_its_reason",
             &[],
             an_absent_source_is_ignored_with_its_reason,
         ),
-        test(
-            "a_required_source_that_is_absent_fails",
-            &[],
-            a_required_source_that_is_absent_fails,
-        ),
-        test(
-            "a_bad_list_of_required_sources_is_refused",
-            &[],
-            a_bad_list_of_required_sources_is_refused,
-        ),
-        test(
-            "an_image_that_cannot_be_pulled_is_tried_once",
-            &[Docker],
-            an_image_that_cannot_be_pulled_is_tried_once,
-        ),
-        test(
+        (
             "without_a_usable_image_a_native_server_takes_over",
             &[Docker, Native],
             without_an_image_native_takes_over,
         ),
-        test(
+        (
             "setup_is_silent_when_there_is_nothing_to_install",
             &[Native],
             setup_is_silent,
         ),
-        test(
+        (
             "setup_says_what_to_run_where_nothing_can_be_installed",
             &[],
             setup_says_what_to_run,
         ),
-        test(
+        (
             "the_image_is_the_same_everywhere",
             &[],
             the_image_is_the_same_everywhere,
         ),
-        test(
+    ];
+    let of_one_service: [OfOne; 10] = [
+        (
+            "an_external_user_must_be_allowed_to_create_databases",
+            Postgres,
+            &[Native],
+            an_external_user_must_be_allowed_to_create_databases,
+        ),
+        (
+            "an_external_user_must_be_allowed_to_write",
+            Redis,
+            &[Native],
+            an_external_user_must_be_allowed_to_write,
+        ),
+        (
+            "a_required_source_that_is_absent_fails",
+            Postgres,
+            &[],
+            a_required_source_that_is_absent_fails,
+        ),
+        (
+            "a_bad_list_of_required_sources_is_refused",
+            Postgres,
+            &[],
+            a_bad_list_of_required_sources_is_refused,
+        ),
+        (
+            "setup_takes_the_names_of_services",
+            Postgres,
+            &[],
+            setup_takes_the_names_of_services,
+        ),
+        (
+            "an_image_that_cannot_be_pulled_is_tried_once",
+            Postgres,
+            &[Docker],
+            an_image_that_cannot_be_pulled_is_tried_once,
+        ),
+        (
             "a_folder_whose_owner_lives_is_not_swept",
+            Postgres,
             &[Native],
             a_folder_whose_owner_lives_is_not_swept,
         ),
-        test(
+        (
             "a_process_that_was_given_an_old_pid_is_left_alone",
+            Postgres,
             &[],
             a_process_that_was_given_an_old_pid_is_left_alone,
         ),
-        test(
+        (
             "a_process_that_ignores_the_signal_is_killed",
+            Postgres,
             &[],
             a_process_that_ignores_the_signal_is_killed,
         ),
-        test(
+        (
             "a_program_that_starts_after_the_end_gives_up",
+            Postgres,
             &[],
             a_program_that_starts_after_the_end_gives_up,
         ),
     ];
-    for source in [Docker, Native] {
-        for (what, role) in [
-            ("serves_with_the_settings_of_every_source", "serve"),
-            ("is_shared_by_all_runtimes_of_a_process", "share"),
-            ("gives_each_of_many_at_once_a_database_of_its_own", "race"),
-            ("drops_a_database_with_its_last_owner", "drop"),
-            ("keeps_its_address_and_its_data_when_it_is_stopped_or_killed", "break"),
-            ("is_gone_when_a_private_one_is_dropped", "private"),
-            ("can_be_durable", "durable"),
-        ] {
-            tests.push(test(format!("{source}::{what}"), &[source], move || {
-                let temp = temp();
-                Role::new(role, temp.path()).forced(source).succeeds();
+    let mut tests = Vec::new();
+    for service in Service::ALL {
+        for (name, needs, run) in of_each_service {
+            tests.push(test(format!("{}::{name}", service.name()), service, needs, move || {
+                run(service);
             }));
         }
-        for end in [End::Exit, End::Panic, End::CtrlC, End::Kill] {
-            let name = format!("{source}::leaves_nothing_behind_after_{}", end.name());
-            tests.push(test(name, &[source], move || nothing_stays_behind(source, end)));
+    }
+    for (name, service, needs, run) in of_one_service {
+        tests.push(test(name, service, needs, run));
+    }
+
+    let (each, postgres, redis): (&[_], &[_], &[_]) = (&Service::ALL, &[Postgres], &[Redis]);
+    for source in [Docker, Native] {
+        for (services, what, role) in [
+            (each, "serves_with_the_settings_of_every_source", "serve"),
+            (each, "is_shared_by_all_runtimes_of_a_process", "share"),
+            (each, "keeps_its_address_when_it_is_stopped_or_killed", "break"),
+            (each, "is_gone_when_a_private_one_is_dropped", "private"),
+            (postgres, "gives_each_of_many_at_once_a_database_of_its_own", "race"),
+            (postgres, "drops_a_database_with_its_last_owner", "drop"),
+            (postgres, "can_be_durable", "durable"),
+            (redis, "deletes_the_keys_of_a_prefix_with_its_owner", "drop"),
+            (redis, "answers_with_every_kind_of_reply", "reply"),
+        ] {
+            for &service in services {
+                let name = format!("{}::{source}::{what}", service.name());
+                tests.push(test(name, service, &[source], move || {
+                    let temp = temp();
+                    Role::new(service, role, temp.path()).forced(source).succeeds();
+                }));
+            }
         }
-        let name = format!("{source}::is_swept_by_the_next_run_when_its_keeper_was_killed");
-        tests.push(test(name, &[source], move || the_next_run_sweeps(source)));
+        for service in Service::ALL {
+            let name = |what: &str| format!("{}::{source}::{what}", service.name());
+            for end in [End::Exit, End::Panic, End::CtrlC, End::Kill] {
+                let name = name(&format!("leaves_nothing_behind_after_{}", end.name()));
+                tests.push(test(name, service, &[source], move || {
+                    nothing_stays_behind(service, source, end);
+                }));
+            }
+            let name = name("is_swept_by_the_next_run_when_its_keeper_was_killed");
+            tests.push(test(name, service, &[source], move || {
+                the_next_run_sweeps(service, source)
+            }));
+        }
     }
     tests
 }
@@ -244,42 +340,67 @@ fn tests() -> Vec<Test> {
 // Roles: what a child does.
 
 fn play(role: &str) {
+    let named = env::var(SERVICE).unwrap();
+    let service = Service::ALL
+        .into_iter()
+        .find(|service| service.name() == named)
+        .unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     match role {
         "find" => {
-            let said = match runtime.block_on(backends::postgres()) {
-                Ok(postgres) => serde_json::to_value(postgres.report()).unwrap(),
+            let said = match runtime.block_on(report(service)) {
+                Ok(report) => serde_json::to_value(report).unwrap(),
                 Err(missing) => {
                     json!({ "error": missing.to_string(), "setting": matches!(missing, Missing::BadSetting { .. }) })
                 }
             };
             println!("{said}");
         }
-        "hold" => hold(&runtime),
+        "hold" => hold(service, &runtime),
         "keep" => {
             keeper::folder("empty").unwrap();
         }
-        "stubborn" => {
-            let mut child = keeper::command("sh").unwrap();
-            let child = child
-                .args(["-c", "trap '' INT TERM; echo; sleep 1000"])
-                .stdout(Stdio::piped());
-            let mut child = child.spawn().unwrap();
-            // It ignores the signal from here on.
-            BufReader::new(child.stdout.take().unwrap())
-                .read_line(&mut String::new())
-                .unwrap();
-            say(&json!({ "pid": child.id() }));
-        }
-        "serve" => runtime.block_on(serve()),
-        "share" => share(),
+        "stubborn" => stubborn(),
+        "serve" => runtime.block_on(async {
+            match service {
+                Service::Postgres => serve_postgres().await,
+                Service::Redis => serve_redis().await,
+            }
+        }),
+        "share" => share(service),
         "race" => race(),
-        "drop" => runtime.block_on(drop_database()),
-        "break" => runtime.block_on(break_private()),
-        "private" => runtime.block_on(drop_private()),
+        "drop" => runtime.block_on(async {
+            match service {
+                Service::Postgres => drop_database().await,
+                Service::Redis => drop_prefix().await,
+            }
+        }),
+        "reply" => runtime.block_on(reply()),
+        "break" => runtime.block_on(async {
+            match service {
+                Service::Postgres => break_postgres().await,
+                Service::Redis => break_redis().await,
+            }
+        }),
+        "private" => runtime.block_on(drop_private(service)),
         "durable" => runtime.block_on(durable()),
         _ => unreachable!("no role is called {role}"),
     }
+}
+
+/// Leaves a process behind that only SIGKILL ends.
+#[allow(clippy::zombie_processes)]
+fn stubborn() {
+    let mut child = keeper::command("sh").unwrap();
+    let child = child
+        .args(["-c", "trap '' INT TERM; echo; sleep 1000"])
+        .stdout(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    // It ignores the signal from here on.
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut String::new())
+        .unwrap();
+    say(&json!({ "pid": child.id() }));
 }
 
 fn say(value: &Value) {
@@ -287,19 +408,39 @@ fn say(value: &Value) {
     io::stdout().flush().unwrap();
 }
 
-/// Holds a server and a database until stdin ends, and then ends as it was told to.
-fn hold(runtime: &tokio::runtime::Runtime) {
-    let (postgres, database) = runtime.block_on(async {
-        let postgres = backends::postgres().await.unwrap();
-        let database = postgres.database(schema("tickets")).await.unwrap();
-        (postgres, database)
+/// What is told of the shared server.
+async fn report(service: Service) -> Result<Report, Missing> {
+    Ok(match service {
+        Service::Postgres => backends::postgres().await?.report().clone(),
+        Service::Redis => backends::redis().await?.report().clone(),
+    })
+}
+
+/// Holds a server, and a database or a prefix with a key, until stdin ends, and then ends as it was told to.
+fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
+    let (address, holds, _held): (String, String, Box<dyn Any>) = runtime.block_on(async {
+        match service {
+            Service::Postgres => {
+                let postgres = backends::postgres().await.unwrap();
+                let database = postgres.database(schema("tickets")).await.unwrap();
+                let url = database.url();
+                let (_, name) = url.rsplit_once('/').unwrap();
+                let name = name.split('?').next().unwrap().to_owned();
+                let held: Box<dyn Any> = Box::new((Arc::clone(&postgres), database));
+                (postgres.report().address.clone(), name, held)
+            }
+            Service::Redis => {
+                let redis = backends::redis().await.unwrap();
+                let prefix = redis.prefix();
+                let key = format!("{prefix}lock");
+                redis.command(&["SET", &key, "me"]).await.unwrap();
+                let held: Box<dyn Any> = Box::new((Arc::clone(&redis), prefix));
+                (redis.report().address.clone(), key, held)
+            }
+        }
     });
     let folder = keeper::folder("asked").unwrap();
-    say(&json!({
-        "folder": folder.parent(),
-        "address": postgres.report().address,
-        "url": database.url(),
-    }));
+    say(&json!({ "folder": folder.parent(), "address": address, "holds": holds }));
     let mut how = String::new();
     io::stdin().read_line(&mut how).unwrap();
     assert_ne!(how.trim(), "panic", "as it was told to");
@@ -329,7 +470,7 @@ async fn show(connection: &mut PgConnection, setting: &'static str) -> String {
     shown.fetch_one(connection).await.unwrap()
 }
 
-async fn serve() {
+async fn serve_postgres() {
     let postgres = backends::postgres().await.unwrap();
     let database = postgres.database(schema("tickets")).await.unwrap();
     let pool = database.pool(2).await.unwrap();
@@ -364,27 +505,106 @@ async fn durable() {
     }
 }
 
-fn share() {
+async fn serve_redis() {
+    let redis = backends::redis().await.unwrap();
+    let bulk = |text: &str| Reply::Bulk(text.to_owned());
+    for (setting, value) in [("save", ""), ("appendonly", "no")] {
+        let told = redis.command(&["CONFIG", "GET", setting]).await.unwrap();
+        assert_eq!(told, Reply::Array(vec![bulk(setting), bulk(value)]));
+        assert_eq!(redis.report().durability[setting], value);
+    }
+
+    let report = redis.report();
+    assert_eq!(report.source.name(), env::var("OVERSOLD_BACKENDS").unwrap());
+    let Reply::Bulk(about) = redis.command(&["INFO", "server"]).await.unwrap() else {
+        panic!("INFO has a text");
+    };
+    assert!(about.contains(&format!("redis_version:{}", report.version)), "{about}");
+    assert!(redis.url().contains(&report.address), "{report}");
+
+    // Its port may be open to others than this machine, so it asks for a password.
+    let mut stranger = TcpStream::connect(&report.address).unwrap();
+    stranger.write_all(b"PING\r\n").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stranger).read_line(&mut answer).unwrap();
+    assert!(answer.starts_with("-NOAUTH"), "{answer}");
+}
+
+async fn reply() {
+    let redis = backends::redis().await.unwrap();
+    let (prefix, other) = (redis.prefix(), redis.prefix());
+    assert_ne!(*prefix, *other);
+    let key = format!("{prefix}lock");
+    let bulk = |text: &str| Reply::Bulk(text.to_owned());
+    for (words, expected) in [
+        (vec!["SET", &key, "me", "NX"], Reply::Status("OK".to_owned())),
+        (vec!["SET", &key, "you", "NX"], Reply::Nil),
+        (vec!["GET", &key], bulk("me")),
+        (vec!["PTTL", &key], Reply::Int(-1)),
+        (vec!["MGET", &key, &other], Reply::Array(vec![bulk("me"), Reply::Nil])),
+    ] {
+        assert_eq!(redis.command(&words).await.unwrap(), expected, "{words:?}");
+    }
+    let refused = redis.command(&["HGET", &key, "count"]).await.unwrap();
+    assert!(
+        matches!(&refused, Reply::Error(why) if why.starts_with("WRONGTYPE")),
+        "{refused:?}"
+    );
+}
+
+async fn drop_prefix() {
+    let redis = backends::redis().await.unwrap();
+    let (kept, dropped) = (redis.prefix(), redis.prefix());
+    // More than one SCAN finds, and none of the other prefix.
+    for number in 0..1500 {
+        redis
+            .command(&["SET", &format!("{dropped}{number}"), "1"])
+            .await
+            .unwrap();
+    }
+    redis.command(&["SET", &format!("{kept}lock"), "1"]).await.unwrap();
+    drop(dropped);
+    let began = Instant::now();
+    while redis.command(&["DBSIZE"]).await.unwrap() != Reply::Int(1) {
+        assert!(began.elapsed() < PATIENCE, "waited for the keys to be deleted");
+    }
+    assert_eq!(
+        redis.command(&["EXISTS", &format!("{kept}lock")]).await.unwrap(),
+        Reply::Int(1)
+    );
+}
+
+fn share(service: Service) {
+    // Which one it is. It lives as long as the process.
     let on_its_own_runtime = || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
         runtime.block_on(async {
-            let postgres = backends::postgres().await.unwrap();
-            let database = postgres.database(schema("tickets")).await.unwrap();
-            database.pool(1).await.unwrap();
-            postgres
+            match service {
+                Service::Postgres => {
+                    let postgres = backends::postgres().await.unwrap();
+                    let database = postgres.database(schema("tickets")).await.unwrap();
+                    database.pool(1).await.unwrap();
+                    Arc::as_ptr(&postgres).addr()
+                }
+                Service::Redis => {
+                    let redis = backends::redis().await.unwrap();
+                    redis.command(&["PING"]).await.unwrap();
+                    Arc::as_ptr(&redis).addr()
+                }
+            }
         })
     };
     let first = thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(on_its_own_runtime)).collect();
         let found: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-        assert!(found.iter().all(|postgres| Arc::ptr_eq(postgres, &found[0])));
-        Arc::clone(&found[0])
+        assert!(found.iter().all(|one| *one == found[0]));
+        found[0]
     });
     // And after all runtimes that took part in starting it are gone.
-    assert!(Arc::ptr_eq(&first, &on_its_own_runtime()));
+    assert_eq!(first, on_its_own_runtime());
 }
 
 fn race() {
@@ -446,61 +666,114 @@ async fn drop_database() {
     }
 }
 
-async fn break_private() {
+async fn break_postgres() {
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
     let database = postgres.database(schema("tickets")).await.unwrap();
-    let address = postgres.report().address.clone();
-    let mut pids = vec![postgres.pid().await.unwrap().unwrap()];
-
-    for (number, kill) in [(1, false), (2, true), (3, true)] {
+    let write = async |number: i64| {
         let mut connection = connect(&database).await;
         let insert = sqlx::query("insert into tickets values ($1)").bind(number);
         insert.execute(&mut connection).await.unwrap();
-
-        if kill {
-            postgres.kill().await.unwrap();
-        } else {
-            postgres.stop().await.unwrap();
-        }
-        assert!(connection.ping().await.is_err(), "the connection is cut");
-        assert!(PgConnection::connect(&database.url()).await.is_err(), "nobody answers");
-        assert_eq!(postgres.pid().await.unwrap(), None);
-        // What is down already stays down.
-        postgres.stop().await.unwrap();
-        postgres.kill().await.unwrap();
-
-        postgres.start().await.unwrap();
-        postgres.start().await.unwrap();
+        connection
+    };
+    let is_cut = async |mut connection: PgConnection| connection.ping().await.is_err();
+    let written = async || {
         let rows = sqlx::query_scalar("select count(*) from tickets");
-        let rows: i64 = rows.fetch_one(&mut connect(&database).await).await.unwrap();
-        assert_eq!(rows, number, "what was committed is still there");
-        assert!(TcpStream::connect(&address).is_ok(), "at the same address");
-        pids.push(postgres.pid().await.unwrap().unwrap());
+        let mut connection = PgConnection::connect(&database.url()).await.ok()?;
+        Some(rows.fetch_one(&mut connection).await.unwrap())
+    };
+    // What was committed is still there.
+    let left = [1, 2, 3];
+    break_private(&postgres, &postgres.report().address, write, is_cut, written, left).await;
+}
+
+async fn break_redis() {
+    let redis = Redis::private().await.unwrap();
+    let prefix = redis.prefix();
+    let address = &redis.report().address;
+    let write = async |number: i64| {
+        let set = redis.command(&["SET", &format!("{prefix}{number}"), "1"]).await;
+        assert_eq!(set.unwrap(), Reply::Status("OK".to_owned()));
+        let mut connection = TcpStream::connect(address).unwrap();
+        connection.write_all(b"PING\r\n").unwrap();
+        assert!(connection.read(&mut [0; 100]).unwrap() > 0, "it is served");
+        connection
+    };
+    let is_cut = async |mut connection: TcpStream| !matches!(connection.read(&mut [0; 100]), Ok(1..));
+    let written = async || match redis.command(&["DBSIZE"]).await.ok()? {
+        Reply::Int(keys) => Some(keys),
+        other => panic!("{other:?}"),
+    };
+    // It comes back empty.
+    break_private(&redis, address, write, is_cut, written, [0, 0, 0]).await;
+}
+
+/// Stops or kills a server after each write. `left` is what is to be there after each start.
+async fn break_private<S, C>(
+    server: &Private<S>,
+    address: &str,
+    write: impl AsyncFn(i64) -> C,
+    is_cut: impl AsyncFn(C) -> bool,
+    written: impl AsyncFn() -> Option<i64>,
+    left: [i64; 3],
+) {
+    let mut pids = vec![server.pid().await.unwrap().unwrap()];
+    for ((number, kill), left) in [(1, false), (2, true), (3, true)].into_iter().zip(left) {
+        let connection = write(number).await;
+        if kill {
+            server.kill().await.unwrap();
+        } else {
+            server.stop().await.unwrap();
+        }
+        assert!(is_cut(connection).await, "the connection is cut");
+        assert_eq!(written().await, None, "nobody answers");
+        assert_eq!(server.pid().await.unwrap(), None);
+        // What is down already stays down.
+        server.stop().await.unwrap();
+        server.kill().await.unwrap();
+
+        server.start().await.unwrap();
+        server.start().await.unwrap();
+        assert_eq!(written().await, Some(left), "what is left after a start");
+        assert!(TcpStream::connect(address).is_ok(), "at the same address");
+        pids.push(server.pid().await.unwrap().unwrap());
     }
     pids.sort_unstable();
     pids.dedup();
     assert_eq!(pids.len(), 4, "it was another process each time: {pids:?}");
 }
 
-async fn drop_private() {
-    let up = Postgres::private(Durability::Fast).await.unwrap();
-    let killed = Postgres::private(Durability::Fast).await.unwrap();
-    assert_ne!(up.report().address, killed.report().address);
+async fn drop_private(service: Service) {
+    match service {
+        Service::Postgres => {
+            let start = async || Postgres::private(Durability::Fast).await.unwrap();
+            let segments = drop_two(start, Postgres::report).await;
+            let gone = segments
+                .iter()
+                .filter(|segment| !shared_memory().contains(segment))
+                .count();
+            let native = env::var("OVERSOLD_BACKENDS").unwrap() == "native";
+            assert!(!native || gone >= 2, "both segments of shared memory are gone");
+        }
+        Service::Redis => {
+            drop_two(async || Redis::private().await.unwrap(), Redis::report).await;
+        }
+    }
+}
+
+/// Drops two private servers, of which one was killed. Returns the segments of shared memory that there were before.
+async fn drop_two<S>(start: impl AsyncFn() -> Private<S>, report: fn(&S) -> &Report) -> Vec<String> {
+    let up = start().await;
+    let killed = start().await;
+    assert_ne!(report(&up).address, report(&killed).address);
     killed.kill().await.unwrap();
-    let addresses = [up.report().address.clone(), killed.report().address.clone()];
+    let addresses = [report(&up).address.clone(), report(&killed).address.clone()];
     let segments = shared_memory();
     drop(up);
     drop(killed);
     for address in addresses {
         assert!(TcpStream::connect(&address).is_err(), "{address} is closed");
     }
-    let gone = segments.len()
-        - shared_memory()
-            .iter()
-            .filter(|segment| segments.contains(segment))
-            .count();
-    let native = env::var("OVERSOLD_BACKENDS").unwrap() == "native";
-    assert!(!native || gone >= 2, "both segments of shared memory are gone");
+    segments
 }
 
 /// The System V segments of shared memory on this machine.
@@ -523,20 +796,21 @@ fn shared_memory() -> Vec<String> {
 struct Role(Command);
 
 impl Role {
-    fn new(role: &str, temp: &Path) -> Self {
+    fn new(service: Service, role: &str, temp: &Path) -> Self {
         let mut command = with_ctrl_c(env::current_exe().unwrap());
         command
             .env(ROLE, role)
+            .env(SERVICE, service.name())
             .env("TMPDIR", temp)
             .stdin(Stdio::piped())
             .process_group(0);
-        for setting in ["DATABASE_URL", "OVERSOLD_BACKENDS", "OVERSOLD_REQUIRE"] {
+        for setting in ["DATABASE_URL", "REDIS_URL", "OVERSOLD_BACKENDS", "OVERSOLD_REQUIRE"] {
             command.env_remove(setting);
         }
         Self(command)
     }
 
-    fn set(mut self, setting: &str, value: impl AsRef<OsStr>) -> Self {
+    fn set(mut self, setting: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.0.env(setting, value);
         self
     }
@@ -616,6 +890,14 @@ impl Held {
                 .any(|folder| process.line.contains(folder.to_str().unwrap()))
         };
         let mut pids: Vec<u32> = table.iter().filter(ours).map(|process| process.pid).collect();
+        // A server may change how it is shown.
+        let book = self.folder().join("pids");
+        pids.extend(names_in(&book).into_iter().map(|entry| {
+            let entry = fs::read_to_string(book.join(entry)).unwrap();
+            entry.split_whitespace().next().unwrap().parse::<u32>().unwrap()
+        }));
+        pids.sort_unstable();
+        pids.dedup();
         let children = table.iter().filter(|process| pids.contains(&process.parent));
         pids.extend(children.map(|process| process.pid).collect::<Vec<_>>());
         pids
@@ -765,103 +1047,170 @@ fn container_exists(name: &str) -> bool {
     !listed.stdout.is_empty()
 }
 
-/// A server for tests of external ones: a native one of this process, and a database on it whose URL to give to children.
-fn external() -> (tokio::runtime::Runtime, backends::Private, Database) {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let (postgres, database) = runtime.block_on(async {
-        let postgres = Postgres::private(Durability::Fast).await.unwrap();
-        let database = postgres.database(schema("tickets")).await.unwrap();
-        (postgres, database)
-    });
-    (runtime, postgres, database)
+/// A server for tests of external ones: a private native one of this process, with something of somebody else on it.
+struct External {
+    runtime: tokio::runtime::Runtime,
+    service: Service,
+    /// What to give to children.
+    url: String,
+    server: Server,
 }
 
-async fn databases(database: &Database) -> Vec<String> {
-    let names = sqlx::query_scalar("select datname from pg_database order by 1");
-    names.fetch_all(&mut connect(database).await).await.unwrap()
+enum Server {
+    Postgres(Box<(Database, Private<Postgres>)>),
+    Redis(Box<Private<Redis>>),
+}
+
+impl External {
+    fn start(service: Service) -> Self {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let (server, url) = runtime.block_on(async {
+            match service {
+                Service::Postgres => {
+                    let postgres = Postgres::private(Durability::Fast).await.unwrap();
+                    let database = postgres.database(schema("tickets")).await.unwrap();
+                    let url = database.url();
+                    (Server::Postgres(Box::new((database, postgres))), url)
+                }
+                Service::Redis => {
+                    let redis = Redis::private().await.unwrap();
+                    redis.command(&["SET", "oversold:{someone}:else", "1"]).await.unwrap();
+                    let url = redis.url().to_owned();
+                    (Server::Redis(Box::new(redis)), url)
+                }
+            }
+        });
+        Self {
+            runtime,
+            service,
+            url,
+            server,
+        }
+    }
+
+    /// The databases or keys that are on it.
+    fn contents(&self) -> Vec<String> {
+        self.runtime.block_on(async {
+            match &self.server {
+                Server::Postgres(server) => {
+                    let names = sqlx::query_scalar("select datname from pg_database order by 1");
+                    names.fetch_all(&mut connect(&server.0).await).await.unwrap()
+                }
+                Server::Redis(redis) => {
+                    let Reply::Array(keys) = redis.command(&["KEYS", "*"]).await.unwrap() else {
+                        panic!("KEYS gives keys");
+                    };
+                    let mut keys: Vec<String> = keys
+                        .into_iter()
+                        .map(|key| match key {
+                            Reply::Bulk(key) => key,
+                            other => panic!("{other:?}"),
+                        })
+                        .collect();
+                    keys.sort_unstable();
+                    keys
+                }
+            }
+        })
+    }
+
+    fn role(&self, role: &str, temp: &Path) -> Role {
+        Role::new(self.service, role, temp).set(self.service.url_variable(), &self.url)
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------
 // The tests.
 
-fn an_external_server_is_used_and_left_as_it_was() {
-    let (runtime, _postgres, database) = external();
-    let before = runtime.block_on(databases(&database));
+fn an_external_server_is_used_and_left_as_it_was(service: Service) {
+    let external = External::start(service);
+    let before = external.contents();
     let temp = temp();
-    let mut held = Role::new("hold", temp.path())
-        .set("DATABASE_URL", database.url())
-        .held();
-    assert!(
-        database.url().contains(held.word("address")),
-        "{}",
-        held.word("address")
-    );
-    let during = runtime.block_on(databases(&database));
+    let mut held = external.role("hold", temp.path()).held();
+    assert!(external.url.contains(held.word("address")), "{}", held.word("address"));
+    let during = external.contents();
     assert_eq!(during.len(), before.len() + 1, "{during:?}");
+    assert!(during.iter().any(|one| one == held.word("holds")), "{during:?}");
     held.end(End::Exit);
-    assert_eq!(runtime.block_on(databases(&database)), before);
+    assert_eq!(external.contents(), before);
     temp.becomes_empty();
 
-    let said = Role::new("find", temp.path())
-        .set("DATABASE_URL", database.url())
-        .said();
-    assert_eq!(
-        (&said["source"], &said["reason"]),
-        (&json!("external"), &json!("DATABASE_URL is set"))
-    );
+    let said = external.role("find", temp.path()).said();
+    let reason = format!("{} is set", service.url_variable());
+    assert_eq!((&said["source"], &said["reason"]), (&json!("external"), &json!(reason)));
 }
 
-fn an_external_server_is_swept() {
-    let (runtime, _postgres, database) = external();
-    let before = runtime.block_on(databases(&database));
+fn an_external_server_is_swept(service: Service) {
+    let external = External::start(service);
+    let before = external.contents();
     let temp = temp();
-    let role = || Role::new("hold", temp.path()).set("DATABASE_URL", database.url());
-    let mut killed = role().held();
-    let mut alive = role().held();
+    let mut killed = external.role("hold", temp.path()).held();
+    let mut alive = external.role("hold", temp.path()).held();
     killed.end(End::Kill);
     assert_eq!(
-        runtime.block_on(databases(&database)).len(),
+        external.contents().len(),
         before.len() + 2,
-        "SIGKILL leaves a database behind"
+        "SIGKILL leaves a database or a key behind"
     );
 
     // Its connection may take a moment to be missed by the server.
-    until("the next run to drop it", || {
-        Role::new("find", temp.path())
-            .set("DATABASE_URL", database.url())
-            .succeeds();
-        runtime.block_on(databases(&database)).len() == before.len() + 1
+    until("the next run to sweep it", || {
+        external.role("find", temp.path()).succeeds();
+        external.contents().len() == before.len() + 1
     });
-    runtime.block_on(async {
-        let connection = PgConnection::connect(alive.word("url")).await;
-        connection.expect("the database of a run that is alive stays");
-    });
+    let left = external.contents();
+    assert!(
+        left.iter().any(|one| one == alive.word("holds")),
+        "what a run holds that is alive stays: {left:?}"
+    );
     alive.end(End::Exit);
-    assert_eq!(runtime.block_on(databases(&database)), before);
+    assert_eq!(external.contents(), before);
 }
 
-fn an_external_user_must_be_allowed() {
-    let (runtime, _postgres, database) = external();
-    runtime.block_on(async {
+fn an_external_user_must_be_allowed_to_create_databases() {
+    let external = External::start(Service::Postgres);
+    let Server::Postgres(server) = &external.server else {
+        unreachable!("it is a Postgres")
+    };
+    external.runtime.block_on(async {
         let user = sqlx::raw_sql("create role guest login password 'guest'");
-        user.execute(&mut connect(&database).await).await.unwrap();
+        user.execute(&mut connect(&server.0).await).await.unwrap();
     });
-    let (_, place) = database
-        .url()
-        .rsplit_once('@')
-        .map(|(_, place)| ((), place.to_owned()))
-        .unwrap();
-    let said = Role::new("find", temp().path())
-        .set("DATABASE_URL", format!("postgres://guest:guest@{place}"))
+    a_guest_is_refused(&external, "may not create databases");
+}
+
+fn an_external_user_must_be_allowed_to_write() {
+    let external = External::start(Service::Redis);
+    let Server::Redis(redis) = &external.server else {
+        unreachable!("it is a Redis")
+    };
+    let user = redis.command(&["ACL", "SETUSER", "guest", "on", ">guest", "~*", "+@all", "-@write"]);
+    let user = external.runtime.block_on(user).unwrap();
+    assert_eq!(user, Reply::Status("OK".to_owned()));
+    a_guest_is_refused(&external, "can't be written to: NOPERM");
+}
+
+fn a_guest_is_refused(external: &External, part: &str) {
+    let (scheme, rest) = external.url.split_once("://").unwrap();
+    let (_, place) = rest.rsplit_once('@').unwrap();
+    let said = Role::new(external.service, "find", temp().path())
+        .set(
+            external.service.url_variable(),
+            format!("{scheme}://guest:guest@{place}"),
+        )
         .said();
     let error = said["error"].as_str().unwrap();
-    assert!(error.contains("may not create databases"), "{error}");
+    assert!(error.contains(part), "{error}");
     assert!(!error.contains("guest:guest"), "{error}");
 }
 
-fn a_forced_source_wins_over_an_external_one() {
+fn a_forced_source_wins_over_an_external_one(service: Service) {
     let temp = temp();
-    let role = Role::new("find", temp.path()).set("DATABASE_URL", "postgres://nobody@127.0.0.1:1/none");
+    let role = Role::new(service, "find", temp.path());
+    let role = role.set(
+        service.url_variable(),
+        format!("{}://nobody@127.0.0.1:1/0", service.name()),
+    );
     let said = role.forced(Source::Native).said();
     assert_eq!(
         (&said["source"], &said["reason"]),
@@ -869,7 +1218,8 @@ fn a_forced_source_wins_over_an_external_one() {
     );
 }
 
-fn every_bad_setting_gets_one_clear_line() {
+fn every_bad_setting_gets_one_clear_line(service: Service) {
+    let (bin, image) = (service.setting("BIN"), service.setting("IMAGE"));
     for (setting, value, line) in [
         (
             "OVERSOLD_BACKENDS",
@@ -882,16 +1232,11 @@ fn every_bad_setting_gets_one_clear_line() {
             "OVERSOLD_BACKENDS is `external`; it takes `docker` or `native`",
         ),
     ] {
-        let said = Role::new("find", temp().path()).set(setting, value).said();
+        let said = Role::new(service, "find", temp().path()).set(setting, value).said();
         assert_eq!(said, json!({ "error": line, "setting": true }));
     }
     for (source, setting, value, part) in [
-        (
-            Source::Native,
-            "OVERSOLD_POSTGRES_BIN",
-            "/nowhere",
-            "OVERSOLD_POSTGRES_BIN is `/nowhere`, which does not hold initdb and postgres",
-        ),
+        (Source::Native, bin.as_str(), "/nowhere", service.not_native()),
         (
             Source::Docker,
             "DOCKER_HOST",
@@ -906,12 +1251,12 @@ fn every_bad_setting_gets_one_clear_line() {
         ),
         (
             Source::Docker,
-            "OVERSOLD_POSTGRES_IMAGE",
-            "postgres:",
-            "OVERSOLD_POSTGRES_IMAGE is `postgres:`, which is no name of an image",
+            image.as_str(),
+            "latest:",
+            &format!("{image} is `latest:`, which is no name of an image"),
         ),
     ] {
-        let said = Role::new("find", temp().path())
+        let said = Role::new(service, "find", temp().path())
             .forced(source)
             .set(setting, value)
             .said();
@@ -920,72 +1265,76 @@ fn every_bad_setting_gets_one_clear_line() {
     }
 }
 
-fn an_absent_external_server() {
+fn an_absent_external_server(service: Service) {
+    let (scheme, variable) = (service.name(), service.url_variable());
+    let no_url = format!("{variable} is no URL of a ");
     for (url, part) in [
         (
-            "postgres://me:s3cret@127.0.0.1:1/sale",
-            "postgres://me:***@127.0.0.1:1/sale does not answer",
+            format!("{scheme}://me:s3cret@127.0.0.1:1/0"),
+            format!("{scheme}://me:***@127.0.0.1:1/0 does not answer"),
         ),
-        (
-            "mysql://me:s3cret@127.0.0.1:1/sale",
-            "DATABASE_URL is no URL of a Postgres database",
-        ),
-        ("s3cret", "DATABASE_URL is no URL of a Postgres database"),
+        ("mysql://me:s3cret@127.0.0.1:1/0".to_owned(), no_url.clone()),
+        ("s3cret".to_owned(), no_url.clone()),
     ] {
-        let output = Role::new("find", temp().path()).set("DATABASE_URL", url).succeeds();
+        let output = Role::new(service, "find", temp().path()).set(variable, url).succeeds();
         let said: Value = serde_json::from_slice(&output.stdout).unwrap();
         let error = said["error"].as_str().unwrap();
-        assert!(error.contains(part), "{error}");
-        assert!(
-            error.ends_with("Set DATABASE_URL to a server that answers, or unset it to have one started."),
-            "{error}"
-        );
+        assert!(error.contains(&part), "{error}");
+        let remedy = format!("Set {variable} to a server that answers, or unset it to have one started.");
+        assert!(error.ends_with(&remedy), "{error}");
         assert!(!text(&output).contains("s3cret"), "{}", text(&output));
     }
 }
 
-/// A child for which there is no Postgres anywhere.
-fn nowhere(role: &str, temp: &Path) -> Role {
-    Role::new(role, temp)
+/// A child for which there is no service anywhere.
+fn nowhere(service: Service, role: &str, temp: &Path) -> Role {
+    Role::new(service, role, temp)
         .set("DOCKER_HOST", "unix:///nowhere/docker.sock")
         .set("OVERSOLD_POSTGRES_BIN", "/nowhere")
+        .set("OVERSOLD_REDIS_BIN", "/nowhere")
 }
 
-fn nothing_there_says_what_was_tried() {
-    let said = nowhere("find", temp().path()).said();
+fn nothing_there_says_what_was_tried(service: Service) {
+    let said = nowhere(service, "find", temp().path()).said();
     let error = said["error"].as_str().unwrap();
     let (tried, remedy) = error.rsplit_once('\n').unwrap();
     assert_eq!(
         tried,
-        "there is no postgres:\
-         \n  external: DATABASE_URL is not set\
-         \n  docker: no Docker engine answers at unix:///nowhere/docker.sock\
-         \n  native: OVERSOLD_POSTGRES_BIN is `/nowhere`, which does not hold initdb and postgres"
+        format!(
+            "there is no {}:\
+             \n  external: {} is not set\
+             \n  docker: no Docker engine answers at unix:///nowhere/docker.sock\
+             \n  native: {}",
+            service.name(),
+            service.url_variable(),
+            service.not_native()
+        )
     );
     assert!(
         remedy.starts_with("To get one: ") && remedy.ends_with(", or start a Docker engine."),
         "{remedy}"
     );
-    assert!(remedy.contains("install"), "{remedy}");
+    assert!(
+        remedy.contains("install") && remedy.contains(service.name()),
+        "{remedy}"
+    );
 }
 
 /// This program as a whole, on a machine that has nothing.
 fn this_test(temp: &Path, filter: &str) -> Role {
-    let mut role = nowhere("", temp);
+    let mut role = nowhere(Service::Postgres, "", temp);
     role.0.env_remove(ROLE).args(["--exact", filter]);
     role
 }
 
-fn an_absent_source_is_ignored_with_its_reason() {
+fn an_absent_source_is_ignored_with_its_reason(service: Service) {
     for (source, reason) in [
         ("docker", "no Docker engine answers at unix:///nowhere/docker.sock"),
-        (
-            "native",
-            "OVERSOLD_POSTGRES_BIN is `/nowhere`, which does not hold initdb and postgres",
-        ),
+        ("native", service.not_native()),
     ] {
-        let output = this_test(temp().path(), &format!("{source}::can_be_durable")).succeeds();
-        let line = format!("{source}::can_be_durable ... ignored (no {source} source: {reason})");
+        let name = format!("{}::{source}::is_gone_when_a_private_one_is_dropped", service.name());
+        let output = this_test(temp().path(), &name).succeeds();
+        let line = format!("{name} ... ignored (no {source} source: {reason})");
         assert!(text(&output).contains(&line), "{}", text(&output));
         assert!(
             text(&output).contains("0 passed; 0 failed; 1 ignored"),
@@ -996,7 +1345,7 @@ fn an_absent_source_is_ignored_with_its_reason() {
 }
 
 fn a_required_source_that_is_absent_fails() {
-    let output = this_test(temp().path(), "docker::can_be_durable")
+    let output = this_test(temp().path(), "postgres::docker::can_be_durable")
         .set("OVERSOLD_REQUIRE", "native, docker")
         .ends();
     assert_eq!(output.status.code(), Some(101));
@@ -1004,13 +1353,13 @@ fn a_required_source_that_is_absent_fails() {
     assert!(text(&output).contains(line), "{}", text(&output));
 
     // One that is not listed may still be absent.
-    this_test(temp().path(), "docker::can_be_durable")
+    this_test(temp().path(), "postgres::docker::can_be_durable")
         .set("OVERSOLD_REQUIRE", "native")
         .succeeds();
 }
 
 fn a_bad_list_of_required_sources_is_refused() {
-    let output = this_test(temp().path(), "docker::can_be_durable")
+    let output = this_test(temp().path(), "postgres::docker::can_be_durable")
         .set("OVERSOLD_REQUIRE", "native,podman")
         .ends();
     assert_eq!(output.status.code(), Some(2));
@@ -1023,7 +1372,7 @@ const NO_IMAGE: &str = "localhost:1/oversold/none:here";
 fn an_image_that_cannot_be_pulled_is_tried_once() {
     let temp = temp();
     let role = || {
-        Role::new("find", temp.path())
+        Role::new(Service::Postgres, "find", temp.path())
             .forced(Source::Docker)
             .set("OVERSOLD_POSTGRES_IMAGE", NO_IMAGE)
     };
@@ -1040,17 +1389,15 @@ fn an_image_that_cannot_be_pulled_is_tried_once() {
     forget_the_pull(&temp);
 }
 
-fn without_an_image_native_takes_over() {
+fn without_an_image_native_takes_over(service: Service) {
     let temp = temp();
-    let said = Role::new("find", temp.path())
-        .set("OVERSOLD_POSTGRES_IMAGE", NO_IMAGE)
+    let said = Role::new(service, "find", temp.path())
+        .set(service.setting("IMAGE"), NO_IMAGE)
         .said();
     assert_eq!(said["source"], "native");
     let reason = said["reason"].as_str().unwrap();
-    assert!(
-        reason.starts_with(&format!("DATABASE_URL is not set; image {NO_IMAGE} is not here")),
-        "{reason}"
-    );
+    let start = format!("{} is not set; image {NO_IMAGE} is not here", service.url_variable());
+    assert!(reason.starts_with(&start), "{reason}");
     forget_the_pull(&temp);
 }
 
@@ -1064,16 +1411,22 @@ fn forget_the_pull(temp: &Temp) {
     fs::remove_file(temp.path().join(note)).unwrap();
 }
 
-fn nothing_stays_behind(source: Source, end: End) {
+fn nothing_stays_behind(service: Service, source: Source, end: End) {
     let temp = temp();
-    let mut held = Role::new("hold", temp.path()).forced(source).held();
+    let mut held = Role::new(service, "hold", temp.path()).forced(source).held();
     let pids = held.processes();
     let containers = held.containers();
     let elsewhere = held.elsewhere();
     assert!(elsewhere.iter().all(|folder| folder.exists()), "{elsewhere:?}");
     match source {
         Source::Docker => assert!(containers.iter().all(|name| container_exists(name)) && containers.len() == 1),
-        _ => assert!(pids.len() > 4, "the keeper, the server and its children: {pids:?}"),
+        _ => {
+            let at_least = if service == Service::Postgres { 5 } else { 2 };
+            assert!(
+                pids.len() >= at_least,
+                "the keeper, the server and its children: {pids:?}"
+            );
+        }
     }
     TcpStream::connect(held.word("address")).unwrap();
 
@@ -1086,9 +1439,9 @@ fn nothing_stays_behind(source: Source, end: End) {
     assert!(!containers.iter().any(|name| container_exists(name)), "{containers:?}");
 }
 
-fn the_next_run_sweeps(source: Source) {
+fn the_next_run_sweeps(service: Service, source: Source) {
     let temp = temp();
-    let mut held = Role::new("hold", temp.path()).forced(source).held();
+    let mut held = Role::new(service, "hold", temp.path()).forced(source).held();
     let pids = held.processes();
     let containers = held.containers();
     let elsewhere = held.elsewhere();
@@ -1097,7 +1450,7 @@ fn the_next_run_sweeps(source: Source) {
     held.end(End::Kill);
     TcpStream::connect(held.word("address")).expect("without its keeper, the server outlives its owner");
 
-    Role::new("keep", temp.path()).succeeds();
+    Role::new(Service::Postgres, "keep", temp.path()).succeeds();
     temp.becomes_empty();
     until("every process to end", || {
         processes().iter().all(|process| !pids.contains(&process.pid))
@@ -1107,17 +1460,16 @@ fn the_next_run_sweeps(source: Source) {
 
 fn a_folder_whose_owner_lives_is_not_swept() {
     let temp = temp();
-    let mut held = Role::new("hold", temp.path()).forced(Source::Native).held();
+    let mut held = Role::new(Service::Postgres, "hold", temp.path())
+        .forced(Source::Native)
+        .held();
     kill_process(held.keeper(), Signal::KILL).unwrap();
-    Role::new("keep", temp.path()).succeeds();
+    Role::new(Service::Postgres, "keep", temp.path()).succeeds();
     until("the other run's folder to go", || names_in(temp.path()).len() == 1);
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime
-        .block_on(PgConnection::connect(held.word("url")))
-        .expect("the server is untouched");
+    TcpStream::connect(held.word("address")).expect("the server is untouched");
 
     held.end(End::Exit);
-    Role::new("keep", temp.path()).succeeds();
+    Role::new(Service::Postgres, "keep", temp.path()).succeeds();
     temp.becomes_empty();
 }
 
@@ -1128,7 +1480,7 @@ fn a_process_that_was_given_an_old_pid_is_left_alone() {
     fs::create_dir_all(stale.join("pids")).unwrap();
     fs::write(stale.join("owner"), "").unwrap();
     fs::write(stale.join("pids/postgres-0"), format!("{} 1\n", bystander.id())).unwrap();
-    Role::new("keep", temp.path()).succeeds();
+    Role::new(Service::Postgres, "keep", temp.path()).succeeds();
     temp.becomes_empty();
     let ended = bystander.try_wait().unwrap();
     bystander.kill().unwrap();
@@ -1138,7 +1490,7 @@ fn a_process_that_was_given_an_old_pid_is_left_alone() {
 
 fn a_process_that_ignores_the_signal_is_killed() {
     let temp = temp();
-    let said = Role::new("stubborn", temp.path()).said();
+    let said = Role::new(Service::Postgres, "stubborn", temp.path()).said();
     let pid = u32::try_from(said["pid"].as_u64().unwrap()).unwrap();
     temp.becomes_empty();
     until("the stubborn process to end", || {
@@ -1162,10 +1514,16 @@ fn a_program_that_starts_after_the_end_gives_up() {
 }
 
 /// `infra/setup.sh` with no setting but those it is given.
-fn setup() -> Command {
+fn setup(services: &[&str]) -> Command {
     let mut setup = Command::new("/bin/sh");
-    setup.arg(repository().join("infra/setup.sh"));
-    for setting in ["DATABASE_URL", "OVERSOLD_BACKENDS", "OVERSOLD_POSTGRES_IMAGE"] {
+    setup.arg(repository().join("infra/setup.sh")).args(services);
+    for setting in [
+        "DATABASE_URL",
+        "REDIS_URL",
+        "OVERSOLD_BACKENDS",
+        "OVERSOLD_POSTGRES_IMAGE",
+        "OVERSOLD_REDIS_IMAGE",
+    ] {
         setup.env_remove(setting);
     }
     setup
@@ -1175,23 +1533,37 @@ fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-fn setup_is_silent() {
+fn setup_is_silent(service: Service) {
     for (setting, value) in [
         ("OVERSOLD_BACKENDS", "native"),
-        ("DATABASE_URL", "postgres://me@db/sale"),
+        (service.url_variable(), "redis://me@db/0"),
     ] {
-        let output = setup().env(setting, value).output().unwrap();
+        let output = setup(&[service.name()]).env(setting, value).output().unwrap();
         assert_eq!(text(&output), "exit status: 0\n", "{setting}");
     }
 }
 
-fn setup_says_what_to_run() {
+fn setup_takes_the_names_of_services() {
+    let output = setup(&["mysql"]).output().unwrap();
+    assert_eq!(
+        text(&output),
+        "exit status: 2\nsetup: there is no service mysql; there are postgres and redis\n"
+    );
+
+    // Without a name, it is Postgres alone.
+    let mut all = setup(&[]);
+    all.env("DATABASE_URL", "postgres://me@db/sale")
+        .env("OVERSOLD_REDIS_BIN", "/nowhere");
+    assert_eq!(text(&all.output().unwrap()), "exit status: 0\n");
+}
+
+fn setup_says_what_to_run(service: Service) {
     // With no program on PATH but this one, nothing can be installed, whatever this machine has.
     let path = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink("/usr/bin/uname", path.path().join("uname")).unwrap();
     let nothing = || {
-        let mut setup = setup();
-        setup.env("PATH", path.path()).env("OVERSOLD_POSTGRES_BIN", "/nowhere");
+        let mut setup = setup(&[service.name()]);
+        setup.env("PATH", path.path()).env(service.setting("BIN"), "/nowhere");
         setup
     };
     for (forced, code, parts) in [
@@ -1199,9 +1571,9 @@ fn setup_says_what_to_run() {
             "",
             1,
             [
-                "there is no Postgres, and none can be installed from here",
+                &format!("there is no {service:?}, and none can be installed from here"),
                 "start a Docker engine",
-                "export DATABASE_URL=",
+                &format!("export {}={}://", service.url_variable(), service.name()),
             ],
         ),
         (
@@ -1223,16 +1595,18 @@ fn setup_says_what_to_run() {
     }
 }
 
-fn the_image_is_the_same_everywhere() {
+fn the_image_is_the_same_everywhere(service: Service) {
     let image = |file: &str| {
         let content = fs::read_to_string(repository().join(file)).unwrap();
-        let (_, from) = content
-            .split_once("postgres:1")
-            .unwrap_or_else(|| panic!("{file} names an image"));
-        let end = from.find(|c: char| !c.is_ascii_alphanumeric() && c != '-').unwrap();
-        from[..end].to_owned()
+        let before = content
+            .match_indices(&format!("{}:", service.name()))
+            .map(|(at, found)| &content[at + found.len()..])
+            .find(|tag| tag.starts_with(|c: char| c.is_ascii_digit()));
+        let tag = before.unwrap_or_else(|| panic!("{file} names an image"));
+        let end = tag.find(|c: char| !c.is_ascii_alphanumeric() && c != '-').unwrap();
+        tag[..end].to_owned()
     };
-    let suite = image("tests/src/backends/postgres/docker.rs");
+    let suite = image(&format!("tests/src/backends/{}/docker.rs", service.name()));
     assert_eq!(image("infra/setup.sh"), suite);
     assert_eq!(image("docker-compose.yml"), suite);
 }

@@ -264,9 +264,39 @@ fn a_reader_chooses_the_order(#[case] strategy: &str, #[case] order: &str, #[cas
     assert!(out(&output).contains(says), "{}\n{}", out(&output), err(&output));
 }
 
-#[test]
-fn doctor_tells_where_postgres_comes_from() {
-    let output = oversold(&["doctor"]);
-    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
-    assert!(out(&output).starts_with("postgres: "), "{}", out(&output));
+#[rstest]
+#[case::both("", 0, "postgres: ", "redis: ")]
+#[case::no_redis(
+    "OVERSOLD_REDIS_BIN",
+    0,
+    "postgres: ",
+    "redis: optional, as no level that is built needs it; there is no redis:"
+)]
+#[case::no_postgres("OVERSOLD_POSTGRES_BIN", 3, "redis: ", "")]
+fn doctor_tells_where_each_backend_comes_from(
+    #[case] nowhere: &str,
+    #[case] code: i32,
+    #[case] first: &str,
+    #[case] then: &str,
+) {
+    let mut doctor = command(&["doctor"]);
+    if !nowhere.is_empty() {
+        doctor
+            .env_remove("DATABASE_URL")
+            .env_remove("REDIS_URL")
+            .env("OVERSOLD_BACKENDS", "native")
+            .env(nowhere, "/nowhere");
+    }
+    let output = doctor.output().unwrap();
+    assert_eq!(output.status.code(), Some(code), "{}", err(&output));
+    let said = out(&output);
+    let (first_line, rest) = said.split_once('\n').unwrap();
+    assert!(first_line.starts_with(first), "{said}");
+    assert!(rest.starts_with(then), "{said}");
+    assert_eq!(
+        err(&output).contains("there is no postgres:"),
+        code == 3,
+        "{}",
+        err(&output)
+    );
 }

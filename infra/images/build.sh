@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the images of the backends on a machine that can't pull them: no registry is needed, only a Debian mirror and a Docker engine.
 #
-#   infra/images/build.sh [postgres…]        all of them unless named
+#   infra/images/build.sh [postgres|redis…]  all of them unless named
 #
 # Prints the lines to run in the shell, so that the suite uses them:
 #   eval "$(infra/images/build.sh)"
@@ -9,7 +9,7 @@
 set -eu
 cd "$(dirname "$0")"
 
-all=postgres
+all="postgres redis"
 base=oversold/debian:bookworm
 # Without one, debootstrap takes its own default.
 mirror=${OVERSOLD_DEBIAN_MIRROR:-}

@@ -9,9 +9,9 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use futures_util::StreamExt;
+use futures_util::{StreamExt, future::BoxFuture};
 use testcontainers_modules::testcontainers::{
-    ContainerAsync, ContainerRequest, Image, ImageExt,
+    ContainerRequest, Image, ImageExt, TestcontainersError,
     bollard::{
         Docker,
         errors::Error as EngineError,
@@ -45,10 +45,12 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
         .expect("a runtime needs a thread and an epoll, and both were to be had until here")
 });
 
+type Remove = Box<dyn FnOnce() -> BoxFuture<'static, Result<(), TestcontainersError>> + Send + Sync>;
+
 /// A container of a service, which goes when this is dropped.
-pub(super) struct Container<I: Image + 'static> {
-    /// Always there until the drop.
-    container: Option<ContainerAsync<I>>,
+pub(super) struct Container {
+    /// Asks the engine to remove it. Always there until the drop.
+    remove: Option<Remove>,
     name: String,
     host: String,
     port: u16,
@@ -62,9 +64,9 @@ pub(super) struct ImageName {
     pub(super) default: &'static str,
 }
 
-impl<I: Image + 'static> Container<I> {
+impl Container {
     /// Starts a container whose port `inside` can be reached at a port that stays the same when it is stopped and started. It need not be ready yet.
-    pub(super) async fn start(
+    pub(super) async fn start<I: Image + 'static>(
         service: &'static str,
         image: ImageName,
         request: impl Fn() -> ContainerRequest<I> + Send + 'static,
@@ -94,7 +96,7 @@ impl<I: Image + 'static> Container<I> {
                             host => host,
                         };
                         return Ok(Self {
-                            container: Some(container),
+                            remove: Some(Box::new(|| Box::pin(container.rm()))),
                             name,
                             host,
                             port,
@@ -152,8 +154,16 @@ impl<I: Image + 'static> Container<I> {
         Ok(u32::try_from(pid).ok().filter(|&pid| pid > 0))
     }
 
+    /// An error with its last words, unless it is up.
+    pub(super) async fn still_there(&self) -> anyhow::Result<()> {
+        if self.pid().await?.is_none() {
+            bail!("its container ended: {}", self.log().await?);
+        }
+        Ok(())
+    }
+
     /// The end of what it wrote.
-    pub(super) async fn log(&self) -> anyhow::Result<String> {
+    async fn log(&self) -> anyhow::Result<String> {
         let options = LogsOptionsBuilder::new().stdout(true).stderr(true).tail("10").build();
         self.ask(|engine, name| async move {
             let lines: Vec<_> = engine.logs(&name, Some(options)).collect().await;
@@ -172,14 +182,14 @@ impl<I: Image + 'static> Container<I> {
     }
 }
 
-impl<I: Image + 'static> Drop for Container<I> {
+impl Drop for Container {
     fn drop(&mut self) {
-        let Some(container) = self.container.take() else {
+        let Some(remove) = self.remove.take() else {
             return;
         };
         let (removed, wait) = mpsc::channel();
         RUNTIME.spawn(async move {
-            let _ = removed.send(container.rm().await);
+            let _ = removed.send(remove().await);
         });
         // Until it is struck out, the keeper sees to it.
         if let Ok(Ok(())) = wait.recv_timeout(REMOVED_WITHIN) {

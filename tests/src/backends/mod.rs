@@ -2,9 +2,11 @@
 //!
 //! Each service is looked for on its own, in this order, and one line on stderr says what was chosen and why:
 //!
-//! 1. **external**: its URL is set (`DATABASE_URL`).
-//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE` names another image.
-//! 3. **native**: its programs are on this machine. `OVERSOLD_POSTGRES_BIN` names their folder where they can't be found.
+//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`).
+//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE` and `OVERSOLD_REDIS_IMAGE` name other
+//!    images.
+//! 3. **native**: its programs are on this machine. `OVERSOLD_POSTGRES_BIN` and `OVERSOLD_REDIS_BIN` name their folders where they can't be
+//!    found.
 //!
 //! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
 //! this process ends, in whatever way it ends.
@@ -12,7 +14,10 @@
 mod docker;
 pub mod keeper;
 mod native;
+mod own;
 mod postgres;
+mod redis;
+mod search;
 
 use std::{
     collections::BTreeMap,
@@ -27,7 +32,9 @@ use serde::Serialize;
 use tokio::sync::OnceCell;
 
 pub use native::on_path;
-pub use postgres::{Database, Durability, Postgres, Private, program as postgres_program};
+pub use own::Private;
+pub use postgres::{Database, Durability, Postgres, program as postgres_program};
+pub use redis::{Prefix, Redis, Reply};
 
 /// The Postgres of this process: found or started once, and shared by all its tests. It trades durability for speed.
 ///
@@ -36,6 +43,16 @@ pub use postgres::{Database, Durability, Postgres, Private, program as postgres_
 pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
     static SHARED: OnceCell<Result<Arc<Postgres>, Missing>> = OnceCell::const_new();
     let found = SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
+    found.await.clone()
+}
+
+/// The Redis of this process: found or started once, and shared by all its tests.
+///
+/// # Errors
+/// There is none; the error says what was tried and how to get one. It is remembered.
+pub async fn redis() -> Result<Arc<Redis>, Missing> {
+    static SHARED: OnceCell<Result<Arc<Redis>, Missing>> = OnceCell::const_new();
+    let found = SHARED.get_or_init(|| async { Redis::find().await.map(Arc::new) });
     found.await.clone()
 }
 
@@ -71,7 +88,7 @@ impl fmt::Display for Source {
 /// What a service is and where it came from, as `oversold doctor` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The service: `postgres`.
+    /// The service: `postgres` or `redis`.
     pub service: &'static str,
     /// Where it comes from.
     pub source: Source,
@@ -121,7 +138,7 @@ pub enum Missing {
     /// No source has it.
     #[error("there is no {service}:{}\n{remedy}", lines(tried))]
     Nowhere {
-        /// The service: `Postgres`.
+        /// The service: `postgres` or `redis`.
         service: &'static str,
         /// The sources that were tried, and what was wrong with each.
         tried: Vec<(Source, String)>,
@@ -135,55 +152,6 @@ fn lines(tried: &[(Source, String)]) -> String {
         .iter()
         .map(|(source, reason)| format!("\n  {source}: {reason}"))
         .collect()
-}
-
-/// The source that `OVERSOLD_BACKENDS` forces, if it does.
-fn forced() -> Result<Option<Source>, Missing> {
-    const VARIABLE: &str = "OVERSOLD_BACKENDS";
-    match env::var_os(VARIABLE).as_ref().map(|held| held.to_str()) {
-        None | Some(Some("")) => Ok(None),
-        Some(Some("docker")) => Ok(Some(Source::Docker)),
-        Some(Some("native")) => Ok(Some(Source::Native)),
-        Some(held) => Err(Missing::BadSetting {
-            variable: VARIABLE,
-            held: held.unwrap_or("not UTF-8").to_owned(),
-            takes: "`docker` or `native`",
-        }),
-    }
-}
-
-/// Why no earlier source was chosen, in one line.
-fn reason(passed_over: &[(Source, String)]) -> String {
-    let reasons: Vec<&str> = passed_over
-        .iter()
-        .filter_map(|(_, reason)| reason.lines().next())
-        .collect();
-    reasons.join("; ")
-}
-
-/// What to do when there is no such service.
-fn remedy(service: &str, forced: Option<Source>) -> String {
-    let start_docker = "start a Docker engine";
-    let install = if cfg!(target_os = "macos") {
-        "`brew install postgresql@17`".to_owned()
-    } else {
-        [
-            ("apt-get", "apt-get install --yes postgresql"),
-            ("dnf", "dnf install postgresql-server"),
-            ("pacman", "pacman -S postgresql"),
-        ]
-        .into_iter()
-        .find(|(manager, _)| native::on_path(manager).is_some())
-        .map_or_else(
-            || format!("install {service}"),
-            |(_, command)| format!("`sudo {command}`"),
-        )
-    };
-    match forced {
-        Some(Source::Docker) => format!("To get one: {start_docker}, or unset OVERSOLD_BACKENDS."),
-        Some(_) => format!("To get one: {install}."),
-        None => format!("To get one: {install}, or {start_docker}."),
-    }
 }
 
 /// The error at the root of another, which says what is wrong without repeating where.

@@ -1,11 +1,310 @@
-//! What native servers have in common: where programs are, and who runs them.
+//! What native servers have in common: where programs are, who runs them, and a process that can be stopped and started.
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs::{self, File},
+    net::Ipv4Addr,
+    os::unix::{fs::chown, process::CommandExt},
     path::{Path, PathBuf},
-    process::Command,
-    sync::OnceLock,
+    process::{Child, Command, Stdio},
+    sync::{LazyLock, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
+
+use anyhow::bail;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{free_port, keeper, setting};
+
+/// How long an orderly shutdown may take.
+const ENDS_WITHIN: Duration = Duration::from_secs(30);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
+
+/// Whether a server's data may lie in memory, for as long as nobody needs it afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Memory {
+    IfThereIsRoom,
+    No,
+}
+
+/// The folders of a server: they go when this is dropped.
+pub(super) struct Home {
+    /// Its log.
+    folder: PathBuf,
+    /// Its data: the same folder, or one in memory.
+    data_folder: PathBuf,
+}
+
+impl Home {
+    pub(super) fn make(service: &str, memory: Memory) -> anyhow::Result<Self> {
+        let folder = keeper::folder(service)?;
+        let in_memory = match memory {
+            Memory::IfThereIsRoom => keeper::folder_in_memory(service)?,
+            Memory::No => None,
+        };
+        let home = Self {
+            data_folder: in_memory.unwrap_or_else(|| folder.clone()),
+            folder,
+        };
+        home.hand_over(&home.folder)?;
+        home.hand_over(&home.data_folder)?;
+        Ok(home)
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(super) fn data_folder(&self) -> &Path {
+        &self.data_folder
+    }
+
+    /// Gives a file to the user that the server runs as.
+    pub(super) fn hand_over(&self, file: &Path) -> anyhow::Result<()> {
+        if let Some(user) = unprivileged_user() {
+            chown(file, Some(user.uid), Some(user.gid))?;
+        }
+        Ok(())
+    }
+
+    /// One of the service's programs, as the user that it runs as, writing to the log.
+    pub(super) fn command(&self, program: &Path) -> anyhow::Result<Command> {
+        let log = File::options().create(true).append(true).open(self.log_file())?;
+        let mut command = keeper::command(program)?;
+        command
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        // Settings for clients of Postgres, such as PGDATA or PGPORT, are for other servers than this one.
+        for (variable, _) in env::vars_os() {
+            if variable.to_string_lossy().starts_with("PG") {
+                command.env_remove(variable);
+            }
+        }
+        if let Some(user) = unprivileged_user() {
+            command.uid(user.uid).gid(user.gid);
+        }
+        Ok(command)
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.folder.join("log")
+    }
+
+    /// The end of its log.
+    pub(super) fn log(&self) -> String {
+        const LINES: usize = 10;
+        let log = fs::read_to_string(self.log_file()).unwrap_or_else(|error| error.to_string());
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        // What goes wrong here, the keeper puts right.
+        for folder in [&self.data_folder, &self.folder] {
+            let _ = keeper::clear(folder);
+        }
+    }
+}
+
+/// A server as a process of this machine.
+pub(super) struct Process {
+    home: Home,
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    /// The argument that goes before the port.
+    port_argument: &'static str,
+    port: u16,
+    /// What ends it at once when nobody needs its data any more.
+    dropped_with: Signal,
+    child: Mutex<Option<Child>>,
+}
+
+impl Process {
+    /// A process that is yet to be launched.
+    pub(super) fn new(
+        home: Home,
+        program: PathBuf,
+        arguments: Vec<OsString>,
+        port_argument: &'static str,
+        dropped_with: Signal,
+    ) -> Self {
+        Self {
+            home,
+            program,
+            arguments,
+            port_argument,
+            port: 0,
+            dropped_with,
+            child: Mutex::default(),
+        }
+    }
+
+    /// Gives it a port that is free.
+    pub(super) fn choose_port(&mut self) -> anyhow::Result<()> {
+        self.port = free_port()?;
+        Ok(())
+    }
+
+    /// Whether it ended because somebody else was quicker to take its port.
+    pub(super) fn port_was_taken(&self) -> bool {
+        self.home.log().contains("Address already in use")
+    }
+
+    /// Where it can be reached.
+    pub(super) fn address(&self) -> (&str, u16) {
+        static HOST: LazyLock<String> = LazyLock::new(|| Ipv4Addr::LOCALHOST.to_string());
+        (&HOST, self.port)
+    }
+
+    /// Starts it, unless it is up. It need not be ready yet.
+    pub(super) fn launch(&self) -> anyhow::Result<()> {
+        let mut child = self.child();
+        if let Some(child) = child.as_mut()
+            && child.try_wait()?.is_none()
+        {
+            return Ok(());
+        }
+        let mut command = self.home.command(&self.program)?;
+        command
+            .args(&self.arguments)
+            .args([self.port_argument, &self.port.to_string()]);
+        *child = Some(command.spawn()?);
+        Ok(())
+    }
+
+    /// An error with its last words, unless it is up.
+    pub(super) fn still_there(&self) -> anyhow::Result<()> {
+        let name = self.name();
+        match self.child().as_mut() {
+            Some(child) => match child.try_wait()? {
+                None => Ok(()),
+                Some(status) => bail!("{name} ended ({status}): {}", self.home.log()),
+            },
+            None => bail!("{name} was stopped while it started"),
+        }
+    }
+
+    /// Shuts it down in order, unless it is down.
+    pub(super) async fn stop(&self) -> anyhow::Result<()> {
+        // For Postgres it is the "fast shutdown": clients are cut off, not waited for.
+        self.send(Signal::INT)?;
+        self.ended().await
+    }
+
+    /// Kills every process of it, unless it is down.
+    pub(super) async fn kill(&self) -> anyhow::Result<()> {
+        // Held still first, so that none of its processes is made or noticed to be missing between the look and the blow.
+        self.send(Signal::STOP)?;
+        if let Some(first) = self.pid() {
+            for pid in children(first)? {
+                // It may have ended by itself since.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+        self.send(Signal::KILL)?;
+        self.ended().await
+    }
+
+    /// Its first process, while it is up.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.child().as_ref().map(Child::id)
+    }
+
+    async fn ended(&self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            {
+                let mut child = self.child();
+                let up = match child.as_mut() {
+                    None => false,
+                    Some(child) => child.try_wait()?.is_none(),
+                };
+                if !up {
+                    *child = None;
+                    return Ok(());
+                }
+            }
+            if began.elapsed() > ENDS_WITHIN {
+                bail!(
+                    "{} did not end within {ENDS_WITHIN:?}: {}",
+                    self.name(),
+                    self.home.log()
+                );
+            }
+            tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+        }
+    }
+
+    fn send(&self, signal: Signal) -> anyhow::Result<()> {
+        // The lock keeps the child from being reaped, and so its pid from being somebody else's.
+        let mut child = self.child();
+        if let Some(child) = child.as_mut()
+            && child.try_wait()?.is_none()
+        {
+            kill_process(Pid::from_child(child), signal)?;
+        }
+        Ok(())
+    }
+
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn name(&self) -> String {
+        let name = self.program.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // What goes wrong here, the keeper puts right.
+        let _ = self.send(self.dropped_with);
+        let _ = self.send(Signal::CONT);
+        if let Some(mut child) = self.child().take() {
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The processes whose parent is this one.
+fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
+    let table = Command::new("ps").args(["-A", "-o", "ppid=", "-o", "pid="]).output()?;
+    let table = String::from_utf8_lossy(&table.stdout).into_owned();
+    let child = |line: &str| {
+        let (ppid, pid) = line.trim().split_once(char::is_whitespace)?;
+        let pid = pid.trim().parse().ok().and_then(Pid::from_raw)?;
+        (ppid.parse() == Ok(parent)).then_some(pid)
+    };
+    Ok(table.lines().filter_map(child).collect())
+}
+
+/// The folder that holds all these programs: the one that `variable` names, else the first of the usual ones.
+pub(super) fn programs(
+    variable: &str,
+    programs: &[&str],
+    mut usual: impl Iterator<Item = PathBuf>,
+    such_as: &str,
+) -> anyhow::Result<PathBuf> {
+    let holds_all = |folder: &PathBuf| programs.iter().all(|program| folder.join(program).is_file());
+    let names = programs.join(" and ");
+    let found = match setting(variable).map(PathBuf::from) {
+        Some(named) if holds_all(&named) => return Ok(named),
+        Some(named) => bail!("{variable} is `{}`, which does not hold {names}", named.display()),
+        None => usual.find(holds_all),
+    };
+    let neither = if programs.len() > 1 {
+        "are neither"
+    } else {
+        "is neither"
+    };
+    found.ok_or_else(|| anyhow::anyhow!("{names} {neither} on PATH nor in the usual places, {such_as}"))
+}
 
 /// A user without rights, for servers that refuse to run as root.
 #[derive(Clone, Copy, Debug)]

@@ -6,26 +6,39 @@ mod native;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    ops::Deref,
     str::FromStr,
     sync::Arc,
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use sqlx::{ConnectOptions, Connection, postgres::PgConnectOptions};
+use rand::distr::{Alphanumeric, SampleString};
+use sqlx::{
+    ConnectOptions, Connection,
+    postgres::{PgConnectOptions, PgSslMode},
+};
 use tokio::sync::{Mutex, OnceCell};
 
-use super::{Missing, Report, Source, forced, remedy, root, setting};
+use super::{
+    Missing, Private, Report, Source,
+    own::{Ask, NotReady, Own},
+    root,
+    search::{Candidate, Service, search},
+};
 pub use database::Database;
 use database::ExternalOwner;
 pub use native::program;
 
-const SERVICE: &str = "postgres";
+const SERVICE: Service = Service {
+    name: "postgres",
+    url_variable: URL_VARIABLE,
+    packages: &[
+        ("apt-get", "apt-get install --yes postgresql"),
+        ("dnf", "dnf install postgresql-server"),
+        ("pacman", "pacman -S postgresql"),
+        ("brew", "brew install postgresql@17"),
+    ],
+};
 const URL_VARIABLE: &str = "DATABASE_URL";
-/// How long a server may take from its start to its first answer.
-const READY_WITHIN: Duration = Duration::from_secs(60);
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 
 /// What a server that is started here may lose when the machine crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,22 +84,7 @@ pub struct Postgres {
 
 enum Server {
     External(ExternalOwner),
-    Own(Own),
-}
-
-/// A server that was started here.
-enum Own {
-    Docker(Box<docker::Server>),
-    Native(native::Server),
-}
-
-impl Own {
-    fn admin(&self) -> PgConnectOptions {
-        match self {
-            Self::Docker(server) => server.admin(),
-            Self::Native(server) => server.admin(),
-        }
-    }
+    Own(Arc<Own>),
 }
 
 impl Postgres {
@@ -103,84 +101,43 @@ impl Postgres {
     /// # Errors
     /// None can be started; the error says what was tried and how to get one.
     pub async fn private(durability: Durability) -> Result<Private, Missing> {
-        let found = Self::search(&[Source::Docker, Source::Native], durability).await;
-        found.map(Private)
+        let postgres = Self::search(&[Source::Docker, Source::Native], durability).await?;
+        let own = match &postgres.server {
+            Server::Own(own) => Arc::clone(own),
+            Server::External(_) => unreachable!("nobody looked for an external one"),
+        };
+        Ok(Private::new(postgres, own))
     }
 
     async fn search(order: &[Source], durability: Durability) -> Result<Self, Missing> {
-        let began = Instant::now();
-        let forced = forced()?;
-        let mut passed_over = Vec::new();
-        for &source in forced.as_ref().map_or(order, std::slice::from_ref) {
-            let found = match source {
-                Source::External => match setting(URL_VARIABLE) {
-                    None => Err(anyhow::anyhow!("{URL_VARIABLE} is not set")),
-                    // Whoever names a server wants that one, so nothing else is tried when it is not there.
-                    Some(url) => {
-                        let found = external(&url.to_string_lossy()).await;
-                        return Self::new(found, source, began, format!("{URL_VARIABLE} is set"))
-                            .await
-                            .map_err(|error| Missing::Nowhere {
-                                service: SERVICE,
-                                tried: vec![(source, format!("{error:#}"))],
-                                remedy: format!(
-                                    "Set {URL_VARIABLE} to a server that answers, or unset it to have one started."
-                                ),
-                            });
-                    }
-                },
-                Source::Docker => docker::Server::start(durability)
-                    .await
-                    .map(|server| started(Own::Docker(Box::new(server)))),
-                Source::Native => native::Server::start(durability).await.map(Own::Native).map(started),
+        search(&SERVICE, order, async |candidate| {
+            let (server, admin) = match candidate.source {
+                Source::External => external(&candidate.url).await?,
+                own => start(own, durability).await?,
             };
-            let reason = match forced {
-                Some(_) => "OVERSOLD_BACKENDS asks for it".to_owned(),
-                None => super::reason(&passed_over),
-            };
-            match Self::new(found, source, began, reason).await {
-                Ok(postgres) => return Ok(postgres),
-                Err(error) => passed_over.push((source, format!("{error:#}"))),
-            }
-        }
-        Err(Missing::Nowhere {
-            service: SERVICE,
-            tried: passed_over,
-            remedy: remedy(SERVICE, forced),
+            Self::new(server, admin, candidate).await
         })
+        .await
     }
 
-    async fn new(
-        found: anyhow::Result<(Server, PgConnectOptions)>,
-        source: Source,
-        began: Instant,
-        reason: String,
-    ) -> anyhow::Result<Self> {
-        let (server, admin) = found?;
+    async fn new(server: Server, admin: PgConnectOptions, candidate: Candidate) -> anyhow::Result<Self> {
         let mut connection = admin.connect().await?;
         let mut show = async |setting: &'static str| -> sqlx::Result<String> {
             let statement = sqlx::AssertSqlSafe(format!("show {setting}"));
             sqlx::query_scalar(statement).fetch_one(&mut connection).await
         };
-        let report = Report {
-            service: SERVICE,
-            source,
-            reason,
-            version: show("server_version").await?,
-            address: format!("{}:{}", admin.get_host(), admin.get_port()),
-            start_up_ms: u64::try_from(began.elapsed().as_millis())?,
-            durability: BTreeMap::from([
-                ("fsync", show("fsync").await?),
-                ("synchronous_commit", show("synchronous_commit").await?),
-                ("full_page_writes", show("full_page_writes").await?),
-            ]),
-        };
+        let version = show("server_version").await?;
+        let durability = BTreeMap::from([
+            ("fsync", show("fsync").await?),
+            ("synchronous_commit", show("synchronous_commit").await?),
+            ("full_page_writes", show("full_page_writes").await?),
+        ]);
         connection.close().await?;
-        eprintln!("{report}");
+        let address = format!("{}:{}", admin.get_host(), admin.get_port());
         Ok(Self {
             server,
             admin,
-            report,
+            report: candidate.report(version, address, durability)?,
             templates: Mutex::default(),
         })
     }
@@ -191,9 +148,51 @@ impl Postgres {
     }
 }
 
-fn started(server: Own) -> (Server, PgConnectOptions) {
-    let admin = server.admin();
-    (Server::Own(server), admin)
+/// Starts a server, and waits until it answers.
+async fn start(source: Source, durability: Durability) -> anyhow::Result<(Server, PgConnectOptions)> {
+    let password = Alphanumeric.sample_string(&mut rand::rng(), 32);
+    let ask: Ask = {
+        let password = password.clone();
+        Box::new(move |host, port| Box::pin(ask(admin(&host, port, &password))))
+    };
+    let own = match source {
+        Source::Docker => Own::in_container(docker::start(durability, password.clone()).await?, ask).await?,
+        _ => {
+            let password = password.clone();
+            let preparing = tokio::task::spawn_blocking(move || native::prepare(durability, &password));
+            Own::as_process(preparing.await??, ask).await?
+        }
+    };
+    let (host, port) = own.address();
+    let admin = admin(host, port, &password);
+    Ok((Server::Own(Arc::new(own)), admin))
+}
+
+/// How to reach the database for administration of a server that was started here.
+fn admin(host: &str, port: u16, password: &str) -> PgConnectOptions {
+    PgConnectOptions::new_without_pgpass()
+        .host(host)
+        .port(port)
+        .username("postgres")
+        .password(password)
+        .database("postgres")
+        .ssl_mode(PgSslMode::Disable)
+}
+
+/// Asks a server that was just started whether it is ready.
+async fn ask(admin: PgConnectOptions) -> Result<(), NotReady> {
+    /// Postgres: it is starting up, or shutting down.
+    const CANNOT_CONNECT_NOW: &str = "57P03";
+
+    let asked = async { admin.connect().await?.close().await };
+    asked.await.map_err(|error| NotReady {
+        comes_yet: match &error {
+            sqlx::Error::Io(_) => true,
+            sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
+            _ => false,
+        },
+        error: error.into(),
+    })
 }
 
 /// The server at a URL that the user gave.
@@ -221,102 +220,4 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))
-}
-
-/// Waits until a server answers that was just started. `still_there` says why there is nothing to wait for any more.
-async fn answers(
-    admin: &PgConnectOptions,
-    mut still_there: impl AsyncFnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    /// Postgres: it is starting up, or shutting down.
-    const CANNOT_CONNECT_NOW: &str = "57P03";
-
-    let began = Instant::now();
-    loop {
-        let error = match admin.connect().await {
-            Ok(connection) => return Ok(connection.close().await?),
-            Err(error) => error,
-        };
-        still_there().await?;
-        let comes_yet = match &error {
-            sqlx::Error::Io(_) => true,
-            sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
-            _ => false,
-        };
-        if !comes_yet || began.elapsed() > READY_WITHIN {
-            return Err(error).with_context(|| {
-                format!(
-                    "it was started, but did not answer at {}:{}",
-                    admin.get_host(),
-                    admin.get_port()
-                )
-            });
-        }
-        tokio::time::sleep(LOOK_AGAIN_AFTER).await;
-    }
-}
-
-/// A server that a test may break. It keeps its address.
-pub struct Private(Postgres);
-
-impl Deref for Private {
-    type Target = Postgres;
-
-    fn deref(&self) -> &Postgres {
-        &self.0
-    }
-}
-
-impl Private {
-    /// Shuts it down in order: connections are cut, what was committed is there when it starts again. Nothing happens if it is down.
-    ///
-    /// # Errors
-    /// It does not end in time.
-    pub async fn stop(&self) -> anyhow::Result<()> {
-        match self.own() {
-            Own::Docker(server) => server.stop().await,
-            Own::Native(server) => server.stop().await,
-        }
-    }
-
-    /// Kills all its processes, as a crash would. Nothing happens if it is down.
-    ///
-    /// # Errors
-    /// It can't be killed.
-    pub async fn kill(&self) -> anyhow::Result<()> {
-        match self.own() {
-            Own::Docker(server) => server.kill().await,
-            Own::Native(server) => server.kill().await,
-        }
-    }
-
-    /// Starts it again at the same address, and waits until it answers. Nothing happens if it is up.
-    ///
-    /// # Errors
-    /// It does not come up.
-    pub async fn start(&self) -> anyhow::Result<()> {
-        match self.own() {
-            Own::Docker(server) => server.launch().await,
-            Own::Native(server) => server.launch().await,
-        }
-    }
-
-    /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine
-    /// sees, which is one of this machine only if the engine runs on it.
-    ///
-    /// # Errors
-    /// The engine does not tell.
-    pub async fn pid(&self) -> anyhow::Result<Option<u32>> {
-        match self.own() {
-            Own::Docker(server) => server.pid().await,
-            Own::Native(server) => Ok(server.pid()),
-        }
-    }
-
-    fn own(&self) -> &Own {
-        match &self.0.server {
-            Server::Own(server) => server,
-            Server::External(_) => unreachable!("`Postgres::private` does not look for an external server"),
-        }
-    }
 }

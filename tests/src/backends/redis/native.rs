@@ -1,0 +1,49 @@
+//! Redis as a process of its own.
+
+use std::{fmt::Write as _, fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::PathBuf};
+
+use rustix::process::Signal;
+
+use super::{SERVICE, settings};
+use crate::backends::native::{Home, Memory, Process, on_path, programs};
+
+const BIN_VARIABLE: &str = "OVERSOLD_REDIS_BIN";
+const PROGRAM: &str = "redis-server";
+
+/// Writes its settings, for a process that is yet to be launched.
+pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
+    let on_path = on_path(PROGRAM).and_then(|program| Some(program.parent()?.to_owned()));
+    // Where Homebrew puts it.
+    let usual = ["/opt/homebrew/bin", "/usr/local/bin"].map(PathBuf::from);
+    let folder = programs(
+        BIN_VARIABLE,
+        &[PROGRAM],
+        on_path.into_iter().chain(usual),
+        "such as /usr/local/bin",
+    )?;
+
+    let home = Home::make(SERVICE.name, Memory::No)?;
+    // In a file, as everybody on this machine can see arguments.
+    let file = home.folder().join("redis.conf");
+    let mut content = "bind 127.0.0.1\n".to_owned();
+    for (setting, value) in settings(password) {
+        writeln!(content, "{setting} \"{value}\"")?;
+    }
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&file)?
+        .write_all(content.as_bytes())?;
+    home.hand_over(&file)?;
+    let arguments = vec![file.into_os_string()];
+    // It has nothing to tidy up.
+    let dropped_with = Signal::KILL;
+    Ok(Process::new(
+        home,
+        folder.join(PROGRAM),
+        arguments,
+        "--port",
+        dropped_with,
+    ))
+}

@@ -1,0 +1,179 @@
+//! A prefix of its own for the keys of every test.
+
+use std::{
+    collections::HashSet,
+    fmt, io,
+    net::TcpStream,
+    ops::Deref,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use tokio::time::timeout;
+
+use super::{
+    Redis, Server,
+    resp::{Connection, Place, Reply},
+};
+
+/// How long deleting may take. It is given up when the server hangs or is gone.
+const DELETED_WITHIN: Duration = Duration::from_secs(10);
+
+impl Redis {
+    /// A prefix that nobody else uses. Keys that begin with it go when it is dropped.
+    pub fn prefix(&self) -> Prefix {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let run = match &self.server {
+            Server::External(owner) => owner.number,
+            Server::Own(_) => 0,
+        };
+        Prefix {
+            // In braces, so that a cluster would keep all keys of a prefix in one slot.
+            text: format!("oversold:{{{run}.{number}}}:"),
+            place: self.place.clone(),
+            wait: matches!(self.server, Server::External(_)),
+        }
+    }
+}
+
+/// What all keys of a test begin with, such as `oversold:{1.2}:`. They are deleted when this is dropped.
+pub struct Prefix {
+    text: String,
+    place: Place,
+    /// Whether to wait until they are gone: where the server outlives this process, only then they are sure to be.
+    wait: bool,
+}
+
+impl Deref for Prefix {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.text)
+    }
+}
+
+impl Drop for Prefix {
+    fn drop(&mut self) {
+        let (place, pattern) = (self.place.clone(), format!("{}*", self.text));
+        // A thread and a runtime of its own: this may be dropped by a runtime, at its end, or outside of any.
+        let deleting = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let deleting = async {
+                let mut connection = place.connect().await?;
+                let keys = keys(&mut connection, &pattern).await?;
+                delete(&mut connection, keys).await
+            };
+            runtime.is_ok_and(|runtime| {
+                let deleted = runtime.block_on(async { timeout(DELETED_WITHIN, deleting).await });
+                matches!(deleted, Ok(Ok(())))
+            })
+        });
+        if self.wait && !deleting.join().unwrap_or(false) {
+            eprintln!("the keys under {self} could not be deleted; the next run tries again");
+        }
+    }
+}
+
+/// Tells other runs that this one is alive, and which keys of an external server are its own.
+pub(super) struct ExternalOwner {
+    number: u32,
+    /// Shown in `CLIENT LIST` under the owner's name for as long as this process lives.
+    _connection: TcpStream,
+}
+
+impl ExternalOwner {
+    /// Takes a number, and deletes the keys of runs that were killed before they could.
+    pub(super) async fn register(place: &Place) -> io::Result<Self> {
+        let number: u32 = rand::random();
+        let mut named = place.connect().await?;
+        named.obeyed(&["CLIENT", "SETNAME", &client_name(number)]).await?;
+
+        let mut sweeper = place.connect().await?;
+        // In this order: whoever has keys by now is named by now, or has ended.
+        let mut abandoned = keys(&mut sweeper, "oversold:{*}:*").await?;
+        let alive = match sweeper.obeyed(&["CLIENT", "LIST"]).await? {
+            Reply::Bulk(alive) => alive,
+            other => return Err(io::Error::other(format!("CLIENT LIST: {other:?}"))),
+        };
+        let alive: HashSet<&str> = alive
+            .split_whitespace()
+            .filter_map(|word| word.strip_prefix("name="))
+            .collect();
+        abandoned.retain(|key| owner_of(key).is_some_and(|number| !alive.contains(client_name(number).as_str())));
+        delete(&mut sweeper, abandoned).await?;
+        Ok(Self {
+            number,
+            _connection: named.into_stream()?,
+        })
+    }
+}
+
+fn client_name(number: u32) -> String {
+    format!("oversold:{number}")
+}
+
+/// The run whose key this is, if it is the key of one.
+fn owner_of(key: &str) -> Option<u32> {
+    let (run, prefix) = key.strip_prefix("oversold:{")?.split_once("}:")?.0.split_once('.')?;
+    prefix.parse::<u32>().ok()?;
+    run.parse().ok()
+}
+
+/// All keys that match a pattern.
+async fn keys(connection: &mut Connection, pattern: &str) -> io::Result<HashSet<String>> {
+    let mut keys = HashSet::new();
+    let mut cursor = "0".to_owned();
+    loop {
+        let reply = connection
+            .obeyed(&["SCAN", &cursor, "MATCH", pattern, "COUNT", "1000"])
+            .await?;
+        let Reply::Array(reply) = &reply else {
+            return Err(io::Error::other(format!("SCAN: {reply:?}")));
+        };
+        let [Reply::Bulk(next), Reply::Array(found)] = reply.as_slice() else {
+            return Err(io::Error::other(format!("SCAN: {reply:?}")));
+        };
+        keys.extend(found.iter().filter_map(|key| match key {
+            Reply::Bulk(key) => Some(key.clone()),
+            _ => None,
+        }));
+        if next == "0" {
+            return Ok(keys);
+        }
+        cursor.clone_from(next);
+    }
+}
+
+async fn delete(connection: &mut Connection, keys: HashSet<String>) -> io::Result<()> {
+    for key in keys {
+        connection.obeyed(&["DEL", &key]).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_keys_of_a_run_have_an_owner() {
+        for (key, owner) in [
+            ("oversold:{7.0}:lock", Some(7)),
+            ("oversold:{4294967295.12}:", Some(u32::MAX)),
+            ("oversold:{7}:lock", None),
+            ("oversold:{seven.0}:lock", None),
+            ("oversold:{7.0}lock", None),
+            ("undersold:{7.0}:lock", None),
+        ] {
+            assert_eq!(owner_of(key), owner, "{key}");
+        }
+    }
+}

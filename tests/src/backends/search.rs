@@ -1,0 +1,138 @@
+//! The search: the sources of a service, one after the other, until one of them has it.
+
+use std::{collections::BTreeMap, env, time::Instant};
+
+use super::{Missing, Report, Source, native, setting};
+
+/// What the search has to know of a service.
+pub(super) struct Service {
+    /// Its name in settings and messages.
+    pub(super) name: &'static str,
+    /// The environment variable with the URL of an external one.
+    pub(super) url_variable: &'static str,
+    /// The commands of package managers that install it, each after its manager.
+    pub(super) packages: &'static [(&'static str, &'static str)],
+}
+
+/// A source whose turn it is.
+pub(super) struct Candidate {
+    service: &'static Service,
+    pub(super) source: Source,
+    /// The URL of an external one, and nothing for the others.
+    pub(super) url: String,
+    reason: String,
+    began: Instant,
+}
+
+impl Candidate {
+    /// Says on stderr what was found, and hands it back as a report.
+    pub(super) fn report(
+        self,
+        version: String,
+        address: String,
+        durability: BTreeMap<&'static str, String>,
+    ) -> anyhow::Result<Report> {
+        let report = Report {
+            service: self.service.name,
+            source: self.source,
+            reason: self.reason,
+            version,
+            address,
+            start_up_ms: u64::try_from(self.began.elapsed().as_millis())?,
+            durability,
+        };
+        eprintln!("{report}");
+        Ok(report)
+    }
+}
+
+/// Has `take` try the sources in this order, or the forced one alone. The first that it can take is the one.
+pub(super) async fn search<T>(
+    service: &'static Service,
+    order: &[Source],
+    mut take: impl AsyncFnMut(Candidate) -> anyhow::Result<T>,
+) -> Result<T, Missing> {
+    let Service { name, url_variable, .. } = service;
+    let began = Instant::now();
+    let forced = forced()?;
+    let mut passed_over = Vec::new();
+    for &source in forced.as_ref().map_or(order, std::slice::from_ref) {
+        let (url, reason) = match (source, setting(url_variable)) {
+            (Source::External, None) => {
+                passed_over.push((source, format!("{url_variable} is not set")));
+                continue;
+            }
+            (Source::External, Some(url)) => (url.to_string_lossy().into_owned(), format!("{url_variable} is set")),
+            _ if forced.is_some() => (String::new(), "OVERSOLD_BACKENDS asks for it".to_owned()),
+            _ => (String::new(), reason(&passed_over)),
+        };
+        let candidate = Candidate {
+            service,
+            source,
+            url,
+            reason,
+            began,
+        };
+        match take(candidate).await {
+            Ok(found) => return Ok(found),
+            // Whoever names a server wants that one, so nothing else is tried when it is not there.
+            Err(error) if source == Source::External => {
+                return Err(Missing::Nowhere {
+                    service: name,
+                    tried: vec![(source, format!("{error:#}"))],
+                    remedy: format!("Set {url_variable} to a server that answers, or unset it to have one started."),
+                });
+            }
+            Err(error) => passed_over.push((source, format!("{error:#}"))),
+        }
+    }
+    Err(Missing::Nowhere {
+        service: name,
+        tried: passed_over,
+        remedy: remedy(service, forced),
+    })
+}
+
+/// The source that `OVERSOLD_BACKENDS` forces, if it does.
+fn forced() -> Result<Option<Source>, Missing> {
+    const VARIABLE: &str = "OVERSOLD_BACKENDS";
+    match env::var_os(VARIABLE).as_ref().map(|held| held.to_str()) {
+        None | Some(Some("")) => Ok(None),
+        Some(Some("docker")) => Ok(Some(Source::Docker)),
+        Some(Some("native")) => Ok(Some(Source::Native)),
+        Some(held) => Err(Missing::BadSetting {
+            variable: VARIABLE,
+            held: held.unwrap_or("not UTF-8").to_owned(),
+            takes: "`docker` or `native`",
+        }),
+    }
+}
+
+/// Why no earlier source was chosen, in one line.
+fn reason(passed_over: &[(Source, String)]) -> String {
+    let reasons: Vec<&str> = passed_over
+        .iter()
+        .filter_map(|(_, reason)| reason.lines().next())
+        .collect();
+    reasons.join("; ")
+}
+
+/// What to do when there is no such service.
+fn remedy(service: &Service, forced: Option<Source>) -> String {
+    let start_docker = "start a Docker engine";
+    let mut packages = service.packages.iter();
+    let install = packages.find(|(manager, _)| native::on_path(manager).is_some());
+    let install = match install {
+        Some((manager, command)) => {
+            // Homebrew refuses to run as root.
+            let sudo = if *manager == "brew" { "" } else { "sudo " };
+            format!("`{sudo}{command}`")
+        }
+        None => format!("install {}", service.name),
+    };
+    match forced {
+        Some(Source::Docker) => format!("To get one: {start_docker}, or unset OVERSOLD_BACKENDS."),
+        Some(_) => format!("To get one: {install}."),
+        None => format!("To get one: {install}, or {start_docker}."),
+    }
+}
