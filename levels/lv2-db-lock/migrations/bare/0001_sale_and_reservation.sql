@@ -20,9 +20,10 @@ create table reservation (
     changed_at  timestamptz not null default clock_timestamp()
 );
 
--- Not unique: they only make the look-ups quick.
-create index reservation_by_buyer on reservation (sale_id, buyer_id);
-create index reservation_by_key on reservation (sale_id, request_key);
+-- Not unique: they only make the look-ups quick. The sale comes last: a plan that was made while the table was empty would else be
+-- content with it, and read through all reservations of the sale.
+create index reservation_by_buyer on reservation (buyer_id, sale_id);
+create index reservation_by_key on reservation (request_key, sale_id);
 
 -- What the theatre and the judge read, the same two views in every level.
 create view sale_now as
