@@ -114,10 +114,10 @@ results: ## Measure again what the book says in figures
 	$(measure) rush lv2 --instances 3 --json results/lv2-rush-3.json
 	@infra/bench-tools.sh
 	for strategy in mutex pessimistic optimistic conditional-update; do \
-		$(measure) bench lv2/$$strategy --json results/lv2-bench-$$strategy.json || exit; \
+		$(measure) bench lv2/$$strategy --seconds 5 --json results/lv2-bench-$$strategy.json || exit; \
 	done
 	for strategy in pessimistic conditional-update; do \
-		$(measure) bench lv2/$$strategy --pools 1,2,4,8,16,64 --json results/lv2-pools-$$strategy.json || exit; \
+		$(measure) bench lv2/$$strategy --pools 1,2,4,8,16,64 --seconds 3 --rounds 3 --json results/lv2-pools-$$strategy.json || exit; \
 	done
 	$(MAKE) generated
 

@@ -80,7 +80,8 @@ impl Default for Settings {
         Self {
             database_url: None,
             // A hot row is served one after another: more connections only queue at its lock, and wake each other up.
-            database_pool_size: 8,
+            // Few: a hot row serves one transaction at a time, and whoever else stands before it is in its way. `oversold bench --pools` measures it.
+            database_pool_size: 4,
             host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 8080,
             strategy: None,
