@@ -1,6 +1,8 @@
-//! Broken: the mutex is given back before the commit, so the next buyer reads the stock that this one has not committed yet.
+//! Broken: the transaction is around the lock, so the mutex is given back before the commit, and the next buyer reads the stock that this
+//! one has not committed yet.
 //!
-//! Twin: `mutex`. In Spring it is `synchronized` on a `@Transactional` method: the proxy commits after the method has returned.
+//! Twin: `mutex`. In Spring it is `synchronized` on a `@Transactional` method: the proxy begins before the method is called, and commits
+//! after it has returned.
 //! Caught by I1 and I2.
 
 use async_trait::async_trait;
@@ -102,6 +104,8 @@ impl Mutex {
 impl Reserve for Mutex {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
         // ANCHOR: lock
+        let mut tx = self.stage.begin().await?;
+        steps.at("transaction begun").await;
         let lock = self.lock_of(order.sale);
         let guard = match lock.try_lock() {
             Ok(guard) => guard,
@@ -111,9 +115,6 @@ impl Reserve for Mutex {
             }
         };
         steps.at("mutex taken").await;
-
-        let mut tx = self.stage.begin().await?;
-        steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         drop(guard);
         steps.at("lock released").await;
