@@ -41,10 +41,8 @@ impl Page {
         let mut open: Option<(String, String)> = None;
         for (index, text) in text.lines().enumerate() {
             let start = text.trim_start();
-            let mark: String = start
-                .chars()
-                .take_while(|&c| Some(c) == start.chars().next() && (c == '`' || c == '~'))
-                .collect();
+            let first = start.chars().next().filter(|first| "`~".contains(*first));
+            let mark: String = start.chars().take_while(|&other| Some(other) == first).collect();
             let kind = match &open {
                 Some((fence, _)) if mark.starts_with(fence.as_str()) && start[mark.len()..].trim().is_empty() => {
                     open = None;
