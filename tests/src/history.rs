@@ -1,6 +1,6 @@
 //! A history: every request of a rush as its client saw it, and the rows once all was quiet.
 //!
-//! As a file it is JSON lines, one [`Line`] each: a header, then requests, rows and faults in any order. The judge believes nothing else.
+//! As a file it is JSON lines, one `Line` each: a header, then requests, rows and faults in any order. The judge believes nothing else.
 //! All times of requests and faults are microseconds on one monotonic clock of the client, counted from the start of the rush:
 //! *sent* before the first byte of the request, *answered* after the last byte of the answer. Times of rows are microseconds on the
 //! database's own clock. The two are never compared.
