@@ -13,8 +13,8 @@
 //! - Buyers who only ever used another buyer's key are no buyers for I7. A rate-limited request is no final answer there, nor for I9.
 //! - A refused order with a live row breaks I9, unless a request that is undecided was sent at the same time or later, or tickets were given back.
 //!   A confirmed one with no row at all is I4's.
-//! - An answer that the HTTP contract does not know ends nothing: it breaks I10, and may have taken a ticket. So does, where no fault struck, an
-//!   undecided repeat that no final answer follows, or a request without an answer. With faults, only what was sent after the last healing counts.
+//! - An answer that the HTTP contract does not know breaks I10, and may have taken a ticket. I10 is also broken, where no fault struck, by an
+//!   undecided repeat or an unanswered request that no final answer follows. With faults, only what was sent after the last healing counts.
 
 mod evidence;
 mod index;
