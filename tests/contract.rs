@@ -74,6 +74,7 @@ const FEW: Rush = Rush {
     clicks: 1,
     instances: 1,
     hold: Duration::ZERO,
+    commit: Duration::ZERO,
     pool_size: None,
     patience: Duration::from_secs(5),
     traced: false,

@@ -66,7 +66,11 @@ const STARVES: Promises = Promises::ALL_KEPT.breaks(&[Progress]).leaves_open(&[N
 #[case::retry_reuses_the_read("broken/retry-reuses-the-read", 1, OVERSELLS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
-    let rush = Rush::for_strategy(strategy(name)).instances(instances);
+    let rush = Rush {
+        // As long as a disk would make it: a lock that is given back before the commit must be seen to be.
+        commit: Duration::from_millis(1),
+        ..Rush::for_strategy(strategy(name)).instances(instances)
+    };
     contract(&program(), &LEVEL, name, rush, expected).await;
 }
 // ANCHOR_END: contract
@@ -350,6 +354,7 @@ const STORM: Rush = Rush {
     clicks: 1,
     instances: 1,
     hold: Duration::from_millis(1),
+    commit: Duration::ZERO,
     pool_size: Some(64),
     patience: Duration::from_secs(20),
     traced: true,

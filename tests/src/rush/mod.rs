@@ -41,6 +41,8 @@ pub struct Rush {
     pub instances: usize,
     /// Business time inside the critical section.
     pub hold: Duration,
+    /// How long the commit of a reservation takes at least. The suite's Postgres does not wait for a disk, as one that is durable does.
+    pub commit: Duration,
     /// Connections in each server's pool. `None`: the server's own default.
     pub pool_size: Option<u32>,
     /// How long a buyer repeats an undecided request before giving up; also the deadline of a single request.
@@ -59,6 +61,7 @@ impl Default for Rush {
             clicks: 1,
             instances: 1,
             hold: Duration::ZERO,
+            commit: Duration::ZERO,
             pool_size: None,
             patience: Duration::from_secs(20),
             traced: false,
@@ -136,6 +139,9 @@ impl Rush {
         ensure!(self.instances > 0, "a rush needs an instance to run against");
         let servers = Servers::start(self, database, program, level, strategy).await?;
         servers.open_sale(SALE, self.capacity).await?;
+        if !self.commit.is_zero() {
+            slow_commits_down(database, self.commit).await?;
+        }
 
         let gate = buyers::Gate::new(self, &servers)
             .await
@@ -172,6 +178,22 @@ impl Rush {
         };
         Ok(Report::new(self.instances, history, retries, &released.clock))
     }
+}
+
+/// From here on whoever commits a reservation waits for so long, in Postgres, before anybody else can see it.
+async fn slow_commits_down(database: &Database, by: Duration) -> anyhow::Result<()> {
+    let pool = database.pool(1).await?;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+        "create function take_time() returns trigger language plpgsql
+             as 'begin perform pg_sleep({}); return null; end';
+         create constraint trigger a_commit_takes_time after insert on reservation
+             deferrable initially deferred for each row execute function take_time();",
+        by.as_secs_f64()
+    )))
+    .execute(&pool)
+    .await?;
+    pool.close().await;
+    Ok(())
 }
 
 /// Carries out the plan, each fault at its moment, and writes down when it struck and when it was mended.
