@@ -11,9 +11,11 @@ N ?= 20
 
 package_lv1 := lv1-race-condition
 package_lv2 := lv2-db-lock
-levels := lv1 lv2
+package_lv3 := lv3-redis-lock
+levels := lv1 lv2 lv3
 package := $(package_$(LEVEL))
-# What each level needs besides Postgres. One that needs more says so here: services_lv3 := redis
+# What each level needs besides Postgres.
+services_lv3 := redis
 services := postgres $(if $(LEVEL),$(services_$(LEVEL)),$(sort $(foreach level,$(levels),$(services_$(level)))))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))

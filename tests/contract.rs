@@ -175,6 +175,7 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
             name: "stub",
             migrations: &MIGRATIONS,
         },
+        needs: &[],
         source: "tests/contract.rs",
         open: |_| Box::pin(async { anyhow::bail!("the stub is a program of its own") }),
     }

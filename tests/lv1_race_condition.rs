@@ -9,7 +9,7 @@ use box_office::{
 use lv1_race_condition::{BARE, LEVEL};
 use rstest::rstest;
 use suite::{
-    backends::{self, Durability, Postgres},
+    backends::{Durability, Postgres, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
@@ -136,8 +136,9 @@ async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &st
 #[case::check_then_insert("check-then-insert")]
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
-    let database = backends::postgres().await.unwrap().database(BARE).await.unwrap();
-    let talk = Talk::with(&database, &program(), &LEVEL, strategy(name)).await.unwrap();
+    let strategy = strategy(name);
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -149,8 +150,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 #[tokio::test]
 async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let database = postgres.database(BARE).await.unwrap();
-    let talk = Talk::with(&database, &program(), &LEVEL, strategy("read-then-write"))
+    let stand = Stand::on(&postgres, None, BARE).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy("read-then-write"))
         .await
         .unwrap();
     talk.opens_a_sale(1).await.unwrap();
@@ -186,10 +187,9 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
-    let database = backends::postgres().await.unwrap().database(BARE).await.unwrap();
-    let talk = Talk::with(&database, &program(), &LEVEL, strategy("read-then-write"))
-        .await
-        .unwrap();
+    let strategy = strategy("read-then-write");
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();

@@ -11,7 +11,8 @@ use box_office::{
 use lv2_db_lock::LEVEL;
 use rstest::rstest;
 use suite::{
-    backends, contract,
+    backends::Stand,
+    contract,
     crowd::bears_idle_and_slow_clients,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::judge,
@@ -305,13 +306,8 @@ fn every_broken_twin_differs_by_its_one_mistake() {
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let database = backends::postgres()
-        .await
-        .unwrap()
-        .database(strategy.schema)
-        .await
-        .unwrap();
-    let talk = Talk::with(&database, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -323,13 +319,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("pessimistic");
-    let database = backends::postgres()
-        .await
-        .unwrap()
-        .database(strategy.schema)
-        .await
-        .unwrap();
-    let talk = Talk::with(&database, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();

@@ -7,11 +7,11 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use box_office::{Invariant, Promise, SaleId, Schema};
+use box_office::{Invariant, Promise, SaleId, Schema, Service};
 use serde::Deserialize;
 use sqlx::migrate::Migrator;
 use suite::{
-    backends::{Durability, Postgres, keeper},
+    backends::{Durability, Services, keeper},
     rush::{Program, Servers},
 };
 
@@ -41,6 +41,7 @@ struct Strategy {
     name: String,
     place: String,
     clicks: u32,
+    needs: Vec<String>,
     alone: Promised,
 }
 
@@ -60,12 +61,16 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
         ensure!(file.exists(), "there is no {}: {what}", file.display());
     }
     let chosen = choose(list(&args.oversold)?, &args.levels)?;
-    let postgres = Postgres::find(Durability::Durable).await?;
+    let redis = chosen
+        .iter()
+        .any(|strategy| strategy.needs.iter().any(|name| name == Service::Redis.name()));
+    let needs: &[Service] = if redis { &[Service::Redis] } else { &[] };
+    let services = Services::find(Durability::Durable, needs).await?;
     let mut outcomes = vec![];
     for strategy in &chosen {
         let name = &strategy.name;
         eprintln!("{name}: Goose, then k6");
-        outcomes.extend(one(args, strategy, &postgres).await.with_context(|| name.clone())?);
+        outcomes.extend(one(args, strategy, &services).await.with_context(|| name.clone())?);
     }
     Ok(Outcome::print(&outcomes))
 }
@@ -99,13 +104,13 @@ fn choose(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strateg
     Ok(chosen.collect())
 }
 
-async fn one(args: &RushArgs, strategy: &Strategy, postgres: &Postgres) -> anyhow::Result<Vec<Outcome>> {
+async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyhow::Result<Vec<Outcome>> {
     let (level, name) = strategy.name.split_once('/').context("a name is LEVEL/STRATEGY")?;
     let program = Program::new(std::path::absolute(&args.oversold)?)
         .argument("serve")
         .argument(level);
-    let database = postgres.database(EMPTY).await?;
-    let servers = Servers::start_named(&suite::rush::Rush::default(), &database, &program, name).await?;
+    let stand = services.stand(EMPTY).await?;
+    let servers = Servers::start_named(&suite::rush::Rush::default(), &stand, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;
     let (crowd, clicks) = stress(args.crowd, strategy);
     let Promised { breaks, leaves_open } = &strategy.alone;
@@ -137,9 +142,9 @@ async fn one(args: &RushArgs, strategy: &Strategy, postgres: &Postgres) -> anyho
 /// Who has to come for the guarantee to be tried.
 ///
 /// Two clicks of one buyer that leave together do not arrive together: in either generator other buyers' requests come between them. Where
-/// they have to meet in the server, a fifth of the buyers come and click five times as often: as many requests, far more pairs of them.
+/// they have to meet in the server, few buyers come and click all the more often: as many requests, far more pairs of them.
 fn stress(crowd: Crowd, strategy: &Strategy) -> (Crowd, u32) {
-    const FEWER: u32 = 5;
+    const FEWER: u32 = 25;
 
     if strategy.alone.breaks.contains(&Invariant::NoDuplicate) {
         let buyers = crowd.buyers.div_ceil(FEWER);

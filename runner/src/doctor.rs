@@ -12,7 +12,7 @@ pub(crate) async fn doctor() -> anyhow::Result<Ended> {
     }
     match backends::redis().await {
         Ok(redis) => println!("{}", redis.report()),
-        Err(missing) => println!("redis: optional, as no level that is built needs it; {missing}"),
+        Err(missing) => println!("redis: only LV.3 needs it; {missing}"),
     }
     postgres?;
     Ok(Ended::AsPromised)

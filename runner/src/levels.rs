@@ -9,6 +9,8 @@ pub(crate) static LEVELS: &[&Level] = &[
     &lv1_race_condition::LEVEL,
     #[cfg(feature = "lv2")]
     &lv2_db_lock::LEVEL,
+    #[cfg(feature = "lv3")]
+    &lv3_redis_lock::LEVEL,
 ];
 
 /// A strategy and the level that it belongs to.

@@ -12,6 +12,8 @@ struct Listed {
     summary: &'static str,
     place: &'static str,
     clicks: u32,
+    /// The services besides Postgres.
+    needs: Vec<&'static str>,
     alone: Codes,
     together: Codes,
 }
@@ -55,6 +57,7 @@ fn listed() -> Vec<Listed> {
                 Place::Broken => "broken",
             },
             clicks: strategy.clicks,
+            needs: strategy.needs.iter().map(|service| service.name()).collect(),
             alone: strategy.guarantee.alone.into(),
             together: strategy.guarantee.together.into(),
         };

@@ -9,12 +9,12 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::{Invariant, Promise, Promises};
+use box_office::{Invariant, Promise, Promises, Service};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use suite::{
-    backends::{self, Durability, Postgres},
+    backends::{self, Durability, Services},
     judge::Conclusion,
     rush::{Answers, Latency, Program, Report, Rush},
 };
@@ -40,7 +40,12 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     // Before the run: nobody should wait for figures that can't be written, and the file is no change to the commit.
     let commit = commit();
     let json = args.json.as_deref().map(create).transpose()?;
-    let postgres = Postgres::find(Durability::Durable).await?;
+    let needs: Vec<Service> = chosen
+        .iter()
+        .flat_map(|choice| choice.strategy.needs)
+        .copied()
+        .collect();
+    let services = Services::find(Durability::Durable, &needs).await?;
 
     println!(
         "{} buyers, {} tickets, {} instance{}",
@@ -63,7 +68,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     }
     let mut results = vec![];
     for choice in &chosen {
-        let result = one(args, choice, &postgres).await.with_context(|| choice.name())?;
+        let result = one(args, choice, &services).await.with_context(|| choice.name())?;
         table.add_row(result.row());
         results.push(result);
     }
@@ -90,7 +95,8 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
             commit,
             release: !cfg!(debug_assertions),
             machine: Machine::this(),
-            postgres: postgres.report().clone(),
+            postgres: services.postgres.report().clone(),
+            redis: services.redis.as_ref().map(|redis| redis.report().clone()),
             capacity: args.capacity,
             buyers: args.buyers,
             instances: args.instances,
@@ -109,7 +115,7 @@ pub(crate) fn create(path: &Path) -> anyhow::Result<File> {
     File::create(path).with_context(|| format!("writing {}", path.display()))
 }
 
-async fn one(args: &RushArgs, choice: &Choice, postgres: &Postgres) -> anyhow::Result<Outcome> {
+async fn one(args: &RushArgs, choice: &Choice, services: &Services) -> anyhow::Result<Outcome> {
     let rush = Rush {
         capacity: args.capacity,
         buyers: args.buyers,
@@ -127,8 +133,8 @@ async fn one(args: &RushArgs, choice: &Choice, postgres: &Postgres) -> anyhow::R
         progress.set_message(format!("{}: the buyers come", choice.name()));
         progress.enable_steady_tick(Duration::from_millis(100));
     }
-    let database = postgres.database(choice.strategy.schema).await?;
-    let report = rush.run_on(&database, &program, choice.level, choice.strategy).await;
+    let stand = services.stand(choice.strategy.schema).await?;
+    let report = rush.run_on(&stand, &program, choice.level, choice.strategy).await;
     if let Some(progress) = progress {
         progress.finish_and_clear();
     }
@@ -151,6 +157,8 @@ struct Figures<'a> {
     release: bool,
     machine: Machine,
     postgres: backends::Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    redis: Option<backends::Report>,
     capacity: u32,
     buyers: u32,
     instances: u32,

@@ -51,6 +51,7 @@ static LEVEL: Level = Level {
             name: "nothing",
             migrations: &MIGRATIONS,
         },
+        needs: &[],
         source: "tests/examples/rush_of_nothing.rs",
         open: |_| Box::pin(async { anyhow::bail!("this server is a program of its own") }),
     }],

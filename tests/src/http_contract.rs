@@ -16,7 +16,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    backends::Database,
+    backends::Stand,
     rush::{Answered, Connection, Program, Rush, SALE, Servers, Steps},
 };
 
@@ -43,13 +43,8 @@ impl Talk {
     ///
     /// # Errors
     /// It does not start.
-    pub async fn with(
-        database: &Database,
-        program: &Program,
-        level: &Level,
-        strategy: &Strategy,
-    ) -> anyhow::Result<Self> {
-        Self::during(&Rush::default(), database, program, level, strategy).await
+    pub async fn with(stand: &Stand, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Self> {
+        Self::during(&Rush::default(), stand, program, level, strategy).await
     }
 
     /// Starts one server, as this rush would.
@@ -58,12 +53,12 @@ impl Talk {
     /// It does not start.
     pub async fn during(
         rush: &Rush,
-        database: &Database,
+        stand: &Stand,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Self> {
-        let servers = Servers::start(rush, database, program, level, strategy).await?;
+        let servers = Servers::start(rush, stand, program, level, strategy).await?;
         let address = *servers.live().borrow().first().context("one was started")?;
         Ok(Self { servers, address })
     }

@@ -11,7 +11,7 @@ use sqlx::{
     postgres::{PgPoolOptions, PgTransaction},
 };
 
-use crate::{Guarantee, No, Order, Outcome, Steps};
+use crate::{Guarantee, No, Order, Outcome, RedisUrl, Steps};
 
 /// One way to sell a ticket.
 #[async_trait]
@@ -21,6 +21,14 @@ pub trait Reserve: Send + Sync {
     /// # Errors
     /// A [`Refusal`](crate::Refusal) where "no" is the truth, [`Undecided`](crate::Undecided) where nobody can say.
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No>;
+
+    /// Whether the services that it needs besides Postgres answer. Part of the server's readiness.
+    ///
+    /// # Errors
+    /// One does not.
+    async fn ready(&self) -> Result<(), No> {
+        Ok(())
+    }
 }
 
 /// A level of the workbook. Each level's library exports one.
@@ -56,6 +64,8 @@ pub struct Strategy {
     pub clicks: u32,
     /// The tables it runs on.
     pub schema: Schema,
+    /// What it needs besides Postgres.
+    pub needs: &'static [Service],
     /// The path of its source file, from the root of the repository.
     pub source: &'static str,
     /// Makes it ready to sell.
@@ -64,6 +74,22 @@ pub struct Strategy {
 
 /// A strategy that is made ready to sell.
 pub type Opening = BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>;
+
+/// A service besides Postgres, which every strategy needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// Redis; a server finds it by `REDIS_URL`.
+    Redis,
+}
+
+impl Service {
+    /// As it is written in lists and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Redis => "redis",
+        }
+    }
+}
 
 /// Where a reader meets a strategy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +120,19 @@ pub struct Stage {
     pub hold: Duration,
     /// What a strategy raises each time it starts again because somebody else was quicker. Shown as `oversold_retries_total`.
     pub retries: Counter,
+    /// Where Redis is. There for every strategy that needs it.
+    pub redis: Option<RedisPlace>,
+}
+
+/// Where Redis is, and how a lock in it is to be taken.
+#[derive(Clone, Debug)]
+pub struct RedisPlace {
+    /// Its URL. The password in it shows nowhere.
+    pub url: RedisUrl,
+    /// What stands before every key and channel.
+    pub prefix: String,
+    /// How long a lock outlives its holder: `LOCK_LEASE_MS`.
+    pub lease: Duration,
 }
 
 impl Stage {

@@ -25,7 +25,7 @@ use tower::ServiceExt;
 use tracing::Instrument;
 
 use crate::{
-    DatabaseUrl, Level, Limits, Settings, Stage, Strategy,
+    DatabaseUrl, Level, Limits, RedisPlace, RedisUrl, Service, Settings, Stage, Strategy,
     http::{self, App},
     metrics::Metrics,
     stop::Stopper,
@@ -72,6 +72,9 @@ pub enum StartError {
     /// `DATABASE_URL` is not there.
     #[error("DATABASE_URL (--database-url) is not set; it takes {}", DatabaseUrl::TAKES)]
     NoDatabaseUrl,
+    /// `REDIS_URL` is not there, and the strategy needs it.
+    #[error("REDIS_URL (--redis-url) is not set; it takes {}", RedisUrl::TAKES)]
+    NoRedisUrl,
     /// The trace file can't be written.
     #[error("OVERSOLD_TRACE_FILE (--trace-file) holds {path:?}; it takes a file that can be written: {why}")]
     TraceFile {
@@ -118,7 +121,7 @@ impl StartError {
     /// The exit code of a program that fails with this: 2 for a wrong setting, 3 for a missing backend.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NoDatabaseUrl | Self::TraceFile { .. } | Self::Address { .. } => 2,
+            Self::NoDatabaseUrl | Self::NoRedisUrl | Self::TraceFile { .. } | Self::Address { .. } => 2,
             Self::Database { .. } | Self::Migrations { .. } | Self::Strategy { .. } => 3,
         }
     }
@@ -148,6 +151,14 @@ impl Server {
     ) -> Result<Self, StartError> {
         let name = format!("{}/{}", level.name, strategy.name);
         let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
+        let redis = match &settings.redis_url {
+            None if strategy.needs.contains(&Service::Redis) => return Err(StartError::NoRedisUrl),
+            url => url.clone().map(|url| RedisPlace {
+                url,
+                prefix: settings.redis_prefix.clone(),
+                lease: settings.lock_lease,
+            }),
+        };
         let recorder = match &settings.trace_file {
             None => None,
             Some(path) => Some(Recorder::create(path).map_err(|why| StartError::TraceFile {
@@ -169,6 +180,7 @@ impl Server {
             database: database.clone(),
             hold: settings.hold,
             retries: Counter::default(),
+            redis,
         };
         let retries = stage.retries.clone();
         let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {

@@ -34,6 +34,15 @@ pub struct Settings {
     /// How many connections to the database a server opens at most
     #[arg(long, env = "DATABASE_POOL_SIZE", value_name = "N", default_value_t = Settings::default().database_pool_size, value_parser = pool_size)]
     pub database_pool_size: u32,
+    /// The Redis server, for a strategy that needs one
+    #[arg(long, env = "REDIS_URL", hide_env_values = true, value_name = "URL")]
+    pub redis_url: Option<RedisUrl>,
+    /// What every key and channel in Redis begins with
+    #[arg(long, env = "REDIS_PREFIX", value_name = "TEXT", default_value = "oversold:", value_parser = prefix)]
+    pub redis_prefix: String,
+    /// How long a lock in Redis outlives its holder, in milliseconds: its lease
+    #[arg(long = "lock-lease-ms", env = "LOCK_LEASE_MS", value_name = "MS", default_value = "10000", value_parser = lease)]
+    pub lock_lease: Duration,
     /// The address to listen on
     #[arg(long, env = "HOST", value_name = "ADDRESS", default_value_t = Settings::default().host, value_parser = host)]
     pub host: IpAddr,
@@ -82,6 +91,9 @@ impl Default for Settings {
             // A hot row is served one after another: more connections only queue at its lock, and wake each other up.
             // Few: a hot row serves one transaction at a time, and whoever else stands before it is in its way. `oversold bench --pools` measures it.
             database_pool_size: 4,
+            redis_url: None,
+            redis_prefix: "oversold:".to_owned(),
+            lock_lease: Duration::from_secs(10),
             host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 8080,
             strategy: None,
@@ -182,6 +194,48 @@ impl fmt::Display for DatabaseUrl {
     }
 }
 
+/// Where Redis is. Its password shows nowhere.
+#[derive(Clone)]
+pub struct RedisUrl(url::Url);
+
+impl RedisUrl {
+    /// What the variable takes, for messages.
+    pub(crate) const TAKES: &'static str = "the URL of a Redis server, such as redis://:password@localhost:6379/0";
+
+    /// The whole URL, password included.
+    pub fn expose(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl FromStr for RedisUrl {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // The parser's own words may quote the URL, and with it the password.
+        let url = url::Url::parse(text).map_err(|_| Self::TAKES)?;
+        if url.scheme() != "redis" || url.host().is_none() {
+            return Err(Self::TAKES);
+        }
+        Ok(Self(url))
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RedisUrl(…)")
+    }
+}
+
+impl fmt::Display for RedisUrl {
+    /// Where Redis is, without who connects.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const USUAL_PORT: u16 = 6379;
+        let host = self.0.host_str().unwrap_or_default();
+        write!(f, "{host}:{}", self.0.port().unwrap_or(USUAL_PORT))
+    }
+}
+
 /// What an admin call has to carry. Shows nowhere.
 #[derive(Clone)]
 pub struct AdminToken(String);
@@ -237,6 +291,17 @@ fn port(text: &str) -> Result<u16, &'static str> {
 /// A reservation that holds longer than this would be cut off by the database's own time-outs.
 fn hold(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
+}
+
+fn lease(text: &str) -> Result<Duration, &'static str> {
+    whole_number(text, 10..=600_000, "a number of milliseconds, 10 to 600000").map(Duration::from_millis)
+}
+
+fn prefix(text: &str) -> Result<String, &'static str> {
+    if text.len() > 100 || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("at most 100 visible ASCII characters without spaces");
+    }
+    Ok(text.to_owned())
 }
 
 fn log_filter(text: &str) -> Result<String, &'static str> {

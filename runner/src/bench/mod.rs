@@ -20,7 +20,7 @@ use box_office::Invariant;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 use suite::{
-    backends::{self, Database, Durability, Postgres, Source},
+    backends::{self, Database, Durability, Services, Source, Stand},
     history::{FORMAT_VERSION, Header, History},
     judge::judge,
     rows,
@@ -65,19 +65,19 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
             "This is a debug build: its figures mean nothing. `cargo run --release --package oversold -- bench …`"
         );
     }
-    let postgres = Postgres::find(Durability::Durable).await?;
+    let services = Services::find(Durability::Durable, choice.strategy.needs).await?;
     let bench = Bench {
         choice,
         program: Program::new(env::current_exe()?)
             .argument("serve")
             .argument(choice.level.name),
         wrk: Wrk::new(wrk)?,
-        fdatasync_ms: match postgres.report().source {
+        fdatasync_ms: match services.postgres.report().source {
             Source::Native => Some(figures::fdatasync()?.as_secs_f64() * 1e3),
             // Their disks are elsewhere.
             Source::Docker | Source::External => None,
         },
-        postgres,
+        services,
         clients: args.clients,
         time: Duration::from_secs(args.seconds.into()),
     };
@@ -92,7 +92,7 @@ struct Bench {
     choice: Choice,
     program: Program,
     wrk: Wrk,
-    postgres: Postgres,
+    services: Services,
     fdatasync_ms: Option<f64>,
     clients: u32,
     time: Duration,
@@ -114,6 +114,8 @@ struct Figures<'a> {
     release: bool,
     machine: Machine,
     postgres: backends::Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    redis: Option<backends::Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fdatasync_ms: Option<f64>,
     strategy: String,
@@ -322,7 +324,7 @@ impl Bench {
 
     /// Says what it was measured on and whether it counts, and writes the file.
     fn end(&self, measured: Measured<'_>, void: &[String], json: Option<File>) -> anyhow::Result<Ended> {
-        let report = self.postgres.report();
+        let report = self.services.postgres.report();
         let setting = |name| report.durability.get(name).map_or("unknown", String::as_str);
         println!(
             "postgres {} ({}), fsync {}, synchronous_commit {}; fdatasync {}",
@@ -350,6 +352,7 @@ impl Bench {
                 release: !cfg!(debug_assertions),
                 machine: Machine::this(),
                 postgres: report.clone(),
+                redis: self.services.redis.as_ref().map(|redis| redis.report().clone()),
                 fdatasync_ms: self.fdatasync_ms,
                 strategy: self.choice.name(),
                 clients: self.clients,
@@ -368,20 +371,20 @@ impl Bench {
     }
 
     /// Starts a server on a database, and tells how long it took until it was ready.
-    async fn start(&self, database: &Database, pool: u32) -> anyhow::Result<(Servers, Duration)> {
+    async fn start(&self, stand: &Stand, pool: u32) -> anyhow::Result<(Servers, Duration)> {
         let rush = Rush {
             pool_size: Some(pool),
             ..Rush::default()
         };
         let began = Instant::now();
         let Choice { level, strategy } = self.choice;
-        let servers = Servers::start(&rush, database, &self.program, level, strategy).await?;
+        let servers = Servers::start(&rush, stand, &self.program, level, strategy).await?;
         Ok((servers, began.elapsed()))
     }
 
     async fn ours(&self, pool: u32) -> anyhow::Result<Round> {
-        let database = self.postgres.database(self.choice.strategy.schema).await?;
-        let (servers, ready) = self.start(&database, pool).await?;
+        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let (servers, ready) = self.start(&stand, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;
         let warm = self.wrk.run(address, self.clients, WARM_UP, 0).await?;
@@ -390,7 +393,9 @@ impl Bench {
             .run(address, self.clients, self.time, FIRST_MEASURED_BUYER)
             .await?;
         servers.stop().await?;
-        let (rows, void) = self.judge(&database, warm.confirmed() + load.confirmed()).await?;
+        let (rows, void) = self
+            .judge(stand.database(), warm.confirmed() + load.confirmed())
+            .await?;
         Ok(Round {
             load,
             ready,
@@ -406,14 +411,18 @@ impl Bench {
         time: Duration,
         void: &mut Vec<String>,
     ) -> anyhow::Result<Ceiling> {
-        let database = self.postgres.database(self.choice.strategy.schema).await?;
-        let (servers, _) = self.start(&database, 1).await?;
+        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let (servers, _) = self.start(&stand, 1).await?;
         servers.open_sale(SALE, STOCK).await?;
         servers.stop().await?;
         // As warm as ours.
-        let warm = pgbench.run(&database, clients, WARM_UP, 0).await?;
-        let ceiling = pgbench.run(&database, clients, time, FIRST_MEASURED_BUYER / 2).await?;
-        let (_, broken) = self.judge(&database, warm.transactions + ceiling.transactions).await?;
+        let warm = pgbench.run(stand.database(), clients, WARM_UP, 0).await?;
+        let ceiling = pgbench
+            .run(stand.database(), clients, time, FIRST_MEASURED_BUYER / 2)
+            .await?;
+        let (_, broken) = self
+            .judge(stand.database(), warm.transactions + ceiling.transactions)
+            .await?;
         void.extend(broken.into_iter().map(|reason| format!("the ceiling: {reason}")));
         Ok(ceiling)
     }
@@ -457,8 +466,8 @@ impl Bench {
 
     /// What a server holds once it is ready, and with a thousand connections open, in MiB.
     async fn memory(&self, pool: u32) -> anyhow::Result<(f64, f64)> {
-        let database = self.postgres.database(self.choice.strategy.schema).await?;
-        let (servers, _) = self.start(&database, pool).await?;
+        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let (servers, _) = self.start(&stand, pool).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;
         let pid = servers.pid(0).await?;
         let idle = figures::resident_mib(pid)?;

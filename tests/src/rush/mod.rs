@@ -20,7 +20,7 @@ pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
 
 use crate::{
-    backends::{self, Database},
+    backends::{Database, Stand},
     history::{FORMAT_VERSION, Fault, Header, History, Micros},
     rows,
 };
@@ -115,32 +115,32 @@ impl Rush {
         self
     }
 
-    /// Starts the servers on a fresh database of the shared Postgres, and runs the rush.
+    /// Starts the servers on a fresh database of the shared backends, and runs the rush.
     ///
     /// # Errors
     /// A backend is missing, or a server does not start or stop as it should. What buyers are told is never an error here: the judge
     /// decides about that.
     pub async fn run(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let database = backends::postgres().await?.database(strategy.schema).await?;
-        self.run_on(&database, program, level, strategy).await
+        let stand = Stand::shared(strategy).await?;
+        self.run_on(&stand, program, level, strategy).await
     }
 
-    /// The same, on a database of the caller's.
+    /// The same, on backends of the caller's.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn run_on(
         &self,
-        database: &Database,
+        stand: &Stand,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Report> {
         ensure!(self.instances > 0, "a rush needs an instance to run against");
-        let servers = Servers::start(self, database, program, level, strategy).await?;
+        let servers = Servers::start(self, stand, program, level, strategy).await?;
         servers.open_sale(SALE, self.capacity).await?;
         if !self.commit.is_zero() {
-            slow_commits_down(database, self.commit).await?;
+            slow_commits_down(stand.database(), self.commit).await?;
         }
 
         let gate = buyers::Gate::new(self, &servers)
@@ -159,7 +159,7 @@ impl Rush {
         let steps = servers.stop().await?;
         steps.add_to(&mut requests, started_us);
 
-        let pool = database.pool(1).await?;
+        let pool = stand.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
         let history = History {

@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use super::{Rush, connection::Connection};
 use crate::{
-    backends::{Database, keeper},
+    backends::{Stand, keeper},
     history::{self, Micros, Step},
 };
 
@@ -92,7 +92,7 @@ impl Servers {
     /// One does not start; with the end of its log.
     pub async fn start(
         rush: &Rush,
-        database: &Database,
+        stand: &Stand,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -103,28 +103,23 @@ impl Servers {
             level.name,
             strategy.name
         );
-        Self::start_named(rush, database, program, strategy.name).await
+        Self::start_named(rush, stand, program, strategy.name).await
     }
 
     /// The same for a strategy that is known by its name only, as the program knows it.
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub async fn start_named(
-        rush: &Rush,
-        database: &Database,
-        program: &Program,
-        strategy: &str,
-    ) -> anyhow::Result<Self> {
+    pub async fn start_named(rush: &Rush, stand: &Stand, program: &Program, strategy: &str) -> anyhow::Result<Self> {
         let admin_token = Uuid::new_v4().to_string();
-        let mut environment = vec![
-            ("DATABASE_URL", database.url()),
+        let mut environment = stand.environment();
+        environment.extend([
             ("HOST", "127.0.0.1".to_owned()),
             ("PORT", "0".to_owned()),
             ("STRATEGY", strategy.to_owned()),
             ("HOLD_MS", rush.hold.as_millis().to_string()),
             ("OVERSOLD_ADMIN_TOKEN", admin_token.clone()),
-        ];
+        ]);
         if let Some(pool_size) = rush.pool_size {
             environment.push(("DATABASE_POOL_SIZE", pool_size.to_string()));
         }

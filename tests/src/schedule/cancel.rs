@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::script::{answer_of, open_sale};
 use crate::{
-    backends,
+    backends::Stand,
     history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
     judge::judge,
     rows,
@@ -22,6 +22,9 @@ use crate::{
 
 /// Connections of the strategy's pool: few, so that one that is lost is missed.
 const CONNECTIONS: u32 = 2;
+
+/// How long a lock in Redis outlives its holder: longer than anybody waits here. A cancelled reservation has to give it back.
+const LEASE: Duration = Duration::from_secs(60);
 
 /// How long a transaction that nobody wants any more may keep its locks.
 const ROLLBACK_PATIENCE: Duration = Duration::from_secs(1);
@@ -56,14 +59,17 @@ impl Future for Limited<'_> {
 /// # Errors
 /// What stayed behind, and after how many polls.
 pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::Result<usize> {
-    let database = backends::postgres().await?.database(strategy.schema).await?;
-    let observer = database.pool(1).await?;
+    let stand = Stand::shared(strategy).await?;
+    let observer = stand.database().pool(1).await?;
     for polls in 0.. {
-        let pool = Stage::pool_options(CONNECTIONS).connect(&database.url()).await?;
+        let pool = Stage::pool_options(CONNECTIONS)
+            .connect(&stand.database().url())
+            .await?;
         let stage = Stage {
             database: pool.clone(),
             hold: Duration::ZERO,
             retries: Default::default(),
+            redis: stand.redis(LEASE)?,
         };
         let reserve = (strategy.open)(stage).await?;
         let sale = SaleId::try_from(polls + 1)?;

@@ -13,7 +13,7 @@ use tokio::{
 
 use super::cancel::{nothing_left_open, order, request};
 use crate::{
-    backends::{self, Database},
+    backends::Stand,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
     http_contract::Talk,
     judge::judge,
@@ -46,9 +46,9 @@ pub async fn hung_up_at_every_point(
     level: &Level,
     strategy: &Strategy,
 ) -> anyhow::Result<Vec<String>> {
-    let database = backends::postgres().await?.database(strategy.schema).await?;
-    let observer = database.pool(1).await?;
-    let points = points(&database, program, level, strategy).await?;
+    let stand = Stand::shared(strategy).await?;
+    let observer = stand.database().pool(1).await?;
+    let points = points(&stand, program, level, strategy).await?;
     let mut sale = 1;
     for point in &points {
         for leaves in [Leaves::Closing, Leaves::Resetting] {
@@ -59,7 +59,7 @@ pub async fn hung_up_at_every_point(
                 pool_size: Some(1),
                 ..Rush::default()
             };
-            let talk = Talk::during(&rush, &database, &program, level, strategy).await?;
+            let talk = Talk::during(&rush, &stand, &program, level, strategy).await?;
             hang_up(&talk, &observer, sale, leaves)
                 .await
                 .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
@@ -70,13 +70,8 @@ pub async fn hung_up_at_every_point(
 }
 
 /// Every point that a reservation comes to, in order.
-async fn points(
-    database: &Database,
-    program: &Program,
-    level: &Level,
-    strategy: &Strategy,
-) -> anyhow::Result<Vec<String>> {
-    let talk = Talk::during(&Rush::default().traced(), database, program, level, strategy).await?;
+async fn points(stand: &Stand, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Vec<String>> {
+    let talk = Talk::during(&Rush::default().traced(), stand, program, level, strategy).await?;
     talk.opens(1, 1).await?;
     let mut answer = vec![0; 64];
     send(talk.address(), 1).await?.read_exact(&mut answer).await?;

@@ -26,7 +26,7 @@ use super::{
     trace::{Event, Happened, Trace},
 };
 use crate::{
-    backends,
+    backends::Stand,
     history::{Answer, FORMAT_VERSION, Header, History, Micros, Refused, Request, Step},
     judge::in_words,
     rows,
@@ -37,6 +37,9 @@ const LOCK_RELEASED: &str = "lock released";
 
 /// How long a step may take before the script gives up and says what it waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a lock in Redis outlives its holder: longer than any script. Here a lease ends when a test ends it, not by itself.
+const LEASE: Duration = Duration::from_secs(600);
 
 /// How long to leave Postgres alone between two looks at who is blocked.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -54,7 +57,7 @@ pub struct Rehearsal {
     holders: Holders,
     sales: AtomicI64,
     /// Gone when this is.
-    _database: backends::Database,
+    _stand: Stand,
 }
 
 /// A sale of which every request is held at its scheduling points.
@@ -84,8 +87,9 @@ struct Shared {
 struct Board {
     trace: Trace,
     lanes: Vec<LaneState>,
-    /// Locks that were given back while somebody waited, each of which one waiter is about to get.
-    releases: usize,
+    /// Locks that were given back while somebody waited, each of which one waiter is about to get. Below zero where a waiter was seen to get its
+    /// lock before the one who gave it back came to say so.
+    releases: isize,
     /// Points where nobody is held.
     passes: &'static [&'static str],
 }
@@ -125,12 +129,14 @@ impl Rehearsal {
         /// More requests than this at once make no schedule that a person can read.
         const CONNECTIONS: u32 = 8;
 
-        let database = backends::postgres().await?.database(strategy.schema).await?;
+        let stand = Stand::shared(strategy).await?;
+        let database = stand.database();
         let holders = Holders::default();
         let stage = Stage {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             hold: Duration::ZERO,
             retries: Default::default(),
+            redis: stand.redis(LEASE)?,
         };
         Ok(Self {
             strategy,
@@ -138,7 +144,7 @@ impl Rehearsal {
             observer: database.pool(1).await?,
             holders,
             sales: AtomicI64::new(0),
-            _database: database,
+            _stand: stand,
         })
     }
 
@@ -603,7 +609,7 @@ impl Observer for Held {
             board.got_on(self.lane, standing);
             if sighting.step == LOCK_RELEASED {
                 board.releases += 1;
-                board.releases = board.releases.min(board.waiting());
+                board.releases = board.releases.min(board.waiting().cast_signed());
             }
             board.lanes[self.lane].steps.push(Step {
                 at_us: now_monotonic_us() - self.started_us,
@@ -650,7 +656,7 @@ impl Board {
     /// A request came to a new standing by itself. If it was waiting, it has got the lock.
     fn got_on(&mut self, lane: usize, standing: Standing) {
         if self.lanes[lane].standing == Standing::Waiting {
-            self.releases = self.releases.saturating_sub(1);
+            self.releases -= 1;
         }
         self.lanes[lane].standing = standing;
     }

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::App;
 use crate::{
-    Undecided,
+    No, Undecided,
     problem::{Problem, ProblemKind},
 };
 
@@ -26,7 +26,8 @@ pub(super) async fn alive() -> &'static str {
     "alive\n"
 }
 
-/// The database answers, through the pool that sells: a pool without a free connection is not ready for more.
+/// The backends answer: the database through the pool that sells (one without a free connection is not ready for more), and whatever else
+/// the strategy needs.
 #[utoipa::path(
     get,
     path = "/readyz",
@@ -34,11 +35,14 @@ pub(super) async fn alive() -> &'static str {
     responses((status = 200, description = "It does", body = str))
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Problem> {
-    let probe = sqlx::query("select 1").execute(&app.database);
+    let probe = async {
+        sqlx::query("select 1").execute(&app.database).await.map_err(No::from)?;
+        app.seller.ready().await
+    };
     // One statement and no transaction: nothing is lost when it is given up.
     match timeout(app.limits.probe_time, probe).await {
-        Ok(Ok(_)) => Ok("ready\n"),
-        Ok(Err(error)) => Err(error.into()),
+        Ok(Ok(())) => Ok("ready\n"),
+        Ok(Err(no)) => Err(no.into()),
         Err(_) => Err(ProblemKind::from(&Undecided::Overloaded.into()).into()),
     }
 }

@@ -1,0 +1,128 @@
+//! Looks whether the lock is still its own, then deletes it: two commands, and the lease may end in between.
+//!
+//! Twin: `spin`, which does both in a script. Caught by I1 and I2, in one exact order.
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use redis::Cmd;
+use sqlx::postgres::PgTransaction;
+use uuid::Uuid;
+
+use crate::lock::{Connections, Lease, Owner, Pauses, SpinLock, WAIT};
+
+/// Sells under a lock in Redis that is asked for again and again.
+pub struct Spin {
+    stage: Stage,
+    lock: SpinLock,
+}
+
+impl Spin {
+    /// Sells on this stage.
+    ///
+    /// # Errors
+    /// Redis does not answer.
+    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
+        let (connections, lease) = Connections::on(&stage).await?;
+        let lock = SpinLock::new(connections, Lease::Fixed(lease), Pauses::default())?;
+        Ok(Self { stage, lock })
+    }
+
+    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let stock: i64 = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        .bind(order.sale)
+        .fetch_optional(&mut **tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps.at("stock read").saw(stock).await;
+
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&mut **tx)
+        .await?;
+        if let Some(earlier) = earlier {
+            return Ok(earlier.answer(order)?);
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        sqlx::query(
+            "update sale
+                set stock = $2
+              where id = $1",
+        )
+        .bind(order.sale)
+        .bind(stock - 1)
+        .execute(&mut **tx)
+        .await?;
+        steps.at("stock written").saw(stock - 1).await;
+
+        let id = Uuid::now_v7();
+        sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, $2, $3, $4)",
+        )
+        .bind(id)
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&mut **tx)
+        .await?;
+        steps.at("reservation written").await;
+        Ok(Outcome::Confirmed(Reservation { id }))
+    }
+}
+
+#[async_trait]
+impl Reserve for Spin {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let name = format!("sale:{}", order.sale);
+        let owner = Owner::fresh();
+        let guard = match self.lock.try_acquire(&name, &owner).await? {
+            Some(guard) => guard,
+            None => {
+                steps.blocked("waits for the lock");
+                self.lock.acquire(&name, &owner, WAIT).await?
+            }
+        };
+        steps.at("lock taken").await;
+
+        let mut tx = self.stage.begin().await?;
+        steps.at("transaction begun").await;
+        let answer = self.sell(&mut tx, order, steps).await;
+        if answer.is_ok() {
+            tx.commit().await?;
+            steps.at("committed").await;
+        }
+        // After the commit, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        let redis = self.lock.connections();
+        let holder: Option<String> = redis.send(Cmd::get(redis.key(&name))).await?;
+        if holder.as_deref() == Some(owner.as_str()) {
+            steps.at("owner compared").await;
+            let _: i64 = redis.send(Cmd::del(redis.key(&name))).await?;
+        }
+        drop(guard);
+        steps.at("lock released").await;
+        answer
+    }
+
+    async fn ready(&self) -> Result<(), No> {
+        Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
+    }
+}

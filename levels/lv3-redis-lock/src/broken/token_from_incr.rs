@@ -1,0 +1,136 @@
+//! The token comes from a counter in Redis, and from nothing else.
+//!
+//! Twin: `fenced`, whose tokens follow a clock. When Redis loses its memory the counter begins again at 1, and the sale's fence refuses everybody:
+//! I10. The one late holder from before is still let through.
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use redis::Cmd;
+use uuid::Uuid;
+
+use crate::lock::{Connections, Lease, Owner, RLock, Tokens, WAIT};
+
+/// Sells under a lock in Redis, with a token that the row checks.
+pub struct Fenced {
+    stage: Stage,
+    lock: RLock,
+}
+
+impl Fenced {
+    /// Sells on this stage.
+    ///
+    /// # Errors
+    /// Redis does not answer.
+    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
+        let (connections, lease) = Connections::on(&stage).await?;
+        let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::Growing)?;
+        Ok(Self { stage, lock })
+    }
+
+    /// Every statement is a transaction of its own: it is the token that holds them together.
+    async fn sell(&self, token: i64, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let stock: Option<i64> = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        .bind(order.sale)
+        .fetch_optional(&self.stage.database)
+        .await?;
+        let mut stock = stock.ok_or(Refusal::UnknownSale)?;
+        if stock > 0 {
+            // Whoever may write raises the fence first, and reads behind it: nobody with an earlier token can write any more.
+            let behind_the_fence: Option<i64> = sqlx::query_scalar(
+                "update sale
+                    set fence = $2
+                  where id = $1
+                    and fence < $2
+              returning stock",
+            )
+            .bind(order.sale)
+            .bind(token)
+            .fetch_optional(&self.stage.database)
+            .await?;
+            stock = behind_the_fence.ok_or(Undecided::TimedOut)?;
+        }
+        steps.at("stock read").saw(stock).await;
+
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&self.stage.database)
+        .await?;
+        if let Some(earlier) = earlier {
+            return Ok(earlier.answer(order)?);
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        let id = Uuid::now_v7();
+        let written = sqlx::query(
+            "with sold as (
+                 update sale
+                    set stock = $3
+                  where id = $1
+                    and fence = $2
+              returning id
+             )
+             insert into reservation (id, sale_id, buyer_id, request_key)
+             select $4, sold.id, $5, $6
+               from sold",
+        )
+        .bind(order.sale)
+        .bind(token)
+        .bind(stock - 1)
+        .bind(id)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&self.stage.database)
+        .await?;
+        if written.rows_affected() == 0 {
+            // The lock was lost, and whoever has it now has raised the fence. Nothing was written, and the buyer asks again.
+            steps.at("write refused").await;
+            return Err(Undecided::TimedOut.into());
+        }
+        steps.at("reservation written").saw(stock - 1).await;
+        Ok(Outcome::Confirmed(Reservation { id }))
+    }
+}
+
+#[async_trait]
+impl Reserve for Fenced {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let name = format!("sale:{}", order.sale);
+        let owner = Owner::fresh();
+        let guard = match self.lock.try_acquire(&name, &owner).await? {
+            Some(guard) => guard,
+            None => {
+                steps.blocked("waits for the lock");
+                self.lock.acquire(&name, &owner, WAIT).await?
+            }
+        };
+        let redis = self.lock.connections();
+        let token: i64 = redis.send(Cmd::incr(format!("{}:count", redis.key(&name)), 1)).await?;
+        steps.at("lock taken").saw(token).await;
+
+        let answer = self.sell(token, order, steps).await;
+        let _ = guard.release().await;
+        steps.at("lock released").await;
+        answer
+    }
+
+    async fn ready(&self) -> Result<(), No> {
+        Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
+    }
+}

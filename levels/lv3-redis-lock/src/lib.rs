@@ -1,0 +1,171 @@
+//! LV.3: a lock in Redis, which every instance can take; its limit, and the token that mends it.
+
+pub mod broken;
+pub mod fenced;
+pub mod lock;
+pub mod rlock;
+pub mod spin;
+
+use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Service, Strategy};
+
+/// Tables without a constraint that could keep a guarantee in a strategy's place.
+pub const BARE: Schema = Schema {
+    name: "bare",
+    migrations: &sqlx::migrate!("migrations/bare"),
+};
+
+/// The same, with a fence in each sale.
+pub const FENCED: Schema = Schema {
+    name: "fenced",
+    migrations: &sqlx::migrate!("migrations/fenced"),
+};
+
+/// What LV.1 broke, kept, on any number of instances. Where a lease ends under its holder, `spin` and `rlock` keep it no longer.
+const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
+
+const OVERSELLS: Guarantee = Guarantee::on_any_number(
+    Promises::ALL_KEPT
+        .breaks(&[Invariant::NoOversell, Invariant::Conservation])
+        .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
+);
+
+/// The level, as the server, the suite and the runner use it.
+pub static LEVEL: Level = Level {
+    name: "lv3",
+    package: "lv3-redis-lock",
+    summary: "a distributed lock in Redis",
+    strategies: &[
+        Strategy {
+            name: "spin",
+            summary: "`set nx px`, asked for again and again, with a fixed lease",
+            place: Place::Trail,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/spin.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(spin::Spin::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "rlock",
+            summary: "a reentrant lock like Redisson's: woken by a message, renewed by a watchdog",
+            place: Place::Trail,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/rlock.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(rlock::Rlock::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "fenced",
+            summary: "the same lock with a token that the row checks: who comes too late is refused",
+            place: Place::Trail,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: FENCED,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/fenced.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(fenced::Fenced::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/does-nothing",
+            summary: "a lock named after the request, which nobody else asks for",
+            place: Place::Broken,
+            guarantee: OVERSELLS,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/does_nothing.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::does_nothing::Rlock::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/wrong-key",
+            summary: "the buyer's lock instead of the sale's",
+            place: Place::Broken,
+            guarantee: OVERSELLS,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/wrong_key.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::wrong_key::Rlock::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/no-lease",
+            summary: "a lock that does not end by itself",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/no_lease.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::no_lease::Spin::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/del-without-owner",
+            summary: "given back with `del`, whoever has it by now",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/del_without_owner.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::del_without_owner::Spin::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/get-then-del",
+            summary: "the owner is compared in one command, the lock deleted in the next",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/get_then_del.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::get_then_del::Spin::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/message-alone",
+            summary: "waits for the message of a release, and for nothing else",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/message_alone.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::message_alone::Rlock::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/watchdog-not-tied",
+            summary: "a watchdog that outlives the holder",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/watchdog_not_tied.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::watchdog_not_tied::Rlock::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/token-not-checked",
+            summary: "the row does not compare the token",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: FENCED,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/token_not_checked.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::token_not_checked::Fenced::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/token-from-incr",
+            summary: "the token comes from a counter alone",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: FENCED,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/token_from_incr.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::token_from_incr::Fenced::open(stage).await?) as _) }),
+        },
+    ],
+};

@@ -1,0 +1,283 @@
+//! What everybody who has a lock has in hand.
+
+use std::{
+    ops::Deref,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use redis::{RedisResult, Script, aio::ConnectionManager};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedMutexGuard, watch},
+    task::{AbortHandle, JoinHandle},
+};
+
+use super::{Lease, LockError, Owner};
+
+/// A lock that was taken. It is given back by [`Guard::release`], or in the background when it is dropped.
+///
+/// Having it does not mean that the lock is still held: a lease ends without asking. [`Guard::is_lost`] is what this process knows of it.
+#[must_use = "a guard that is dropped gives the lock back at once"]
+pub struct Guard {
+    /// Always there until it is given back.
+    holding: Option<Arc<Holding>>,
+    token: Option<i64>,
+}
+
+/// What came of giving a lock back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Released {
+    /// It is free.
+    Free,
+    /// Its owner had taken it more than once, and has it so many times more.
+    StillHeld(u64),
+    /// It was not this owner's any more: the lease had ended, or somebody forced it open. Nothing was changed.
+    NotOwner,
+}
+
+/// The scripts that give a lock back and renew it. Both change nothing unless the lock is the owner's.
+pub(super) struct Scripts {
+    pub(super) release: Script,
+    pub(super) renew: Script,
+}
+
+/// A lock as one owner holds it, shared by all guards of that owner.
+pub(super) struct Holding {
+    terms: Terms,
+    state: Arc<State>,
+    watch: AbortHandle,
+}
+
+/// What this process knows of a lock that it holds.
+struct State {
+    /// Until when the lock is held for sure, by this process's own clock. `None`: it is known to be lost.
+    until: watch::Sender<Option<Instant>>,
+    /// The place at the head of this process's queue. The next one here asks Redis once it is free.
+    head: Mutex<Option<OwnedMutexGuard<()>>>,
+}
+
+impl Deref for Holding {
+    type Target = Terms;
+
+    fn deref(&self) -> &Terms {
+        &self.terms
+    }
+}
+
+/// What is needed to take a lock, to renew it and to give it back.
+#[derive(Clone)]
+pub(super) struct Terms {
+    pub(super) key: String,
+    pub(super) channel: String,
+    pub(super) owner: Owner,
+    pub(super) lease: Lease,
+    pub(super) scripts: Arc<Scripts>,
+    pub(super) commands: ConnectionManager,
+}
+
+/// An attempt that Redis has not answered yet. If it is dropped before, nobody knows whether the lock was given, so it is given back.
+/// Commands go over one connection in their order: this one comes after the one that may have taken the lock.
+pub(super) struct Attempt(Option<Terms>);
+
+impl Attempt {
+    pub(super) fn answered(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        let Some(terms) = self.0.take() else { return };
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                if let Err(why) = terms.give_back().await {
+                    tracing::warn!(lock = terms.key, %why, "a lock may be taken until its lease ends");
+                }
+            });
+        }
+    }
+}
+
+impl Terms {
+    /// To be made right before Redis is asked for the lock.
+    pub(super) fn attempt(&self) -> Attempt {
+        Attempt(Some(self.clone()))
+    }
+
+    /// Gives back once what this owner may hold.
+    pub(super) async fn give_back(&self) -> RedisResult<Released> {
+        let holds: i64 = self
+            .scripts
+            .release
+            .key(&self.key)
+            .arg(self.owner.as_str())
+            .arg(&self.channel)
+            .invoke_async(&mut self.commands.clone())
+            .await?;
+        Ok(match u64::try_from(holds) {
+            Ok(0) => Released::Free,
+            Ok(holds) => Released::StillHeld(holds),
+            Err(_) => Released::NotOwner,
+        })
+    }
+
+    /// The lock was taken, by a command that was sent at `sent`.
+    pub(super) fn hold(self, sent: Instant, head: Option<OwnedMutexGuard<()>>) -> Holding {
+        let state = Arc::new(State {
+            until: watch::Sender::new(Some(sent + self.lease.time())),
+            head: Mutex::new(head),
+        });
+        let watch = match self.lease {
+            Lease::Fixed(_) => tokio::spawn(see_it_end(state.clone())),
+            Lease::Renewed(time) => tokio::spawn(renew(self.clone(), time, state.clone())),
+        };
+        Holding {
+            terms: self,
+            state,
+            watch: watch.abort_handle(),
+        }
+    }
+}
+
+impl Holding {
+    /// It was taken once more, by a command that was sent at `sent`: the lease runs afresh.
+    pub(super) fn taken_again(&self, sent: Instant) {
+        self.state.until.send_replace(Some(sent + self.lease.time()));
+    }
+
+    /// Whether it can no longer be said to be held.
+    pub(super) fn is_lost(&self) -> bool {
+        let until = *self.state.until.borrow();
+        until.is_none_or(|until| until <= Instant::now())
+    }
+}
+
+impl State {
+    /// It is lost. Others of this process may try their luck, though the guard is still there.
+    fn lose(&self) {
+        self.until.send_replace(None);
+        let head = self.head.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(head);
+    }
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        // No renewal outlives its holder.
+        self.watch.abort();
+    }
+}
+
+impl Guard {
+    pub(super) fn new(holding: Arc<Holding>, token: Option<i64>) -> Self {
+        Self {
+            holding: Some(holding),
+            token,
+        }
+    }
+
+    /// The fencing token: greater than every one that was handed out for this lock before. Where the protected resource refuses a smaller
+    /// token than the greatest it has seen, a holder that came too late can't do harm. `None` for a lock without tokens.
+    pub fn token(&self) -> Option<i64> {
+        self.token
+    }
+
+    /// Whether the lock is known to be lost, or can no longer be said to be held. "No" is true only at the moment of asking.
+    pub fn is_lost(&self) -> bool {
+        self.holding.as_ref().is_none_or(|holding| holding.is_lost())
+    }
+
+    /// Ends when the lock is lost.
+    pub async fn lost(&self) {
+        let Some(holding) = &self.holding else { return };
+        let mut until = holding.state.until.subscribe();
+        let _ = until.wait_for(Option::is_none).await;
+    }
+
+    /// Gives the lock back, and says whether it still was the owner's. It is given back even if nobody waits for the answer.
+    ///
+    /// # Errors
+    /// Redis does not answer; the lock ends with its lease.
+    pub async fn release(mut self) -> Result<Released, LockError> {
+        match self.give_back() {
+            Some(task) => match task.await {
+                Ok(released) => Ok(released?),
+                // Its runtime is shutting down.
+                Err(_) => Ok(Released::NotOwner),
+            },
+            None => Ok(Released::NotOwner),
+        }
+    }
+
+    /// In a task of its own: whoever awaits it may be cancelled.
+    fn give_back(&mut self) -> Option<JoinHandle<RedisResult<Released>>> {
+        let holding = self.holding.take()?;
+        let runtime = Handle::try_current().ok()?;
+        Some(runtime.spawn(async move {
+            let released = holding.give_back().await;
+            match &released {
+                Ok(Released::Free | Released::StillHeld(_)) => {}
+                Ok(Released::NotOwner) => {
+                    tracing::warn!(lock = holding.key, "a lock was lost before it was given back")
+                }
+                Err(why) => {
+                    tracing::warn!(lock = holding.key, %why, "a lock was not given back: it ends with its lease")
+                }
+            }
+            released
+        }))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+/// Waits for a fixed lease to end, which begins again each time the owner takes the lock once more.
+async fn see_it_end(state: Arc<State>) {
+    let mut known = state.until.subscribe();
+    loop {
+        let Some(until) = *known.borrow_and_update() else {
+            return;
+        };
+        tokio::time::sleep_until(until.into()).await;
+        if known.has_changed().is_ok_and(|changed| !changed) {
+            return state.lose();
+        }
+    }
+}
+
+/// The watchdog: renews a lease every third of its time, until the lock is lost. It keeps no guard alive.
+async fn renew(terms: Terms, time: Duration, state: Arc<State>) {
+    loop {
+        tokio::time::sleep(time / 3).await;
+        let sent = Instant::now();
+        let renewed: RedisResult<i64> = terms
+            .scripts
+            .renew
+            .key(&terms.key)
+            .arg(terms.owner.as_str())
+            .arg(terms.lease.millis())
+            .invoke_async(&mut terms.commands.clone())
+            .await;
+        match renewed {
+            Ok(1) => {
+                state.until.send_replace(Some(sent + time));
+            }
+            Ok(_) => {
+                tracing::warn!(lock = terms.key, "a lock was lost while it was held");
+                return state.lose();
+            }
+            // Once more at the next third, as long as the lease may still run.
+            Err(why) => {
+                tracing::warn!(lock = terms.key, %why, "a lease could not be renewed");
+                if state.until.borrow().is_none_or(|until| until <= Instant::now()) {
+                    return state.lose();
+                }
+            }
+        }
+    }
+}

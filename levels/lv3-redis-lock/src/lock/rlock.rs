@@ -1,0 +1,293 @@
+//! A reentrant lock: woken by a message, renewed by a watchdog, counted by owner.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use redis::{RedisResult, Script};
+use tokio::sync::{Mutex as Queue, OwnedMutexGuard};
+
+use super::{
+    Connections, Guard, Lease, LockError, Owner,
+    guard::{Holding, Scripts, Terms},
+    wakeup::Releases,
+};
+
+/// Whether a lock hands out fencing tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tokens {
+    /// It does not.
+    None,
+    /// Each acquisition gets a greater one than all before it, even if Redis lost its memory in between.
+    Growing,
+}
+
+/// A reentrant lock that any process can take.
+///
+/// The tasks of this process queue here, and only the first of them asks Redis. So a thousand waiters cost Redis no more than one.
+pub struct RLock {
+    connections: Connections,
+    lease: Lease,
+    tokens: Tokens,
+    acquire: Script,
+    force: Script,
+    scripts: Arc<Scripts>,
+    names: Mutex<HashMap<String, Name>>,
+}
+
+/// What this process knows of one lock.
+struct Name {
+    queue: Arc<Queue<()>>,
+    holder: Weak<Holding>,
+}
+
+/// A lock as anybody can see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Who holds it.
+    pub owner: String,
+    /// How often.
+    pub holds: u64,
+    /// How long it stays held at most, if it is not renewed.
+    pub left: Duration,
+}
+
+/// The first look, or the answer to it.
+enum Taken {
+    Yes { token: Option<i64>, sent: Instant },
+    No { left: Duration },
+}
+
+impl RLock {
+    /// Locks on this Redis, with this lease.
+    ///
+    /// # Errors
+    /// The lease is shorter than Redis can count.
+    pub fn new(connections: Connections, lease: Lease, tokens: Tokens) -> Result<Self, LockError> {
+        if lease.time() < Duration::from_millis(1) {
+            return Err(LockError::LeaseTooShort(lease.time()));
+        }
+        Ok(Self {
+            connections,
+            lease,
+            tokens,
+            acquire: Script::new(match tokens {
+                Tokens::None => include_str!("acquire.lua"),
+                Tokens::Growing => include_str!("acquire_with_token.lua"),
+            }),
+            force: Script::new(include_str!("force.lua")),
+            scripts: Arc::new(Scripts {
+                release: Script::new(include_str!("release.lua")),
+                renew: Script::new(include_str!("renew.lua")),
+            }),
+            names: Mutex::default(),
+        })
+    }
+
+    /// Takes the lock if it is free, or already this owner's.
+    ///
+    /// # Errors
+    /// Redis does not answer.
+    pub async fn try_acquire(&self, name: &str, owner: &Owner) -> Result<Option<Guard>, LockError> {
+        let head = match self.own_holding(name, owner) {
+            Some(holding) => return self.once_more(holding).await,
+            None => self.queue(name).try_lock_owned(),
+        };
+        // Somebody of this process has it, or is about to.
+        let Ok(head) = head else { return Ok(None) };
+        let terms = self.terms(name, owner);
+        Ok(match self.look(&terms).await? {
+            Taken::Yes { token, sent } => Some(self.hold(name, terms, token, sent, head)),
+            Taken::No { .. } => None,
+        })
+    }
+
+    /// Takes the lock, and waits for it so long at most. Nothing is left of a wait that is cancelled.
+    ///
+    /// # Errors
+    /// [`LockError::NotAcquired`] when the wait is over; or Redis does not answer.
+    pub async fn acquire(&self, name: &str, owner: &Owner, wait: Duration) -> Result<Guard, LockError> {
+        if let Some(holding) = self.own_holding(name, owner)
+            && let Some(guard) = self.once_more(holding).await?
+        {
+            return Ok(guard);
+        }
+        if wait.is_zero() {
+            let tried = self.try_acquire(name, owner).await?;
+            return tried.ok_or(LockError::NotAcquired(wait));
+        }
+        match tokio::time::timeout(wait, self.wait_for(name, owner)).await {
+            Ok(acquired) => acquired,
+            Err(_) => Err(LockError::NotAcquired(wait)),
+        }
+    }
+
+    /// Waits without end: first for its turn in this process, then for Redis.
+    async fn wait_for(&self, name: &str, owner: &Owner) -> Result<Guard, LockError> {
+        let queue = self.queue(name);
+        let (head, mut released) = match queue.clone().try_lock_owned() {
+            Ok(head) => (head, None),
+            Err(_) => {
+                // Whoever queues listens already, so that the subscription stays from one to the next.
+                let released = self.releases(name);
+                (queue.lock_owned().await, Some(released))
+            }
+        };
+        let terms = self.terms(name, owner);
+        loop {
+            let left = match self.look(&terms).await? {
+                Taken::Yes { token, sent } => return Ok(self.hold(name, terms, token, sent, head)),
+                Taken::No { left } => left,
+            };
+            match &mut released {
+                // Listens before it looks again: a message that was sent in between would be lost.
+                None => released = Some(self.releases(name)),
+                // By then it is free at the latest, unless it was renewed, even if the message is lost.
+                Some(released) => {
+                    let _ = tokio::time::timeout(left, released.next()).await;
+                }
+            }
+        }
+    }
+
+    /// Listens to the messages that tell of this lock's releases. To wait for such a message alone is a mistake: a holder that dies sends none,
+    /// and one that is sent while the connection is away is lost.
+    pub fn releases(&self, name: &str) -> Releases {
+        self.connections.wakeups.listen(self.channel(name))
+    }
+
+    /// Takes a lock again that this owner has.
+    ///
+    /// If this is cancelled, the lock may be counted once more than there are guards, and then it ends with its lease. Counting it once
+    /// less would free it under its owner.
+    async fn once_more(&self, holding: Arc<Holding>) -> Result<Option<Guard>, LockError> {
+        Ok(match self.ask(&holding).await? {
+            Taken::Yes { token, sent } => {
+                holding.taken_again(sent);
+                Some(Guard::new(holding, token))
+            }
+            // It was lost, and is somebody else's by now.
+            Taken::No { .. } => None,
+        })
+    }
+
+    /// Asks Redis for a lock that this owner does not have. If this is cancelled, the lock is given back.
+    async fn look(&self, terms: &Terms) -> RedisResult<Taken> {
+        let attempt = terms.attempt();
+        let taken = self.ask(terms).await?;
+        attempt.answered();
+        Ok(taken)
+    }
+
+    async fn ask(&self, terms: &Terms) -> RedisResult<Taken> {
+        let mut acquire = self.acquire.prepare_invoke();
+        acquire.key(&terms.key);
+        if self.tokens == Tokens::Growing {
+            acquire.key(format!("{}:token", terms.key));
+        }
+        acquire.arg(terms.owner.as_str()).arg(terms.lease.millis());
+        let sent = Instant::now();
+        let (taken, value): (u8, i64) = acquire.invoke_async(&mut terms.commands.clone()).await?;
+        Ok(match (taken, self.tokens) {
+            (1, Tokens::None) => Taken::Yes { token: None, sent },
+            (1, Tokens::Growing) => Taken::Yes {
+                token: Some(value),
+                sent,
+            },
+            _ => Taken::No {
+                // One without an end is none of ours: somebody else has to delete it.
+                left: u64::try_from(value).map_or(terms.lease.time(), Duration::from_millis),
+            },
+        })
+    }
+
+    /// The connections that it uses.
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
+    /// Opens the lock, whoever holds it. Says whether there was something to open; its holder learns of it at its next renewal or release.
+    ///
+    /// # Errors
+    /// Redis does not answer.
+    pub async fn force_release(&self, name: &str) -> Result<bool, LockError> {
+        let opened: i64 = self
+            .force
+            .key(self.connections.key(name))
+            .arg(self.channel(name))
+            .invoke_async(&mut self.connections.commands.clone())
+            .await?;
+        Ok(opened == 1)
+    }
+
+    /// Who holds the lock, if anybody does.
+    ///
+    /// # Errors
+    /// Redis does not answer.
+    pub async fn probe(&self, name: &str) -> Result<Option<Probe>, LockError> {
+        let key = self.connections.key(name);
+        let (holders, left_ms): (Vec<(String, u64)>, i64) = redis::pipe()
+            .atomic()
+            .cmd("HGETALL")
+            .arg(&key)
+            .cmd("PTTL")
+            .arg(&key)
+            .query_async(&mut self.connections.commands.clone())
+            .await?;
+        Ok(holders.into_iter().next().map(|(owner, holds)| Probe {
+            owner,
+            holds,
+            left: Duration::from_millis(u64::try_from(left_ms).unwrap_or(0)),
+        }))
+    }
+
+    fn terms(&self, name: &str, owner: &Owner) -> Terms {
+        Terms {
+            key: self.connections.key(name),
+            channel: self.channel(name),
+            owner: owner.clone(),
+            lease: self.lease,
+            scripts: self.scripts.clone(),
+            commands: self.connections.commands.clone(),
+        }
+    }
+
+    /// The lock is held from here on.
+    fn hold(&self, name: &str, terms: Terms, token: Option<i64>, sent: Instant, head: OwnedMutexGuard<()>) -> Guard {
+        let holding = Arc::new(terms.hold(sent, Some(head)));
+        if let Some(name) = self.names().get_mut(name) {
+            name.holder = Arc::downgrade(&holding);
+        }
+        Guard::new(holding, token)
+    }
+
+    fn channel(&self, name: &str) -> String {
+        format!("{}:released", self.connections.key(name))
+    }
+
+    fn names(&self) -> MutexGuard<'_, HashMap<String, Name>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queue of this process's tasks for a lock. Those that nobody uses are forgotten on the way.
+    fn queue(&self, name: &str) -> Arc<Queue<()>> {
+        const KEPT: usize = 1024;
+
+        let mut names = self.names();
+        if names.len() >= KEPT {
+            names.retain(|_, name| Arc::strong_count(&name.queue) > 1 || name.holder.strong_count() > 0);
+        }
+        let name = names.entry(name.to_owned()).or_insert_with(|| Name {
+            queue: Arc::default(),
+            holder: Weak::new(),
+        });
+        name.queue.clone()
+    }
+
+    fn own_holding(&self, name: &str, owner: &Owner) -> Option<Arc<Holding>> {
+        let holding = self.names().get(name)?.holder.upgrade()?;
+        (holding.owner == *owner && !holding.is_lost()).then_some(holding)
+    }
+}

@@ -1,0 +1,230 @@
+//! LV.3: the contract kept by a lock in Redis, on any number of instances; and what happens where its lease ends under its holder.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{path::Path, time::Duration};
+
+use box_office::{
+    Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
+    Place, Promises, Strategy,
+};
+use lv3_redis_lock::LEVEL;
+use rstest::rstest;
+use suite::{
+    backends::Stand,
+    contract,
+    crowd::bears_idle_and_slow_clients,
+    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    restarts,
+    rush::{Program, Rush, SALE},
+    schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
+    twins::differ_by_one_mistake,
+};
+
+fn program() -> Program {
+    // A lock outlives its holder for so long. Short: what is tested here is what happens then.
+    Program::new(env!("CARGO_BIN_EXE_lv3-redis-lock")).variable("LOCK_LEASE_MS", "500")
+}
+
+fn strategy(name: &str) -> &'static Strategy {
+    LEVEL
+        .strategy(name)
+        .unwrap_or_else(|| panic!("LV.3 has no strategy {name}"))
+}
+
+const KEEPS: Promises = Promises::ALL_KEPT;
+const OVERSELLS: Promises = Promises::ALL_KEPT
+    .breaks(&[NoOversell, Conservation])
+    .leaves_open(&[NoDuplicate, OneAnswer]);
+
+// ANCHOR: contract
+#[rstest]
+// ANCHOR: spin-cases
+#[case::spin("spin", 1, KEEPS)]
+#[case::spin_on_three("spin", 3, KEEPS)]
+// ANCHOR_END: spin-cases
+// ANCHOR: rlock-cases
+#[case::rlock("rlock", 1, KEEPS)]
+#[case::rlock_on_three("rlock", 3, KEEPS)]
+// ANCHOR_END: rlock-cases
+// ANCHOR: fenced-cases
+#[case::fenced("fenced", 1, KEEPS)]
+#[case::fenced_on_three("fenced", 3, KEEPS)]
+// ANCHOR_END: fenced-cases
+#[case::does_nothing("broken/does-nothing", 1, OVERSELLS)]
+#[case::does_nothing_on_three("broken/does-nothing", 3, OVERSELLS)]
+#[case::wrong_key("broken/wrong-key", 1, OVERSELLS)]
+#[case::wrong_key_on_three("broken/wrong-key", 3, OVERSELLS)]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
+    let rush = Rush {
+        // As long as a disk would make it: a lock that is given back before the commit must be seen to be.
+        commit: Duration::from_millis(1),
+        ..Rush::for_strategy(strategy(name)).instances(instances)
+    };
+    contract(&program(), &LEVEL, name, rush, expected).await;
+}
+// ANCHOR_END: contract
+
+/// Where nothing happens that another request could see: holding a request there only tries the same order again.
+const PASSES: &[&str] = &["lock taken", "transaction begun", "reservation written", "committed"];
+
+/// Two requests, every feasible order.
+const TWO_BUYERS: Scenario = Scenario {
+    capacity: 1,
+    clicks: &[1, 1],
+    passes: PASSES,
+    preemptions: None,
+};
+/// One buyer clicks twice, every feasible order.
+const TWO_CLICKS: Scenario = Scenario {
+    capacity: 2,
+    clicks: &[2],
+    passes: PASSES,
+    preemptions: None,
+};
+/// Three requests, two of them of one buyer, at most two preemptions.
+const THREE: Scenario = Scenario {
+    capacity: 2,
+    clicks: &[2, 1],
+    passes: PASSES,
+    preemptions: Some(2),
+};
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn no_order_of_steps_breaks_it(#[case] name: &str) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    for scenario in [TWO_BUYERS, TWO_CLICKS, THREE] {
+        let explored = rehearsal.explore(scenario).await.unwrap();
+        println!(
+            "{name}, {scenario:?}: {} orders, {} with a wait",
+            explored.orders, explored.blocked
+        );
+        if let Some(broken) = explored.broken.first() {
+            panic!(
+                "{} of {} orders break it, such as\n{}\n{}",
+                explored.broken.len(),
+                explored.orders,
+                broken.trace,
+                broken.verdict
+            );
+        }
+    }
+}
+
+#[rstest]
+#[case::does_nothing("broken/does-nothing")]
+#[case::wrong_key("broken/wrong-key")]
+#[tokio::test]
+async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let explored = rehearsal.explore(TWO_BUYERS).await.unwrap();
+    println!(
+        "{name}: {} of {} orders break it",
+        explored.broken.len(),
+        explored.orders
+    );
+    assert!(
+        !explored.broken.is_empty(),
+        "none of {} orders breaks it",
+        explored.orders
+    );
+}
+
+/// One reservation, however often the buyer clicks at once, and wherever.
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
+    let rush = Rush {
+        buyers: 4,
+        clicks: 50,
+        instances: 3,
+        ..Rush::default()
+    };
+    let report = contract(&program(), &LEVEL, name, rush, KEEPS).await;
+    assert_eq!(report.verdict.tally.sold, 4);
+}
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn a_reservation_can_be_cancelled_anywhere(#[case] name: &str) {
+    let cancelled = cancelled_after_every_poll(strategy(name)).await.unwrap();
+    println!("{name}: cancelled {cancelled} times");
+}
+
+#[rstest]
+#[case::spin("spin", "committed")]
+#[case::rlock("rlock", "committed")]
+#[case::fenced("fenced", "reservation written")]
+#[tokio::test]
+async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str, #[case] last: &str) {
+    let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
+        .await
+        .unwrap();
+    println!("{name}: hung up at {points:?}");
+    assert!(points.iter().any(|point| point == last), "{points:?}");
+}
+
+#[test]
+fn every_broken_twin_differs_by_its_one_mistake() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let pairs = differ_by_one_mistake(&source).unwrap_or_else(|error| panic!("{error:#}"));
+    let listed = LEVEL
+        .strategies
+        .iter()
+        .filter(|strategy| strategy.place == Place::Broken);
+    assert_eq!(pairs, listed.count());
+}
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn the_http_contract_holds(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+
+    sells_refuses_and_repeats(&talk).await.unwrap();
+    refuses_bad_input(&talk).await.unwrap();
+    let sale = talk.sale(SALE).await.unwrap();
+    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
+    talk.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
+    let strategy = strategy("rlock");
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    println!("they cost {kib} KiB");
+    talk.stop().await.unwrap();
+}
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided(#[case] name: &str) {
+    let strategy = strategy(name);
+    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+}
+
+#[tokio::test]
+async fn a_rolling_restart_leaves_nobody_undecided() {
+    let strategy = strategy("rlock");
+    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+}
