@@ -4,6 +4,7 @@ use std::{
     env,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
@@ -110,7 +111,7 @@ async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyho
         .argument("serve")
         .argument(level);
     let stand = services.stand(EMPTY).await?;
-    let servers = Servers::start_named(&suite::rush::Rush::default(), &stand, &program, name).await?;
+    let servers = Servers::start_named(&setting(strategy), &stand, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;
     let (crowd, clicks) = stress(args.crowd, strategy);
     let Promised { breaks, leaves_open } = &strategy.alone;
@@ -137,6 +138,17 @@ async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyho
     ];
     servers.stop().await?;
     Ok(outcomes)
+}
+
+/// How the server is set up. Where two clicks of one buyer have to meet in it, more requests are let to the database at once than by default,
+/// and each takes its time there, as one that asks for a payment does.
+fn setting(strategy: &Strategy) -> suite::rush::Rush {
+    let mut setting = suite::rush::Rush::default();
+    if strategy.alone.breaks.contains(&Invariant::NoDuplicate) {
+        setting.pool_size = Some(32);
+        setting.hold = Duration::from_millis(5);
+    }
+    setting
 }
 
 /// Who has to come for the guarantee to be tried.
