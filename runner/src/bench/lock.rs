@@ -33,7 +33,9 @@ const WAIT: Duration = Duration::from_secs(60);
 /// What all keys begin with, as those of a server do.
 const PREFIX: &str = "oversold:";
 /// The tasks of ours, and the connections of redis-benchmark.
-const CLIENTS: usize = 50;
+const CLIENTS: u32 = 50;
+/// redis-benchmark twice, as connections and commands on the way in each: a connection for each client, and one for all.
+const SHAPES: [(u32, u32); 2] = [(CLIENTS, 1), (1, CLIENTS)];
 /// What one round of redis-benchmark sends of each command.
 const REQUESTS: u32 = 25_000;
 /// The locks that are taken before redis-benchmark gives some back. It picks them by chance, with replacement: of so many, 2 or 3 in 100 are
@@ -79,10 +81,11 @@ impl Lock {
     }
 }
 
-/// What redis-benchmark sends in the lock's place: `{key}` is the lock, `{owner}` its owner.
+/// What redis-benchmark sends in the lock's place, word by word.
 struct Commands {
     acquire: Vec<String>,
     release: Vec<String>,
+    owner: String,
     /// Takes so many locks, numbered as redis-benchmark numbers them.
     take_all: &'static str,
 }
@@ -111,13 +114,14 @@ impl Commands {
         const TOKEN: &str = "oversold:lock:{__rand_int__}:token";
         const CHANNEL: &str = "oversold:lock:{__rand_int__}:released";
         let owner = Owner::fresh();
-        let owner = owner.as_str();
+        let (name, owner) = (owner.as_str().to_owned(), owner.as_str());
         let lease = LEASE.as_millis().to_string();
         let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
         Ok(match strategy {
             "spin" => Self {
                 acquire: words(&["SET", KEY, owner, "NX", "PX", &lease]),
                 release: words(&["EVALSHA", &script!("spin_release.lua"), "1", KEY, owner]),
+                owner: name,
                 take_all: TAKE_ALL_SPIN,
             },
             "fenced" => Self {
@@ -131,14 +135,46 @@ impl Commands {
                     &lease,
                 ]),
                 release: words(&["EVALSHA", &script!("release.lua"), "1", KEY, owner, CHANNEL]),
+                owner: name,
                 take_all: TAKE_ALL,
             },
             _ => Self {
                 acquire: words(&["EVALSHA", &script!("acquire.lua"), "1", KEY, owner, &lease]),
                 release: words(&["EVALSHA", &script!("release.lua"), "1", KEY, owner, CHANNEL]),
+                owner: name,
                 take_all: TAKE_ALL,
             },
         })
+    }
+}
+
+impl Commands {
+    /// Takes many locks by redis-benchmark, and gives many back.
+    async fn count(&self, redis: &Redis, benchmark: &RedisBenchmark, shape: (u32, u32)) -> anyhow::Result<Counted> {
+        let (connections, pipeline) = shape;
+        let run = async |keys, words| {
+            benchmark
+                .run(redis.url(), connections, pipeline, REQUESTS, keys, words)
+                .await
+        };
+        empty(redis).await?;
+        let acquire = run(MANY, &self.acquire).await?;
+        empty(redis).await?;
+        // By the owner that redis-benchmark gives them back as, and until that is done.
+        let (lease, taken) = (WAIT.as_millis().to_string(), TAKEN.to_string());
+        let taking = [
+            "EVAL",
+            self.take_all,
+            "0",
+            &self.owner,
+            &lease,
+            &taken,
+            "oversold:lock:",
+        ];
+        refused(redis.command(&taking).await?)?;
+        let release = run(TAKEN, &self.release).await?;
+        empty(redis).await?;
+        Ok(Counted { acquire, release })
     }
 }
 
@@ -186,19 +222,57 @@ enum Measured<'a> {
 /// Nobody wants the same lock.
 #[derive(Serialize)]
 struct Alone {
-    clients: usize,
-    /// Of ours; redis-benchmark has one for each client.
-    connections: usize,
+    clients: u32,
+    connections: u32,
     pairs_a_second: Spread,
+    /// A connection for each client, as most clients of Redis do it.
     redis_benchmark: Ceiling,
-    ratio: Spread,
+    /// One connection for all, as ours.
+    redis_benchmark_on_one_connection: Ceiling,
 }
 
 #[derive(Serialize)]
 struct Ceiling {
+    connections: u32,
+    pipeline: u32,
     pairs_a_second: Spread,
     acquire_a_second: Spread,
     release_a_second: Spread,
+    /// Of ours to this, of the two rounds beside each other.
+    ratio: Spread,
+}
+
+/// What redis-benchmark counted in a second.
+#[derive(Clone, Copy)]
+struct Counted {
+    acquire: f64,
+    release: f64,
+}
+
+impl Counted {
+    /// Both, one after the other.
+    fn pairs(self) -> f64 {
+        1.0 / (1.0 / self.acquire + 1.0 / self.release)
+    }
+}
+
+impl Ceiling {
+    fn of((connections, pipeline): (u32, u32), ours: &[f64], counted: &[Counted]) -> anyhow::Result<Self> {
+        let of = |figure: fn(Counted) -> f64| Spread::of(counted.iter().copied().map(figure));
+        let ratio = Spread::of(ours.iter().zip(counted).map(|(ours, it)| ours / it.pairs()));
+        let spreads = (of(Counted::pairs), of(|it| it.acquire), of(|it| it.release), ratio);
+        let (Some(pairs_a_second), Some(acquire_a_second), Some(release_a_second), Some(ratio)) = spreads else {
+            bail!("there was no round");
+        };
+        Ok(Self {
+            connections,
+            pipeline,
+            pairs_a_second,
+            acquire_a_second,
+            release_a_second,
+            ratio,
+        })
+    }
 }
 
 /// Everybody wants the same lock.
@@ -254,75 +328,69 @@ async fn alone(
     let time = Duration::from_secs(args.seconds.into());
     let rounds = args.rounds.unwrap_or(5);
 
-    let (mut ours, mut ceiling) = (vec![], vec![]);
+    let mut ours = vec![];
+    let mut ceilings = [vec![], vec![]];
     take_turns(lock, WARM_UP).await?;
     for number in 1..=rounds {
         say(&format!("round {number} of {rounds}: lv3/{strategy}"));
         ours.push(take_turns(lock, time).await?);
-        say(&format!("round {number} of {rounds}: redis-benchmark"));
-        empty(redis).await?;
-        let acquire = benchmark
-            .run(redis.url(), CLIENTS, REQUESTS, MANY, &commands.acquire)
-            .await?;
-        empty(redis).await?;
-        // As owner and lease, what redis-benchmark releases with.
-        let owner = commands.release.get(4).context("a release names its owner")?;
-        let (lease, taken) = (WAIT.as_millis().to_string(), TAKEN.to_string());
-        let taking = ["EVAL", commands.take_all, "0", owner, &lease, &taken, "oversold:lock:"];
-        refused(redis.command(&taking).await?)?;
-        let release = benchmark
-            .run(redis.url(), CLIENTS, REQUESTS, TAKEN, &commands.release)
-            .await?;
-        empty(redis).await?;
-        ceiling.push((acquire, release));
+        for (shape, counted) in SHAPES.into_iter().zip(&mut ceilings) {
+            say(&format!("round {number} of {rounds}: redis-benchmark"));
+            counted.push(commands.count(redis, benchmark, shape).await?);
+        }
     }
     say("");
 
-    let pairs: Vec<f64> = ceiling
-        .iter()
-        .map(|(acquire, release)| 1.0 / (1.0 / acquire + 1.0 / release))
-        .collect();
-    let of = |measured: Vec<f64>| Spread::of(measured).context("there was no round");
+    let [many, one] = SHAPES;
     let alone = Alone {
         clients: CLIENTS,
         connections: 1,
-        ratio: of(ours.iter().zip(&pairs).map(|(ours, ceiling)| ours / ceiling).collect())?,
-        pairs_a_second: of(ours)?,
-        redis_benchmark: Ceiling {
-            pairs_a_second: of(pairs)?,
-            acquire_a_second: of(ceiling.iter().map(|(acquire, _)| *acquire).collect())?,
-            release_a_second: of(ceiling.iter().map(|(_, release)| *release).collect())?,
-        },
+        redis_benchmark: Ceiling::of(many, &ours, &ceilings[0])?,
+        redis_benchmark_on_one_connection: Ceiling::of(one, &ours, &ceilings[1])?,
+        pairs_a_second: Spread::of(ours).context("there was no round")?,
     };
-
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_header([
-        &format!("the lock of lv3/{strategy}, {CLIENTS} clients, a lock for each"),
-        &format!("a second: median (range) of {rounds} rounds"),
-    ]);
-    let mut row = |what: &str, figure: String| {
-        table.add_row([what.to_owned(), figure]);
-    };
-    row("taken and given back", alone.pairs_a_second.to_string());
-    row(
-        "redis-benchmark: taken and given back",
-        alone.redis_benchmark.pairs_a_second.to_string(),
-    );
-    row(
-        "redis-benchmark: taken",
-        alone.redis_benchmark.acquire_a_second.to_string(),
-    );
-    row(
-        "redis-benchmark: given back",
-        alone.redis_benchmark.release_a_second.to_string(),
-    );
-    row("ratio", format!("{:.2}", alone.ratio));
-    println!("{table}");
-    println!(
-        "Ours: {CLIENTS} tasks, whose commands share one connection, as in a server. redis-benchmark: {CLIENTS} connections, and the same \
-         commands, first all of one kind, then all of the other; taken and given back is worked out of both."
-    );
+    alone.print(strategy, rounds);
     end(strategy, redis.report(), Measured::Alone(&alone), &[], json)
+}
+
+impl Alone {
+    fn print(&self, strategy: &str, rounds: u32) {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED).set_header([
+            &format!("lv3/{strategy}, {CLIENTS} clients, a lock for each"),
+            &format!("pairs a second: median (range) of {rounds} rounds"),
+            "taken",
+            "given back",
+            "ratio",
+        ]);
+        let none = String::new;
+        table.add_row([
+            "the lock, on one connection".to_owned(),
+            self.pairs_a_second.to_string(),
+            none(),
+            none(),
+            none(),
+        ]);
+        for ceiling in [&self.redis_benchmark, &self.redis_benchmark_on_one_connection] {
+            let name = match ceiling.connections {
+                1 => format!("redis-benchmark -c 1 -P {}", ceiling.pipeline),
+                many => format!("redis-benchmark -c {many}"),
+            };
+            table.add_row([
+                name,
+                ceiling.pairs_a_second.to_string(),
+                format!("{:.0}", ceiling.acquire_a_second.median),
+                format!("{:.0}", ceiling.release_a_second.median),
+                format!("{:.2}", ceiling.ratio),
+            ]);
+        }
+        println!("{table}");
+        println!(
+            "A pair is a lock that was taken and given back. The {CLIENTS} clients of the lock are tasks whose commands share one connection, \
+             as in a server. redis-benchmark sends the same commands, first all that take, then all that give back; its pairs are worked \
+             out of both."
+        );
+    }
 }
 
 /// Each client takes a lock that nobody else wants and gives it back, and so on with the next; how many a second.

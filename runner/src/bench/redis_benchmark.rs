@@ -20,12 +20,13 @@ impl RedisBenchmark {
         tool::needed(on_path("redis-benchmark"), "redis-benchmark", install).map(Self)
     }
 
-    /// Sends so many of one command over so many connections, each the next as soon as the last was answered. `__rand_int__` in a word is
+    /// Sends so many of one command over so many connections. Each has so many on the way, and sends as many again once all are answered. `__rand_int__` in a word is
     /// one of `keys` numbers by chance. How many a second were answered.
     pub(super) async fn run(
         &self,
         url: &str,
-        clients: usize,
+        connections: u32,
+        pipeline: u32,
         requests: u32,
         keys: u32,
         words: &[String],
@@ -35,7 +36,8 @@ impl RedisBenchmark {
         let url = url.replacen("redis://:", "redis://default:", 1);
         command
             .args(["-u", &url, "--csv"])
-            .args(["-c", &clients.to_string()])
+            .args(["-c", &connections.to_string()])
+            .args(["-P", &pipeline.to_string()])
             .args(["-n", &requests.to_string()])
             .args(["-r", &keys.to_string()])
             .args(words);
