@@ -172,6 +172,11 @@ impl State {
     /// It is lost. Others of this process may try their luck, though the guard is still there.
     fn lose(&self) {
         self.until.send_replace(None);
+        self.leave();
+    }
+
+    /// The next one of this process's queue has its turn.
+    fn leave(&self) {
         let head = self.head.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(head);
     }
@@ -181,6 +186,8 @@ impl Drop for Holding {
     fn drop(&mut self) {
         // No renewal outlives its holder.
         self.watch.abort();
+        // The watchdog's task has the state too, and is gone only some time later. The next one here need not wait for that.
+        self.state.leave();
     }
 }
 

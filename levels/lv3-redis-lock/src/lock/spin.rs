@@ -91,7 +91,7 @@ impl SpinLock {
         let mut set = redis::cmd("SET");
         // One command: a lock that was set and got its end by a second one would stay for ever if its owner died in between.
         set.arg(&terms.key)
-            .arg(owner.as_str())
+            .arg(terms.owner.as_str())
             .arg("NX")
             .arg("PX")
             .arg(self.lease.millis());
