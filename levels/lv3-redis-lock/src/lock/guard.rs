@@ -141,9 +141,14 @@ impl Terms {
 }
 
 impl Holding {
-    /// It was taken once more, by a command that was sent at `sent`: the lease runs afresh.
-    pub(super) fn taken_again(&self, sent: Instant) {
-        self.state.until.send_replace(Some(sent + self.lease.time()));
+    /// It was taken once more, by a command that was sent at `sent`: the lease runs afresh. Not if it was found to be lost in the meantime.
+    pub(super) fn taken_again(&self, sent: Instant) -> bool {
+        self.state.goes_on(sent + self.lease.time())
+    }
+
+    /// It is known to be lost.
+    pub(super) fn lose(&self) {
+        self.state.lose();
     }
 
     /// Whether it can no longer be said to be held.
@@ -154,9 +159,24 @@ impl Holding {
 }
 
 impl State {
+    /// The lease runs until then, unless the lock is lost: that is for good.
+    fn goes_on(&self, until: Instant) -> bool {
+        self.until.send_if_modified(|known| {
+            if known.is_some() {
+                *known = Some(until);
+            }
+            known.is_some()
+        })
+    }
+
     /// It is lost. Others of this process may try their luck, though the guard is still there.
     fn lose(&self) {
         self.until.send_replace(None);
+        self.leave();
+    }
+
+    /// The next one of this process's queue has its turn.
+    fn leave(&self) {
         let head = self.head.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(head);
     }
@@ -166,6 +186,8 @@ impl Drop for Holding {
     fn drop(&mut self) {
         // No renewal outlives its holder.
         self.watch.abort();
+        // The watchdog's task has the state too, and is gone only some time later. The next one here need not wait for that.
+        self.state.leave();
     }
 }
 
@@ -236,7 +258,7 @@ impl Drop for Guard {
     }
 }
 
-/// Waits for a fixed lease to end, which begins again each time the owner takes the lock once more.
+/// Waits for a lease to end, which begins again each time it is renewed or the owner takes the lock once more.
 async fn see_it_end(state: Arc<State>) {
     let mut known = state.until.subscribe();
     loop {
@@ -252,32 +274,31 @@ async fn see_it_end(state: Arc<State>) {
 
 /// The watchdog: renews a lease every third of its time, until the lock is lost. It keeps no guard alive.
 async fn renew(terms: Terms, time: Duration, state: Arc<State>) {
-    loop {
-        tokio::time::sleep(time / 3).await;
-        let sent = Instant::now();
-        let renewed: RedisResult<i64> = terms
-            .scripts
-            .renew
-            .key(&terms.key)
-            .arg(terms.owner.as_str())
-            .arg(terms.lease.millis())
-            .invoke_async(&mut terms.commands.clone())
-            .await;
-        match renewed {
-            Ok(1) => {
-                state.until.send_replace(Some(sent + time));
-            }
-            Ok(_) => {
-                tracing::warn!(lock = terms.key, "a lock was lost while it was held");
-                return state.lose();
-            }
-            // Once more at the next third, as long as the lease may still run.
-            Err(why) => {
-                tracing::warn!(lock = terms.key, %why, "a lease could not be renewed");
-                if state.until.borrow().is_none_or(|until| until <= Instant::now()) {
-                    return state.lose();
+    let renewals = async {
+        loop {
+            tokio::time::sleep(time / 3).await;
+            let sent = Instant::now();
+            let renewed: RedisResult<i64> = terms
+                .scripts
+                .renew
+                .key(&terms.key)
+                .arg(terms.owner.as_str())
+                .arg(terms.lease.millis())
+                .invoke_async(&mut terms.commands.clone())
+                .await;
+            match renewed {
+                Ok(1) => {
+                    state.goes_on(sent + time);
                 }
+                Ok(_) => return tracing::warn!(lock = terms.key, "a lock was lost while it was held"),
+                // Once more at the next third, as long as the lease may still run.
+                Err(why) => tracing::warn!(lock = terms.key, %why, "a lease could not be renewed"),
             }
         }
+    };
+    // A Redis that does not answer can't hold up the notice that the lease is over.
+    tokio::select! {
+        () = renewals => state.lose(),
+        () = see_it_end(state.clone()) => tracing::warn!(lock = terms.key, "a lease ended that could not be renewed"),
     }
 }

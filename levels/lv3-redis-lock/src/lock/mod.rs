@@ -53,6 +53,18 @@ impl Lease {
         time
     }
 
+    /// The lease, if Redis can count it.
+    fn checked(self) -> Result<Self, LockError> {
+        /// Redis adds it to its clock, and so does this process.
+        const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+        match self.time() {
+            time if time < Duration::from_millis(1) => Err(LockError::LeaseTooShort(time)),
+            time if time > LONGEST => Err(LockError::LeaseTooLong(time)),
+            _ => Ok(self),
+        }
+    }
+
     fn millis(self) -> u64 {
         u64::try_from(self.time().as_millis()).unwrap_or(u64::MAX)
     }
@@ -63,6 +75,11 @@ impl Lease {
 pub struct Owner(String);
 
 impl Owner {
+    /// The same owner, this once.
+    fn once(&self) -> Self {
+        Self(format!("{}:{}", self.0, Uuid::new_v4().simple()))
+    }
+
     /// One that nobody else is, on this machine or another.
     pub fn fresh() -> Self {
         Self(Uuid::new_v4().simple().to_string())
@@ -92,6 +109,9 @@ pub enum LockError {
     /// A lease that Redis can't count.
     #[error("a lease of {0:?} is none: it takes at least a millisecond")]
     LeaseTooShort(Duration),
+    /// Another one.
+    #[error("a lease of {0:?} is too long: it takes a hundred years at most")]
+    LeaseTooLong(Duration),
 }
 
 impl From<LockError> for No {

@@ -64,14 +64,11 @@ impl RLock {
     /// Locks on this Redis, with this lease.
     ///
     /// # Errors
-    /// The lease is shorter than Redis can count.
+    /// The lease is shorter or longer than Redis can count.
     pub fn new(connections: Connections, lease: Lease, tokens: Tokens) -> Result<Self, LockError> {
-        if lease.time() < Duration::from_millis(1) {
-            return Err(LockError::LeaseTooShort(lease.time()));
-        }
         Ok(Self {
             connections,
-            lease,
+            lease: lease.checked()?,
             tokens,
             acquire: Script::new(match tokens {
                 Tokens::None => include_str!("acquire.lua"),
@@ -164,9 +161,11 @@ impl RLock {
     /// less would free it under its owner.
     async fn once_more(&self, holding: Arc<Holding>) -> Result<Option<Guard>, LockError> {
         Ok(match self.ask(&holding).await? {
-            Taken::Yes { token, sent } => {
-                holding.taken_again(sent);
-                Some(Guard::new(holding, token))
+            Taken::Yes { token, sent } if holding.taken_again(sent) => Some(Guard::new(holding, token)),
+            // It was found to be lost while this was asked: nobody would renew it or see it end.
+            Taken::Yes { .. } => {
+                holding.give_back().await?;
+                None
             }
             // It was lost, and is somebody else's by now.
             Taken::No { .. } => None,
@@ -208,17 +207,26 @@ impl RLock {
         &self.connections
     }
 
-    /// Opens the lock, whoever holds it. Says whether there was something to open; its holder learns of it at its next renewal or release.
+    /// Opens the lock, whoever holds it. Says whether there was something to open. A holder in this process learns of it at once, another
+    /// at its next renewal or release; who waits in that other process waits for it as well.
     ///
     /// # Errors
     /// Redis does not answer.
     pub async fn force_release(&self, name: &str) -> Result<bool, LockError> {
+        // Whoever holds it before it is opened has lost it afterwards.
+        let holder = self.names().get(name).and_then(|name| name.holder.upgrade());
         let opened: i64 = self
             .force
             .key(self.connections.key(name))
             .arg(self.channel(name))
             .invoke_async(&mut self.connections.commands.clone())
             .await?;
+        // A holder in this process need not wait for its next renewal to learn of it, nor the next one here for the end of a lease.
+        if opened == 1
+            && let Some(holder) = holder
+        {
+            holder.lose();
+        }
         Ok(opened == 1)
     }
 

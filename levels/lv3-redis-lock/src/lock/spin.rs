@@ -54,14 +54,11 @@ impl SpinLock {
     /// Locks on this Redis, with this lease.
     ///
     /// # Errors
-    /// The lease is shorter than Redis can count.
+    /// The lease is shorter or longer than Redis can count.
     pub fn new(connections: Connections, lease: Lease, pauses: Pauses) -> Result<Self, LockError> {
-        if lease.time() < Duration::from_millis(1) {
-            return Err(LockError::LeaseTooShort(lease.time()));
-        }
         Ok(Self {
             connections,
-            lease,
+            lease: lease.checked()?,
             pauses,
             scripts: Arc::new(Scripts {
                 release: Script::new(include_str!("spin_release.lua")),
@@ -84,7 +81,9 @@ impl SpinLock {
             key: self.connections.key(name),
             // Nobody listens.
             channel: String::new(),
-            owner: owner.clone(),
+            // An attempt that is cancelled is given back, as it may have been the one that took the lock. It must not give back what the same
+            // owner has by another one.
+            owner: owner.once(),
             lease: self.lease,
             scripts: self.scripts.clone(),
             commands: self.connections.commands.clone(),
@@ -92,7 +91,7 @@ impl SpinLock {
         let mut set = redis::cmd("SET");
         // One command: a lock that was set and got its end by a second one would stay for ever if its owner died in between.
         set.arg(&terms.key)
-            .arg(owner.as_str())
+            .arg(terms.owner.as_str())
             .arg("NX")
             .arg("PX")
             .arg(self.lease.millis());
@@ -109,14 +108,17 @@ impl SpinLock {
     /// # Errors
     /// [`LockError::NotAcquired`] when the wait is over; or Redis does not answer.
     pub async fn acquire(&self, name: &str, owner: &Owner, wait: Duration) -> Result<Guard, LockError> {
-        let deadline = Instant::now() + wait;
+        // None is too far to be reckoned with.
+        let deadline = Instant::now().checked_add(wait);
         let mut failures = 0;
         loop {
             if let Some(guard) = self.try_acquire(name, owner).await? {
                 return Ok(guard);
             }
             failures += 1;
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.map_or(Duration::MAX, |deadline| {
+                deadline.saturating_duration_since(Instant::now())
+            });
             if left.is_zero() {
                 return Err(LockError::NotAcquired(wait));
             }
