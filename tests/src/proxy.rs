@@ -92,6 +92,8 @@ async fn accept(listener: TcpListener, server: String, cuts: watch::Receiver<Cut
         tokio::spawn(async move {
             let turned_away = *cuts.borrow() == Cut::Everything;
             if !turned_away && let Ok(server) = TcpStream::connect(server).await {
+                // What is small must not wait for more.
+                let _ = (client.set_nodelay(true), server.set_nodelay(true));
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
                 tokio::select! {
