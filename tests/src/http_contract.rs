@@ -1,6 +1,6 @@
 //! The HTTP contract that all levels share, tried on a level's own server over real sockets.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, process::ExitStatus, time::Duration};
 
 use anyhow::{Context, anyhow, ensure};
 use box_office::{Level, ProblemKind, SaleId, Strategy, api};
@@ -116,6 +116,14 @@ impl Talk {
     /// It has left.
     pub async fn goes_on(&self) -> anyhow::Result<()> {
         Ok(kill_process(self.process().await?, Signal::CONT)?)
+    }
+
+    /// Kills the process (SIGKILL), also one that is stopped. Says how it left.
+    ///
+    /// # Errors
+    /// It had left before.
+    pub async fn kill(&self) -> anyhow::Result<ExitStatus> {
+        self.servers.kill(0).await
     }
 
     async fn process(&self) -> anyhow::Result<Pid> {

@@ -6,6 +6,8 @@ pub mod crowd;
 pub mod history;
 pub mod http_contract;
 pub mod judge;
+pub mod ledger;
+pub mod proxy;
 pub mod restarts;
 pub mod rows;
 pub mod rush;

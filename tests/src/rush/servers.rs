@@ -174,7 +174,7 @@ impl Servers {
     }
 
     /// SIGKILL. The clients know at once that this instance is gone.
-    pub(super) async fn kill(&self, instance: usize) -> anyhow::Result<ExitStatus> {
+    pub(crate) async fn kill(&self, instance: usize) -> anyhow::Result<ExitStatus> {
         let mut instance = self.instance(instance)?.lock().await;
         self.leave_out(instance.address);
         instance.process.start_kill()?;

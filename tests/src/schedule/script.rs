@@ -56,8 +56,7 @@ pub struct Rehearsal {
     observer: PgPool,
     holders: Holders,
     sales: AtomicI64,
-    /// Gone when this is.
-    _stand: Stand,
+    stand: Stand,
 }
 
 /// A sale of which every request is held at its scheduling points.
@@ -144,8 +143,13 @@ impl Rehearsal {
             observer: database.pool(1).await?,
             holders,
             sales: AtomicI64::new(0),
-            _stand: stand,
+            stand,
         })
+    }
+
+    /// What the strategy stands on.
+    pub fn stand(&self) -> &Stand {
+        &self.stand
     }
 
     /// Opens a new sale with so many tickets, for a script that nobody is in yet.
@@ -200,6 +204,11 @@ impl Script<'_> {
     /// Nobody is held at these points any more; they are written down all the same.
     pub fn passes(&mut self, points: &'static [&'static str]) {
         self.shared.board().passes = points;
+    }
+
+    /// The number of its sale.
+    pub fn sale(&self) -> SaleId {
+        self.sale
     }
 
     /// A new buyer, who will send one request under a key of its own.

@@ -1,0 +1,670 @@
+//! LV.3: what befalls a lock in Redis, its holders and those who wait for it. Every fault is real, and seen from outside to have struck.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use box_office::{
+    Invariant::{Conservation, NoOversell, Progress},
+    SaleId, Strategy,
+};
+use lv3_redis_lock::{
+    LEVEL,
+    lock::{Connections, Guard, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens},
+};
+use redis::Script;
+use rstest::rstest;
+use suite::{
+    backends::{self, Private, Redis, Reply, Stand},
+    history::{Answer, Refused},
+    http_contract::Talk,
+    judge::judge,
+    ledger::Ledger,
+    proxy::{Cut, Proxy},
+    rush::{Program, Rush, SALE},
+    schedule::Rehearsal,
+};
+use tokio::time::timeout;
+
+/// How long a lock outlives its holder in these tests. Long enough for a few looks from outside before it ends.
+const LEASE: Duration = Duration::from_secs(2);
+
+/// How long a server may take for what it does at once, on a machine that has other things to do.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Where a buyer holds the lock and has seen that there is a ticket.
+const DECIDED: &str = "decided to sell";
+
+fn strategy(name: &str) -> &'static Strategy {
+    LEVEL
+        .strategy(name)
+        .unwrap_or_else(|| panic!("LV.3 has no strategy {name}"))
+}
+
+fn program(lease: Duration) -> Program {
+    Program::new(env!("CARGO_BIN_EXE_lv3-redis-lock")).variable("LOCK_LEASE_MS", lease.as_millis().to_string())
+}
+
+/// Starts one instance.
+async fn instance(stand: &Stand, name: &str, lease: Duration) -> Talk {
+    Talk::with(stand, &program(lease), &LEVEL, strategy(name))
+        .await
+        .unwrap()
+}
+
+/// Starts one that freezes when a reservation comes to this point for the first time.
+async fn freezes_at(point: &str, stand: &Stand, name: &str, lease: Duration) -> Talk {
+    let program = program(lease).variable("OVERSOLD_STOP_AT", format!("{point}#1"));
+    Talk::with(stand, &program, &LEVEL, strategy(name)).await.unwrap()
+}
+
+/// The lock of a sale, as Redis tells of it.
+struct Lock<'a> {
+    redis: &'a Redis,
+    key: String,
+}
+
+impl<'a> Lock<'a> {
+    fn of(sale: SaleId, stand: &Stand, redis: &'a Redis) -> Self {
+        let prefix = stand.prefix().expect("a strategy of this level has a place in Redis");
+        Self {
+            redis,
+            key: format!("{prefix}lock:{{sale:{sale}}}"),
+        }
+    }
+
+    /// How long it stays taken; `None` if it is free.
+    async fn left(&self) -> Option<Duration> {
+        match self.redis.command(&["PTTL", &self.key]).await.unwrap() {
+            Reply::Int(-2) => None,
+            Reply::Int(left_ms) => Some(Duration::from_millis(left_ms.try_into().expect("it has an end"))),
+            other => panic!("PTTL is answered with {other:?}"),
+        }
+    }
+
+    async fn is_taken(&self) -> bool {
+        self.left().await.is_some()
+    }
+
+    /// Its lease ends here and now.
+    async fn ends(&self) {
+        let ended = self.redis.command(&["DEL", &self.key]).await.unwrap();
+        assert_eq!(ended, Reply::Int(1), "the fault did not strike: nobody held the lock");
+    }
+
+    /// How many connections listen to its releases.
+    async fn listeners(&self) -> i64 {
+        let channel = format!("{}:released", self.key);
+        match self.redis.command(&["PUBSUB", "NUMSUB", &channel]).await.unwrap() {
+            Reply::Array(told) => match told[..] {
+                [_, Reply::Int(listeners)] => listeners,
+                _ => panic!("NUMSUB is answered with {told:?}"),
+            },
+            other => panic!("NUMSUB is answered with {other:?}"),
+        }
+    }
+}
+
+/// A Redis that nobody else uses, and a stand on it.
+async fn alone(name: &str) -> (Private<Redis>, Stand) {
+    let redis = Redis::private().await.unwrap();
+    let postgres = backends::postgres().await.unwrap();
+    let stand = Stand::on(&postgres, Some(&*redis), strategy(name).schema)
+        .await
+        .unwrap();
+    (redis, stand)
+}
+
+/// One number of what `INFO` tells, such as the calls of `cmdstat_evalsha`; 0 where it tells nothing of it.
+async fn told(redis: &Redis, section: &str, line: &str, field: &str) -> u64 {
+    let Reply::Bulk(info) = redis.command(&["INFO", section]).await.unwrap() else {
+        panic!("INFO tells nothing")
+    };
+    let line = info.lines().find_map(|told| told.strip_prefix(line)?.strip_prefix(':'));
+    let mut fields = line.into_iter().flat_map(|line| line.split(','));
+    let value = fields.find_map(|told| told.strip_prefix(field)?.strip_prefix('='));
+    value.map_or(0, |value| value.parse().unwrap())
+}
+
+/// Looks until it is so.
+async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
+    let gave_up = Instant::now() + PATIENCE;
+    while !is_so().await {
+        assert!(Instant::now() < gave_up, "after {PATIENCE:?} still not so: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+const SOLD_OUT: Answer = Answer::Refused(Refused::SoldOut);
+
+fn is_confirmed(answer: &Answer) -> bool {
+    matches!(answer, Answer::Confirmed { .. })
+}
+
+/// What a holder is told that was frozen for longer than its lease and then goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Late {
+    /// It has sold, on what it read before: two buyers have the one ticket.
+    Oversells,
+    /// Its write came too late, and it learns that.
+    IsRefused,
+}
+
+#[rstest]
+#[case::spin("spin", Late::Oversells)]
+#[case::rlock("rlock", Late::Oversells)]
+#[case::fenced("fenced", Late::IsRefused)]
+#[case::token_not_checked("broken/token-not-checked", Late::Oversells)]
+#[tokio::test]
+async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its_token(
+    #[case] name: &str,
+    #[case] late: Late,
+) {
+    let lease = Duration::from_millis(500);
+    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 1);
+    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
+    first.opens_a_sale(1).await.unwrap();
+
+    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+        first.stands_still(PATIENCE).await.expect("the fault did not strike");
+        ledger.struck("the first instance frozen");
+        until("the lease has ended", async || !lock.is_taken().await).await;
+        let bob = ledger.ask(&second, 2).await.unwrap();
+        assert!(is_confirmed(&bob), "nobody holds the lock, and Bob is told {bob:?}");
+        first.goes_on().await.unwrap();
+        ledger.healed();
+    });
+    let ann = ann.unwrap();
+    match late {
+        Late::Oversells => assert!(is_confirmed(&ann), "{ann:?}"),
+        Late::IsRefused => {
+            assert_eq!(ann, Answer::Undecided);
+            assert_eq!(ledger.ask(&first, 1).await.unwrap(), SOLD_OUT);
+        }
+    }
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    println!("{verdict}");
+    match late {
+        Late::Oversells => assert!(verdict.breaks(NoOversell) && verdict.breaks(Conservation), "{verdict}"),
+        Late::IsRefused => assert!(verdict.findings.is_empty(), "{verdict}"),
+    }
+}
+
+/// Others get in within a lease, and so much time as a busy machine takes for it. The mistakes of the broken ones cost them at least as much more.
+#[rstest]
+#[case::spin("spin", true)]
+#[case::rlock("rlock", true)]
+#[case::fenced("fenced", true)]
+#[case::no_lease("broken/no-lease", false)]
+#[case::message_alone("broken/message-alone", false)]
+#[case::watchdog_not_tied("broken/watchdog-not-tied", false)]
+#[tokio::test]
+async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &str, #[case] others_get_in: bool) {
+    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 3);
+    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
+    first.opens_a_sale(3).await.unwrap();
+    // Somebody has had the lock before, on the instance that lives on.
+    assert!(is_confirmed(&ledger.ask(&second, 1).await.unwrap()));
+
+    let (ann, ()) = tokio::join!(ledger.ask(&first, 2), async {
+        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        assert!(lock.is_taken().await, "the fault did not strike: the lock was free");
+        let left = first.kill().await.unwrap();
+        assert!(
+            left.to_string().contains("signal: 9"),
+            "the fault did not strike: {left}"
+        );
+        ledger.struck("the first instance killed");
+        assert!(
+            lock.is_taken().await,
+            "the fault did not strike: the lock went before its holder did"
+        );
+        ledger.healed();
+    });
+    assert_eq!(ann.unwrap(), Answer::Undecided);
+
+    // Where it is right, the wait is over when the lease is: long before a buyer gives up.
+    let bob = timeout(LEASE + Duration::from_secs(5), ledger.ask(&second, 3)).await;
+    if !others_get_in {
+        assert!(bob.is_err(), "Bob is told {bob:?}, though the lock's holder is dead");
+        if name != "broken/message-alone" {
+            assert!(lock.is_taken().await, "nobody holds the lock, and yet Bob waits");
+        }
+        second.kill().await.unwrap();
+        return;
+    }
+    let bob = bob.expect("the lock outlived its holder by more than a lease").unwrap();
+    assert!(is_confirmed(&bob), "{bob:?}");
+    assert!(
+        is_confirmed(&ledger.ask(&second, 2).await.unwrap()),
+        "nothing was sold to her before"
+    );
+    assert_eq!(ledger.ask(&second, 4).await.unwrap(), SOLD_OUT);
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    assert!(verdict.findings.is_empty(), "{verdict}");
+}
+
+/// The lease ends while Ann is at this point, after her commit: she has done no harm. Bob takes the lock; Ann goes on and gives back what is no
+/// longer hers; then Cleo comes, while Bob has decided and not yet written.
+#[rstest]
+#[case::spin("spin", "committed", true)]
+#[case::del_without_owner("broken/del-without-owner", "committed", false)]
+#[case::get_then_del_before_it_looks("broken/get-then-del", "committed", true)]
+#[case::get_then_del("broken/get-then-del", "owner compared", false)]
+#[tokio::test]
+async fn whoever_comes_too_late_leaves_the_next_holders_lock_alone(
+    #[case] name: &str,
+    #[case] point: &'static str,
+    #[case] keeps: bool,
+) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let mut script = rehearsal.sale(2).await.unwrap();
+    let lock = Lock::of(script.sale(), rehearsal.stand(), &redis);
+    let [ann, bob, cleo] = ["Ann", "Bob", "Cleo"].map(|name| script.buyer(name));
+
+    script.run_until(ann, point).await.unwrap();
+    lock.ends().await;
+    script.run_until(bob, DECIDED).await.unwrap();
+    assert!(lock.is_taken().await);
+    script.run_to_its_answer(ann).await.unwrap();
+    assert_eq!(lock.is_taken().await, keeps, "Bob's lock\n{}", script.trace());
+    script.run_towards(cleo, DECIDED).await.unwrap();
+    script.run_everybody_to_an_answer().await.unwrap();
+
+    let verdict = judge(&script.history().await.unwrap());
+    println!("{}\n{verdict}", script.trace());
+    match keeps {
+        true => assert!(verdict.findings.is_empty(), "{verdict}"),
+        false => assert!(verdict.breaks(NoOversell) && verdict.breaks(Conservation), "{verdict}"),
+    }
+}
+
+/// Either of the two locks, through connections of its own, as another process would have them.
+enum Any {
+    Spin(SpinLock),
+    RLock(RLock),
+}
+
+impl Any {
+    async fn on(stand: &Stand, name: &str, lease: Duration) -> Self {
+        let place = stand.redis(lease).unwrap().unwrap();
+        let connections = Connections::open(place.url.expose(), &place.prefix).await.unwrap();
+        match name {
+            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(lease), Pauses::default()).unwrap()),
+            _ => Self::RLock(RLock::new(connections, Lease::Renewed(lease), Tokens::None).unwrap()),
+        }
+    }
+
+    async fn acquire(&self, wait: Duration) -> Result<Guard, LockError> {
+        let name = format!("sale:{SALE}");
+        match self {
+            Self::Spin(lock) => lock.acquire(&name, &Owner::fresh(), wait).await,
+            Self::RLock(lock) => lock.acquire(&name, &Owner::fresh(), wait).await,
+        }
+    }
+}
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[tokio::test]
+async fn a_release_by_one_who_is_not_the_owner_is_refused_and_the_owner_keeps_the_lock(#[case] name: &str) {
+    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let lease = Duration::from_secs(60);
+    let (here, there) = tokio::join!(Any::on(&stand, name, lease), Any::on(&stand, name, lease));
+
+    let late = here.acquire(PATIENCE).await.unwrap();
+    lock.ends().await;
+    let owner = there.acquire(PATIENCE).await.unwrap();
+    assert_eq!(late.release().await.unwrap(), Released::NotOwner);
+    assert!(lock.is_taken().await, "it opened the owner's lock");
+    assert_eq!(owner.release().await.unwrap(), Released::Free);
+    assert!(!lock.is_taken().await);
+}
+
+/// The holder is on an instance of its own; the one that waits loses its subscription before the lock is given back.
+#[rstest]
+#[case::rlock("rlock", true)]
+#[case::fenced("fenced", true)]
+#[case::message_alone("broken/message-alone", false)]
+#[tokio::test]
+async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[case] name: &str, #[case] gets_in: bool) {
+    // So long that the lock is surely given back before.
+    let lease = Duration::from_secs(4);
+    let mut stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 2);
+    let first = freezes_at(DECIDED, &stand, name, lease).await;
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    stand.redis_at(proxy.port()).unwrap();
+    let second = instance(&stand, name, lease).await;
+    first.opens_a_sale(2).await.unwrap();
+
+    let holds = async {
+        let ann = ledger.ask(&first, 1).await.unwrap();
+        assert!(is_confirmed(&ann), "{ann:?}");
+    };
+    let waits = async {
+        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        let mut bob = Box::pin(ledger.ask(&second, 2));
+        let strikes = async {
+            until("Bob listens", async || lock.listeners().await == 1).await;
+            proxy.cuts(Cut::Saying("SUBSCRIBE"));
+            ledger.struck("the messages of releases are lost");
+            until("nobody listens", async || lock.listeners().await == 0).await;
+            assert!(proxy.connections_cut() > 0, "the fault did not strike");
+            assert!(
+                lock.is_taken().await,
+                "the fault did not strike: the lease ended before the lock was given back"
+            );
+            first.goes_on().await.unwrap();
+            until("the lock is given back", async || !lock.is_taken().await).await;
+            assert_eq!(
+                lock.listeners().await,
+                0,
+                "the fault did not strike: somebody heard of the release"
+            );
+        };
+        tokio::select! {
+            told = &mut bob => panic!("Bob is told {told:?}, before the lock is given back and without a message"),
+            () = strikes => {}
+        }
+        let told = timeout(lease + Duration::from_secs(3), &mut bob).await;
+        assert_eq!(told.is_ok(), gets_in, "Bob, whose message is lost, is told {told:?}");
+        let told = match told {
+            Ok(told) => told,
+            Err(_) => {
+                assert!(!lock.is_taken().await, "somebody holds the lock");
+                // It was the message that he waited for, and nothing else.
+                proxy.cuts(Cut::Nothing);
+                timeout(PATIENCE, bob).await.expect("he still waits")
+            }
+        };
+        assert!(is_confirmed(&told.unwrap()));
+        proxy.cuts(Cut::Nothing);
+        ledger.healed();
+    };
+    tokio::join!(holds, waits);
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    assert!(verdict.findings.is_empty(), "{verdict}");
+}
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case] name: &str) {
+    let mut stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let ledger = Ledger::new(strategy(name), 2);
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    stand.redis_at(proxy.port()).unwrap();
+    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
+    first.opens_a_sale(2).await.unwrap();
+
+    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        proxy.cuts(Cut::Everything);
+        ledger.struck("Redis is cut");
+        let sent = proxy.bytes_to_server();
+        let bob = ledger.ask(&second, 2).await.unwrap();
+        assert!(proxy.connections_cut() > 0, "the fault did not strike");
+        assert_eq!(bob, Answer::Undecided);
+        assert_eq!(proxy.bytes_to_server(), sent, "the fault did not strike");
+        first.goes_on().await.unwrap();
+    });
+    let ann = ann.unwrap();
+    assert!(is_confirmed(&ann) || ann == Answer::Undecided, "{ann:?}");
+    assert_eq!(ledger.ask(&second, 3).await.unwrap(), Answer::Undecided);
+    proxy.cuts(Cut::Nothing);
+    ledger.healed();
+
+    for (talk, what) in [(&first, "the first is ready"), (&second, "the second is ready")] {
+        until(what, async || talk.get("/readyz").await.unwrap().status.is_success()).await;
+    }
+    for (talk, buyer) in [(&first, 1), (&second, 2)] {
+        let told = ledger.ask(talk, buyer).await.unwrap();
+        assert!(is_confirmed(&told), "buyer {buyer} is told {told:?}");
+    }
+    assert_eq!(ledger.ask(&second, 3).await.unwrap(), SOLD_OUT);
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    assert!(verdict.findings.is_empty(), "{verdict}");
+}
+
+#[rstest]
+#[case::fenced("fenced", true)]
+#[case::token_from_incr("broken/token-from-incr", false)]
+#[tokio::test]
+async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, #[case] grow: bool) {
+    /// Sold before: as many tokens were handed out.
+    const BEFORE: u32 = 5;
+
+    let (redis, stand) = alone(name).await;
+    let database = stand.database().pool(1).await.unwrap();
+    let fence = async || -> i64 {
+        let fence = sqlx::query_scalar("select fence from sale where id = $1").bind(SALE);
+        fence.fetch_one(&database).await.unwrap()
+    };
+    let ledger = Ledger::new(strategy(name), BEFORE + 1);
+    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
+    second.opens_a_sale(BEFORE + 1).await.unwrap();
+    for buyer in 1..=BEFORE {
+        assert!(is_confirmed(&ledger.ask(&second, buyer.into()).await.unwrap()));
+    }
+
+    let (late, early) = (100, 101);
+    let (told_late, ()) = tokio::join!(ledger.ask(&first, late), async {
+        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        let before = fence().await;
+        ledger.struck("Redis has lost its memory");
+        let pid = redis.pid().await.unwrap();
+        redis.kill().await.unwrap();
+        redis.start().await.unwrap();
+        assert_ne!(redis.pid().await.unwrap(), pid, "the fault did not strike");
+        assert_eq!(
+            redis.command(&["DBSIZE"]).await.unwrap(),
+            Reply::Int(0),
+            "the fault did not strike"
+        );
+        ledger.healed();
+        until("the second is ready", async || {
+            second.get("/readyz").await.unwrap().status.is_success()
+        })
+        .await;
+
+        let told = ledger.ask(&second, early).await.unwrap();
+        let after = fence().await;
+        if grow {
+            assert!(is_confirmed(&told), "{told:?}");
+            assert!(after > before, "the token went back from {before} to {after}");
+        } else {
+            // The tokens begin again at 1, and the row has seen greater ones.
+            assert_eq!(told, Answer::Undecided);
+            assert_eq!(ledger.ask(&second, early).await.unwrap(), Answer::Undecided);
+            assert_eq!(after, before);
+        }
+        first.goes_on().await.unwrap();
+    });
+    let told_late = told_late.unwrap();
+    if grow {
+        assert_eq!(told_late, Answer::Undecided, "the late holder's write");
+        assert_eq!(ledger.ask(&second, late).await.unwrap(), SOLD_OUT);
+    } else {
+        assert!(is_confirmed(&told_late), "{told_late:?}");
+    }
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    database.close().await;
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    println!("{verdict}");
+    match grow {
+        true => assert!(verdict.findings.is_empty(), "{verdict}"),
+        false => assert!(verdict.breaks(Progress), "{verdict}"),
+    }
+}
+
+#[rstest]
+#[case::spin("spin", include_str!("../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
+#[case::rlock("rlock", include_str!("../levels/lv3-redis-lock/src/lock/release.lua"))]
+#[case::fenced("fenced", include_str!("../levels/lv3-redis-lock/src/lock/release.lua"))]
+#[tokio::test]
+async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #[case] release: &str) {
+    // So long that only a release opens the lock.
+    let lease = Duration::from_secs(60);
+    let (redis, stand) = alone(name).await;
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 3);
+    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
+    first.opens_a_sale(3).await.unwrap();
+    assert!(is_confirmed(&ledger.ask(&second, 1).await.unwrap()));
+    let release = Script::new(release);
+    let bare = ["EVALSHA", release.get_hash(), "1", "nothing", "nobody"];
+    let flush = async || {
+        let knows = redis.command(&bare).await.unwrap();
+        assert!(!is_noscript(&knows), "it has never been asked for: {knows:?}");
+        let flushed = redis.command(&["SCRIPT", "FLUSH"]).await.unwrap();
+        assert_eq!(flushed, Reply::Status("OK".to_owned()));
+        let forgot = redis.command(&bare).await.unwrap();
+        assert!(is_noscript(&forgot), "the fault did not strike: {forgot:?}");
+    };
+
+    flush().await;
+    assert!(is_confirmed(&ledger.ask(&second, 2).await.unwrap()));
+    // While somebody holds the lock, too.
+    let (ann, ()) = tokio::join!(ledger.ask(&first, 3), async {
+        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        flush().await;
+        assert!(lock.is_taken().await);
+        first.goes_on().await.unwrap();
+    });
+    assert!(is_confirmed(&ann.unwrap()));
+    until("the lock is given back", async || !lock.is_taken().await).await;
+    assert_eq!(ledger.ask(&second, 4).await.unwrap(), SOLD_OUT);
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    assert!(verdict.findings.is_empty(), "{verdict}");
+}
+
+fn is_noscript(reply: &Reply) -> bool {
+    matches!(reply, Reply::Error(refusal) if refusal.starts_with("NOSCRIPT"))
+}
+
+#[rstest]
+#[case::spin("spin", false)]
+#[case::rlock("rlock", true)]
+#[case::fenced("fenced", true)]
+#[tokio::test]
+async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_it(
+    #[case] name: &str,
+    #[case] renewed: bool,
+) {
+    let lease = Duration::from_secs(1);
+    let (redis, stand) = alone(name).await;
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 1);
+    let rush = Rush {
+        hold: lease * 3,
+        ..Rush::default()
+    };
+    let (program, strategy) = (program(lease), strategy(name));
+    let slow = async || Talk::during(&rush, &stand, &program, &LEVEL, strategy).await.unwrap();
+    let (first, second) = tokio::join!(slow(), slow());
+    first.opens_a_sale(1).await.unwrap();
+
+    let began = Instant::now();
+    let (ann, bob) = tokio::join!(ledger.ask(&first, 1), async {
+        until("Ann has the lock", async || lock.is_taken().await).await;
+        ledger.ask(&second, 2).await.unwrap()
+    });
+    assert!(began.elapsed() > lease * 3, "the fault did not strike: she was quick");
+    assert!(is_confirmed(&ann.unwrap()));
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    if renewed {
+        assert_eq!(bob, SOLD_OUT);
+        assert!(verdict.findings.is_empty(), "{verdict}");
+    } else {
+        assert!(is_confirmed(&bob), "{bob:?}");
+        assert!(verdict.breaks(NoOversell), "{verdict}");
+    }
+
+    // Both are done, and so is their watchdog: somebody else's lock lives for its lease, and nobody asks Redis for anything.
+    until("the lock is given back", async || !lock.is_taken().await).await;
+    let calls = async || told(&redis, "commandstats", "cmdstat_evalsha", "calls").await;
+    let before = calls().await;
+    assert!(before > 0, "INFO does not tell of the scripts");
+    let lease_ms = lease.as_millis().to_string();
+    for command in [
+        ["HSET", &lock.key, "somebody", "1"].as_slice(),
+        &["PEXPIRE", &lock.key, &lease_ms],
+    ] {
+        assert_eq!(redis.command(command).await.unwrap(), Reply::Int(1));
+    }
+    until("somebody's lease has ended", async || !lock.is_taken().await).await;
+    assert_eq!(calls().await, before, "something is still renewed");
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+}
+
+#[rstest]
+#[case::spin("spin", 0)]
+#[case::rlock("rlock", 1)]
+#[tokio::test]
+async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] name: &str, #[case] listens: i64) {
+    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    // Nobody gets in because a lease has ended.
+    let lease = Duration::from_secs(60);
+    let (here, there) = tokio::join!(Any::on(&stand, name, lease), Any::on(&stand, name, lease));
+    let held = here.acquire(PATIENCE).await.unwrap();
+
+    // One gives up, at the head of its process's queue; one is dropped behind it.
+    let short = Duration::from_millis(300);
+    let (gives_up, dropped) = tokio::join!(there.acquire(short), timeout(short, there.acquire(PATIENCE)));
+    assert!(matches!(gives_up, Err(LockError::NotAcquired(_))));
+    assert!(dropped.is_err());
+    until("nobody listens any more", async || lock.listeners().await == 0).await;
+
+    // One is dropped at the head, with another behind it.
+    {
+        let mut head = Box::pin(there.acquire(PATIENCE));
+        let queued = async {
+            until("it is in the queue", async || lock.listeners().await == listens).await;
+        };
+        tokio::select! {
+            _ = &mut head => panic!("the lock is held"),
+            () = queued => {}
+        }
+        let mut next = Box::pin(there.acquire(lease));
+        assert!(timeout(Duration::from_millis(50), &mut next).await.is_err());
+        drop(head);
+        assert!(timeout(Duration::from_millis(50), &mut next).await.is_err());
+        assert_eq!(held.release().await.unwrap(), Released::Free);
+        let got = timeout(PATIENCE, next)
+            .await
+            .expect("the queue does not move on")
+            .unwrap();
+        assert_eq!(got.release().await.unwrap(), Released::Free);
+    }
+    until("nobody listens any more", async || lock.listeners().await == 0).await;
+    assert!(!lock.is_taken().await, "somebody who is gone has the lock");
+}
