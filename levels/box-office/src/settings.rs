@@ -327,6 +327,8 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
     command.build();
     let command = &command;
     let argument = match error.get(ContextKind::InvalidArg) {
+        // Both are right, each without the other.
+        _ if error.kind() == ErrorKind::ArgumentConflict => None,
         Some(ContextValue::String(shown)) => arguments(command).find(|argument| argument.to_string() == *shown),
         _ => None,
     };
@@ -336,7 +338,9 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
             let value = argument.get_env().and_then(env::var_os);
             value.is_some_and(|value| value.to_str().is_none())
         });
-        if let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) {
+        if error.kind() != ErrorKind::ArgumentConflict
+            && let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg)
+        {
             return format!("{} is missing; --help lists what there is", missing.join(" and "));
         }
         return match (error.kind(), unreadable) {

@@ -177,6 +177,38 @@ const WRONG: &[Wrong] = &[
         line: r#"RUST_LOG (--log) holds "box_office=loud"; it takes a tracing filter, such as info or box_office=debug"#,
     },
     Wrong {
+        name: "a_redis_url_of_something_else_is_not_shown",
+        variables: &[NOBODY, ("REDIS_URL", "http://ann:hunter2@localhost:6379")],
+        flags: &[],
+        line: "REDIS_URL (--redis-url) holds something else (not shown: it is a secret); it takes the URL of a Redis \
+               server, such as redis://:password@localhost:6379/0",
+    },
+    Wrong {
+        name: "a_broken_redis_url_is_not_shown",
+        variables: &[NOBODY],
+        flags: &["--redis-url", "redis://ann:hunter2@localhost:port/0"],
+        line: "REDIS_URL (--redis-url) holds something else (not shown: it is a secret); it takes the URL of a Redis \
+               server, such as redis://:password@localhost:6379/0",
+    },
+    Wrong {
+        name: "a_redis_prefix_of_two_words_is_named",
+        variables: &[NOBODY, ("REDIS_PREFIX", "two words")],
+        flags: &[],
+        line: r#"REDIS_PREFIX (--redis-prefix) holds "two words"; it takes at most 100 visible ASCII characters without spaces"#,
+    },
+    Wrong {
+        name: "a_lease_of_next_to_nothing_is_named",
+        variables: &[NOBODY, ("LOCK_LEASE_MS", "9")],
+        flags: &[],
+        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "9"; it takes a number of milliseconds, 10 to 600000"#,
+    },
+    Wrong {
+        name: "a_lease_with_a_unit_is_named",
+        variables: &[NOBODY, ("LOCK_LEASE_MS", "10s")],
+        flags: &[],
+        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "10s"; it takes a number of milliseconds, 10 to 600000"#,
+    },
+    Wrong {
         name: "an_unknown_strategy_is_told_the_known",
         variables: &[NOBODY, ("STRATEGY", "hope")],
         flags: &[],
@@ -309,6 +341,9 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
         "STRATEGY",
         "INSTANCE",
         "HOLD_MS",
+        "REDIS_URL",
+        "REDIS_PREFIX",
+        "LOCK_LEASE_MS",
         "OVERSOLD_ADMIN_TOKEN",
         "LOG_FORMAT",
         "OVERSOLD_TRACE_FILE",
