@@ -91,6 +91,7 @@ const THREE: Scenario = Scenario {
     preemptions: Some(2),
 };
 
+// ANCHOR: orders
 #[rstest]
 #[case::spin("spin")]
 #[case::rlock("rlock")]
@@ -115,6 +116,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
         }
     }
 }
+// ANCHOR_END: orders
 
 #[rstest]
 #[case::does_nothing("broken/does-nothing")]
@@ -134,6 +136,38 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
         explored.orders
     );
 }
+
+// ANCHOR: late-release
+/// Ann's lease has ended and Bob has the lock when she gives it back, and Carl comes.
+#[rstest]
+#[case::spin("spin", 1, KEEPS, "committed")]
+#[case::del_without_owner("broken/del-without-owner", 1, OVERSELLS, "committed")]
+#[case::get_then_del("broken/get-then-del", 1, OVERSELLS, "owner compared")]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
+    #[case] name: &str,
+    #[case] _instances: usize,
+    #[case] expected: Promises,
+    #[case] late: &'static str,
+) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let redis = rehearsal.redis().unwrap();
+    let redis = Connections::open(redis.url.expose(), &redis.prefix).await.unwrap();
+    let mut script = rehearsal.sale(2).await.unwrap();
+    let (ann, bob, carl) = (script.buyer("Ann"), script.buyer("Bob"), script.buyer("Carl"));
+
+    script.run_until(ann, late).await.unwrap(); // has sold the first ticket, and the lock is still hers
+    let ended: i64 = redis.send(Cmd::del(redis.key("sale:1"))).await.unwrap();
+    assert_eq!(ended, 1, "Ann had no lock");
+    script.run_until(bob, "decided to sell").await.unwrap();
+    script.run_to_its_answer(ann).await.unwrap();
+    script.run_towards(carl, "decided to sell").await.unwrap();
+    script.run_everybody_to_an_answer().await.unwrap();
+
+    let conclusion = conclude(&script.history().await.unwrap(), &expected);
+    assert!(conclusion.is_ok(), "{name}: {}\n{}", conclusion.unwrap_err(), script.trace());
+}
+// ANCHOR_END: late-release
 
 /// One reservation, however often the buyer clicks at once, and wherever.
 #[rstest]

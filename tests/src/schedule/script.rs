@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
+    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, RedisPlace, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
     Steps, Strategy, trace::now_monotonic_us,
 };
 use futures_util::{
@@ -57,7 +57,7 @@ pub struct Rehearsal {
     holders: Holders,
     sales: AtomicI64,
     /// Gone when this is.
-    _stand: Stand,
+    stand: Stand,
 }
 
 /// A sale of which every request is held at its scheduling points.
@@ -144,8 +144,16 @@ impl Rehearsal {
             observer: database.pool(1).await?,
             holders,
             sales: AtomicI64::new(0),
-            _stand: stand,
+            stand,
         })
+    }
+
+    /// The Redis of the strategy, for a test that does there what the end of a lease would do.
+    ///
+    /// # Errors
+    /// The strategy needs none.
+    pub fn redis(&self) -> anyhow::Result<RedisPlace> {
+        self.stand.redis(LEASE)?.context("this strategy needs no Redis")
     }
 
     /// Opens a new sale with so many tickets, for a script that nobody is in yet.
