@@ -13,8 +13,9 @@ use redis::Cmd;
 use rstest::rstest;
 use suite::{
     backends::Stand,
-    contract, held_to,
+    contract,
     crowd::bears_idle_and_slow_clients,
+    held_to,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::{Conclusion, judge},
     restarts,

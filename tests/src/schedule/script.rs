@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, RedisPlace, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
-    Steps, Strategy, trace::now_monotonic_us,
+    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, RedisPlace, Refusal, RequestKey, Reserve, SaleId,
+    Sighting, Stage, Steps, Strategy, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
