@@ -154,13 +154,16 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
     #[case] late: &'static str,
 ) {
     let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
-    let redis = rehearsal.redis().unwrap();
+    let redis = rehearsal.stand().redis(Duration::ZERO).unwrap().unwrap();
     let redis = Connections::open(redis.url.expose(), &redis.prefix).await.unwrap();
     let mut script = rehearsal.sale(2).await.unwrap();
     let (ann, bob, carl) = (script.buyer("Ann"), script.buyer("Bob"), script.buyer("Carl"));
 
     script.run_until(ann, late).await.unwrap(); // has sold the first ticket, and the lock is still hers
-    let ended: i64 = redis.send(Cmd::del(redis.key("sale:1"))).await.unwrap();
+    let ended: i64 = redis
+        .send(Cmd::del(redis.key(&format!("sale:{}", script.sale()))))
+        .await
+        .unwrap();
     assert_eq!(ended, 1, "Ann had no lock");
     script.run_until(bob, "decided to sell").await.unwrap();
     script.run_to_its_answer(ann).await.unwrap();

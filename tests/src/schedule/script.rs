@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, RedisPlace, Refusal, RequestKey, Reserve, SaleId,
-    Sighting, Stage, Steps, Strategy, trace::now_monotonic_us,
+    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
+    Steps, Strategy, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -56,7 +56,6 @@ pub struct Rehearsal {
     observer: PgPool,
     holders: Holders,
     sales: AtomicI64,
-    /// Gone when this is.
     stand: Stand,
 }
 
@@ -148,12 +147,9 @@ impl Rehearsal {
         })
     }
 
-    /// The Redis of the strategy, for a test that does there what the end of a lease would do.
-    ///
-    /// # Errors
-    /// The strategy needs none.
-    pub fn redis(&self) -> anyhow::Result<RedisPlace> {
-        self.stand.redis(LEASE)?.context("this strategy needs no Redis")
+    /// What the strategy stands on.
+    pub fn stand(&self) -> &Stand {
+        &self.stand
     }
 
     /// Opens a new sale with so many tickets, for a script that nobody is in yet.
@@ -208,6 +204,11 @@ impl Script<'_> {
     /// Nobody is held at these points any more; they are written down all the same.
     pub fn passes(&mut self, points: &'static [&'static str]) {
         self.shared.board().passes = points;
+    }
+
+    /// The number of its sale.
+    pub fn sale(&self) -> SaleId {
+        self.sale
     }
 
     /// A new buyer, who will send one request under a key of its own.
