@@ -121,6 +121,13 @@ results: ## Measure again what the book says in figures
 	for strategy in pessimistic conditional-update; do \
 		$(measure) bench lv2/$$strategy --pools 1,2,4,8,16,64 --seconds 3 --rounds 3 --json results/lv2-pools-$$strategy.json || exit; \
 	done
+	$(measure) rush lv3 --json results/lv3-rush.json
+	$(measure) rush lv3 --instances 3 --json results/lv3-rush-3.json
+	for strategy in spin rlock fenced; do \
+		$(measure) bench lv3/$$strategy --seconds 5 --json results/lv3-bench-$$strategy.json || exit; \
+		$(measure) bench lv3/$$strategy --waiters 1000 --json results/lv3-waiters-$$strategy.json || exit; \
+	done
+	$(measure) bench lv3/rlock --lock --seconds 5 --json results/lv3-lock.json
 	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20

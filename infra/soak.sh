@@ -12,7 +12,7 @@ logs=$(mktemp -d)
 processes() { ps -eo pid=,args= | awk '/oversold-run-|lv[0-9]-[a-z-]*$/ && !/awk/ { print $1 }' | sort; }
 folders() { find "${TMPDIR:-/tmp}" -maxdepth 1 -name 'oversold-*' 2>/dev/null | sort; }
 containers() { docker ps --all --quiet --filter label=oversold 2>/dev/null | sort || true; }
-traces() { processes; folders; containers; }
+traces() { { processes; folders; containers; } | LC_ALL=C sort; }
 sum() { grep -oE "[0-9]+ $1" "$2" | awk '{ n += $1 } END { print n + 0 }'; }
 
 cargo test --no-run --quiet "$@"
@@ -32,11 +32,11 @@ while [ "$run" -le "$runs" ]; do
     [ -z "$busy" ] || kill "$busy"
     # The keeper clears up once the test program has ended, so it is a moment behind it.
     tries=0
-    while traces >"$logs/after" && [ -n "$(comm -13 "$logs/before" "$logs/after")" ] && [ "$tries" -lt 50 ]; do
+    while traces >"$logs/after" && [ -n "$(LC_ALL=C comm -13 "$logs/before" "$logs/after")" ] && [ "$tries" -lt 50 ]; do
         tries=$((tries + 1))
         sleep 0.2
     done
-    behind=$(comm -13 "$logs/before" "$logs/after" | wc -l)
+    behind=$(LC_ALL=C comm -13 "$logs/before" "$logs/after" | wc -l)
     printf 'run %2d: %3d s, %s passed, %s failed, %s ignored, %s left behind%s\n' "$run" "$took" \
         "$(sum passed "$logs/$run")" "$(sum failed "$logs/$run")" "$(sum ignored "$logs/$run")" "$behind" "$note"
     if [ "$code" != 0 ]; then

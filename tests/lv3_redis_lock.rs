@@ -6,13 +6,13 @@ use std::{path::Path, time::Duration};
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
-    Place, Promises, Strategy,
+    Place, ProblemKind, Promises, Strategy,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};
 use redis::Cmd;
 use rstest::rstest;
 use suite::{
-    backends::Stand,
+    backends::{self, Redis, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
     held_to,
@@ -242,6 +242,27 @@ async fn the_http_contract_holds(#[case] name: &str) {
     refuses_bad_input(&talk).await.unwrap();
     let sale = talk.sale(SALE).await.unwrap();
     assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
+    talk.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
+    let (strategy, redis) = (strategy("rlock"), Redis::private().await.unwrap());
+    let postgres = backends::postgres().await.unwrap();
+    let stand = Stand::on(&postgres, Some(&redis), strategy.schema).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
+
+    redis.stop().await.unwrap();
+    let away = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+    away.is(ProblemKind::BackendAway).unwrap();
+    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
+    assert_eq!(talk.get("/livez").await.unwrap().status, 200);
+
+    redis.start().await.unwrap();
+    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
     talk.stop().await.unwrap();
 }
 

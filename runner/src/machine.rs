@@ -1,6 +1,6 @@
 //! Where a figure was measured.
 
-use std::{fs, process::Command, thread::available_parallelism};
+use std::{env, fs, process::Command, thread::available_parallelism};
 
 use serde::Serialize;
 
@@ -48,4 +48,11 @@ pub(crate) fn commit() -> Option<String> {
     let code = [":(top)", ":(top,exclude)results", ":(top,exclude)book/generated"];
     let changed = !git(&[&["status", "--porcelain", "--untracked-files=no", "--"], &code[..]].concat())?.is_empty();
     Some(format!("{commit}{}", if changed { "+" } else { "" }))
+}
+
+/// The command line of this process, as it is written beside every figure.
+pub(crate) fn this_command() -> String {
+    env::args()
+        .skip(1)
+        .fold("oversold".to_owned(), |command, word| command + " " + &word)
 }

@@ -129,6 +129,12 @@ pub(crate) struct BenchArgs {
     /// Show what pools of these sizes make of it, and leave the ceiling out: 1,2,4,8,16,64.
     #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = number(1..=400))]
     pools: Vec<u32>,
+    /// Measure LV.3's lock alone: taken and given back, a lock for each client, beside redis-benchmark.
+    #[arg(long, conflicts_with_all = ["pools", "waiters"])]
+    lock: bool,
+    /// Measure LV.3's lock alone: so many wait for the same one, and do nothing with it.
+    #[arg(long, value_name = "N", conflicts_with = "pools", value_parser = number(1..=20_000))]
+    waiters: Option<u32>,
     /// Write the figures, with machine, commit and settings, to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,

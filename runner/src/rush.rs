@@ -22,7 +22,7 @@ use suite::{
 use crate::{
     Ended, RushArgs,
     levels::Choice,
-    machine::{Machine, commit},
+    machine::{Machine, commit, this_command},
 };
 
 /// Runs the rush on every chosen strategy, and prints the table.
@@ -89,9 +89,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
 
     if let Some(json) = json {
         let figures = Figures {
-            command: env::args()
-                .skip(1)
-                .fold("oversold".to_owned(), |command, word| command + " " + &word),
+            command: this_command(),
             commit,
             release: !cfg!(debug_assertions),
             machine: Machine::this(),

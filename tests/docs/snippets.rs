@@ -35,7 +35,23 @@ const FIGURES: &[(&str, Figures)] = &[
         let strategies = ["pessimistic", "conditional-update"];
         figures(&strategies.map(|it| format!("lv2-pools-{it}")), pools_table)
     }),
+    ("lv3-rush", |name| figures(&[name], rush_table)),
+    ("lv3-rush-3", |name| figures(&[name], rush_table)),
+    ("lv3-and-lv2", |_| {
+        let runs = ["lv2-rush", "lv3-rush", "lv2-rush-3", "lv3-rush-3"];
+        figures(&runs, side_by_side_table)
+    }),
+    ("lv3-bench", |_| {
+        figures(&LOCKS.map(|it| format!("lv3-bench-{it}")), rates_table)
+    }),
+    ("lv3-waiters", |_| {
+        figures(&LOCKS.map(|it| format!("lv3-waiters-{it}")), waiters_table)
+    }),
+    ("lv3-lock", |name| figures(&[name], lock_table)),
 ];
+
+/// The strategies of LV.3 that have a lock of their own.
+const LOCKS: [&str; 3] = ["spin", "rlock", "fenced"];
 
 /// Makes the table of the figures with this name.
 type Figures = fn(&str) -> String;
@@ -201,7 +217,9 @@ struct How {
     release: bool,
     commit: Option<String>,
     machine: Machine,
-    postgres: Postgres,
+    /// Not there for what a lock does alone.
+    postgres: Option<Backend>,
+    redis: Option<Backend>,
     /// Why they do not count.
     #[serde(default)]
     void: Vec<String>,
@@ -216,7 +234,7 @@ struct Machine {
 }
 
 #[derive(Deserialize)]
-struct Postgres {
+struct Backend {
     version: String,
     durability: BTreeMap<String, String>,
 }
@@ -232,9 +250,15 @@ impl fmt::Display for How {
         if let Some(mib) = machine.memory_mib {
             write!(f, ", {} GiB of memory", (mib as f64 / 1024.0).round())?;
         }
-        write!(f, "; Postgres {}", self.postgres.version)?;
-        for (setting, value) in &self.postgres.durability {
-            write!(f, ", `{setting}` {value}")?;
+        for (name, backend) in [("Postgres", &self.postgres), ("Redis", &self.redis)] {
+            let Some(Backend { version, durability }) = backend else {
+                continue;
+            };
+            write!(f, "; {name} {version}")?;
+            for (setting, value) in durability {
+                let value = if value.is_empty() { "off" } else { value };
+                write!(f, ", `{setting}` {value}")?;
+            }
         }
         write!(f, "; commit {}", self.commit.as_deref().unwrap_or("unknown"))
     }
@@ -243,6 +267,7 @@ impl fmt::Display for How {
 /// What `oversold rush --json` writes, as far as the book shows it.
 #[derive(Deserialize)]
 struct RushRun {
+    instances: u32,
     strategies: Vec<Rush>,
 }
 
@@ -277,6 +302,26 @@ fn rush_table(runs: &[RushRun]) -> String {
         table += &format!(
             "| `{}` | {} | {} | {} | {stock} | {:.0} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} |\n",
             it.strategy, it.sold, it.oversold_by, it.duplicates, it.requests_a_second, it.verdict
+        );
+    }
+    table
+}
+
+/// Every strategy on each number of instances that it was run on: what it answered, and how fast.
+fn side_by_side_table(runs: &[RushRun]) -> String {
+    let mut table = "\
+| strategy | instances | sold | req/s | p50 ms | p95 ms | p99 ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|---|
+"
+    .to_owned();
+    let rows = runs
+        .iter()
+        .flat_map(|run| run.strategies.iter().map(|it| (run.instances, it)));
+    for (instances, it) in rows {
+        let Percentiles { p50_ms, p95_ms, p99_ms } = it.answered;
+        table += &format!(
+            "| `{}` | {instances} | {} | {:.0} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} |\n",
+            it.strategy, it.sold, it.requests_a_second, it.verdict
         );
     }
     table
@@ -332,6 +377,88 @@ fn bench_table(runs: &[Bench]) -> String {
             "| `{}` | {} | {ceiling} | {ratio} | {:.1} | {:.1} |\n",
             it.strategy, it.reservations_a_second, it.p50_ms, it.p99_ms
         );
+    }
+    table
+}
+
+/// The same where pgbench knows no ceiling.
+fn rates_table(runs: &[Bench]) -> String {
+    let mut table = "\
+| strategy | reservations/s: median (range) | p50 ms | p99 ms |
+|---|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        table += &format!(
+            "| `{}` | {} | {:.1} | {:.1} |\n",
+            it.strategy, it.reservations_a_second, it.p50_ms, it.p99_ms
+        );
+    }
+    table
+}
+
+/// What `oversold bench --waiters … --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Waiters {
+    strategy: String,
+    waiters: u32,
+    took_ms: Spread,
+    commands_sent_each: Spread,
+    commands_in_scripts_each: Spread,
+}
+
+fn waiters_table(runs: &[Waiters]) -> String {
+    let mut table = "\
+| the lock of | waiters | everybody had it after, ms: median (range) | commands sent, each | commands in scripts, each |
+|---|--:|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        table += &format!(
+            "| `{}` | {} | {} | {:.2} | {:.2} |\n",
+            it.strategy, it.waiters, it.took_ms, it.commands_sent_each, it.commands_in_scripts_each
+        );
+    }
+    table
+}
+
+/// What `oversold bench --lock --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Lock {
+    strategy: String,
+    clients: u32,
+    pairs_a_second: Spread,
+    redis_benchmark: Pairs,
+    redis_benchmark_on_one_connection: Pairs,
+}
+
+#[derive(Deserialize)]
+struct Pairs {
+    pairs_a_second: Spread,
+    ratio: Spread,
+}
+
+fn lock_table(runs: &[Lock]) -> String {
+    let mut table = "\
+| | taken and given back, a second: median (range) | the lock in proportion to it |
+|---|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        let Lock { strategy, clients, .. } = it;
+        table += &format!(
+            "| the lock of `{strategy}`, {clients} tasks on one connection | {} | |\n",
+            it.pairs_a_second
+        );
+        for (name, pairs) in [
+            (format!("-c {clients}"), &it.redis_benchmark),
+            (format!("-c 1 -P {clients}"), &it.redis_benchmark_on_one_connection),
+        ] {
+            table += &format!(
+                "| `redis-benchmark {name}` | {} | {:.2} |\n",
+                pairs.pairs_a_second, pairs.ratio
+            );
+        }
     }
     table
 }

@@ -4,7 +4,11 @@
 //! that is slower for a while is so for both. Rows are judged after each round: a rate that was reached by breaking a rule is no rate.
 
 mod figures;
+#[cfg(feature = "lv3")]
+mod lock;
 mod pgbench;
+#[cfg(feature = "lv3")]
+mod redis_benchmark;
 mod tool;
 mod wrk;
 
@@ -16,7 +20,7 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::Invariant;
+use box_office::{Invariant, Service};
 use comfy_table::{Table, presets};
 use serde::Serialize;
 use suite::{
@@ -30,7 +34,7 @@ use suite::{
 use crate::{
     BenchArgs, Ended,
     levels::Choice,
-    machine::{Machine, commit},
+    machine::{Machine, commit, this_command},
 };
 use figures::Spread;
 use pgbench::{Ceiling, Pgbench};
@@ -53,6 +57,9 @@ const CONNECTIONS: usize = 1000;
 /// Measures one strategy.
 pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     let choice = Choice::one(&args.strategy)?;
+    if args.lock || args.waiters.is_some() {
+        return lock_alone(choice, args).await;
+    }
     // Before the run: nobody should wait for figures that can't be taken or written.
     let wrk = Wrk::find()?;
     let pgbench = match args.pools.is_empty() {
@@ -60,11 +67,7 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
         false => None,
     };
     let json = args.json.as_deref().map(crate::rush::create).transpose()?;
-    if cfg!(debug_assertions) {
-        eprintln!(
-            "This is a debug build: its figures mean nothing. `cargo run --release --package oversold -- bench …`"
-        );
-    }
+    warn_of_debug();
     let services = Services::find(Durability::Durable, choice.strategy.needs).await?;
     let bench = Bench {
         choice,
@@ -85,6 +88,32 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
         bench.rate(args, pgbench.as_ref(), json).await
     } else {
         bench.curve(args, json).await
+    }
+}
+
+/// What is asked of a lock and not of a sale.
+#[cfg(feature = "lv3")]
+async fn lock_alone(choice: Choice, args: &BenchArgs) -> anyhow::Result<Ended> {
+    if choice.level.name != lv3_redis_lock::LEVEL.name {
+        anyhow::bail!("{}", ONLY_LV3);
+    }
+    lock::bench(choice.strategy.name, args).await
+}
+
+/// What is asked of a lock and not of a sale.
+#[cfg(not(feature = "lv3"))]
+async fn lock_alone(_choice: Choice, _args: &BenchArgs) -> anyhow::Result<Ended> {
+    anyhow::bail!("{}", ONLY_LV3)
+}
+
+const ONLY_LV3: &str =
+    "--waiters and --lock measure a lock on its own, and only LV.3 has one: lv3/spin, lv3/rlock, lv3/fenced";
+
+fn warn_of_debug() {
+    if cfg!(debug_assertions) {
+        eprintln!(
+            "This is a debug build: its figures mean nothing. `cargo run --release --package oversold -- bench …`"
+        );
     }
 }
 
@@ -258,7 +287,10 @@ impl Bench {
             }
             None => row(
                 "ceiling",
-                "not known: pgbench can't do what this strategy does".to_owned(),
+                match self.choice.strategy.needs.contains(&Service::Redis) {
+                    true => "not known; of the lock alone: --lock".to_owned(),
+                    false => "not known: pgbench can't do what this strategy does".to_owned(),
+                },
             ),
         }
         row("answered after, p50", format!("{:.1} ms", rate.p50_ms));
@@ -343,11 +375,9 @@ impl Bench {
         if void.is_empty() {
             println!("judged after each round: I1, I2 and I3 hold, and every confirmed reservation has its row");
         }
-        if let Some(mut json) = json {
+        if let Some(json) = json {
             let figures = Figures {
-                command: env::args()
-                    .skip(1)
-                    .fold("oversold".to_owned(), |command, word| command + " " + &word),
+                command: this_command(),
                 commit: commit(),
                 release: !cfg!(debug_assertions),
                 machine: Machine::this(),
@@ -360,8 +390,7 @@ impl Bench {
                 measured,
                 void,
             };
-            serde_json::to_writer_pretty(&mut json, &figures)?;
-            writeln!(json)?;
+            write(json, &figures)?;
         }
         Ok(if void.is_empty() {
             Ended::AsPromised
@@ -477,6 +506,13 @@ impl Bench {
         servers.stop().await?;
         Ok((idle, crowded))
     }
+}
+
+/// Writes the figures to their file.
+fn write(mut json: File, figures: &impl Serialize) -> anyhow::Result<()> {
+    serde_json::to_writer_pretty(&mut json, figures)?;
+    writeln!(json)?;
+    Ok(())
 }
 
 /// What is going on, for somebody who waits at a terminal. Nothing wipes the line.

@@ -1,8 +1,9 @@
 //! A history, looked up by what the rules ask for.
 
-use std::{collections::HashMap, hash::Hash};
+use std::hash::Hash;
 
 use box_office::BuyerId;
+use foldhash::{HashMap, HashMapExt};
 use uuid::Uuid;
 
 use crate::history::{Answer, Ending, History, Micros, Refused, Request, Row, Status};
