@@ -8,13 +8,16 @@ use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
     Place, ProblemKind, Promises, Strategy,
 };
-use lv3_redis_lock::LEVEL;
+use lv3_redis_lock::{LEVEL, lock::Connections};
+use redis::Cmd;
 use rstest::rstest;
 use suite::{
     backends::{self, Redis, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
+    held_to,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    judge::{Conclusion, judge},
     restarts,
     rush::{Program, Rush, SALE},
     schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
@@ -91,6 +94,7 @@ const THREE: Scenario = Scenario {
     preemptions: Some(2),
 };
 
+// ANCHOR: orders
 #[rstest]
 #[case::spin("spin")]
 #[case::rlock("rlock")]
@@ -115,6 +119,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
         }
     }
 }
+// ANCHOR_END: orders
 
 #[rstest]
 #[case::does_nothing("broken/does-nothing")]
@@ -134,6 +139,43 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
         explored.orders
     );
 }
+
+// ANCHOR: late-release
+/// Ann's lease has ended and Bob has the lock when she gives it back, and Carl comes.
+#[rstest]
+#[case::spin("spin", 1, KEEPS, "committed")]
+#[case::del_without_owner("broken/del-without-owner", 1, OVERSELLS, "committed")]
+#[case::get_then_del("broken/get-then-del", 1, OVERSELLS, "owner compared")]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
+    #[case] name: &str,
+    #[case] _instances: usize,
+    #[case] expected: Promises,
+    #[case] late: &'static str,
+) {
+    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let redis = rehearsal.stand().redis(Duration::ZERO).unwrap().unwrap();
+    let redis = Connections::open(redis.url.expose(), &redis.prefix).await.unwrap();
+    let mut script = rehearsal.sale(2).await.unwrap();
+    let (ann, bob, carl) = (script.buyer("Ann"), script.buyer("Bob"), script.buyer("Carl"));
+
+    script.run_until(ann, late).await.unwrap(); // has sold the first ticket, and the lock is still hers
+    let ended: i64 = redis
+        .send(Cmd::del(redis.key(&format!("sale:{}", script.sale()))))
+        .await
+        .unwrap();
+    assert_eq!(ended, 1, "Ann had no lock");
+    script.run_until(bob, "decided to sell").await.unwrap();
+    script.run_to_its_answer(ann).await.unwrap();
+    script.run_towards(carl, "decided to sell").await.unwrap();
+    script.run_everybody_to_an_answer().await.unwrap();
+
+    let verdict = judge(&script.history().await.unwrap());
+    let conclusion = verdict.conclude(&held_to(expected));
+    let kept = matches!(conclusion, Conclusion::AsPromised);
+    assert!(kept, "lv3/{name}: {conclusion}\n\n{}\n{verdict}", script.trace());
+}
+// ANCHOR_END: late-release
 
 /// One reservation, however often the buyer clicks at once, and wherever.
 #[rstest]

@@ -5,9 +5,11 @@ use std::{
     env, fmt, fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::LazyLock,
 };
 
 use box_office::{Level, Place, Promise, Promises, Strategy};
+use regex::Regex;
 use serde::Deserialize;
 use similar::TextDiff;
 use suite::twins::{code, twin_of};
@@ -96,7 +98,23 @@ fn trace(name: &str) -> String {
     let output = command.args(["trace", name, "--markdown"]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "oversold trace {name}: {said}");
-    String::from_utf8(output.stdout).unwrap()
+    with_tokens_numbered(&String::from_utf8(output.stdout).unwrap())
+}
+
+/// A fencing token follows the clock. In a trace the first is called so, and so on, in as many letters.
+fn with_tokens_numbered(trace: &str) -> String {
+    static TOKEN: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\b\d{16}\b").unwrap());
+    let mut seen: Vec<&str> = vec![];
+    for token in TOKEN.find_iter(trace).map(|found| found.as_str()) {
+        if !seen.contains(&token) {
+            seen.push(token);
+        }
+    }
+    let mut text = trace.to_owned();
+    for (index, token) in seen.into_iter().enumerate() {
+        text = text.replace(token, &format!("{:<16}", format!("token {}", index + 1)));
+    }
+    text
 }
 
 /// What a broken strategy does otherwise than its twin; each is the path and the text of a file.
@@ -665,5 +683,14 @@ fn figures_say_where_they_were_measured() {
     assert_eq!(
         how(true, "4b825dc642cb", &[]).to_string(),
         "on linux x86_64, 2 cores, 4 GiB of memory; Postgres 17.2, `fsync` on; commit 4b825dc642cb"
+    );
+}
+
+#[test]
+fn a_trace_shows_tokens_by_their_number() {
+    let line = |token: &str| format!("| lock taken: {token} |\n");
+    assert_eq!(
+        with_tokens_numbered(&(line("1795470000000001") + &line("1795470000000009") + &line("1795470000000001"))),
+        line("token 1         ") + &line("token 2         ") + &line("token 1         ")
     );
 }

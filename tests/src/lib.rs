@@ -14,4 +14,4 @@ pub mod rush;
 pub mod schedule;
 pub mod twins;
 
-pub use contract::{RED, contract};
+pub use contract::{RED, contract, held_to};

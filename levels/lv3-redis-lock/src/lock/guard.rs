@@ -205,10 +205,12 @@ impl Guard {
         self.token
     }
 
+    // ANCHOR: lost
     /// Whether the lock is known to be lost, or can no longer be said to be held. "No" is true only at the moment of asking.
     pub fn is_lost(&self) -> bool {
         self.holding.as_ref().is_none_or(|holding| holding.is_lost())
     }
+    // ANCHOR_END: lost
 
     /// Ends when the lock is lost.
     pub async fn lost(&self) {
@@ -272,6 +274,7 @@ async fn see_it_end(state: Arc<State>) {
     }
 }
 
+// ANCHOR: watchdog
 /// The watchdog: renews a lease every third of its time, until the lock is lost. It keeps no guard alive.
 async fn renew(terms: Terms, time: Duration, state: Arc<State>) {
     let renewals = async {
@@ -302,3 +305,4 @@ async fn renew(terms: Terms, time: Duration, state: Arc<State>) {
         () = see_it_end(state.clone()) => tracing::warn!(lock = terms.key, "a lease ended that could not be renewed"),
     }
 }
+// ANCHOR_END: watchdog

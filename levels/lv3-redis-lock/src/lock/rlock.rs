@@ -133,6 +133,7 @@ impl RLock {
             }
         };
         let terms = self.terms(name, owner);
+        // ANCHOR: wait
         loop {
             let left = match self.look(&terms).await? {
                 Taken::Yes { token, sent } => return Ok(self.hold(name, terms, token, sent, head)),
@@ -147,6 +148,7 @@ impl RLock {
                 }
             }
         }
+        // ANCHOR_END: wait
     }
 
     /// Listens to the messages that tell of this lock's releases. To wait for such a message alone is a mistake: a holder that dies sends none,

@@ -33,6 +33,7 @@ impl Default for Pauses {
 }
 
 impl Pauses {
+    // ANCHOR: pauses
     /// The pause after so many attempts that failed, for a number from 0 to 1 that chance has picked.
     pub fn after(self, failures: u32, chance: f64) -> Duration {
         let doubled = self
@@ -40,6 +41,7 @@ impl Pauses {
             .saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
         doubled.min(self.longest).mul_f64(chance)
     }
+    // ANCHOR_END: pauses
 }
 
 /// `SET key owner NX PX lease`, again and again.
@@ -88,6 +90,7 @@ impl SpinLock {
             scripts: self.scripts.clone(),
             commands: self.connections.commands.clone(),
         };
+        // ANCHOR: try-acquire
         let mut set = redis::cmd("SET");
         // One command: a lock that was set and got its end by a second one would stay for ever if its owner died in between.
         set.arg(&terms.key)
@@ -101,6 +104,7 @@ impl SpinLock {
         let answer: Option<String> = set.query_async(&mut terms.commands.clone()).await?;
         attempt.answered();
         Ok(answer.map(|_| Guard::new(Arc::new(terms.hold(sent, None)), None)))
+        // ANCHOR_END: try-acquire
     }
 
     /// Takes the lock, and asks for it so long at most.
