@@ -24,10 +24,11 @@ pub struct Pauses {
 }
 
 impl Default for Pauses {
+    /// Those of Redisson's spin lock.
     fn default() -> Self {
         Self {
-            first: Duration::from_millis(2),
-            longest: Duration::from_millis(64),
+            first: Duration::from_millis(1),
+            longest: Duration::from_millis(128),
         }
     }
 }
