@@ -2,10 +2,13 @@
 
 use std::{
     ops::Deref,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
+    task::Poll,
     time::{Duration, Instant},
 };
 
+use futures_util::poll;
 use redis::{RedisResult, Script, aio::ConnectionManager};
 use tokio::{
     runtime::Handle,
@@ -239,7 +242,18 @@ impl Guard {
         let holding = self.holding.take()?;
         let runtime = Handle::try_current().ok()?;
         Some(runtime.spawn(async move {
-            let released = holding.give_back().await;
+            let mut giving_back = pin!(holding.give_back());
+            let released = match poll!(&mut giving_back) {
+                Poll::Ready(released) => released,
+                Poll::Pending => {
+                    // It is on its way, and Redis takes the commands of a connection in their order: the next one here need not wait for the
+                    // answer. Should it come too early after all, it finds the lock taken and waits for the message.
+                    if Arc::strong_count(&holding) == 1 {
+                        holding.state.leave();
+                    }
+                    giving_back.await
+                }
+            };
             match &released {
                 Ok(Released::Free | Released::StillHeld(_)) => {}
                 Ok(Released::NotOwner) => {
