@@ -25,8 +25,16 @@ pub struct Reservation {
     pub sale_id: SaleId,
     /// Whose it is.
     pub buyer_id: BuyerId,
-    /// `confirmed`, or another state of levels whose reservations have more than one.
+    /// `confirmed`; where orders are accepted first and decided later, also `accepted` and `refused`.
     pub status: String,
+    /// Why it was refused: the last part of a problem's `type`, such as `sold-out`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[sqlx(default)]
+    pub reason: Option<String>,
+    /// The reservation that the buyer had already, where that is the reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[sqlx(default)]
+    pub earlier: Option<Uuid>,
 }
 
 /// Opens a sale.

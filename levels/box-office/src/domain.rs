@@ -83,6 +83,8 @@ pub struct Reservation {
 pub enum Outcome {
     /// The reservation's row is durable.
     Confirmed(Reservation),
+    /// The order is durable, and will be decided; its final state comes later.
+    Accepted(Reservation),
 }
 
 /// A correct no: the state of the sale was looked at, and this was true.

@@ -11,7 +11,9 @@ use sqlx::{
     postgres::{PgPoolOptions, PgTransaction},
 };
 
-use crate::{Guarantee, No, Order, Outcome, RedisUrl, Steps};
+use uuid::Uuid;
+
+use crate::{Guarantee, No, Order, Outcome, RedisUrl, Steps, Watch, api};
 
 /// One way to sell a ticket.
 #[async_trait]
@@ -29,6 +31,32 @@ pub trait Reserve: Send + Sync {
     async fn ready(&self) -> Result<(), No> {
         Ok(())
     }
+
+    /// Whether an order was accepted under this id, although there may be no row of it yet.
+    fn accepted(&self, _id: Uuid) -> bool {
+        false
+    }
+
+    /// What became of an accepted order, from stored state: every event after the one numbered `after`, in their order. Where there is none
+    /// yet it waits for one, up to `patience`, and then there are none. `None`: the strategy has no events, its rows are final at once.
+    ///
+    /// # Errors
+    /// Nobody can say, as the database is away.
+    async fn events(&self, _id: Uuid, _after: i64, _patience: Duration) -> Result<Option<Vec<Event>>, No> {
+        Ok(None)
+    }
+
+    /// Finishes what it has in hand beside the requests, and stops. The server calls it once, at its end, after the last request.
+    async fn close(&self) {}
+}
+
+/// Something that became of an accepted order, as it is stored.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Its number: later events have greater ones. What a client that comes back sends as `Last-Event-ID`.
+    pub number: i64,
+    /// The reservation after it.
+    pub reservation: api::Reservation,
 }
 
 /// A level of the workbook. Each level's library exports one.
@@ -80,6 +108,8 @@ pub type Opening = BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>;
 pub enum Service {
     /// Redis; a server finds it by `REDIS_URL`.
     Redis,
+    /// Kafka; a server finds it by `KAFKA_BOOTSTRAP_SERVERS`.
+    Kafka,
 }
 
 impl Service {
@@ -87,6 +117,7 @@ impl Service {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Redis => "redis",
+            Self::Kafka => "kafka",
         }
     }
 }
@@ -122,6 +153,23 @@ pub struct Stage {
     pub retries: Counter,
     /// Where Redis is. There for every strategy that needs it.
     pub redis: Option<RedisPlace>,
+    /// Where Kafka is. There for every strategy that needs it.
+    pub kafka: Option<KafkaPlace>,
+    /// Who watches what the strategy does beside the requests.
+    pub watch: Watch,
+}
+
+/// Where Kafka is, and how this server takes part.
+#[derive(Clone, Debug)]
+pub struct KafkaPlace {
+    /// `host:port`, or several with commas between them.
+    pub bootstrap_servers: String,
+    /// What the name of every topic and group begins with.
+    pub prefix: String,
+    /// How many consumers this server runs; 0: it accepts orders, and others decide them.
+    pub consumers: u32,
+    /// How long the group waits for a consumer that is not heard of before it gives its partitions to others.
+    pub session: Duration,
 }
 
 /// Where Redis is, and how a lock in it is to be taken.

@@ -16,15 +16,17 @@ mod steps;
 mod stop;
 mod telemetry;
 pub mod trace;
+mod watch;
 
 pub use domain::{
     BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation, SaleId, Undecided,
 };
 pub use guarantee::{Guarantee, Invariant, Promise, Promises};
-pub use level::{Level, Opening, Place, RedisPlace, Reserve, Schema, Service, Stage, Strategy};
+pub use level::{Event, KafkaPlace, Level, Opening, Place, RedisPlace, Reserve, Schema, Service, Stage, Strategy};
 pub use problem::ProblemKind;
 pub use run::{main, raise_open_files_limit, serve};
 pub use server::{CutOff, Server, StartError};
 pub use settings::{AdminToken, DatabaseUrl, Limits, LogFormat, RedisUrl, Settings, explain};
 pub use steps::{Observer, Point, Sighting, Steps};
 pub use stop::StopAt;
+pub use watch::Watch;

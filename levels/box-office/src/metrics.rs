@@ -108,6 +108,7 @@ impl Metrics {
     pub(crate) fn reserved(&self, result: Option<&Result<Outcome, No>>) {
         let answer = match result {
             Some(Ok(Outcome::Confirmed(_))) => "confirmed",
+            Some(Ok(Outcome::Accepted(_))) => "accepted",
             Some(Err(no)) => ProblemKind::from(no).name(),
             None => ProblemKind::Crashed.name(),
         };

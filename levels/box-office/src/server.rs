@@ -25,7 +25,7 @@ use tower::ServiceExt;
 use tracing::Instrument;
 
 use crate::{
-    DatabaseUrl, Level, Limits, RedisPlace, RedisUrl, Service, Settings, Stage, Strategy,
+    DatabaseUrl, KafkaPlace, Level, Limits, RedisPlace, RedisUrl, Service, Settings, Stage, Strategy, Watch,
     http::{self, App},
     metrics::Metrics,
     stop::Stopper,
@@ -75,6 +75,12 @@ pub enum StartError {
     /// `REDIS_URL` is not there, and the strategy needs it.
     #[error("REDIS_URL (--redis-url) is not set; it takes {}", RedisUrl::TAKES)]
     NoRedisUrl,
+    /// `KAFKA_BOOTSTRAP_SERVERS` is not there, and the strategy needs it.
+    #[error(
+        "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; it takes {}",
+        crate::settings::BOOTSTRAP_SERVERS
+    )]
+    NoKafka,
     /// The trace file can't be written.
     #[error("OVERSOLD_TRACE_FILE (--trace-file) holds {path:?}; it takes a file that can be written: {why}")]
     TraceFile {
@@ -121,7 +127,7 @@ impl StartError {
     /// The exit code of a program that fails with this: 2 for a wrong setting, 3 for a missing backend.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NoDatabaseUrl | Self::NoRedisUrl | Self::TraceFile { .. } | Self::Address { .. } => 2,
+            Self::NoDatabaseUrl | Self::NoRedisUrl | Self::NoKafka | Self::TraceFile { .. } | Self::Address { .. } => 2,
             Self::Database { .. } | Self::Migrations { .. } | Self::Strategy { .. } => 3,
         }
     }
@@ -159,12 +165,26 @@ impl Server {
                 lease: settings.lock_lease,
             }),
         };
+        let kafka = match &settings.kafka_bootstrap_servers {
+            None if strategy.needs.contains(&Service::Kafka) => return Err(StartError::NoKafka),
+            servers => servers.clone().map(|bootstrap_servers| KafkaPlace {
+                bootstrap_servers,
+                prefix: settings.kafka_prefix.clone(),
+                consumers: settings.kafka_consumers,
+                session: settings.kafka_session,
+            }),
+        };
         let recorder = match &settings.trace_file {
             None => None,
             Some(path) => Some(Recorder::create(path).map_err(|why| StartError::TraceFile {
                 path: path.clone(),
                 why,
             })?),
+        };
+
+        let watch = Watch {
+            recorder,
+            stopper: settings.stop_at.clone().map(Stopper::new),
         };
 
         let connect = url
@@ -181,6 +201,8 @@ impl Server {
             hold: settings.hold,
             retries: Counter::default(),
             redis,
+            kafka,
+            watch: watch.clone(),
         };
         let retries = stage.retries.clone();
         let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
@@ -204,8 +226,7 @@ impl Server {
                 reservations.clone(),
             ),
             database,
-            recorder,
-            stopper: settings.stop_at.clone().map(Stopper::new),
+            watch,
             reservations,
             admin_token: settings.admin_token.clone(),
             limits: settings.limits,
@@ -245,10 +266,11 @@ impl Server {
             self.connections.wait().await;
             self.app.reservations.close();
             self.app.reservations.wait().await;
+            self.app.seller.close().await;
             self.app.database.close().await;
         })
         .await;
-        if let Some(recorder) = &self.app.recorder
+        if let Some(recorder) = &self.app.watch.recorder
             && let Err(why) = recorder.write()
         {
             tracing::error!(%why, "the trace could not be written");

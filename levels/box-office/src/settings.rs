@@ -43,6 +43,18 @@ pub struct Settings {
     /// How long a lock in Redis outlives its holder, in milliseconds: its lease
     #[arg(long = "lock-lease-ms", env = "LOCK_LEASE_MS", value_name = "MS", default_value = "10000", value_parser = lease)]
     pub lock_lease: Duration,
+    /// The Kafka brokers to begin with, for a strategy that needs Kafka
+    #[arg(long, env = "KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT,…", value_parser = bootstrap_servers)]
+    pub kafka_bootstrap_servers: Option<String>,
+    /// What the name of every topic and group in Kafka begins with
+    #[arg(long, env = "KAFKA_PREFIX", value_name = "TEXT", default_value = "oversold.", value_parser = topic_prefix)]
+    pub kafka_prefix: String,
+    /// How many consumers this server runs; with 0 it accepts orders, and other servers decide them
+    #[arg(long, env = "KAFKA_CONSUMERS", value_name = "N", default_value = "1", value_parser = consumers)]
+    pub kafka_consumers: u32,
+    /// How long the group waits for a silent consumer before it gives its partitions to others, in milliseconds
+    #[arg(long = "kafka-session-ms", env = "KAFKA_SESSION_MS", value_name = "MS", default_value = "10000", value_parser = session)]
+    pub kafka_session: Duration,
     /// The address to listen on
     #[arg(long, env = "HOST", value_name = "ADDRESS", default_value_t = Settings::default().host, value_parser = host)]
     pub host: IpAddr,
@@ -94,6 +106,10 @@ impl Default for Settings {
             redis_url: None,
             redis_prefix: "oversold:".to_owned(),
             lock_lease: Duration::from_secs(10),
+            kafka_bootstrap_servers: None,
+            kafka_prefix: "oversold.".to_owned(),
+            kafka_consumers: 1,
+            kafka_session: Duration::from_secs(10),
             host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 8080,
             strategy: None,
@@ -291,6 +307,39 @@ fn port(text: &str) -> Result<u16, &'static str> {
 /// A reservation that holds longer than this would be cut off by the database's own time-outs.
 fn hold(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
+}
+
+/// What `KAFKA_BOOTSTRAP_SERVERS` takes, for messages.
+pub(crate) const BOOTSTRAP_SERVERS: &str = "the addresses of Kafka brokers, such as localhost:9092,localhost:9093";
+
+fn bootstrap_servers(text: &str) -> Result<String, &'static str> {
+    let address = |text: &str| {
+        text.rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
+    };
+    if text.split(',').all(address) {
+        Ok(text.to_owned())
+    } else {
+        Err(BOOTSTRAP_SERVERS)
+    }
+}
+
+/// As Kafka allows it in a topic's name, and short enough to leave room for the rest.
+fn topic_prefix(text: &str) -> Result<String, &'static str> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if text.len() <= 100 && text.bytes().all(legal) {
+        Ok(text.to_owned())
+    } else {
+        Err("up to 100 letters, digits, dots, underscores and hyphens")
+    }
+}
+
+fn consumers(text: &str) -> Result<u32, &'static str> {
+    whole_number(text, 0..=64, "a number of consumers, 0 to 64")
+}
+
+fn session(text: &str) -> Result<Duration, &'static str> {
+    whole_number(text, 500..=600_000, "a number of milliseconds, 500 to 600000").map(Duration::from_millis)
 }
 
 fn lease(text: &str) -> Result<Duration, &'static str> {

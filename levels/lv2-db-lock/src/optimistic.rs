@@ -37,7 +37,7 @@ pub struct Optimistic {
 
 /// What came of one attempt.
 enum Attempt {
-    Sold(Reservation),
+    Sold(Outcome),
     /// Somebody else wrote first.
     Overtaken,
 }
@@ -82,8 +82,7 @@ impl Optimistic {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(earlier) = earlier {
-            let Outcome::Confirmed(reservation) = earlier.answer(order)?;
-            return Ok(Attempt::Sold(reservation));
+            return Ok(Attempt::Sold(earlier.answer(order)?));
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
@@ -127,7 +126,7 @@ impl Optimistic {
 
         tx.commit().await?;
         steps.at("committed").await;
-        Ok(Attempt::Sold(Reservation { id }))
+        Ok(Attempt::Sold(Outcome::Confirmed(Reservation { id })))
     }
 }
 
@@ -138,8 +137,8 @@ impl Reserve for Optimistic {
         let started = Instant::now();
         let mut longest = FIRST_PAUSE;
         for _ in 0..ATTEMPTS {
-            if let Attempt::Sold(reservation) = self.attempt(order, steps).await? {
-                return Ok(Outcome::Confirmed(reservation));
+            if let Attempt::Sold(outcome) = self.attempt(order, steps).await? {
+                return Ok(outcome);
             }
             if started.elapsed() > DEADLINE {
                 break;

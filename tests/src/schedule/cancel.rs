@@ -7,7 +7,9 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use box_office::{BuyerId, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, trace::now_monotonic_us};
+use box_office::{
+    BuyerId, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, Watch, trace::now_monotonic_us,
+};
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
 use tokio::time::timeout;
@@ -75,6 +77,8 @@ pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::
             hold: Duration::ZERO,
             retries: Default::default(),
             redis: stand.redis(LEASE)?,
+            kafka: None,
+            watch: Watch::default(),
         };
         let reserve = (strategy.open)(stage).await?;
         open_sale(&observer, sale, 2).await?;

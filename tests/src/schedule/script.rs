@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use box_office::{
     BuyerId, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
-    Steps, Strategy, trace::now_monotonic_us,
+    Steps, Strategy, Watch, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -136,6 +136,8 @@ impl Rehearsal {
             hold: Duration::ZERO,
             retries: Default::default(),
             redis: stand.redis(LEASE)?,
+            kafka: None,
+            watch: Watch::default(),
         };
         Ok(Self {
             strategy,
@@ -696,6 +698,10 @@ pub(super) fn answer_of(result: Result<Outcome, No>) -> Answer {
     match result {
         Ok(Outcome::Confirmed(reservation)) => Answer::Confirmed {
             reservation: reservation.id,
+        },
+        Ok(Outcome::Accepted(reservation)) => Answer::Accepted {
+            reservation: reservation.id,
+            ending: None,
         },
         Err(No::Refused(refusal)) => Answer::Refused(match refusal {
             Refusal::SoldOut => Refused::SoldOut,

@@ -20,11 +20,9 @@ use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    AdminToken, Limits, Reserve,
+    AdminToken, Limits, Reserve, Watch,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
-    stop::Stopper,
-    trace::Recorder,
 };
 
 /// What every handler can reach: all that one server has.
@@ -32,8 +30,7 @@ pub(crate) struct App {
     pub(crate) seller: Box<dyn Reserve>,
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
-    pub(crate) recorder: Option<Arc<Recorder>>,
-    pub(crate) stopper: Option<Arc<Stopper>>,
+    pub(crate) watch: Watch,
     /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
     pub(crate) reservations: TaskTracker,
     pub(crate) admin_token: Option<AdminToken>,

@@ -17,7 +17,7 @@ use super::{
     input::{JsonBody, ReservationInPath, SaleInPath, request_key},
 };
 use crate::{
-    No, Order, Outcome, Steps, Undecided, api,
+    No, Order, Outcome, Undecided, api,
     problem::{Problem, ProblemKind},
 };
 
@@ -60,31 +60,26 @@ pub(super) async fn reserve(
         buyer: body.buyer_id,
         key: request_key(&headers)?,
     };
-    match in_a_task(app, request, order).await? {
-        Outcome::Confirmed(reservation) => {
-            let location = format!("/api/reservations/{}", reservation.id);
-            let confirmed = api::Reservation {
-                id: reservation.id,
-                sale_id: sale,
-                buyer_id: body.buyer_id,
-                status: "confirmed".to_owned(),
-            };
-            Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(confirmed)).into_response())
-        }
-    }
+    let (code, reservation, status) = match in_a_task(app, request, order).await? {
+        Outcome::Confirmed(reservation) => (StatusCode::CREATED, reservation, "confirmed"),
+        Outcome::Accepted(reservation) => (StatusCode::ACCEPTED, reservation, "accepted"),
+    };
+    let location = format!("/api/reservations/{}", reservation.id);
+    let taken = api::Reservation {
+        id: reservation.id,
+        sale_id: sale,
+        buyer_id: body.buyer_id,
+        status: status.to_owned(),
+        reason: None,
+        earlier: None,
+    };
+    Ok((code, [(header::LOCATION, location)], Json(taken)).into_response())
 }
 
 // ANCHOR: task
 /// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped.
 async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, No> {
-    let steps = match &app.recorder {
-        None => Steps::unobserved(),
-        Some(recorder) => recorder.steps_of(request.0),
-    };
-    let steps = match &app.stopper {
-        None => steps,
-        Some(stopper) => stopper.watch(steps),
-    };
+    let steps = app.watch.steps(&request.0);
     let tracker = app.reservations.clone();
     let task = async move {
         let result = AssertUnwindSafe(app.seller.reserve(&order, &steps))

@@ -29,7 +29,7 @@ pub struct Optimistic {
 
 /// What came of one attempt.
 enum Attempt {
-    Sold(Reservation),
+    Sold(Outcome),
     /// Somebody else wrote first.
     Overtaken,
 }
@@ -75,8 +75,7 @@ impl Optimistic {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(earlier) = earlier {
-            let Outcome::Confirmed(reservation) = earlier.answer(order)?;
-            return Ok(Attempt::Sold(reservation));
+            return Ok(Attempt::Sold(earlier.answer(order)?));
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
@@ -120,7 +119,7 @@ impl Optimistic {
 
         tx.commit().await?;
         steps.at("committed").await;
-        Ok(Attempt::Sold(Reservation { id }))
+        Ok(Attempt::Sold(Outcome::Confirmed(Reservation { id })))
     }
 }
 
@@ -132,8 +131,8 @@ impl Reserve for Optimistic {
         let mut longest = FIRST_PAUSE;
         let mut first_read = None;
         for _ in 0..ATTEMPTS {
-            if let Attempt::Sold(reservation) = self.attempt(&mut first_read, order, steps).await? {
-                return Ok(Outcome::Confirmed(reservation));
+            if let Attempt::Sold(outcome) = self.attempt(&mut first_read, order, steps).await? {
+                return Ok(outcome);
             }
             if started.elapsed() > DEADLINE {
                 break;

@@ -29,7 +29,7 @@ pub struct Optimistic {
 
 /// What came of one attempt.
 enum Attempt {
-    Sold(Reservation),
+    Sold(Outcome),
     /// Somebody else wrote first.
     Overtaken,
 }
@@ -74,8 +74,7 @@ impl Optimistic {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(earlier) = earlier {
-            let Outcome::Confirmed(reservation) = earlier.answer(order)?;
-            return Ok(Attempt::Sold(reservation));
+            return Ok(Attempt::Sold(earlier.answer(order)?));
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
@@ -117,7 +116,7 @@ impl Optimistic {
 
         tx.commit().await?;
         steps.at("committed").await;
-        Ok(Attempt::Sold(Reservation { id }))
+        Ok(Attempt::Sold(Outcome::Confirmed(Reservation { id })))
     }
 }
 
@@ -128,8 +127,8 @@ impl Reserve for Optimistic {
         let started = Instant::now();
         let mut longest = FIRST_PAUSE;
         for _ in 0..ATTEMPTS {
-            if let Attempt::Sold(reservation) = self.attempt(order, steps).await? {
-                return Ok(Outcome::Confirmed(reservation));
+            if let Attempt::Sold(outcome) = self.attempt(order, steps).await? {
+                return Ok(outcome);
             }
             if started.elapsed() > DEADLINE {
                 break;
