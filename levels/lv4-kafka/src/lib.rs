@@ -1,0 +1,193 @@
+//! LV.4: orders are accepted first and decided later, by way of Kafka; and nothing is lost on the way.
+
+pub mod broken;
+pub mod lock;
+pub mod locked;
+pub mod path;
+mod reason;
+pub mod single_writer;
+
+use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Service, Strategy};
+
+/// Tables without a constraint that could keep a guarantee in a strategy's place.
+pub const BARE: Schema = Schema {
+    name: "bare",
+    migrations: &sqlx::migrate!("migrations/bare"),
+};
+
+/// What LV.1 broke, kept, on any number of instances.
+const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
+
+const OVERSELLS: Guarantee = Guarantee::on_any_number(
+    Promises::ALL_KEPT
+        .breaks(&[Invariant::NoOversell, Invariant::Conservation])
+        .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
+);
+
+/// Nobody is ever told anything.
+const KEEPS_NOTHING: Guarantee =
+    Guarantee::on_any_number(Promises::ALL_KEPT.breaks(&[Invariant::NothingLost, Invariant::Progress]));
+
+/// The level, as the server, the suite and the runner use it.
+pub static LEVEL: Level = Level {
+    name: "lv4",
+    package: "lv4-kafka",
+    summary: "accepted at once, decided later: orders in Kafka",
+    strategies: &[
+        Strategy {
+            name: "locked",
+            summary: "each order alone, under a lock in Redis; the orders of a sale are spread over all consumers",
+            place: Place::Trail,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/locked.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(locked::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "single-writer",
+            summary: "all orders of a sale in one partition; what has arrived is decided in one transaction",
+            place: Place::Trail,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Kafka],
+            source: "levels/lv4-kafka/src/single_writer.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(single_writer::SingleWriter::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/lock-does-nothing",
+            summary: "a lock named after the message, which nobody else asks for",
+            place: Place::Broken,
+            guarantee: OVERSELLS,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/lock_does_nothing.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::lock_does_nothing::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/lock-wrong-key",
+            summary: "the buyer's lock instead of the sale's",
+            place: Place::Broken,
+            guarantee: OVERSELLS,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/lock_wrong_key.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::lock_wrong_key::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/answer-before-ack",
+            summary: "202 before the broker has acknowledged the message",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/answer_before_ack.rs",
+            open: |stage| {
+                Box::pin(async { Ok(Box::new(broken::answer_before_ack::SingleWriter::open(stage).await?) as _) })
+            },
+        },
+        Strategy {
+            name: "broken/auto-commit",
+            summary: "the client commits offsets by itself",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/auto_commit.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::auto_commit::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/highest-offset",
+            summary: "commits the highest offset that is done, not the done prefix",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/highest_offset.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::highest_offset::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/no-dedupe",
+            summary: "decides every message, also one that it has decided already",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/no_dedupe.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::no_dedupe::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/errors-swallowed",
+            summary: "an error goes into the log, and the message with it",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/errors_swallowed.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::errors_swallowed::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/dead-letter-on-fault",
+            summary: "dead-letters what it could not decide, whatever the reason",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/dead_letter_on_fault.rs",
+            open: |stage| {
+                Box::pin(async { Ok(Box::new(broken::dead_letter_on_fault::Locked::open(stage).await?) as _) })
+            },
+        },
+        Strategy {
+            name: "broken/offset-not-in-transaction",
+            summary: "moves the offset beside the transaction",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/offset_not_in_transaction.rs",
+            open: |stage| {
+                Box::pin(async {
+                    Ok(Box::new(broken::offset_not_in_transaction::SingleWriter::open(stage).await?) as _)
+                })
+            },
+        },
+        Strategy {
+            name: "broken/notify-outside",
+            summary: "puts the news into the outbox once the rows are committed",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/notify_outside.rs",
+            open: |stage| {
+                Box::pin(async { Ok(Box::new(broken::notify_outside::SingleWriter::open(stage).await?) as _) })
+            },
+        },
+        Strategy {
+            name: "broken/produce-nothing",
+            summary: "202, and the order is not even sent: the ceiling of the accept path",
+            place: Place::Broken,
+            guarantee: KEEPS_NOTHING,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/produce_nothing.rs",
+            open: |stage| {
+                Box::pin(async { Ok(Box::new(broken::produce_nothing::SingleWriter::open(stage).await?) as _) })
+            },
+        },
+    ],
+};

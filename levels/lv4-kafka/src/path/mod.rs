@@ -1,0 +1,292 @@
+//! The subject of this level: the path of an order, from the buyer's request to the event that tells how it ended.
+//!
+//! `POST` → a message in the topic of orders, acknowledged → 202 → a consumer takes it → rows and outbox in one transaction → the offset is
+//! passed → status and events, from what is stored. What a strategy decides, in which transaction, and when it passes an offset stands in
+//! its own file; here is what all of them stand on.
+//!
+//! Sources: Apache Kafka documentation, 4.6 "Message Delivery Semantics"; C. Richardson, "Transactional outbox"; librdkafka, "Introduction".
+
+mod dead_letters;
+mod events;
+mod id;
+mod inbox;
+mod message;
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use box_office::{KafkaPlace, No, Refusal, SaleId, Stage, Undecided};
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    error::{KafkaError, RDKafkaErrorCode},
+    producer::{FutureProducer, Producer},
+};
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+pub use dead_letters::{DeadLetter, DeadLetters, list as dead_letters, replay};
+pub use events::{DECIDED, Events};
+pub use id::Ids;
+pub use inbox::{Inbox, member};
+pub use message::{OrderMessage, Poison, Taken};
+
+/// Into how many partitions the orders are divided: so many consumers can work at once. It stays what it is, as the partition of a sale
+/// follows from it.
+pub const PARTITIONS: i32 = 6;
+
+/// How long the broker may take for one message. The buyer hears "undecided" then, although the message may be there.
+const DELIVERY: Duration = Duration::from_secs(5);
+
+/// How long Kafka may take to answer while a server starts.
+const START: Duration = Duration::from_secs(10);
+
+/// The topic of the orders.
+pub fn topic(place: &KafkaPlace) -> String {
+    format!("{}orders", place.prefix)
+}
+
+/// The topic of the messages that nobody can decide.
+pub fn dead_letter_topic(place: &KafkaPlace) -> String {
+    format!("{}orders.dead", place.prefix)
+}
+
+/// The group of those who decide.
+pub fn group(place: &KafkaPlace) -> String {
+    format!("{}deciders", place.prefix)
+}
+
+/// What every client of Kafka has in common.
+fn client(place: &KafkaPlace) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("bootstrap.servers", &place.bootstrap_servers)
+        // A broker that comes back is found soon.
+        .set("reconnect.backoff.ms", "50")
+        .set("reconnect.backoff.max.ms", "500")
+        .set("socket.nagle.disable", "true");
+    config
+}
+
+// ANCHOR: producer
+/// A producer that takes nothing for sent which the broker has not written.
+pub fn producer(place: &KafkaPlace) -> Result<FutureProducer, KafkaError> {
+    client(place)
+        .set("acks", "all") // every replica in sync has it
+        .set("enable.idempotence", "true") // and has it once, however often the client had to send it
+        .set("linger.ms", "2") // so long a message waits for others to travel with
+        .set("delivery.timeout.ms", DELIVERY.as_millis().to_string())
+        .create()
+}
+// ANCHOR_END: producer
+
+/// The broker did not take a message in time. It may have it all the same.
+#[derive(Debug, thiserror::Error)]
+#[error("the message was not acknowledged: {0}")]
+pub struct Undelivered(#[source] pub KafkaError);
+
+impl From<Undelivered> for No {
+    fn from(undelivered: Undelivered) -> Self {
+        Self::Undecided(match undelivered.0.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::QueueFull) => Undecided::Overloaded,
+            Some(RDKafkaErrorCode::MessageTimedOut) => Undecided::TimedOut,
+            _ => Undecided::BackendAway(undelivered.into()),
+        })
+    }
+}
+
+/// What all strategies of this level stand on.
+pub struct Path {
+    /// The database, and what else a strategy is opened with.
+    pub stage: Stage,
+    /// Where Kafka is.
+    pub place: KafkaPlace,
+    /// The topic of the orders.
+    pub topic: String,
+    /// Sends orders.
+    pub producer: FutureProducer,
+    /// Makes the ids of reservations.
+    pub ids: Ids,
+    /// Tells what became of orders.
+    pub events: Events,
+    /// Takes what nobody can decide.
+    pub dead_letters: DeadLetters,
+    /// Told when it is time to stop.
+    pub stop: CancellationToken,
+    workers: TaskTracker,
+    not_joined: Arc<AtomicUsize>,
+    known_sales: Mutex<HashSet<SaleId>>,
+}
+
+impl Path {
+    /// Makes the topics, and connects.
+    ///
+    /// # Errors
+    /// Kafka or the database does not answer.
+    pub async fn open(stage: Stage) -> anyhow::Result<Arc<Self>> {
+        let place = stage
+            .kafka
+            .clone()
+            .context("this strategy needs KAFKA_BOOTSTRAP_SERVERS")?;
+        let stop = CancellationToken::new();
+        let (topics, ids, events) = tokio::join!(
+            make_topics(&place),
+            Ids::of(&stage.database),
+            Events::open(&stage.database, stop.clone())
+        );
+        topics.with_context(|| {
+            let servers = &place.bootstrap_servers;
+            format!("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): Kafka at {servers} does not do as asked")
+        })?;
+        let producer = producer(&place)?;
+        Ok(Arc::new(Self {
+            topic: topic(&place),
+            dead_letters: DeadLetters::new(producer.clone(), &place),
+            producer,
+            ids: ids?,
+            events: events?,
+            stop,
+            workers: TaskTracker::new(),
+            not_joined: Arc::default(),
+            known_sales: Mutex::default(),
+            stage,
+            place,
+        }))
+    }
+
+    /// Lets a consumer of this server work, in a task of its own. The server is not ready before it has joined its group.
+    pub fn work(&self, mut joined: watch::Receiver<bool>, work: impl Future<Output = ()> + Send + 'static) {
+        let not_joined = Arc::clone(&self.not_joined);
+        not_joined.fetch_add(1, Ordering::Relaxed);
+        tokio::spawn(async move {
+            let _ = joined.wait_for(|joined| *joined).await;
+            not_joined.fetch_sub(1, Ordering::Relaxed);
+        });
+        self.workers.spawn(work);
+    }
+
+    /// Whether there is such a sale. A sale that is known stays known: none is ever taken away.
+    ///
+    /// # Errors
+    /// There is none, or nobody can say.
+    pub async fn knows(&self, sale: SaleId) -> Result<(), No> {
+        let known = || self.known_sales.lock().unwrap_or_else(PoisonError::into_inner);
+        if known().contains(&sale) {
+            return Ok(());
+        }
+        let exists: bool = sqlx::query_scalar("select exists (select from sale where id = $1)")
+            .bind(sale)
+            .fetch_one(&self.stage.database)
+            .await?;
+        if !exists {
+            return Err(Refusal::UnknownSale.into());
+        }
+        known().insert(sale);
+        Ok(())
+    }
+
+    /// Whether orders can be taken: Kafka answers, and every consumer has its part of the partitions.
+    ///
+    /// # Errors
+    /// They can't.
+    pub async fn ready(&self) -> Result<(), No> {
+        let away = |why: anyhow::Error| No::from(Undecided::BackendAway(why));
+        if self.not_joined.load(Ordering::Relaxed) > 0 {
+            return Err(away(anyhow::anyhow!("a consumer has no part of the partitions yet")));
+        }
+        if let Some((code, why)) = self.producer.client().fatal_error() {
+            return Err(away(anyhow::anyhow!("the producer has given up: {code}: {why}")));
+        }
+        let (producer, topic) = (self.producer.clone(), self.topic.clone());
+        let asked = tokio::task::spawn_blocking(move || {
+            producer
+                .client()
+                .fetch_metadata(Some(&topic), Duration::from_secs(2))
+                .map(drop)
+        });
+        match asked.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(away(why.into())),
+            Err(why) => Err(away(why.into())),
+        }
+    }
+
+    /// Finishes the batches in hand, and leaves the group.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.workers.close();
+        self.workers.wait().await;
+    }
+}
+
+/// Makes the topics with their partitions. One that a broker makes by itself has a single partition, and then all instances are one worker.
+async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
+    let admin: AdminClient<DefaultClientContext> = client(place).create()?;
+    let (orders, dead) = (topic(place), dead_letter_topic(place));
+    // -1: as many replicas as the brokers are set to keep.
+    let topics = [
+        NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1)),
+        NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)),
+    ];
+    let options = AdminOptions::new()
+        .operation_timeout(Some(START))
+        .request_timeout(Some(START));
+    let mut there_already = false;
+    for made in admin.create_topics(&topics, &options).await? {
+        match made {
+            Ok(_) => {}
+            Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => there_already = true,
+            Err((topic, why)) => bail!("the topic {topic} can't be made: {why}"),
+        }
+    }
+    if there_already {
+        let topic = orders.clone();
+        let partitions = tokio::task::spawn_blocking(move || {
+            let metadata = admin.inner().fetch_metadata(Some(&topic), START)?;
+            anyhow::Ok(metadata.topics().first().map_or(0, |topic| topic.partitions().len()))
+        });
+        let partitions = partitions.await??;
+        if partitions != 0 && i32::try_from(partitions) != Ok(PARTITIONS) {
+            bail!("the topic {orders} has {partitions} partitions, and not {PARTITIONS}");
+        }
+    }
+    Ok(())
+}
+
+/// The pause before a batch is tried again after a fault: longer each time, so that what comes back is not trampled down.
+#[derive(Default)]
+pub struct Backoff {
+    times: u32,
+}
+
+impl Backoff {
+    /// The next pause, with jitter.
+    pub fn pause(&mut self) -> Duration {
+        const FIRST: Duration = Duration::from_millis(50);
+        const LONGEST: Duration = Duration::from_secs(1);
+        let longest = (FIRST * 2_u32.pow(self.times.min(10))).min(LONGEST);
+        self.times += 1;
+        longest.mul_f64(rand::random_range(0.5..1.0))
+    }
+
+    /// All went well: begin anew.
+    pub fn reset(&mut self) {
+        self.times = 0;
+    }
+}
+
+/// The ids, cut into messages that Postgres passes on: one may have up to 8,000 bytes.
+pub fn announcements(ids: &[Uuid]) -> Vec<String> {
+    const IN_ONE: usize = 200;
+    let text = |ids: &[Uuid]| ids.iter().map(Uuid::to_string).collect::<Vec<_>>().join(",");
+    ids.chunks(IN_ONE).map(text).collect()
+}

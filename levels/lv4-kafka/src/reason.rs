@@ -1,0 +1,34 @@
+//! How a decision is written into its row.
+
+use box_office::Refusal;
+use uuid::Uuid;
+
+/// The columns of a decision.
+pub(crate) struct Reason {
+    pub(crate) status: &'static str,
+    pub(crate) reason: Option<&'static str>,
+    pub(crate) earlier: Option<Uuid>,
+}
+
+impl From<Option<Refusal>> for Reason {
+    fn from(refused: Option<Refusal>) -> Self {
+        let Some(refusal) = refused else {
+            return Self {
+                status: "confirmed",
+                reason: None,
+                earlier: None,
+            };
+        };
+        let (reason, earlier) = match refusal {
+            Refusal::SoldOut => ("sold-out", None),
+            Refusal::AlreadyReserved { earlier } => ("already-reserved", Some(earlier.id)),
+            Refusal::KeyOfAnotherBuyer => ("key-of-another-buyer", None),
+            Refusal::UnknownSale => ("unknown-sale", None),
+        };
+        Self {
+            status: "refused",
+            reason: Some(reason),
+            earlier,
+        }
+    }
+}
