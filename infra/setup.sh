@@ -1,7 +1,7 @@
 #!/bin/sh
 # Sees to it that the services are to be had, each in the order in which the suite looks for it. `make rush` and `make test` run it first.
 #
-#   infra/setup.sh [postgres|redis…]         Postgres unless named
+#   infra/setup.sh [postgres|redis|kafka…]   Postgres unless named
 #
 # What it installs it says before it does; with nothing to install it says nothing.
 set -eu
@@ -32,8 +32,14 @@ about() {
         apt=redis-server megabytes=2 dnf=redis pacman=redis brew=redis
         example=REDIS_URL=redis://user:password@host:6379/0
         ;;
+    kafka)
+        name=Kafka image=${OVERSOLD_KAFKA_IMAGE:-apache/kafka-native:4.1.1} url=${KAFKA_BOOTSTRAP_SERVERS:-}
+        programs="the folder of its jars in OVERSOLD_KAFKA_JARS"
+        apt="default-jre-headless maven" megabytes=90 dnf="java-21-openjdk-headless maven" pacman="jre-openjdk-headless maven" brew="openjdk maven"
+        example=KAFKA_BOOTSTRAP_SERVERS=host:9092
+        ;;
     *)
-        say "there is no service $1; there are postgres and redis"
+        say "there is no service $1; there are postgres, redis and kafka"
         exit 2
         ;;
     esac
@@ -60,21 +66,51 @@ native_redis() {
     command -v redis-server >/dev/null || [ -x /opt/homebrew/bin/redis-server ] || [ -x /usr/local/bin/redis-server ]
 }
 
+native_kafka() {
+    has_java || return 1
+    if [ -n "${OVERSOLD_KAFKA_JARS:-}" ]; then
+        for jar in "$OVERSOLD_KAFKA_JARS"/kafka_2*.jar; do
+            [ ! -e "$jar" ] || return 0
+        done
+        return 1
+    fi
+    "${0%/*}/kafka/fetch.sh" --check
+}
+
+has_java() {
+    for java in "${JAVA_HOME:-/nowhere}/bin/java" /opt/homebrew/opt/openjdk/bin/java /usr/local/opt/openjdk/bin/java; do
+        [ ! -x "$java" ] || return 0
+    done
+    command -v java >/dev/null
+}
+
 engine() { command -v docker >/dev/null && docker version >/dev/null 2>&1; }
 
 has_image() { docker image inspect "$image" >/dev/null 2>&1; }
 
 install_native() {
+    # Java and Maven are packages, the jars are not.
+    if [ "$1" = kafka ]; then
+        [ -z "${OVERSOLD_KAFKA_JARS:-}" ] || return 1
+        { has_java && command -v mvn >/dev/null; } || install_packages kafka || return 1
+        "${0%/*}/kafka/fetch.sh" >/dev/null
+        return
+    fi
+    install_packages "$1"
+}
+
+install_packages() {
     command -v apt-get >/dev/null || return 1
     sudo=
     if [ "$(id -u)" != 0 ]; then
         command -v sudo >/dev/null || return 1
         sudo=sudo
     fi
-    say "installing $name with apt-get${sudo:+, with sudo}: package $apt, about $megabytes MB to download. No server is left running"
+    say "installing $name with apt-get${sudo:+, with sudo}: $apt, about $megabytes MB to download. No server is left running"
     "without_a_server_$1" &&
         $sudo apt-get update -qq >&2 &&
-        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$apt" >&2 || return 1
+        # shellcheck disable=SC2086 # one word for each package
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $apt >&2 || return 1
     "afterwards_$1"
     $sudo rm -f ${rule:+"$rule"}
     trap - EXIT
@@ -100,6 +136,10 @@ without_a_server_redis() {
 
 afterwards_redis() { $sudo update-rc.d redis-server disable >&2 || say "redis-server may start with this machine"; }
 
+without_a_server_kafka() { rule=; }
+
+afterwards_kafka() { :; }
+
 what_to_run() {
     say "there is no $name, and none can be installed from here. Do one of these:"
     case $(uname -s) in
@@ -116,6 +156,7 @@ what_to_run() {
         fi
         ;;
     esac
+    [ "$name" != Kafka ] || say "    and then run infra/setup.sh kafka again, which fetches its jars"
     say "  start a Docker engine                 (the image $image is pulled)"
     say "  export $example"
     exit 1

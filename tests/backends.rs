@@ -8,6 +8,7 @@
 use std::{
     any::Any,
     borrow::Cow,
+    collections::BTreeMap,
     env,
     ffi::OsStr,
     fs,
@@ -18,7 +19,7 @@ use std::{
     process::{Child, ChildStdin, Command, Output, Stdio},
     sync::{Arc, LazyLock, OnceLock},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use box_office::Schema;
@@ -29,7 +30,9 @@ use sqlx::{
     Connection, PgConnection, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
 };
-use suite::backends::{self, Database, Durability, Missing, Postgres, Private, Redis, Reply, Report, Source, keeper};
+use suite::backends::{
+    self, Database, Durability, Kafka, Missing, Postgres, Private, Redis, Reply, Report, Source, keeper,
+};
 use tempfile::TempDir;
 
 /// Names what a child of this test is to do.
@@ -96,15 +99,17 @@ fn required() -> Result<Vec<Source>, String> {
 enum Service {
     Postgres,
     Redis,
+    Kafka,
 }
 
 impl Service {
-    const ALL: [Self; 2] = [Self::Postgres, Self::Redis];
+    const ALL: [Self; 3] = [Self::Postgres, Self::Redis, Self::Kafka];
 
     fn name(self) -> &'static str {
         match self {
             Self::Postgres => "postgres",
             Self::Redis => "redis",
+            Self::Kafka => "kafka",
         }
     }
 
@@ -113,10 +118,16 @@ impl Service {
         format!("OVERSOLD_{}_{what}", self.name().to_uppercase())
     }
 
+    /// The setting that names the folder of its programs.
+    fn folder_variable(self) -> String {
+        self.setting(if self == Self::Kafka { "JARS" } else { "BIN" })
+    }
+
     fn url_variable(self) -> &'static str {
         match self {
             Self::Postgres => "DATABASE_URL",
             Self::Redis => "REDIS_URL",
+            Self::Kafka => "KAFKA_BOOTSTRAP_SERVERS",
         }
     }
 
@@ -125,13 +136,14 @@ impl Service {
         match self {
             Self::Postgres => "OVERSOLD_POSTGRES_BIN is `/nowhere`, which does not hold initdb and postgres",
             Self::Redis => "OVERSOLD_REDIS_BIN is `/nowhere`, which does not hold redis-server",
+            Self::Kafka => "OVERSOLD_KAFKA_JARS is `/nowhere`, which does not hold the jars of Kafka",
         }
     }
 }
 
 /// Why there is no such source on this machine, if there is none.
 fn absent(service: Service, source: Source) -> Option<&'static str> {
-    static KNOWN: [OnceLock<Option<String>>; 4] = [const { OnceLock::new() }; 4];
+    static KNOWN: [OnceLock<Option<String>>; 6] = [const { OnceLock::new() }; 6];
     let known = &KNOWN[service as usize * 2 + usize::from(source == Source::Native)];
     let reason = known.get_or_init(|| {
         let temp = temp();
@@ -164,19 +176,14 @@ type OfEach = (&'static str, &'static [Source], fn(Service));
 type OfOne = (&'static str, Service, &'static [Source], fn());
 
 fn tests() -> Vec<Test> {
-    use Service::{Postgres, Redis};
+    use Service::{Kafka, Postgres, Redis};
     use Source::{Docker, Native};
 
-    let of_each_service: [OfEach; 11] = [
+    let of_each_service: [OfEach; 10] = [
         (
             "an_external_server_is_used_and_left_as_it_was",
             &[Native],
             an_external_server_is_used_and_left_as_it_was,
-        ),
-        (
-            "what_a_killed_run_left_on_an_external_server_goes_with_the_next",
-            &[Native],
-            an_external_server_is_swept,
         ),
         (
             "a_forced_source_wins_over_an_external_one",
@@ -224,7 +231,7 @@ fn tests() -> Vec<Test> {
             the_image_is_the_same_everywhere,
         ),
     ];
-    let of_one_service: [OfOne; 10] = [
+    let of_one_service: [OfOne; 14] = [
         (
             "an_external_user_must_be_allowed_to_create_databases",
             Postgres,
@@ -236,6 +243,25 @@ fn tests() -> Vec<Test> {
             Redis,
             &[Native],
             an_external_user_must_be_allowed_to_write,
+        ),
+        (
+            "what_a_killed_run_left_in_an_external_kafka_goes_after_a_day",
+            Kafka,
+            &[Native],
+            an_external_kafka_is_swept,
+        ),
+        ("no_java_is_said_so", Kafka, &[], no_java_is_said_so),
+        (
+            "jars_that_do_not_start_show_the_end_of_the_log",
+            Kafka,
+            &[Native],
+            jars_that_do_not_start_show_the_end_of_the_log,
+        ),
+        (
+            "an_image_that_does_not_start_shows_the_end_of_its_log",
+            Kafka,
+            &[Docker],
+            an_image_that_does_not_start_shows_the_end_of_its_log,
         ),
         (
             "a_required_source_that_is_absent_fails",
@@ -294,11 +320,18 @@ fn tests() -> Vec<Test> {
             }));
         }
     }
+    for service in [Postgres, Redis] {
+        let name = "what_a_killed_run_left_on_an_external_server_goes_with_the_next";
+        let name = format!("{}::{name}", service.name());
+        tests.push(test(name, service, &[Native], move || {
+            an_external_server_is_swept(service)
+        }));
+    }
     for (name, service, needs, run) in of_one_service {
         tests.push(test(name, service, needs, run));
     }
 
-    let (each, postgres, redis): (&[_], &[_], &[_]) = (&Service::ALL, &[Postgres], &[Redis]);
+    let (each, postgres, redis, kafka): (&[_], &[_], &[_], &[_]) = (&Service::ALL, &[Postgres], &[Redis], &[Kafka]);
     for source in [Docker, Native] {
         for (services, what, role) in [
             (each, "serves_with_the_settings_of_every_source", "serve"),
@@ -309,6 +342,8 @@ fn tests() -> Vec<Test> {
             (postgres, "drops_a_database_with_its_last_owner", "drop"),
             (postgres, "can_be_durable", "durable"),
             (redis, "deletes_the_keys_of_a_prefix_with_its_owner", "drop"),
+            (kafka, "deletes_the_topics_of_a_prefix_with_its_owner", "drop"),
+            (kafka, "answers_again_when_it_was_frozen", "freeze"),
             (redis, "answers_with_every_kind_of_reply", "reply"),
         ] {
             for &service in services {
@@ -365,6 +400,7 @@ fn play(role: &str) {
             match service {
                 Service::Postgres => serve_postgres().await,
                 Service::Redis => serve_redis().await,
+                Service::Kafka => serve_kafka().await,
             }
         }),
         "share" => share(service),
@@ -373,6 +409,7 @@ fn play(role: &str) {
             match service {
                 Service::Postgres => drop_database().await,
                 Service::Redis => drop_prefix().await,
+                Service::Kafka => drop_topics().await,
             }
         }),
         "reply" => runtime.block_on(reply()),
@@ -380,9 +417,11 @@ fn play(role: &str) {
             match service {
                 Service::Postgres => break_postgres().await,
                 Service::Redis => break_redis().await,
+                Service::Kafka => break_kafka().await,
             }
         }),
         "private" => runtime.block_on(drop_private(service)),
+        "freeze" => runtime.block_on(freeze()),
         "durable" => runtime.block_on(durable()),
         _ => unreachable!("no role is called {role}"),
     }
@@ -413,10 +452,11 @@ async fn report(service: Service) -> Result<Report, Missing> {
     Ok(match service {
         Service::Postgres => backends::postgres().await?.report().clone(),
         Service::Redis => backends::redis().await?.report().clone(),
+        Service::Kafka => backends::kafka().await?.report().clone(),
     })
 }
 
-/// Holds a server, and a database or a prefix with a key, until stdin ends, and then ends as it was told to.
+/// Holds a server, and a database or a prefix with a key or a topic, until stdin ends, and then ends as it was told to.
 fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
     let (address, holds, _held): (String, String, Box<dyn Any>) = runtime.block_on(async {
         match service {
@@ -436,6 +476,14 @@ fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
                 redis.command(&["SET", &key, "me"]).await.unwrap();
                 let held: Box<dyn Any> = Box::new((Arc::clone(&redis), prefix));
                 (redis.report().address.clone(), key, held)
+            }
+            Service::Kafka => {
+                let kafka = backends::kafka().await.unwrap();
+                let prefix = kafka.prefix();
+                let topic = format!("{prefix}orders");
+                kafka.create_topic(&topic, 2).await.unwrap();
+                let held: Box<dyn Any> = Box::new((Arc::clone(&kafka), prefix));
+                (kafka.report().address.clone(), topic, held)
             }
         }
     });
@@ -530,6 +578,57 @@ async fn serve_redis() {
     assert!(answer.starts_with("-NOAUTH"), "{answer}");
 }
 
+async fn serve_kafka() {
+    let kafka = backends::kafka().await.unwrap();
+    let (prefix, other) = (kafka.prefix(), kafka.prefix());
+    assert_ne!(*prefix, *other);
+    let topic = format!("{prefix}orders");
+    kafka.create_topic(&topic, 3).await.unwrap();
+    let made = BTreeMap::from([(topic.clone(), 3)]);
+    assert_eq!(kafka.topics(&prefix).await.unwrap(), made);
+    assert_eq!(kafka.topics(&other).await.unwrap(), BTreeMap::new());
+    let again = kafka.create_topic(&topic, 3).await.unwrap_err();
+    assert!(format!("{again:#}").contains("error code 36"), "{again:#}");
+
+    let report = kafka.report();
+    assert_eq!(report.source.name(), env::var("OVERSOLD_BACKENDS").unwrap());
+    assert!(report.version.starts_with("4."), "{report}");
+    assert_eq!(kafka.bootstrap_servers(), report.address);
+    assert!(TcpStream::connect(&report.address).is_ok(), "{report}");
+}
+
+async fn drop_topics() {
+    let kafka = backends::kafka().await.unwrap();
+    let (kept, dropped) = (kafka.prefix(), kafka.prefix());
+    for topic in ["orders", "orders-dead"] {
+        kafka.create_topic(&format!("{dropped}{topic}"), 2).await.unwrap();
+    }
+    let topic = format!("{kept}orders");
+    kafka.create_topic(&topic, 2).await.unwrap();
+    drop(dropped);
+    let began = Instant::now();
+    let left = BTreeMap::from([(topic, 2)]);
+    while kafka.topics("oversold-").await.unwrap() != left {
+        assert!(began.elapsed() < PATIENCE, "waited for the topics to be deleted");
+    }
+}
+
+async fn freeze() {
+    let kafka = Kafka::private().await.unwrap();
+    kafka.freeze().await.unwrap();
+    let asked = kafka.topics("");
+    tokio::pin!(asked);
+    let answered = tokio::time::timeout(Duration::from_millis(200), &mut asked).await;
+    assert!(answered.is_err(), "it stands still: {answered:?}");
+    kafka.thaw().await.unwrap();
+    // On the connection that was opened meanwhile.
+    asked.await.unwrap();
+    kafka.freeze().await.unwrap();
+    kafka.kill().await.unwrap();
+    kafka.start().await.unwrap();
+    kafka.topics("").await.unwrap();
+}
+
 async fn reply() {
     let redis = backends::redis().await.unwrap();
     let (prefix, other) = (redis.prefix(), redis.prefix());
@@ -593,6 +692,11 @@ fn share(service: Service) {
                     let redis = backends::redis().await.unwrap();
                     redis.command(&["PING"]).await.unwrap();
                     Arc::as_ptr(&redis).addr()
+                }
+                Service::Kafka => {
+                    let kafka = backends::kafka().await.unwrap();
+                    kafka.topics("").await.unwrap();
+                    Arc::as_ptr(&kafka).addr()
                 }
             }
         })
@@ -707,6 +811,20 @@ async fn break_redis() {
     break_private(&redis, address, write, is_cut, written, [0, 0, 0]).await;
 }
 
+async fn break_kafka() {
+    let kafka = Kafka::private().await.unwrap();
+    let prefix = kafka.prefix();
+    let address = kafka.bootstrap_servers();
+    let write = async |number: i64| {
+        kafka.create_topic(&format!("{prefix}{number}"), 1).await.unwrap();
+        TcpStream::connect(address).unwrap()
+    };
+    let is_cut = async |mut connection: TcpStream| !matches!(connection.read(&mut [0; 100]), Ok(1..));
+    let written = async || Some(i64::try_from(kafka.topics(&prefix).await.ok()?.len()).unwrap());
+    // What was acknowledged is still there.
+    break_private(&kafka, address, write, is_cut, written, [1, 2, 3]).await;
+}
+
 /// Stops or kills a server after each write. `left` is what is to be there after each start.
 async fn break_private<S, C>(
     server: &Private<S>,
@@ -757,6 +875,9 @@ async fn drop_private(service: Service) {
         Service::Redis => {
             drop_two(async || Redis::private().await.unwrap(), Redis::report).await;
         }
+        Service::Kafka => {
+            drop_two(async || Kafka::private().await.unwrap(), Kafka::report).await;
+        }
     }
 }
 
@@ -804,7 +925,13 @@ impl Role {
             .env("TMPDIR", temp)
             .stdin(Stdio::piped())
             .process_group(0);
-        for setting in ["DATABASE_URL", "REDIS_URL", "OVERSOLD_BACKENDS", "OVERSOLD_REQUIRE"] {
+        for setting in [
+            "DATABASE_URL",
+            "REDIS_URL",
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "OVERSOLD_BACKENDS",
+            "OVERSOLD_REQUIRE",
+        ] {
             command.env_remove(setting);
         }
         Self(command)
@@ -1059,6 +1186,7 @@ struct External {
 enum Server {
     Postgres(Box<(Database, Private<Postgres>)>),
     Redis(Box<Private<Redis>>),
+    Kafka(Box<Private<Kafka>>),
 }
 
 impl External {
@@ -1078,6 +1206,12 @@ impl External {
                     let url = redis.url().to_owned();
                     (Server::Redis(Box::new(redis)), url)
                 }
+                Service::Kafka => {
+                    let kafka = Kafka::private().await.unwrap();
+                    kafka.create_topic("oversold-someone-else", 1).await.unwrap();
+                    let servers = kafka.bootstrap_servers().to_owned();
+                    (Server::Kafka(Box::new(kafka)), servers)
+                }
             }
         });
         Self {
@@ -1088,7 +1222,7 @@ impl External {
         }
     }
 
-    /// The databases or keys that are on it.
+    /// The databases, keys or topics that are on it.
     fn contents(&self) -> Vec<String> {
         self.runtime.block_on(async {
             match &self.server {
@@ -1110,6 +1244,7 @@ impl External {
                     keys.sort_unstable();
                     keys
                 }
+                Server::Kafka(kafka) => kafka.topics("").await.unwrap().into_keys().collect(),
             }
         })
     }
@@ -1167,6 +1302,26 @@ fn an_external_server_is_swept(service: Service) {
     assert_eq!(external.contents(), before);
 }
 
+fn an_external_kafka_is_swept() {
+    let external = External::start(Service::Kafka);
+    let Server::Kafka(kafka) = &external.server else {
+        unreachable!("it is a Kafka")
+    };
+    let before = external.contents();
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let [old, young] = [25, 23].map(|hours| format!("oversold-{}-00c0ffee-0-orders", since_1970 - hours * 60 * 60));
+    external.runtime.block_on(async {
+        kafka.create_topic(&old, 1).await.unwrap();
+        kafka.create_topic(&young, 1).await.unwrap();
+    });
+    assert_eq!(external.contents().len(), before.len() + 2);
+    external.role("find", temp().path()).succeeds();
+    let mut left = before;
+    left.push(young);
+    left.sort_unstable();
+    assert_eq!(external.contents(), left);
+}
+
 fn an_external_user_must_be_allowed_to_create_databases() {
     let external = External::start(Service::Postgres);
     let Server::Postgres(server) = &external.server else {
@@ -1219,7 +1374,7 @@ fn a_forced_source_wins_over_an_external_one(service: Service) {
 }
 
 fn every_bad_setting_gets_one_clear_line(service: Service) {
-    let (bin, image) = (service.setting("BIN"), service.setting("IMAGE"));
+    let (bin, image) = (service.folder_variable(), service.setting("IMAGE"));
     for (setting, value, line) in [
         (
             "OVERSOLD_BACKENDS",
@@ -1292,6 +1447,7 @@ fn nowhere(service: Service, role: &str, temp: &Path) -> Role {
         .set("DOCKER_HOST", "unix:///nowhere/docker.sock")
         .set("OVERSOLD_POSTGRES_BIN", "/nowhere")
         .set("OVERSOLD_REDIS_BIN", "/nowhere")
+        .set("OVERSOLD_KAFKA_JARS", "/nowhere")
 }
 
 fn nothing_there_says_what_was_tried(service: Service) {
@@ -1365,6 +1521,45 @@ fn a_bad_list_of_required_sources_is_refused() {
     assert_eq!(output.status.code(), Some(2));
     let line = "OVERSOLD_REQUIRE lists `podman`; it takes `docker` and `native`, with a comma between them\n";
     assert_eq!(String::from_utf8_lossy(&output.stderr), line);
+}
+
+fn no_java_is_said_so() {
+    let temp = temp();
+    // With its jar, and with nothing else that could be `java`.
+    fs::write(temp.path().join("kafka_2.13-0.jar"), "").unwrap();
+    let said = Role::new(Service::Kafka, "find", temp.path())
+        .forced(Source::Native)
+        .set("OVERSOLD_KAFKA_JARS", temp.path())
+        .set("JAVA_HOME", "/nowhere")
+        .set("PATH", "/nowhere")
+        .said();
+    let error = said["error"].as_str().unwrap();
+    assert!(error.contains("java is neither in JAVA_HOME nor on PATH"), "{error}");
+    fs::remove_file(temp.path().join("kafka_2.13-0.jar")).unwrap();
+}
+
+fn jars_that_do_not_start_show_the_end_of_the_log() {
+    let jars = temp();
+    fs::write(jars.path().join("kafka_2.13-0.jar"), "").unwrap();
+    let said = Role::new(Service::Kafka, "find", temp().path())
+        .forced(Source::Native)
+        .set("OVERSOLD_KAFKA_JARS", jars.path())
+        .said();
+    let error = said["error"].as_str().unwrap();
+    assert!(error.contains("could not format its data folder"), "{error}");
+    assert!(error.contains("kafka.tools.StorageTool"), "{error}");
+    fs::remove_file(jars.path().join("kafka_2.13-0.jar")).unwrap();
+}
+
+/// With an image that is there and holds something else than Kafka.
+fn an_image_that_does_not_start_shows_the_end_of_its_log() {
+    let other = env::var("OVERSOLD_REDIS_IMAGE").unwrap_or_else(|_| "redis:7-alpine".to_owned());
+    let said = Role::new(Service::Kafka, "find", temp().path())
+        .forced(Source::Docker)
+        .set("OVERSOLD_KAFKA_IMAGE", other)
+        .said();
+    let error = said["error"].as_str().unwrap();
+    assert!(error.contains("the container did not start"), "{error}");
 }
 
 const NO_IMAGE: &str = "localhost:1/oversold/none:here";
@@ -1554,13 +1749,14 @@ fn setup_takes_the_names_of_services() {
     let output = setup(&["mysql"]).output().unwrap();
     assert_eq!(
         text(&output),
-        "exit status: 2\nsetup: there is no service mysql; there are postgres and redis\n"
+        "exit status: 2\nsetup: there is no service mysql; there are postgres, redis and kafka\n"
     );
 
     // Without a name, it is Postgres alone.
     let mut all = setup(&[]);
     all.env("DATABASE_URL", "postgres://me@db/sale")
-        .env("OVERSOLD_REDIS_BIN", "/nowhere");
+        .env("OVERSOLD_REDIS_BIN", "/nowhere")
+        .env("OVERSOLD_KAFKA_JARS", "/nowhere");
     assert_eq!(text(&all.output().unwrap()), "exit status: 0\n");
 }
 
@@ -1570,7 +1766,9 @@ fn setup_says_what_to_run(service: Service) {
     std::os::unix::fs::symlink("/usr/bin/uname", path.path().join("uname")).unwrap();
     let nothing = || {
         let mut setup = setup(&[service.name()]);
-        setup.env("PATH", path.path()).env(service.setting("BIN"), "/nowhere");
+        setup
+            .env("PATH", path.path())
+            .env(service.folder_variable(), "/nowhere");
         setup
     };
     for (forced, code, parts) in [
@@ -1580,7 +1778,7 @@ fn setup_says_what_to_run(service: Service) {
             [
                 &format!("there is no {service:?}, and none can be installed from here"),
                 "start a Docker engine",
-                &format!("export {}={}://", service.url_variable(), service.name()),
+                &format!("export {}=", service.url_variable()),
             ],
         ),
         (

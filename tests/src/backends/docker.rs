@@ -65,25 +65,26 @@ pub(super) struct ImageName {
 }
 
 impl Container {
-    /// Starts a container whose port `inside` can be reached at a port that stays the same when it is stopped and started. It need not be ready yet.
+    /// Starts a container whose port `inside` can be reached at a port that stays the same when it is stopped and started. `request` is told that
+    /// port. It need not be ready yet.
     pub(super) async fn start<I: Image + 'static>(
         service: &'static str,
         image: ImageName,
-        request: impl Fn() -> ContainerRequest<I> + Send + 'static,
+        request: impl Fn(u16) -> ContainerRequest<I> + Send + 'static,
         inside: u16,
     ) -> anyhow::Result<Self> {
         let (repository, tag) = image.named()?;
-        let named = move || request().with_name(&repository).with_tag(&tag);
+        let named = move |port| request(port).with_name(&repository).with_tag(&tag);
         on_engine(async move {
             let engine = engine().await?;
-            present(service, &engine, named()).await?;
+            present(service, &engine, named(inside)).await?;
             let mut tries_left = PORTS_TO_TRY;
             loop {
                 tries_left -= 1;
                 let port = free_port()?;
                 let name = format!("oversold-{service}-{:08x}", rand::random::<u32>());
                 keeper::enter_container(&name, address().as_deref())?;
-                let request = named()
+                let request = named(port)
                     .with_container_name(&name)
                     .with_mapped_port(port, inside.tcp())
                     // Readiness is asked of the service itself.
@@ -137,6 +138,24 @@ impl Container {
             Ok(())
         })
         .await
+    }
+
+    /// Holds every process in it still, unless it is down.
+    pub(super) async fn freeze(&self) -> anyhow::Result<()> {
+        if self.pid().await?.is_none() {
+            return Ok(());
+        }
+        self.ask(|engine, name| async move { engine.pause_container(&name).await })
+            .await
+    }
+
+    /// Lets them go on.
+    pub(super) async fn thaw(&self) -> anyhow::Result<()> {
+        if self.pid().await?.is_none() {
+            return Ok(());
+        }
+        self.ask(|engine, name| async move { engine.unpause_container(&name).await })
+            .await
     }
 
     /// Starts it again, unless it is up.

@@ -2,16 +2,17 @@
 //!
 //! Each service is looked for on its own, in this order, and one line on stderr says what was chosen and why:
 //!
-//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`).
-//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE` and `OVERSOLD_REDIS_IMAGE` name other
-//!    images.
+//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`; for Kafka `KAFKA_BOOTSTRAP_SERVERS`).
+//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE`, `OVERSOLD_REDIS_IMAGE` and
+//!    `OVERSOLD_KAFKA_IMAGE` name other images.
 //! 3. **native**: its programs are on this machine. `OVERSOLD_POSTGRES_BIN` and `OVERSOLD_REDIS_BIN` name their folders where they can't be
-//!    found.
+//!    found. Kafka is Java and a folder of jars, which `OVERSOLD_KAFKA_JARS` names.
 //!
 //! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
 //! this process ends, in whatever way it ends.
 
 mod docker;
+mod kafka;
 pub mod keeper;
 mod native;
 mod own;
@@ -32,6 +33,7 @@ use std::{
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
+pub use kafka::{Kafka, Prefix as KafkaPrefix};
 pub use native::on_path;
 pub use own::Private;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
@@ -55,6 +57,16 @@ pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
 pub async fn redis() -> Result<Arc<Redis>, Missing> {
     static SHARED: OnceCell<Result<Arc<Redis>, Missing>> = OnceCell::const_new();
     let found = SHARED.get_or_init(|| async { Redis::find().await.map(Arc::new) });
+    found.await.clone()
+}
+
+/// The Kafka of this process: found or started once, and shared by all its tests.
+///
+/// # Errors
+/// There is none; the error says what was tried and how to get one. It is remembered.
+pub async fn kafka() -> Result<Arc<Kafka>, Missing> {
+    static SHARED: OnceCell<Result<Arc<Kafka>, Missing>> = OnceCell::const_new();
+    let found = SHARED.get_or_init(|| async { Kafka::find().await.map(Arc::new) });
     found.await.clone()
 }
 
@@ -90,7 +102,7 @@ impl fmt::Display for Source {
 /// What a service is and where it came from, as `oversold doctor` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The service: `postgres` or `redis`.
+    /// The service: `postgres`, `redis` or `kafka`.
     pub service: &'static str,
     /// Where it comes from.
     pub source: Source,
@@ -140,7 +152,7 @@ pub enum Missing {
     /// No source has it.
     #[error("there is no {service}:{}\n{remedy}", lines(tried))]
     Nowhere {
-        /// The service: `postgres` or `redis`.
+        /// The service: `postgres`, `redis` or `kafka`.
         service: &'static str,
         /// The sources that were tried, and what was wrong with each.
         tried: Vec<(Source, String)>,

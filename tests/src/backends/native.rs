@@ -111,14 +111,24 @@ impl Drop for Home {
     }
 }
 
+/// Has a server be at this port: the arguments that tell it so. Asked once for each port that is tried.
+pub(super) type At = Box<dyn Fn(u16) -> anyhow::Result<Vec<OsString>> + Send + Sync>;
+
+/// A port as a program takes it that has an argument for it.
+pub(super) fn port_argument(name: &'static str) -> At {
+    Box::new(move |port| Ok(vec![name.into(), port.to_string().into()]))
+}
+
 /// A server as a process of this machine.
 pub(super) struct Process {
     home: Home,
     program: PathBuf,
     arguments: Vec<OsString>,
-    /// The argument that goes before the port.
-    port_argument: &'static str,
+    at: At,
     port: u16,
+    port_arguments: Vec<OsString>,
+    /// What makes it shut down in order.
+    stopped_with: Signal,
     /// What ends it at once when nobody needs its data any more.
     dropped_with: Signal,
     child: Mutex<Option<Child>>,
@@ -126,27 +136,37 @@ pub(super) struct Process {
 
 impl Process {
     /// A process that is yet to be launched.
-    pub(super) fn new(
-        home: Home,
-        program: PathBuf,
-        arguments: Vec<OsString>,
-        port_argument: &'static str,
-        dropped_with: Signal,
-    ) -> Self {
+    pub(super) fn new(home: Home, program: PathBuf, arguments: Vec<OsString>, at: At) -> Self {
         Self {
             home,
             program,
             arguments,
-            port_argument,
+            at,
             port: 0,
-            dropped_with,
+            port_arguments: Vec::new(),
+            // For Postgres it is the "fast shutdown": clients are cut off, not waited for.
+            stopped_with: Signal::INT,
+            dropped_with: Signal::KILL,
             child: Mutex::default(),
         }
+    }
+
+    /// One that another signal than SIGINT makes shut down in order.
+    pub(super) fn stopped_with(mut self, signal: Signal) -> Self {
+        self.stopped_with = signal;
+        self
+    }
+
+    /// One that has something to tidy up even if nobody needs its data any more.
+    pub(super) fn dropped_with(mut self, signal: Signal) -> Self {
+        self.dropped_with = signal;
+        self
     }
 
     /// Gives it a port that is free.
     pub(super) fn choose_port(&mut self) -> anyhow::Result<()> {
         self.port = free_port()?;
+        self.port_arguments = (self.at)(self.port)?;
         Ok(())
     }
 
@@ -170,9 +190,7 @@ impl Process {
             return Ok(());
         }
         let mut command = self.home.command(&self.program)?;
-        command
-            .args(&self.arguments)
-            .args([self.port_argument, &self.port.to_string()]);
+        command.args(&self.arguments).args(&self.port_arguments);
         *child = Some(command.spawn()?);
         Ok(())
     }
@@ -191,8 +209,7 @@ impl Process {
 
     /// Shuts it down in order, unless it is down.
     pub(super) async fn stop(&self) -> anyhow::Result<()> {
-        // For Postgres it is the "fast shutdown": clients are cut off, not waited for.
-        self.send(Signal::INT)?;
+        self.send(self.stopped_with)?;
         self.ended().await
     }
 
@@ -200,14 +217,31 @@ impl Process {
     pub(super) async fn kill(&self) -> anyhow::Result<()> {
         // Held still first, so that none of its processes is made or noticed to be missing between the look and the blow.
         self.send(Signal::STOP)?;
+        self.send_to_children(Signal::KILL)?;
+        self.send(Signal::KILL)?;
+        self.ended().await
+    }
+
+    /// Holds every process of it still, unless it is down.
+    pub(super) fn freeze(&self) -> anyhow::Result<()> {
+        self.send(Signal::STOP)?;
+        self.send_to_children(Signal::STOP)
+    }
+
+    /// Lets them go on.
+    pub(super) fn thaw(&self) -> anyhow::Result<()> {
+        self.send_to_children(Signal::CONT)?;
+        self.send(Signal::CONT)
+    }
+
+    fn send_to_children(&self, signal: Signal) -> anyhow::Result<()> {
         if let Some(first) = self.pid() {
             for pid in children(first)? {
                 // It may have ended by itself since.
-                let _ = kill_process(pid, Signal::KILL);
+                let _ = kill_process(pid, signal);
             }
         }
-        self.send(Signal::KILL)?;
-        self.ended().await
+        Ok(())
     }
 
     /// Its first process, while it is up.

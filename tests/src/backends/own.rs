@@ -121,6 +121,20 @@ impl Own {
         }
     }
 
+    async fn freeze(&self) -> anyhow::Result<()> {
+        match &self.runs {
+            Runs::InContainer(container) => container.freeze().await,
+            Runs::AsProcess(process) => process.freeze(),
+        }
+    }
+
+    async fn thaw(&self) -> anyhow::Result<()> {
+        match &self.runs {
+            Runs::InContainer(container) => container.thaw().await,
+            Runs::AsProcess(process) => process.thaw(),
+        }
+    }
+
     async fn pid(&self) -> anyhow::Result<Option<u32>> {
         match &self.runs {
             Runs::InContainer(container) => container.pid().await,
@@ -149,8 +163,8 @@ impl<S> Private<S> {
         Self { service, own }
     }
 
-    /// Shuts it down in order: connections are cut. When it starts again, Postgres has what was committed, Redis is empty. Nothing happens
-    /// if it is down.
+    /// Shuts it down in order: connections are cut. When it starts again, Postgres has what was committed and Kafka what was acknowledged;
+    /// Redis is empty. Nothing happens if it is down.
     ///
     /// # Errors
     /// It does not end in time.
@@ -164,6 +178,22 @@ impl<S> Private<S> {
     /// It can't be killed.
     pub async fn kill(&self) -> anyhow::Result<()> {
         self.own.kill().await
+    }
+
+    /// Holds all its processes still: connections stay open, and nobody answers. Nothing happens if it is down.
+    ///
+    /// # Errors
+    /// It can't be held.
+    pub async fn freeze(&self) -> anyhow::Result<()> {
+        self.own.freeze().await
+    }
+
+    /// Lets one go on that was frozen.
+    ///
+    /// # Errors
+    /// It can't be reached, or was not frozen.
+    pub async fn thaw(&self) -> anyhow::Result<()> {
+        self.own.thaw().await
     }
 
     /// Starts it again at the same address, and waits until it answers. Nothing happens if it is up.

@@ -10,7 +10,7 @@ pub(super) struct Service {
     pub(super) name: &'static str,
     /// The environment variable with the URL of an external one.
     pub(super) url_variable: &'static str,
-    /// The commands of package managers that install it, each after its manager.
+    /// The commands of package managers that install it, each after its manager. None: it takes more, and `infra/setup.sh` does it.
     pub(super) packages: &'static [(&'static str, &'static str)],
 }
 
@@ -128,6 +128,7 @@ fn remedy(service: &Service, forced: Option<Source>) -> String {
             let sudo = if *manager == "brew" { "" } else { "sudo " };
             format!("`{sudo}{command}`")
         }
+        None if service.packages.is_empty() => format!("install it with `infra/setup.sh {}`", service.name),
         None => format!("install {}", service.name),
     };
     match forced {

@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use box_office::{RedisPlace, Schema, Service, Strategy};
+use box_office::{KafkaPlace, RedisPlace, Schema, Service, Strategy};
 
-use super::{Database, Durability, Missing, Postgres, Prefix, Redis, postgres, redis};
+use super::{Database, Durability, Kafka, KafkaPrefix, Missing, Postgres, Prefix, Redis, kafka, postgres, redis};
 
 /// Backends that were found for a command, which measures on them.
 pub struct Services {
@@ -13,6 +13,8 @@ pub struct Services {
     pub postgres: Postgres,
     /// There if it was asked for.
     pub redis: Option<Redis>,
+    /// There if it was asked for.
+    pub kafka: Option<Kafka>,
 }
 
 impl Services {
@@ -26,7 +28,11 @@ impl Services {
             true => Some(Redis::find().await?),
             false => None,
         };
-        Ok(Self { postgres, redis })
+        let kafka = match needs.contains(&Service::Kafka) {
+            true => Some(Kafka::find().await?),
+            false => None,
+        };
+        Ok(Self { postgres, redis, kafka })
     }
 
     /// A stand on them.
@@ -34,14 +40,17 @@ impl Services {
     /// # Errors
     /// There is no database to be had.
     pub async fn stand(&self, schema: Schema) -> anyhow::Result<Stand> {
-        Stand::on(&self.postgres, self.redis.as_ref(), schema).await
+        Ok(Stand::on(&self.postgres, self.redis.as_ref(), schema)
+            .await?
+            .and_kafka(self.kafka.as_ref()))
     }
 }
 
-/// A database of their own, and a prefix in Redis where their strategy needs one. Both go when this is dropped.
+/// A database of their own, and a prefix in Redis and one in Kafka where their strategy needs them. All go when this is dropped.
 pub struct Stand {
     database: Database,
     redis: Option<InRedis>,
+    kafka: Option<InKafka>,
 }
 
 struct InRedis {
@@ -49,6 +58,13 @@ struct InRedis {
     prefix: Prefix,
     /// One that is shared stays for as long as somebody stands on it.
     _server: Option<Arc<Redis>>,
+}
+
+struct InKafka {
+    bootstrap_servers: String,
+    prefix: KafkaPrefix,
+    /// As that of Redis.
+    _server: Option<Arc<Kafka>>,
 }
 
 impl Stand {
@@ -67,7 +83,16 @@ impl Stand {
                 Some(redis)
             }
         };
-        Ok(Self { database, redis })
+        let kafka = match strategy.needs.contains(&Service::Kafka) {
+            false => None,
+            true => {
+                let server = kafka().await?;
+                let mut kafka = InKafka::on(&server);
+                kafka._server = Some(server);
+                Some(kafka)
+            }
+        };
+        Ok(Self { database, redis, kafka })
     }
 
     /// On backends of the caller's.
@@ -78,7 +103,15 @@ impl Stand {
         Ok(Self {
             database: postgres.database(schema).await?,
             redis: redis.map(InRedis::on),
+            kafka: None,
         })
+    }
+
+    /// The same, and on a Kafka of the caller's.
+    #[must_use]
+    pub fn and_kafka(mut self, kafka: Option<&Kafka>) -> Self {
+        self.kafka = kafka.map(InKafka::on);
+        self
     }
 
     /// The database.
@@ -89,6 +122,11 @@ impl Stand {
     /// What all keys in Redis begin with, if there is one.
     pub fn prefix(&self) -> Option<&str> {
         self.redis.as_ref().map(|redis| &*redis.prefix)
+    }
+
+    /// What all topics and groups in Kafka begin with, if there is one.
+    pub fn kafka_prefix(&self) -> Option<&str> {
+        self.kafka.as_ref().map(|kafka| &*kafka.prefix)
     }
 
     /// Reaches Redis at another address, such as that of a proxy before it.
@@ -111,6 +149,10 @@ impl Stand {
             environment.push(("REDIS_URL", redis.url.clone()));
             environment.push(("REDIS_PREFIX", redis.prefix.to_string()));
         }
+        if let Some(kafka) = &self.kafka {
+            environment.push(("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers.clone()));
+            environment.push(("KAFKA_PREFIX", kafka.prefix.to_string()));
+        }
         environment
     }
 
@@ -126,6 +168,16 @@ impl Stand {
             lease,
         }))
     }
+
+    /// How a strategy in this process is told of Kafka, with so many consumers, each missed after so long.
+    pub fn kafka(&self, consumers: u32, session: Duration) -> Option<KafkaPlace> {
+        self.kafka.as_ref().map(|kafka| KafkaPlace {
+            bootstrap_servers: kafka.bootstrap_servers.clone(),
+            prefix: kafka.prefix.to_string(),
+            consumers,
+            session,
+        })
+    }
 }
 
 impl InRedis {
@@ -133,6 +185,16 @@ impl InRedis {
         Self {
             url: redis.url().to_owned(),
             prefix: redis.prefix(),
+            _server: None,
+        }
+    }
+}
+
+impl InKafka {
+    fn on(kafka: &Kafka) -> Self {
+        Self {
+            bootstrap_servers: kafka.bootstrap_servers().to_owned(),
+            prefix: kafka.prefix(),
             _server: None,
         }
     }

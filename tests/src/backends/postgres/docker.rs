@@ -13,7 +13,7 @@ const PORT: u16 = 5432;
 
 /// Starts a container whose superuser has this password.
 pub(super) async fn start(durability: Durability, password: String) -> anyhow::Result<Container> {
-    let request = move || {
+    let request = move |_| {
         postgres::Postgres::default()
             .with_password(&password)
             .with_cmd(settings(durability))

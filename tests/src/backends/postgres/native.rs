@@ -11,7 +11,7 @@ use anyhow::bail;
 use rustix::process::Signal;
 
 use super::{Durability, SERVICE, settings};
-use crate::backends::native::{Home, Memory, Process, on_path, programs, versioned};
+use crate::backends::native::{Home, Memory, Process, on_path, port_argument, programs, versioned};
 
 const BIN_VARIABLE: &str = "OVERSOLD_POSTGRES_BIN";
 
@@ -55,14 +55,11 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
     let mut arguments = vec!["-D".into(), data.into_os_string()];
     arguments.extend(["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="].map(Into::into));
     arguments.extend(settings(durability).into_iter().map(Into::into));
-    Ok(Process::new(
-        home,
-        programs.join("postgres"),
-        arguments,
-        "-p",
-        // "Immediate shutdown": nothing is written, as nobody will read it.
-        Signal::QUIT,
-    ))
+    Ok(
+        Process::new(home, programs.join("postgres"), arguments, port_argument("-p"))
+            // "Immediate shutdown": nothing is written, as nobody will read it.
+            .dropped_with(Signal::QUIT),
+    )
 }
 
 /// One of the programs that come with Postgres, such as `pgbench`: beside `initdb`, or else on PATH.

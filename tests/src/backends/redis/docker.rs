@@ -17,6 +17,6 @@ pub(super) async fn start(password: &str) -> anyhow::Result<Container> {
         .into_iter()
         .flat_map(|(setting, value)| [format!("--{setting}"), value.to_owned()])
         .collect();
-    let request = move || redis::Redis::default().with_cmd(arguments.clone());
+    let request = move |_| redis::Redis::default().with_cmd(arguments.clone());
     Container::start(SERVICE.name, IMAGE, request, redis::REDIS_PORT).await
 }

@@ -2,10 +2,8 @@
 
 use std::{fmt::Write as _, fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::PathBuf};
 
-use rustix::process::Signal;
-
 use super::{SERVICE, settings};
-use crate::backends::native::{Home, Memory, Process, on_path, programs};
+use crate::backends::native::{Home, Memory, Process, on_path, port_argument, programs};
 
 const BIN_VARIABLE: &str = "OVERSOLD_REDIS_BIN";
 const PROGRAM: &str = "redis-server";
@@ -37,13 +35,10 @@ pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
         .write_all(content.as_bytes())?;
     home.hand_over(&file)?;
     let arguments = vec![file.into_os_string()];
-    // It has nothing to tidy up.
-    let dropped_with = Signal::KILL;
     Ok(Process::new(
         home,
         folder.join(PROGRAM),
         arguments,
-        "--port",
-        dropped_with,
+        port_argument("--port"),
     ))
 }

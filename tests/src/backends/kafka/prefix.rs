@@ -1,0 +1,146 @@
+//! A prefix of its own for the topics and groups of every test.
+
+use std::{
+    fmt, io,
+    ops::Deref,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::time::timeout;
+
+use super::{Kafka, Server, wire::Connection};
+
+/// How long deleting may take. It is given up when the broker hangs or is gone.
+const DELETED_WITHIN: Duration = Duration::from_secs(10);
+/// How old a run is whose topics another one deletes: no run lasts as long. Unlike a server of Redis, a broker does not tell who is connected.
+const ABANDONED_AFTER_S: u64 = 24 * 60 * 60;
+
+impl Kafka {
+    /// A prefix that nobody else uses. Topics that begin with it go when it is dropped, and with them what groups have noted about them.
+    pub fn prefix(&self) -> Prefix {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let run = match &self.server {
+            Server::External(run) => run.to_string(),
+            Server::Own(_) => "own".to_owned(),
+        };
+        Prefix {
+            text: format!("oversold-{run}-{number}-"),
+            servers: self.servers.clone(),
+            wait: matches!(self.server, Server::External(_)),
+        }
+    }
+}
+
+/// What all topics and groups of a test begin with, such as `oversold-own-2-`. The topics are deleted when this is dropped.
+pub struct Prefix {
+    text: String,
+    servers: String,
+    /// Whether to wait until they are gone: where the broker outlives this process, only then they are sure to be.
+    wait: bool,
+}
+
+impl Deref for Prefix {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.text)
+    }
+}
+
+impl Drop for Prefix {
+    fn drop(&mut self) {
+        let (servers, prefix) = (self.servers.clone(), self.text.clone());
+        // A thread and a runtime of its own: this may be dropped by a runtime, at its end, or outside of any.
+        let deleting = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let deleting = async {
+                let mut connection = Connection::open(&servers).await?;
+                delete(&mut connection, |topic| topic.starts_with(&prefix)).await
+            };
+            runtime.is_ok_and(|runtime| {
+                let deleted = runtime.block_on(async { timeout(DELETED_WITHIN, deleting).await });
+                matches!(deleted, Ok(Ok(())))
+            })
+        });
+        if self.wait && !deleting.join().unwrap_or(false) {
+            eprintln!("the topics under {self} could not be deleted; a run after a day tries again");
+        }
+    }
+}
+
+/// A run on an external broker: when it began, in seconds since 1970, and a number that tells it from others that began then.
+pub(super) struct Run {
+    began_s: u64,
+    number: u32,
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{:08x}", self.began_s, self.number)
+    }
+}
+
+impl Run {
+    /// Begins one, and deletes the topics of runs that were killed before they could.
+    pub(super) async fn begin(connection: &mut Connection) -> io::Result<Self> {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+        let began_s = since_1970.as_secs();
+        let abandoned = |began: u64| began.saturating_add(ABANDONED_AFTER_S) < began_s;
+        delete(connection, |topic| began(topic).is_some_and(abandoned)).await?;
+        Ok(Self {
+            began_s,
+            number: rand::random(),
+        })
+    }
+}
+
+/// When the run began whose topic this is, if it is the topic of one.
+fn began(topic: &str) -> Option<u64> {
+    let mut words = topic.strip_prefix("oversold-")?.splitn(4, '-');
+    let began = words.next()?.parse().ok()?;
+    u32::from_str_radix(words.next()?, 16).ok()?;
+    words.next()?.parse::<u32>().ok()?;
+    words.next().map(|_| began)
+}
+
+/// Deletes all topics of which this is true.
+async fn delete(connection: &mut Connection, which: impl Fn(&str) -> bool) -> io::Result<()> {
+    let topics = connection.metadata().await?.topics.into_iter();
+    let names: Vec<String> = topics.map(|topic| topic.name).filter(|name| which(name)).collect();
+    match names.as_slice() {
+        [] => Ok(()),
+        names => connection.delete_topics(names).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_topics_of_a_run_tell_when_it_began() {
+        let run = Run {
+            began_s: 1_700_000_000,
+            number: 7,
+        };
+        for (topic, told) in [
+            (format!("oversold-{run}-0-orders"), Some(1_700_000_000)),
+            (format!("oversold-{run}-12-orders-dead"), Some(1_700_000_000)),
+            ("oversold-own-0-orders".to_owned(), None),
+            (format!("oversold-{run}-orders"), None),
+            (format!("undersold-{run}-0-orders"), None),
+            ("orders".to_owned(), None),
+        ] {
+            assert_eq!(began(&topic), told, "{topic}");
+        }
+    }
+}
