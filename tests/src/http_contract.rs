@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitStatus, time::Duration};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use box_office::{Level, ProblemKind, SaleId, Strategy, api};
 use http_body_util::Full;
 use hyper::{Method, Request, StatusCode, body::Bytes, header};
@@ -163,6 +163,80 @@ impl Talk {
         .await
     }
 
+    /// The events of a reservation, from the one after `seen` to the last.
+    ///
+    /// # Errors
+    /// The stream does not end in time, or is none.
+    pub async fn events(&self, reservation: Uuid, seen: Option<i64>) -> anyhow::Result<Vec<(i64, api::Reservation)>> {
+        let mut request = Request::get(format!("/api/reservations/{reservation}/events"));
+        if let Some(seen) = seen {
+            request = request.header("last-event-id", seen.to_string());
+        }
+        let mut connection = Connection::open(self.address).await?;
+        let answered = timeout(PATIENCE, connection.send(request.body(Full::default())?))
+            .await
+            .context("the events do not end in time")??;
+        if answered.status == StatusCode::NO_CONTENT {
+            return Ok(vec![]);
+        }
+        let text = str::from_utf8(&answered.body)?;
+        ensure!(answered.status == StatusCode::OK, "{} {text}", answered.status);
+        let mut events = vec![];
+        for event in text.split("\n\n").filter(|event| event.contains("data:")) {
+            let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)).map(str::trim_start);
+            let number = field("id:").context("an event without a number")?.parse()?;
+            let reservation: api::Reservation = serde_json::from_str(field("data:").unwrap_or_default())?;
+            ensure!(field("event:") == Some(&reservation.status), "an event is named after the status");
+            events.push((number, reservation));
+        }
+        Ok(events)
+    }
+
+    /// The final state of an order that was accepted, as its events and its status both tell it.
+    ///
+    /// # Errors
+    /// It has none in time, or they differ.
+    pub async fn final_state(&self, reservation: Uuid) -> anyhow::Result<api::Reservation> {
+        let events = self.events(reservation, None).await?;
+        let (_, last) = events.into_iter().next_back().context("no events")?;
+        ensure!(last.is_final(), "the events end, and the last one is {last:?}");
+        let state: api::Reservation = self.get(&format!("/api/reservations/{reservation}")).await?.json()?;
+        ensure!(state == last, "the events end with {last:?}, the status says {state:?}");
+        Ok(state)
+    }
+
+    /// Checks that the buyer has a ticket, now or in the end.
+    ///
+    /// # Errors
+    /// What came instead.
+    pub async fn confirms(&self, answered: &Answered) -> anyhow::Result<api::Reservation> {
+        let reservation: api::Reservation = answered.json()?;
+        let reservation = match answered.status {
+            StatusCode::CREATED => reservation,
+            StatusCode::ACCEPTED => self.final_state(reservation.id).await?,
+            status => bail!("answered with {status}"),
+        };
+        ensure!(reservation.status == "confirmed", "{reservation:?}");
+        Ok(reservation)
+    }
+
+    /// Checks that the buyer is refused for this reason, now or in the end. Tells the earlier reservation that is named.
+    ///
+    /// # Errors
+    /// What came instead.
+    pub async fn refuses(&self, answered: &Answered, kind: ProblemKind) -> anyhow::Result<Option<Uuid>> {
+        if answered.status != StatusCode::ACCEPTED {
+            return Ok(answered.is(kind)?.reservation_id);
+        }
+        let state = self.final_state(answered.json::<api::Reservation>()?.id).await?;
+        ensure!(
+            (state.status.as_str(), state.reason.as_deref()) == ("refused", Some(kind.name())),
+            "expected to be refused with {}, and got {state:?}",
+            kind.name()
+        );
+        Ok(state.earlier)
+    }
+
     /// Asks for a ticket.
     ///
     /// # Errors
@@ -297,7 +371,7 @@ impl Answered {
     }
 }
 
-/// Everything the contract says about selling, refusing and repeating, for a level that answers at once.
+/// Everything the contract says about selling, refusing and repeating: at once, or in the final state of an order that was accepted.
 ///
 /// # Errors
 /// The first thing that is not as the contract says.
@@ -315,37 +389,38 @@ pub async fn sells_refuses_and_repeats(talk: &Talk) -> anyhow::Result<()> {
     talk.open_sale(SALE, 3, Some(token)).await?.is(SaleDiffers)?;
 
     let first = talk.reserve(SALE, 1, Some("a")).await?;
-    ensure!(first.status == StatusCode::CREATED, "{}", first.status);
-    let reservation: api::Reservation = first.json()?;
-    ensure!((reservation.sale_id, reservation.buyer_id) == (SALE, 1));
     let location = first
         .headers
         .get(header::LOCATION)
-        .context("201 says where the reservation is")?
+        .context("201 and 202 say where the reservation is")?
         .to_str()?;
+    let reservation = talk.confirms(&first).await?;
+    ensure!((reservation.sale_id, reservation.buyer_id) == (Some(SALE), Some(1)));
     ensure!(talk.get(location).await?.json::<api::Reservation>()? == reservation);
 
     let again = talk.reserve(SALE, 1, Some("a")).await?;
     ensure!(
-        again.status == first.status && again.json::<api::Reservation>()? == reservation,
+        again.status == first.status && again.body == first.body,
         "a repeat answers as the first did"
     );
-    let other_key = talk.reserve(SALE, 1, Some("b")).await?.is(AlreadyReserved)?;
+    ensure!(talk.confirms(&again).await? == reservation);
+    let other_key = talk.reserve(SALE, 1, Some("b")).await?;
+    let earlier = talk.refuses(&other_key, AlreadyReserved).await?;
     ensure!(
-        other_key.reservation_id == Some(reservation.id),
-        "it names the reservation that is there"
+        earlier == Some(reservation.id),
+        "it names the reservation that is there, and not {earlier:?}"
     );
-    talk.reserve(SALE, 2, Some("a")).await?.is(KeyOfAnotherBuyer)?;
+    let other_buyer = talk.reserve(SALE, 2, Some("a")).await?;
+    talk.refuses(&other_buyer, KeyOfAnotherBuyer).await?;
     talk.reserve(99, 1, None).await?.is(UnknownSale)?;
 
-    ensure!(
-        talk.reserve(SALE, 2, None).await?.status == StatusCode::CREATED,
-        "a key is optional"
-    );
-    talk.reserve(SALE, 3, None).await?.is(SoldOut)?;
+    let without_key = talk.reserve(SALE, 2, None).await?;
+    talk.confirms(&without_key).await.context("a key is optional")?;
+    let too_late = talk.reserve(SALE, 3, None).await?;
+    talk.refuses(&too_late, SoldOut).await?;
     let repeat_after_the_end = talk.reserve(SALE, 1, Some("a")).await?;
     ensure!(
-        repeat_after_the_end.json::<api::Reservation>()? == reservation,
+        talk.confirms(&repeat_after_the_end).await? == reservation,
         "sold out, and yet the same answer"
     );
     let sale = talk.sale(SALE).await?;

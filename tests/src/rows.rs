@@ -27,7 +27,8 @@ pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
     let reservations: Vec<(Uuid, BuyerId, String, String, i64)> = sqlx::query_as(
         "select id, buyer_id, request_key, status, (extract(epoch from changed_at) * 1000000)::bigint
            from reservation_now
-          where sale_id = $1",
+          where sale_id = $1
+            and status <> 'refused'", // a stored answer, which holds no ticket
     )
     .bind(sale)
     .fetch_all(pool)

@@ -21,10 +21,12 @@ pub struct NewReservation {
 pub struct Reservation {
     /// Names it.
     pub id: Uuid,
-    /// The sale it is a ticket of.
-    pub sale_id: SaleId,
-    /// Whose it is.
-    pub buyer_id: BuyerId,
+    /// The sale it is a ticket of. Not known to every instance while the order is accepted and not decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sale_id: Option<SaleId>,
+    /// Whose it is. Known where the sale is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub buyer_id: Option<BuyerId>,
     /// `confirmed`; where orders are accepted first and decided later, also `accepted` and `refused`.
     pub status: String,
     /// Why it was refused: the last part of a problem's `type`, such as `sold-out`.
@@ -35,6 +37,28 @@ pub struct Reservation {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[sqlx(default)]
     pub earlier: Option<Uuid>,
+}
+
+impl Reservation {
+    /// The status of an order that was taken and is not decided. Every other status is final.
+    pub const ACCEPTED: &str = "accepted";
+
+    /// An order that was accepted, as an instance knows it that has seen no row of it.
+    pub fn accepted(id: Uuid) -> Self {
+        Self {
+            id,
+            sale_id: None,
+            buyer_id: None,
+            status: Self::ACCEPTED.to_owned(),
+            reason: None,
+            earlier: None,
+        }
+    }
+
+    /// Whether it stays as it is.
+    pub fn is_final(&self) -> bool {
+        self.status != Self::ACCEPTED
+    }
 }
 
 /// Opens a sale.

@@ -43,6 +43,8 @@ pub enum ProblemKind {
     MalformedPath,
     /// The `Idempotency-Key` can't be one.
     MalformedKey,
+    /// The `Last-Event-ID` can't be one.
+    MalformedEventId,
     /// The body is not JSON.
     MalformedBody,
     /// The body is JSON, but not what the call takes.
@@ -67,7 +69,7 @@ struct Row {
 
 impl ProblemKind {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::SoldOut,
         Self::AlreadyReserved,
         Self::KeyOfAnotherBuyer,
@@ -83,6 +85,7 @@ impl ProblemKind {
         Self::MethodNotAllowed,
         Self::MalformedPath,
         Self::MalformedKey,
+        Self::MalformedEventId,
         Self::MalformedBody,
         Self::InvalidBody,
         Self::BodyTooLarge,
@@ -185,6 +188,12 @@ impl ProblemKind {
                 StatusCode::BAD_REQUEST,
                 "Malformed request key",
                 "`Idempotency-Key` takes 1 to 128 visible ASCII characters, once.",
+            ),
+            Self::MalformedEventId => (
+                "malformed-event-id",
+                StatusCode::BAD_REQUEST,
+                "Malformed event id",
+                "`Last-Event-ID` takes the number of an event, in digits.",
             ),
             Self::MalformedBody => (
                 "malformed-body",

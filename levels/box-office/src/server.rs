@@ -213,6 +213,7 @@ impl Server {
         let address = SocketAddr::new(settings.host, settings.port);
         let (listener, address) = listen(address).map_err(|why| StartError::Address { address, why })?;
 
+        let stop = CancellationToken::new();
         let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
         let app = Arc::new(App {
@@ -230,9 +231,8 @@ impl Server {
             reservations,
             admin_token: settings.admin_token.clone(),
             limits: settings.limits,
+            stop: stop.clone(),
         });
-
-        let stop = CancellationToken::new();
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
         let accept = accept(listener, Arc::clone(&app), stop.clone(), connections.clone());
         Ok(Self {

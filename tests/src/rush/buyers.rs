@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use box_office::{BuyerId, ProblemKind, SaleId, api, trace::now_monotonic_us};
 use futures_util::future::{join_all, try_join_all};
 use http_body_util::Full;
@@ -32,6 +32,9 @@ const OPENING_AT_ONCE: usize = 64;
 
 /// How often an accepted order is asked about until its final state is there.
 const ASK_AGAIN: Duration = Duration::from_millis(5);
+
+/// It is asked less and less often, down to this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Everybody is here and connected; nobody has asked yet.
 pub(super) struct Gate {
@@ -247,20 +250,30 @@ impl Click {
         }
     }
 
-    /// Asks about an accepted order until it is decided, at any instance that lives.
+    /// Waits for the event that tells how an accepted order ended, at any instance that lives. Where there are no events, asks for its state
+    /// again and again.
     async fn follow(&mut self, location: &str, started_us: Micros) -> Option<Ending> {
+        let mut pause = ASK_AGAIN;
+        let mut events = true;
         loop {
-            if let Ok(connection) = self.connection().await
-                && let Ok(state) = State::read(connection, location).await
-                && let Some(refused) = state.decided()
-            {
+            let state = match self.connection().await {
+                Err(_) => None,
+                Ok(connection) if events => {
+                    let told = State::told(connection, location).await;
+                    events = told.as_ref().map_or(true, Option::is_some);
+                    told.ok().flatten()
+                }
+                Ok(connection) => State::read(connection, location).await.ok(),
+            };
+            if let Some(refused) = state.and_then(|state| state.decided()) {
                 return Some(Ending {
                     at_us: now_monotonic_us() - started_us,
                     refused,
                     changed_to: None,
                 });
             }
-            sleep(ASK_AGAIN).await;
+            sleep(jittered(pause)).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 }
@@ -270,6 +283,7 @@ impl Click {
 struct State {
     status: String,
     reason: Option<String>,
+    earlier: Option<Uuid>,
 }
 
 impl State {
@@ -277,6 +291,22 @@ impl State {
         let request = HttpRequest::get(location).body(Full::default())?;
         let answered = connection.send(request).await?;
         Ok(serde_json::from_slice(&answered.body)?)
+    }
+
+    /// The last event of an order; the stream ends when it is final. `None`: there are no events here.
+    async fn told(connection: &mut Connection, location: &str) -> anyhow::Result<Option<Self>> {
+        let request = HttpRequest::get(format!("{location}/events")).body(Full::default())?;
+        let answered = connection.send(request).await?;
+        let is_stream = answered
+            .headers
+            .get(header::CONTENT_TYPE)
+            .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+        if answered.status != StatusCode::OK || !is_stream {
+            return Ok(None);
+        }
+        let text = str::from_utf8(&answered.body)?;
+        let last = text.lines().filter_map(|line| line.strip_prefix("data:")).next_back();
+        Ok(Some(serde_json::from_str(last.context("a stream without an event")?.trim_start())?))
     }
 
     /// `None` while it is under way; then whether, and why, it was refused.
@@ -287,6 +317,11 @@ impl State {
             ("refused", Some("sold-out")) => Some(Some(Refused::SoldOut)),
             ("refused", Some("expired")) => Some(Some(Refused::Expired)),
             ("refused", Some("declined")) => Some(Some(Refused::Declined)),
+            ("refused", Some("key-of-another-buyer")) => Some(Some(Refused::KeyOfAnotherBuyer)),
+            ("refused", Some("already-reserved")) => {
+                let earlier = self.earlier?;
+                Some(Some(Refused::AlreadyReserved { earlier }))
+            }
             _ => None,
         }
     }

@@ -1,6 +1,7 @@
 //! The HTTP contract: the same for every level.
 
 mod envelope;
+mod events;
 mod input;
 mod openapi;
 mod operations;
@@ -16,7 +17,7 @@ use axum::{
     routing::{MethodRouter, get, post},
 };
 use sqlx::PgPool;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
@@ -35,13 +36,16 @@ pub(crate) struct App {
     pub(crate) reservations: TaskTracker,
     pub(crate) admin_token: Option<AdminToken>,
     pub(crate) limits: Limits,
+    /// Told when the server ends.
+    pub(crate) stop: CancellationToken,
 }
 
 /// Every path, with what it takes.
-fn table() -> [(&'static str, MethodRouter<Arc<App>>); 8] {
+fn table() -> [(&'static str, MethodRouter<Arc<App>>); 9] {
     [
         ("/api/sales/{id}/reservations", post(reservations::reserve)),
         ("/api/reservations/{id}", get(reservations::look_up)),
+        ("/api/reservations/{id}/events", get(events::follow)),
         ("/api/sales/{id}", get(sales::look_up).put(sales::open)),
         ("/livez", get(operations::alive)),
         ("/readyz", get(operations::ready)),

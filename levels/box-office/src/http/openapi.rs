@@ -13,7 +13,7 @@ use utoipa::{
     },
 };
 
-use super::{operations, reservations, sales};
+use super::{events, operations, reservations, sales};
 use crate::{
     api,
     problem::ProblemKind::{self, *},
@@ -26,7 +26,7 @@ const DATABASE: &[ProblemKind] = &[Overloaded, TimedOut, BackendAway];
 const BODY: &[ProblemKind] = &[MalformedBody, InvalidBody, BodyTooLarge, BodyTooSlow, NotJson];
 
 /// The problems of every call.
-const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 9] = [
+const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
     (
         HttpMethod::Post,
         "/api/sales/{id}/reservations",
@@ -41,6 +41,11 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 9] = [
         HttpMethod::Get,
         "/api/reservations/{id}",
         &[&[UnknownReservation], DATABASE],
+    ),
+    (
+        HttpMethod::Get,
+        "/api/reservations/{id}/events",
+        &[&[UnknownReservation, MalformedEventId], DATABASE],
     ),
     (
         HttpMethod::Get,
@@ -75,6 +80,7 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 9] = [
     paths(
         reservations::reserve,
         reservations::look_up,
+        events::follow,
         sales::look_up,
         sales::open,
         operations::alive,

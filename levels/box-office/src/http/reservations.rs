@@ -20,6 +20,7 @@ use crate::{
     No, Order, Outcome, Undecided, api,
     problem::{Problem, ProblemKind},
 };
+use uuid::Uuid;
 
 /// Buys one ticket.
 ///
@@ -41,12 +42,21 @@ use crate::{
         ),
     ),
     request_body = api::NewReservation,
-    responses((
-        status = 201,
-        description = "Confirmed: the reservation is durable",
-        body = api::Reservation,
-        headers(("Location" = String, description = "The reservation")),
-    ))
+    responses(
+        (
+            status = 201,
+            description = "Confirmed: the reservation is durable",
+            body = api::Reservation,
+            headers(("Location" = String, description = "The reservation")),
+        ),
+        (
+            status = 202,
+            description = "Accepted: the order is durable and will be decided. How it ended stands at its `Location`, and is told by \
+                           the events there. A refusal is a final state then, with the `reason` that is a problem's name elsewhere",
+            body = api::Reservation,
+            headers(("Location" = String, description = "The reservation")),
+        ),
+    )
 )]
 pub(super) async fn reserve(
     State(app): State<Arc<App>>,
@@ -62,13 +72,13 @@ pub(super) async fn reserve(
     };
     let (code, reservation, status) = match in_a_task(app, request, order).await? {
         Outcome::Confirmed(reservation) => (StatusCode::CREATED, reservation, "confirmed"),
-        Outcome::Accepted(reservation) => (StatusCode::ACCEPTED, reservation, "accepted"),
+        Outcome::Accepted(reservation) => (StatusCode::ACCEPTED, reservation, api::Reservation::ACCEPTED),
     };
     let location = format!("/api/reservations/{}", reservation.id);
     let taken = api::Reservation {
         id: reservation.id,
-        sale_id: sale,
-        buyer_id: body.buyer_id,
+        sale_id: Some(sale),
+        buyer_id: Some(body.buyer_id),
         status: status.to_owned(),
         reason: None,
         earlier: None,
@@ -110,13 +120,20 @@ pub(super) async fn look_up(
     State(app): State<Arc<App>>,
     ReservationInPath(id): ReservationInPath,
 ) -> Result<Json<api::Reservation>, Problem> {
-    let found = sqlx::query_as(
-        "select id, sale_id, buyer_id, status
+    find(&app, id).await.map(Json)
+}
+
+/// The reservation as its row says it; without a row, as an order that was accepted, if it was.
+pub(super) async fn find(app: &App, id: Uuid) -> Result<api::Reservation, Problem> {
+    // Why an order was refused stands only in the views of levels that store it.
+    let row = sqlx::query_as(
+        "select *
            from reservation_now
           where id = $1",
     )
     .bind(id)
     .fetch_optional(&app.database)
     .await?;
-    found.map(Json).ok_or(ProblemKind::UnknownReservation.into())
+    let accepted = || app.seller.accepted(id).then(|| api::Reservation::accepted(id));
+    row.or_else(accepted).ok_or(ProblemKind::UnknownReservation.into())
 }
