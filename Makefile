@@ -99,6 +99,7 @@ up: ## Start the backends in containers, for those who prefer compose
 	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach
 	@echo "export DATABASE_URL=postgres://oversold:oversold@127.0.0.1:5432/oversold"
 	@echo "export REDIS_URL=redis://127.0.0.1:6379/0"
+	@echo "export KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:9092"
 
 down: ## Stop them
 	docker compose down 2>/dev/null || docker-compose down

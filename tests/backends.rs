@@ -1422,14 +1422,19 @@ fn every_bad_setting_gets_one_clear_line(service: Service) {
 
 fn an_absent_external_server(service: Service) {
     let (scheme, variable) = (service.name(), service.url_variable());
-    let no_url = format!("{variable} is no URL of a ");
-    for (url, part) in [
-        (
+    let (absent, shown, what) = match service {
+        Service::Kafka => ("127.0.0.1:1".to_owned(), "127.0.0.1:1".to_owned(), "list of brokers"),
+        _ => (
             format!("{scheme}://me:s3cret@127.0.0.1:1/0"),
-            format!("{scheme}://me:***@127.0.0.1:1/0 does not answer"),
+            format!("{scheme}://me:***@127.0.0.1:1/0"),
+            "URL of a ",
         ),
-        ("mysql://me:s3cret@127.0.0.1:1/0".to_owned(), no_url.clone()),
-        ("s3cret".to_owned(), no_url.clone()),
+    };
+    let not_understood = format!("{variable} is no {what}");
+    for (url, part) in [
+        (absent, format!("{shown} does not answer")),
+        ("mysql://me:s3cret@127.0.0.1:1/0".to_owned(), not_understood.clone()),
+        ("s3cret".to_owned(), not_understood),
     ] {
         let output = Role::new(service, "find", temp().path()).set(variable, url).succeeds();
         let said: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -1525,13 +1530,14 @@ fn a_bad_list_of_required_sources_is_refused() {
 
 fn no_java_is_said_so() {
     let temp = temp();
-    // With its jar, and with nothing else that could be `java`.
+    let path = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/usr/bin/env", path.path().join("env")).unwrap();
     fs::write(temp.path().join("kafka_2.13-0.jar"), "").unwrap();
     let said = Role::new(Service::Kafka, "find", temp.path())
         .forced(Source::Native)
         .set("OVERSOLD_KAFKA_JARS", temp.path())
         .set("JAVA_HOME", "/nowhere")
-        .set("PATH", "/nowhere")
+        .set("PATH", path.path())
         .said();
     let error = said["error"].as_str().unwrap();
     assert!(error.contains("java is neither in JAVA_HOME nor on PATH"), "{error}");
@@ -1801,14 +1807,21 @@ fn setup_says_what_to_run(service: Service) {
 }
 
 fn the_image_is_the_same_everywhere(service: Service) {
+    let image_name = match service {
+        Service::Kafka => "apache/kafka-native:",
+        Service::Postgres => "postgres:",
+        Service::Redis => "redis:",
+    };
     let image = |file: &str| {
         let content = fs::read_to_string(repository().join(file)).unwrap();
         let before = content
-            .match_indices(&format!("{}:", service.name()))
+            .match_indices(image_name)
             .map(|(at, found)| &content[at + found.len()..])
             .find(|tag| tag.starts_with(|c: char| c.is_ascii_digit()));
         let tag = before.unwrap_or_else(|| panic!("{file} names an image"));
-        let end = tag.find(|c: char| !c.is_ascii_alphanumeric() && c != '-').unwrap();
+        let end = tag
+            .find(|c: char| !c.is_ascii_alphanumeric() && !"-.".contains(c))
+            .unwrap();
         tag[..end].to_owned()
     };
     let suite = image(&format!("tests/src/backends/{}/docker.rs", service.name()));

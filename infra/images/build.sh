@@ -1,7 +1,8 @@
 #!/bin/sh
-# Builds the images of the backends on a machine that can't pull them: no registry is needed, only a Debian mirror and a Docker engine.
+# Builds the images of the backends on a machine that can't pull them: no registry is needed, only a Debian mirror and a Docker engine;
+# for Kafka also Maven, which fetches its jars.
 #
-#   infra/images/build.sh [postgres|redis…]  all of them unless named
+#   infra/images/build.sh [postgres|redis|kafka…]  all of them unless named
 #
 # Prints the lines to run in the shell, so that the suite uses them:
 #   eval "$(infra/images/build.sh)"
@@ -9,7 +10,7 @@
 set -eu
 cd "$(dirname "$0")"
 
-all="postgres redis"
+all="postgres redis kafka"
 base=oversold/debian:bookworm
 # Without one, debootstrap takes its own default.
 mirror=${OVERSOLD_DEBIAN_MIRROR:-}
@@ -42,14 +43,27 @@ build_base() {
     trap - EXIT
 }
 
+# What an image is made from besides the files of its folder.
+besides() { [ "$1" != kafka ] || echo ../kafka/pom.xml; }
+
 build() {
     image=oversold/$1:local
-    made_from=$(cat "$1"/* | cksum | tr ' ' -)
+    made_from=$(cat "$1"/* $(besides "$1") | cksum | tr ' ' -)
     if [ "$(docker image inspect --format '{{index .Config.Labels "oversold.made-from"}}' "$image" 2>/dev/null)" != "$made_from" ]; then
         build_base
+        context=$1
+        if [ "$1" = kafka ]; then
+            jars=$(../kafka/fetch.sh) || fail "OVERSOLD_BACKENDS=native infra/setup.sh kafka installs what it takes"
+            context=$(mktemp -d)
+            trap 'rm -rf "$context"' EXIT
+            cp kafka/* "$context"
+            cp -R "$jars" "$context/jars"
+        fi
         say "building $image"
         # The legacy builder does all that is needed, and is there with every engine. The network of the host reaches what the host reaches.
-        DOCKER_BUILDKIT=0 docker build --network host --label "oversold.made-from=$made_from" --tag "$image" "$1" >&2
+        DOCKER_BUILDKIT=0 docker build --network host --label "oversold.made-from=$made_from" --tag "$image" "$context" >&2
+        [ "$context" = "$1" ] || rm -rf "$context"
+        trap - EXIT
     fi
     echo "export OVERSOLD_$(echo "$1" | tr '[:lower:]' '[:upper:]')_IMAGE=$image"
 }
