@@ -1,1 +1,158 @@
+//! LV.4: the contract kept by orders that are accepted first and decided later, on any number of instances.
 
+#![allow(clippy::unwrap_used)]
+
+use std::{path::Path, time::Duration};
+
+use box_office::{
+    Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
+    Place, Promises, Strategy,
+};
+use lv4_kafka::LEVEL;
+use rstest::rstest;
+use suite::{
+    backends::Stand,
+    contract,
+    crowd::bears_idle_and_slow_clients,
+    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    restarts,
+    rush::{Program, Rush, SALE},
+    twins::differ_by_one_mistake,
+};
+
+fn program() -> Program {
+    Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
+}
+
+/// Whoever dies is missed soon: by the group, and by those who wait for a lock.
+fn program_that_is_missed_soon() -> Program {
+    program()
+        .variable("KAFKA_SESSION_MS", "1000")
+        .variable("LOCK_LEASE_MS", "2000")
+}
+
+fn strategy(name: &str) -> &'static Strategy {
+    LEVEL
+        .strategy(name)
+        .unwrap_or_else(|| panic!("LV.4 has no strategy {name}"))
+}
+
+const KEEPS: Promises = Promises::ALL_KEPT;
+const OVERSELLS: Promises = Promises::ALL_KEPT
+    .breaks(&[NoOversell, Conservation])
+    .leaves_open(&[NoDuplicate, OneAnswer]);
+
+// ANCHOR: contract
+#[rstest]
+// ANCHOR: locked-cases
+#[case::locked("locked", 1, KEEPS)]
+#[case::locked_on_three("locked", 3, KEEPS)]
+// ANCHOR_END: locked-cases
+// ANCHOR: single-writer-cases
+#[case::single_writer("single-writer", 1, KEEPS)]
+#[case::single_writer_on_three("single-writer", 3, KEEPS)]
+// ANCHOR_END: single-writer-cases
+#[case::lock_does_nothing("broken/lock-does-nothing", 1, OVERSELLS)]
+#[case::lock_does_nothing_on_three("broken/lock-does-nothing", 3, OVERSELLS)]
+#[case::lock_wrong_key("broken/lock-wrong-key", 1, OVERSELLS)]
+#[case::lock_wrong_key_on_three("broken/lock-wrong-key", 3, OVERSELLS)]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
+    let rush = Rush::for_strategy(strategy(name)).instances(instances);
+    contract(&program(), &LEVEL, name, rush, expected).await;
+}
+// ANCHOR_END: contract
+
+/// Few buyers with little patience: they wait for nothing until it runs out.
+#[tokio::test]
+async fn an_order_that_is_not_even_sent_is_lost() {
+    let rush = Rush {
+        buyers: 20,
+        patience: Duration::from_secs(2),
+        ..Rush::default()
+    };
+    let breaks = Promises::ALL_KEPT.breaks(&[NothingLost, Progress]);
+    contract(&program(), &LEVEL, "broken/produce-nothing", rush.clone(), breaks).await;
+    contract(&program(), &LEVEL, "single-writer", rush, KEEPS).await;
+}
+
+/// One reservation, however often the buyer clicks at once, and wherever.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
+    let rush = Rush {
+        buyers: 4,
+        clicks: 50,
+        instances: 3,
+        ..Rush::default()
+    };
+    let report = contract(&program(), &LEVEL, name, rush, KEEPS).await;
+    assert_eq!(report.verdict.tally.sold, 4);
+}
+
+#[test]
+fn every_broken_twin_differs_by_its_one_mistake() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let pairs = differ_by_one_mistake(&source).unwrap_or_else(|error| panic!("{error:#}"));
+    let listed = LEVEL
+        .strategies
+        .iter()
+        .filter(|strategy| strategy.place == Place::Broken);
+    assert_eq!(pairs, listed.count());
+}
+
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn the_http_contract_holds(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+
+    sells_refuses_and_repeats(&talk).await.unwrap();
+    refuses_bad_input(&talk).await.unwrap();
+    let sale = talk.sale(SALE).await.unwrap();
+    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
+    talk.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
+    let strategy = strategy("single-writer");
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    println!("they cost {kib} KiB");
+    talk.stop().await.unwrap();
+}
+
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided(#[case] name: &str) {
+    restarts::a_kill_leaves_only_what_was_in_flight_undecided(
+        &program_that_is_missed_soon(),
+        &LEVEL,
+        strategy(name),
+        &Invariant::ALL,
+    )
+    .await;
+}
+
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn a_rolling_restart_leaves_nobody_undecided(#[case] name: &str) {
+    restarts::a_rolling_restart_leaves_nobody_undecided(
+        &program_that_is_missed_soon(),
+        &LEVEL,
+        strategy(name),
+        &Invariant::ALL,
+    )
+    .await;
+}

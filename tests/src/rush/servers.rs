@@ -19,7 +19,7 @@ use tokio::{
     io::{AsyncBufReadExt, BufReader as AsyncBufReader},
     process::{Child, Command},
     sync::{Mutex, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use uuid::Uuid;
 
@@ -137,6 +137,9 @@ impl Servers {
         };
         let starting = (0..rush.instances).map(|number| servers.launch(number, 0));
         let instances = futures_util::future::try_join_all(starting).await?;
+        for instance in &instances {
+            ready(instance).await?;
+        }
         servers
             .live
             .send_replace(instances.iter().map(|instance| instance.address).collect());
@@ -348,6 +351,23 @@ impl Steps {
                 .collect();
         }
     }
+}
+
+/// Waits until a server has all that it needs: also its part of the work, where several share it.
+async fn ready(instance: &Instance) -> anyhow::Result<()> {
+    let asked = async {
+        loop {
+            let request = Request::get("/readyz").body(Full::default())?;
+            let answered = Connection::open(instance.address).await?.send(request).await?;
+            if answered.status != StatusCode::SERVICE_UNAVAILABLE {
+                return anyhow::Ok(());
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, asked)
+        .await
+        .map_err(|_| anyhow!("after {PATIENCE:?} the server is not ready\n{}", tail(&instance.log)))?
 }
 
 /// The last lines of a log, for a message about a server that failed.
