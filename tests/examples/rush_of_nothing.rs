@@ -119,9 +119,11 @@ async fn answer(State(left): State<Arc<AtomicI64>>, Json(new): Json<api::NewRese
     if left.fetch_sub(1, Ordering::Relaxed) > 0 {
         let confirmed = api::Reservation {
             id: Uuid::now_v7(),
-            sale_id: 1,
-            buyer_id: new.buyer_id,
+            sale_id: Some(1),
+            buyer_id: Some(new.buyer_id),
             status: "confirmed".to_owned(),
+            reason: None,
+            earlier: None,
         };
         return (StatusCode::CREATED, Json(confirmed)).into_response();
     }

@@ -78,7 +78,9 @@ pub async fn bears_idle_and_slow_clients(talk: &Talk) -> anyhow::Result<u64> {
 async fn sells(talk: &Talk, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
     for buyer in buyers {
         let answered = talk.reserve(SALE, buyer, None).await?;
-        talk.confirms(&answered).await.with_context(|| format!("buyer {buyer}"))?;
+        talk.confirms(&answered)
+            .await
+            .with_context(|| format!("buyer {buyer}"))?;
     }
     Ok(())
 }

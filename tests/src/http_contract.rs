@@ -183,10 +183,18 @@ impl Talk {
         ensure!(answered.status == StatusCode::OK, "{} {text}", answered.status);
         let mut events = vec![];
         for event in text.split("\n\n").filter(|event| event.contains("data:")) {
-            let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)).map(str::trim_start);
+            let field = |name: &str| {
+                event
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name))
+                    .map(str::trim_start)
+            };
             let number = field("id:").context("an event without a number")?.parse()?;
             let reservation: api::Reservation = serde_json::from_str(field("data:").unwrap_or_default())?;
-            ensure!(field("event:") == Some(&reservation.status), "an event is named after the status");
+            ensure!(
+                field("event:") == Some(&reservation.status),
+                "an event is named after the status"
+            );
             events.push((number, reservation));
         }
         Ok(events)

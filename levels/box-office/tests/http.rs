@@ -168,6 +168,21 @@ const CASES: &[Case] = &[
     ),
     at("GET", "/api/reservations/not-an-id", 404, "unknown-reservation"),
     at("GET", "/api/reservations/%ff", 404, "unknown-reservation"),
+    at(
+        "GET",
+        "/api/reservations/00000000-0000-0000-0000-000000000000/events",
+        404,
+        "unknown-reservation",
+    ),
+    Case {
+        headers: &[("Last-Event-ID", "-1")],
+        ..at(
+            "GET",
+            "/api/reservations/00000000-0000-0000-0000-000000000000/events",
+            400,
+            "malformed-event-id",
+        )
+    },
     at("GET", "/problems/no-such-problem", 404, "not-found"),
     // Opening a sale.
     opens_with(&[JSON], 401, "unauthorized"),
@@ -238,6 +253,7 @@ fn documented_as(path: &str) -> &str {
         ["", "api", "sales", _, "reservations"] => "/api/sales/{id}/reservations",
         ["", "api", "sales", _] => "/api/sales/{id}",
         ["", "api", "reservations", _] => "/api/reservations/{id}",
+        ["", "api", "reservations", _, "events"] => "/api/reservations/{id}/events",
         ["", "problems", _] => "/problems/{name}",
         _ => path,
     }

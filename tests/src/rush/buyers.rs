@@ -306,7 +306,9 @@ impl State {
         }
         let text = str::from_utf8(&answered.body)?;
         let last = text.lines().filter_map(|line| line.strip_prefix("data:")).next_back();
-        Ok(Some(serde_json::from_str(last.context("a stream without an event")?.trim_start())?))
+        Ok(Some(serde_json::from_str(
+            last.context("a stream without an event")?.trim_start(),
+        )?))
     }
 
     /// `None` while it is under way; then whether, and why, it was refused.

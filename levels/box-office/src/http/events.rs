@@ -74,7 +74,10 @@ pub(super) async fn follow(
         ended: false,
     }));
     // nginx would keep the events back until it has a bufferful.
-    let unbuffered = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    let unbuffered = (
+        HeaderName::from_static("x-accel-buffering"),
+        HeaderValue::from_static("no"),
+    );
     Ok(([unbuffered], events.keep_alive(KeepAlive::new().interval(KEEP_ALIVE))).into_response())
 }
 
@@ -120,7 +123,10 @@ fn last_event_id(headers: &HeaderMap) -> Result<Option<i64>, Problem> {
     let Some(sent) = headers.get("last-event-id") else {
         return Ok(None);
     };
-    let number = sent.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let number = sent
+        .to_str()
+        .ok()
+        .filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
     match number.and_then(|number| number.parse().ok()) {
         Some(number) => Ok(Some(number)),
         None => Err(ProblemKind::MalformedEventId.into()),

@@ -77,7 +77,7 @@ mod tests {
         Order {
             sale,
             buyer,
-            key: RequestKey::try_from(key.to_owned()).unwrap(),
+            key: RequestKey::try_from(key.to_owned()).expect("a key"),
         }
     }
 

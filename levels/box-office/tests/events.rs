@@ -1,0 +1,284 @@
+//! Orders that are accepted first and decided later, and the events that tell how they ended.
+
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use box_office::{
+    Event, Guarantee, Level, No, Order, Outcome, Place, Promises, Reservation, Reserve, Server, Stage, Steps, Strategy,
+    api,
+};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection, PgPool};
+use suite::backends::Database;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use uuid::Uuid;
+
+mod house;
+use house::{ask, database, on, reserve, within};
+
+static PATIENT: Level = Level {
+    name: "lv0",
+    package: "lv0-test-double",
+    summary: "accepts, and waits for the test to decide",
+    strategies: &[Strategy {
+        name: "patient",
+        summary: "accepts, and waits for the test to decide",
+        place: Place::Broken,
+        guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+        clicks: 1,
+        schema: house::LEVEL.strategies[0].schema,
+        needs: &[],
+        source: "levels/box-office/tests/events.rs",
+        open: |stage| Box::pin(async { Ok(Box::new(Patient { stage }) as Box<dyn Reserve>) }),
+    }],
+};
+
+/// Stands in the request key of the row that is written when the strategy is closed.
+const CLOSED: &str = "closed";
+
+/// Stands in that of the row that is written when a request comes that has to wait.
+const ASKED: &str = "asked";
+
+/// And before its answer.
+const ANSWERED: &str = "answered";
+
+/// The number of the event that tells how an order ended.
+const FINAL: i64 = 7;
+
+struct Patient {
+    stage: Stage,
+}
+
+#[async_trait]
+impl Reserve for Patient {
+    async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, No> {
+        if !self.stage.hold.is_zero() {
+            decide(&self.stage.database, Uuid::new_v4(), ASKED).await;
+            self.stage.business_time().await;
+            decide(&self.stage.database, Uuid::new_v4(), ANSWERED).await;
+        }
+        let id = Uuid::new_v8(Uuid::new_v4().into_bytes());
+        Ok(Outcome::Accepted(Reservation { id }))
+    }
+
+    fn accepted(&self, id: Uuid) -> bool {
+        id.get_version_num() == 8
+    }
+
+    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+        let give_up = Instant::now() + patience;
+        while after < FINAL && Instant::now() < give_up {
+            let row: Option<api::Reservation> =
+                sqlx::query_as("select id, sale_id, buyer_id, status from reservation where id = $1")
+                    .bind(id)
+                    .fetch_optional(&self.stage.database)
+                    .await?;
+            if let Some(reservation) = row {
+                return Ok(Some(vec![Event {
+                    number: FINAL,
+                    reservation,
+                }]));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(Some(vec![]))
+    }
+
+    async fn close(&self) {
+        let mut connection = self.stage.database.acquire().await.expect("a connection");
+        if written(&mut connection, ASKED).await == written(&mut connection, ANSWERED).await {
+            decide(&self.stage.database, Uuid::new_v4(), CLOSED).await;
+        }
+    }
+}
+
+async fn decide(database: &PgPool, id: Uuid, key: &str) {
+    sqlx::query("insert into reservation values ($1, 1, 42, $2, 'confirmed')")
+        .bind(id)
+        .bind(key)
+        .execute(database)
+        .await
+        .expect("a row");
+}
+
+async fn start(database: &Database, hold: Duration) -> Server {
+    let mut settings = on(&database.url());
+    settings.hold = hold;
+    Server::start(&PATIENT, &PATIENT.strategies[0], &settings)
+        .await
+        .expect("it starts")
+}
+
+/// An order that was accepted.
+async fn accepted(server: &Server) -> (Uuid, String) {
+    let answer = reserve(server.address(), 42, "mine").await;
+    assert_eq!(answer.status, 202);
+    let body = answer.json();
+    let id: Uuid = body["id"].as_str().expect("an id").parse().expect("an id");
+    assert_eq!(
+        body,
+        json!({"id": id, "sale_id": 1, "buyer_id": 42, "status": "accepted"})
+    );
+    let location = answer.header("location").to_owned();
+    assert_eq!(location, format!("/api/reservations/{id}"));
+    (id, location)
+}
+
+/// Asks for events, and reads until the server has said all it has to say.
+async fn events(server: &Server, location: &str, last: &str) -> (String, Vec<(String, String, Value)>) {
+    let text = within("the end of the events", asked(server, location, last)).await;
+    understood(&text)
+}
+
+fn understood(text: &str) -> (String, Vec<(String, String, Value)>) {
+    let (head, body) = text.split_once("\r\n\r\n").expect("a head");
+    let field = |event: &str, name: &str| -> String {
+        let line = event.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name} in {event:?}"))
+            .trim()
+            .to_owned()
+    };
+    let events = body.split("\n\n").filter(|event| event.contains("data:"));
+    let events = events.map(|event| {
+        let data = serde_json::from_str(&field(event, "data:")).expect("JSON");
+        (field(event, "id:"), field(event, "event:"), data)
+    });
+    (head.to_lowercase(), events.collect())
+}
+
+async fn follow(server: &Server, location: &str, last: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+    let request = format!("GET {location}/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{last}\r\n");
+    stream.write_all(request.as_bytes()).await.expect("it reads");
+    stream
+}
+
+async fn asked(server: &Server, location: &str, last: &str) -> String {
+    let mut stream = follow(server, location, last).await;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.expect("text");
+    text
+}
+
+#[tokio::test]
+async fn an_accepted_order_can_be_looked_up_before_it_is_decided() {
+    let database = database().await;
+    let server = start(&database, Duration::ZERO).await;
+    let (id, location) = accepted(&server).await;
+
+    let seen = ask(server.address(), "GET", &location, &[], "").await;
+    assert_eq!(
+        (seen.status, seen.json()),
+        (200, json!({"id": id, "status": "accepted"}))
+    );
+    let made_up = format!("/api/reservations/{}", Uuid::new_v4());
+    for path in [made_up.clone(), format!("{made_up}/events")] {
+        let unknown = ask(server.address(), "GET", &path, &[], "").await;
+        unknown.is_problem(404, "unknown-reservation");
+    }
+}
+
+#[tokio::test]
+async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
+    let database = database().await;
+    let server = start(&database, Duration::ZERO).await;
+    let pool = database.pool(1).await.expect("a pool");
+    let (id, location) = accepted(&server).await;
+    let confirmed = json!({"id": id, "sale_id": 1, "buyer_id": 42, "status": "confirmed"});
+
+    let mut stream = follow(&server, &location, "").await;
+    let mut text = String::new();
+    while !text.contains("event: accepted") {
+        text.push(stream.read_u8().await.expect("a byte").into());
+    }
+    // Somebody follows already: what is decided from here on has to reach him.
+    decide(&pool, id, "mine").await;
+    within("the end", stream.read_to_string(&mut text)).await.expect("text");
+    let (head, told) = understood(&text);
+    let first = (
+        "0".to_owned(),
+        "accepted".to_owned(),
+        json!({"id": id, "status": "accepted"}),
+    );
+    let last = ("7".to_owned(), "confirmed".to_owned(), confirmed);
+    assert_eq!(told, [first, last.clone()]);
+    assert!(head.starts_with("http/1.1 200"), "{head}");
+    for header in [
+        "content-type: text/event-stream",
+        "cache-control: no-cache",
+        "x-accel-buffering: no",
+    ] {
+        assert!(head.contains(header), "{head}");
+    }
+
+    // Who comes late, or comes back, is told the same.
+    for seen in ["", "Last-Event-ID: 0\r\n"] {
+        assert_eq!(events(&server, &location, seen).await.1, std::slice::from_ref(&last));
+    }
+    let over = asked(&server, &location, "Last-Event-ID: 7\r\n").await;
+    assert!(over.starts_with("HTTP/1.1 204"), "{over}");
+}
+
+#[tokio::test]
+async fn a_reservation_that_was_final_at_once_has_one_event() {
+    let stand = house::stand().await;
+    let confirmed = reserve(stand.address(), 42, "mine").await;
+    let location = confirmed.header("location");
+    let (_, told) = events(&stand.server, location, "").await;
+    assert_eq!(told, [("1".to_owned(), "confirmed".to_owned(), confirmed.json())]);
+    let over = asked(&stand.server, location, "Last-Event-ID: 1\r\n").await;
+    assert!(over.starts_with("HTTP/1.1 204"), "{over}");
+}
+
+#[tokio::test]
+async fn a_server_that_ends_ends_the_streams_of_those_who_wait_and_of_those_who_never_read() {
+    let database = database().await;
+    let server = start(&database, Duration::ZERO).await;
+    let (_, location) = accepted(&server).await;
+    let request = format!("GET {location}/events HTTP/1.1\r\nHost: x\r\n\r\n");
+    let mut never_read = vec![];
+    for _ in 0..50 {
+        let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
+        stream.write_all(request.as_bytes()).await.expect("it reads");
+        never_read.push(stream);
+    }
+    let mut first = [0; 12];
+    never_read[0].read_exact(&mut first).await.expect("an answer");
+    assert_eq!(&first, b"HTTP/1.1 200");
+
+    let began = Instant::now();
+    server.shut_down().await.expect("nothing is cut off");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_strategy_is_closed_after_the_last_request() {
+    let database = database().await;
+    let server = start(&database, Duration::from_millis(300)).await;
+    let address = server.address();
+    let asking = tokio::spawn(async move { reserve(address, 42, "mine").await.status });
+    let mut connection = PgConnection::connect(&database.url())
+        .await
+        .expect("the database is there");
+    house::until("the request", async || written(&mut connection, ASKED).await == 1).await;
+    server.shut_down().await.expect("nothing is cut off");
+
+    assert_eq!(asking.await.expect("an answer"), 202);
+    let closed = written(&mut connection, CLOSED).await;
+    assert_eq!(
+        closed, 1,
+        "it was closed once, after the answer, while the pool was open"
+    );
+}
+
+/// How many rows were written under this key.
+async fn written(connection: &mut PgConnection, key: &str) -> i64 {
+    sqlx::query_scalar("select count(*) from reservation where request_key = $1")
+        .bind(key)
+        .fetch_one(connection)
+        .await
+        .expect("a count")
+}
