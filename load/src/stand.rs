@@ -62,11 +62,12 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
         ensure!(file.exists(), "there is no {}: {what}", file.display());
     }
     let chosen = choose(list(&args.oversold)?, &args.levels)?;
-    let redis = chosen
-        .iter()
-        .any(|strategy| strategy.needs.iter().any(|name| name == Service::Redis.name()));
-    let needs: &[Service] = if redis { &[Service::Redis] } else { &[] };
-    let services = Services::find(Durability::Durable, needs).await?;
+    let needed = |service: &Service| {
+        let mut names = chosen.iter().flat_map(|strategy| &strategy.needs);
+        names.any(|name| name == service.name())
+    };
+    let needs: Vec<Service> = [Service::Redis, Service::Kafka].into_iter().filter(needed).collect();
+    let services = Services::find(Durability::Durable, &needs).await?;
     let mut outcomes = vec![];
     for strategy in &chosen {
         let name = &strategy.name;
