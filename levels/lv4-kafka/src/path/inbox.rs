@@ -53,7 +53,9 @@ pub fn member(place: &KafkaPlace) -> ClientConfig {
         .set("fetch.wait.max.ms", "50")
         // What is fetched ahead lies in this process's memory.
         .set("queued.min.messages", "5000")
-        .set("queued.max.messages.kbytes", "16384");
+        .set("queued.max.messages.kbytes", "16384")
+        // And as soon as there is room again, more of it: the client's own pause would be a second.
+        .set("fetch.queue.backoff.ms", "5");
     config
 }
 
