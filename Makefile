@@ -12,10 +12,12 @@ N ?= 20
 package_lv1 := lv1-race-condition
 package_lv2 := lv2-db-lock
 package_lv3 := lv3-redis-lock
-levels := lv1 lv2 lv3
+package_lv4 := lv4-kafka
+levels := lv1 lv2 lv3 lv4
 package := $(package_$(LEVEL))
 # What each level needs besides Postgres.
 services_lv3 := redis
+services_lv4 := redis kafka
 services := postgres $(if $(LEVEL),$(services_$(LEVEL)),$(sort $(foreach level,$(levels),$(services_$(level)))))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))

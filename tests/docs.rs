@@ -23,7 +23,12 @@ use std::{
 use box_office::{Level, Place, Strategy};
 
 /// The levels that the book is about.
-static LEVELS: [&Level; 3] = [&lv1_race_condition::LEVEL, &lv2_db_lock::LEVEL, &lv3_redis_lock::LEVEL];
+static LEVELS: [&Level; 4] = [
+    &lv1_race_condition::LEVEL,
+    &lv2_db_lock::LEVEL,
+    &lv3_redis_lock::LEVEL,
+    &lv4_kafka::LEVEL,
+];
 
 /// The root of the repository.
 fn root() -> &'static Path {

@@ -11,6 +11,8 @@ pub(crate) static LEVELS: &[&Level] = &[
     &lv2_db_lock::LEVEL,
     #[cfg(feature = "lv3")]
     &lv3_redis_lock::LEVEL,
+    #[cfg(feature = "lv4")]
+    &lv4_kafka::LEVEL,
 ];
 
 /// A strategy and the level that it belongs to.
