@@ -59,7 +59,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
         .load_style(presets::UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(COLUMNS);
-    for unbroken in [0, 3, 4, 5, 7, 8, 9] {
+    for unbroken in [0, 3, 4, 5, 7, 8, 9, 10] {
         let column = table.column_mut(unbroken).expect("the header has it");
         column.set_constraint(ColumnConstraint::ContentWidth);
     }
@@ -95,6 +95,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
             machine: Machine::this(),
             postgres: services.postgres.report().clone(),
             redis: services.redis.as_ref().map(|redis| redis.report().clone()),
+            kafka: services.kafka.as_ref().map(|kafka| kafka.report().clone()),
             capacity: args.capacity,
             buyers: args.buyers,
             instances: args.instances,
@@ -157,6 +158,8 @@ struct Figures<'a> {
     postgres: backends::Report,
     #[serde(skip_serializing_if = "Option::is_none")]
     redis: Option<backends::Report>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kafka: Option<backends::Report>,
     capacity: u32,
     buyers: u32,
     instances: u32,
@@ -195,15 +198,16 @@ struct Outcome {
 /// How wide the table may be where there is no terminal to tell.
 const WIDTH_OF_A_FILE: u16 = 150;
 
-const COLUMNS: [&str; 11] = [
+const COLUMNS: [&str; 12] = [
     "strategy",
     "sold",
     "oversold by",
     "stock",
     "duplicates",
-    "201 / 409 / 503",
+    "201, 202 / 409 / 503",
     "req/s",
-    "p50 / p95 / p99 ms",
+    "answered: p50 / p95 / p99 ms",
+    "completed: p50 / p95 ms",
     "overlap",
     "client",
     "verdict",
@@ -269,6 +273,11 @@ impl Outcome {
             ),
             format!("{:.0}", self.requests_a_second),
             format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
+            // Where there is no later state, who has the answer has it all.
+            self.completed.map_or_else(
+                || "as answered".to_owned(),
+                |Latency { p50_ms, p95_ms, .. }| format!("{p50_ms:.0} / {p95_ms:.0}"),
+            ),
             self.greatest_overlap.to_string(),
             format!("{:.0} %", self.client_share * 100.0),
             self.verdict.clone(),
