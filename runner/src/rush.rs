@@ -57,19 +57,28 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     let mut table = Table::new();
     table
         .load_style(presets::UTF8_FULL_CONDENSED)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(COLUMNS);
-    for unbroken in [0, 3, 4, 5, 7, 8, 9, 10] {
-        let column = table.column_mut(unbroken).expect("the header has it");
-        column.set_constraint(ColumnConstraint::ContentWidth);
-    }
+        .set_content_arrangement(ContentArrangement::Dynamic);
     if !stdout().is_terminal() {
-        table.set_width(WIDTH_OF_A_FILE);
+        table.set_width(ALL_COLUMNS);
+    }
+    let room = table.width().is_none_or(|width| width >= ALL_COLUMNS);
+    let shown = |column: usize| room || !WHERE_THERE_IS_ROOM.contains(&COLUMNS[column]);
+    table.set_header(
+        COLUMNS
+            .iter()
+            .enumerate()
+            .filter(|&(number, _)| shown(number))
+            .map(|(_, name)| *name),
+    );
+    for number in 1..table.column_count() - 1 {
+        let column = table.column_mut(number).expect("the header has it");
+        column.set_constraint(ColumnConstraint::ContentWidth);
     }
     let mut results = vec![];
     for choice in &chosen {
         let result = one(args, choice, &services).await.with_context(|| choice.name())?;
-        table.add_row(result.row());
+        let row = result.row().into_iter().enumerate();
+        table.add_row(row.filter(|&(number, _)| shown(number)).map(|(_, cell)| cell));
         results.push(result);
     }
     println!("{table}");
@@ -195,23 +204,26 @@ struct Outcome {
     ended: Ended,
 }
 
-/// How wide the table may be where there is no terminal to tell.
-const WIDTH_OF_A_FILE: u16 = 150;
-
 const COLUMNS: [&str; 12] = [
     "strategy",
     "sold",
-    "oversold by",
+    "oversold\nby",
     "stock",
     "duplicates",
-    "201, 202 / 409 / 503",
+    "201, 202 /\n409 / 503",
     "req/s",
-    "answered: p50 / p95 / p99 ms",
-    "completed: p50 / p95 ms",
+    "answered, ms\np50 / p95 / p99",
+    "completed, ms\np50 / p95",
     "overlap",
     "client",
     "verdict",
 ];
+
+/// How wide the table is with all of them. Where there is no terminal to tell, it is.
+const ALL_COLUMNS: u16 = 170;
+
+/// These are left out on a terminal that is not so wide.
+const WHERE_THERE_IS_ROOM: [&str; 3] = ["stock", "overlap", "client"];
 
 impl Outcome {
     fn new(choice: &Choice, rush: &Rush, report: &Report) -> Self {
