@@ -157,7 +157,7 @@ impl Rush {
         let mut requests = released.requests;
         let retries = servers.retries().await?;
         let steps = servers.stop().await?;
-        steps.add_to(&mut requests, started_us);
+        let beside_requests = steps.add_to(&mut requests, started_us);
 
         let pool = stand.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
@@ -176,7 +176,9 @@ impl Rush {
             rows: Some(sold.rows),
             faults,
         };
-        Ok(Report::new(self.instances, history, retries, &released.clock))
+        let mut report = Report::new(self.instances, history, retries, &released.clock);
+        report.beside_requests = beside_requests;
+        Ok(report)
     }
 }
 

@@ -6,6 +6,8 @@ use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
+use box_office::trace::Record;
+
 use crate::{
     history::{Answer, History, Micros, Refused},
     judge::{Verdict, judge},
@@ -32,6 +34,8 @@ pub struct Report {
     pub retries: u64,
     /// Server processes.
     pub instances: usize,
+    /// What each of them did beside requests, as consumers do, where it was written down.
+    pub beside_requests: Vec<Vec<Record>>,
 }
 
 /// How many requests got which answer.
@@ -113,6 +117,7 @@ impl Report {
             client_share: clock.processor.as_secs_f64() / (clock.wall.as_secs_f64() * processors as f64),
             retries,
             instances,
+            beside_requests: vec![],
             history,
         }
     }

@@ -59,8 +59,14 @@ struct Instance {
     traces: Vec<PathBuf>,
 }
 
-/// The steps that the servers wrote down, by the number of the request.
-pub struct Steps(HashMap<u64, Vec<Record>>);
+/// The steps that the servers wrote down.
+#[derive(Default)]
+pub struct Steps {
+    /// By the number of the request.
+    of_requests: HashMap<u64, Vec<Record>>,
+    /// What each instance did beside requests.
+    beside: Vec<Vec<Record>>,
+}
 
 impl Program {
     /// A program that serves when it is started without arguments, as a level's own server does.
@@ -238,24 +244,27 @@ impl Servers {
     /// # Errors
     /// One does not; with the end of its log.
     pub async fn stop(self) -> anyhow::Result<Steps> {
-        let mut records: HashMap<u64, Vec<Record>> = HashMap::new();
+        let mut steps = Steps::default();
         for instance in self.instances {
             let mut instance = instance.into_inner();
             if instance.process.try_wait()?.is_none() {
                 let status = instance.terminate().await?;
                 ensure!(status.success(), "a server left with {status}\n{}", tail(&instance.log));
             }
+            let mut beside = vec![];
             for trace in instance.traces.iter().filter(|trace| trace.exists()) {
                 for line in BufReader::new(File::open(trace)?).lines() {
                     let record: Record = serde_json::from_str(&line?)?;
-                    if let Ok(request) = record.request.parse() {
-                        records.entry(request).or_default().push(record);
+                    match record.request.parse() {
+                        Ok(request) => steps.of_requests.entry(request).or_default().push(record),
+                        Err(_) => beside.push(record),
                     }
                 }
             }
+            steps.beside.push(beside);
         }
         fs::remove_dir_all(&self.folder)?;
-        Ok(Steps(records))
+        Ok(steps)
     }
 
     fn instance(&self, number: usize) -> anyhow::Result<&Mutex<Instance>> {
@@ -332,13 +341,13 @@ impl Instance {
 impl Steps {
     /// What the server wrote down of one request.
     pub fn of(&self, request: u64) -> &[Record] {
-        self.0.get(&request).map_or(&[], Vec::as_slice)
+        self.of_requests.get(&request).map_or(&[], Vec::as_slice)
     }
 
-    /// Puts each request's steps beside it.
-    pub(super) fn add_to(mut self, requests: &mut [history::Request], started_us: Micros) {
+    /// Puts each request's steps beside it. What is left is what each instance did beside requests.
+    pub(super) fn add_to(mut self, requests: &mut [history::Request], started_us: Micros) -> Vec<Vec<Record>> {
         for request in requests {
-            let mut records = self.0.remove(&request.request).unwrap_or_default();
+            let mut records = self.of_requests.remove(&request.request).unwrap_or_default();
             records.sort_by_key(|record| record.at_us);
             request.steps = records
                 .into_iter()
@@ -350,6 +359,7 @@ impl Steps {
                 })
                 .collect();
         }
+        self.beside
     }
 }
 

@@ -96,11 +96,7 @@ impl Locked {
             Err(poison) => return Ok(self.path.dead_letters.bury(taken, &poison).await?),
         };
         steps.at("message taken").await;
-        let held = self.locks.acquire(&format!("sale:{}", order.sale_id), WAIT).await?;
-        steps.at("lock taken").await;
-        let decided = self.decide_alone(&order, steps).await;
-        self.locks.release(held).await;
-        match decided {
+        match self.decide_under_lock(&order, steps).await {
             Err(No::Refused(Refusal::UnknownSale)) => {
                 let poison = Poison::UnknownSale(order.sale_id);
                 Ok(self.path.dead_letters.bury(taken, &poison).await?)
@@ -109,9 +105,19 @@ impl Locked {
         }
     }
 
+    /// Takes the sale's lock, and gives it back after the commit.
+    async fn decide_under_lock(&self, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
+        // The connection first: with the lock in hand, a wait for one would run into its lease.
+        let tx = self.path.stage.begin().await?;
+        let held = self.locks.acquire(&format!("sale:{}", order.sale_id), WAIT).await?;
+        steps.at("lock taken").await;
+        let decided = self.decide_alone(tx, order, steps).await;
+        self.locks.release(held).await;
+        decided
+    }
+
     /// LV.1's `read_then_write`, in a transaction with the outbox: right as long as nobody else is in it.
-    async fn decide_alone(&self, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
-        let mut tx = self.path.stage.begin().await?;
+    async fn decide_alone(&self, mut tx: PgTransaction<'_>, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
         let refused = self.sell(&mut tx, order, steps).await?;
         write(&mut tx, order, refused).await?;
         tell(&mut tx, order.id).await?;

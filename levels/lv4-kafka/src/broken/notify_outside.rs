@@ -95,8 +95,7 @@ impl SingleWriter {
     /// Decides what has arrived in one partition, in one transaction.
     async fn decide(&self, partition: i32, mut batch: Vec<Taken>, steps: &Steps) -> Result<(), No> {
         steps.at("batch taken").saw(batch.len()).await;
-        let mut tx = self.path.stage.begin().await?;
-        let first = self.next_offset(&mut tx, partition, batch[0].offset).await?;
+        let first = self.next_offset(partition, batch[0].offset).await?;
         // What lies before has been decided; only Kafka had not heard of it yet.
         batch.retain(|taken| taken.offset >= first);
         let Some(last) = batch.last().map(|taken| taken.offset) else {
@@ -104,6 +103,7 @@ impl SingleWriter {
         };
 
         let orders = self.orders(batch).await?;
+        let mut tx = self.path.stage.begin().await?;
         let before = read(&mut tx, &orders).await?;
         let decisions = self.decided(before, orders).await?;
         steps.at("batch decided").saw(decisions.len()).await;
@@ -137,7 +137,7 @@ impl SingleWriter {
     }
 
     /// The next offset of a partition to decide: `first`, if none of it was decided yet.
-    async fn next_offset(&self, tx: &mut PgTransaction<'_>, partition: i32, first: i64) -> Result<i64, No> {
+    async fn next_offset(&self, partition: i32, first: i64) -> Result<i64, No> {
         sqlx::query(
             "insert into partition_offset (topic, partition, next_offset)
              values ($1, $2, $3)
@@ -146,7 +146,7 @@ impl SingleWriter {
         .bind(&self.path.topic)
         .bind(partition)
         .bind(first)
-        .execute(&mut **tx)
+        .execute(&self.path.stage.database)
         .await?;
         let next = sqlx::query_scalar(
             "select next_offset
@@ -156,7 +156,7 @@ impl SingleWriter {
         )
         .bind(&self.path.topic)
         .bind(partition)
-        .fetch_one(&mut **tx)
+        .fetch_one(&self.path.stage.database)
         .await?;
         Ok(next)
     }
