@@ -24,9 +24,10 @@ use std::{
 use anyhow::{Context, bail};
 use box_office::{KafkaPlace, No, Refusal, SaleId, Stage, Undecided};
 use rdkafka::{
-    ClientConfig,
+    ClientConfig, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
     error::{KafkaError, RDKafkaErrorCode},
     producer::{FutureProducer, Producer},
 };
@@ -260,6 +261,28 @@ async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How many messages there are that the group has not passed: its lag.
+///
+/// # Errors
+/// Kafka does not answer.
+pub fn backlog(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
+    let consumer: BaseConsumer = client(place).set("group.id", group(place)).create()?;
+    let topic = topic(place);
+    let mut partitions = TopicPartitionList::new();
+    partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
+    let mut lag = 0;
+    for passed in consumer.committed_offsets(partitions, patience)?.elements() {
+        let (first, end) = consumer.fetch_watermarks(&topic, passed.partition(), patience)?;
+        lag += end
+            - passed
+                .offset()
+                .to_raw()
+                .filter(|&passed| passed >= first)
+                .unwrap_or(first);
+    }
+    Ok(u64::try_from(lag)?)
 }
 
 /// The pause before a batch is tried again after a fault: longer each time, so that what comes back is not trampled down.
