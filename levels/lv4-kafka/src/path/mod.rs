@@ -84,7 +84,7 @@ pub fn producer(place: &KafkaPlace) -> Result<FutureProducer, KafkaError> {
     client(place)
         .set("acks", "all") // every replica in sync has it
         .set("enable.idempotence", "true") // and has it once, however often the client had to send it
-        .set("linger.ms", "2") // so long a message waits for others to travel with
+        .set("linger.ms", "5") // so long a message waits for others to travel with
         .set("delivery.timeout.ms", DELIVERY.as_millis().to_string())
         .create()
 }
