@@ -109,9 +109,9 @@ pub(crate) struct BenchArgs {
     /// What to measure; a level alone stands for its first strategy.
     #[arg(value_name = "LEVEL/STRATEGY")]
     strategy: String,
-    /// Connections that buy one ticket after another [default: 64; with LV.4 1000].
-    #[arg(long, value_parser = number(1..=4_000))]
-    clients: Option<u32>,
+    /// Connections that buy one ticket after another.
+    #[arg(long, default_value_t = 64, value_parser = number(1..=4_000))]
+    clients: u32,
     /// How long a round takes.
     #[arg(long, default_value_t = 10, value_parser = number(1..=60))]
     seconds: u32,
@@ -135,9 +135,6 @@ pub(crate) struct BenchArgs {
     /// Measure LV.3's lock alone: so many wait for the same one, and do nothing with it.
     #[arg(long, value_name = "N", conflicts_with = "pools", value_parser = number(1..=20_000))]
     waiters: Option<u32>,
-    /// With LV.4: the orders that wait before they are decided [default: 100000; with lv4/locked 5000].
-    #[arg(long, value_name = "N", conflicts_with = "pools", value_parser = number(100..=500_000))]
-    orders: Option<u32>,
     /// Write the figures, with machine, commit and settings, to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,

@@ -4,8 +4,6 @@
 //! that is slower for a while is so for both. Rows are judged after each round: a rate that was reached by breaking a rule is no rate.
 
 mod figures;
-#[cfg(feature = "lv4")]
-mod kafka;
 #[cfg(feature = "lv3")]
 mod lock;
 mod pgbench;
@@ -45,8 +43,6 @@ use wrk::{Load, Wrk};
 
 /// The greatest stock there can be: it is not to run out.
 const STOCK: u32 = 1_000_000;
-/// Connections that buy, unless told otherwise.
-const CLIENTS: u32 = 64;
 /// What the pool, the prepared statements and the branch predictors get before anything counts.
 const WARM_UP: Duration = Duration::from_secs(1);
 /// Where the buyers of the measured time begin: far from those of the warm-up.
@@ -63,10 +59,6 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     let choice = Choice::one(&args.strategy)?;
     if args.lock || args.waiters.is_some() {
         return lock_alone(choice, args).await;
-    }
-    #[cfg(feature = "lv4")]
-    if choice.level.name == lv4_kafka::LEVEL.name {
-        return kafka::bench(choice, args).await;
     }
     // Before the run: nobody should wait for figures that can't be taken or written.
     let wrk = Wrk::find()?;
@@ -89,7 +81,7 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
             Source::Docker | Source::External => None,
         },
         services,
-        clients: args.clients.unwrap_or(CLIENTS),
+        clients: args.clients,
         time: Duration::from_secs(args.seconds.into()),
     };
     if args.pools.is_empty() {

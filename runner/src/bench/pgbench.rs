@@ -30,27 +30,19 @@ pub(super) struct Ceiling {
     pub(super) a_second: f64,
 }
 
-const INSTALL: &str = if cfg!(target_os = "macos") {
-    "brew install postgresql@17"
-} else {
-    "sudo apt-get install --yes postgresql (it comes with the server; elsewhere it may be in postgresql-contrib)"
-};
-
 impl Pgbench {
     /// `None` where a strategy has no file of statements: what it does can't be said in pgbench's language.
     pub(super) fn find(strategy: &Strategy) -> Result<Option<Self>, ToolMissing> {
         let Some(statements) = statements(strategy) else {
             return Ok(None);
         };
-        let program = tool::needed(postgres_program("pgbench"), "pgbench", INSTALL)?;
+        let install = if cfg!(target_os = "macos") {
+            "brew install postgresql@17"
+        } else {
+            "sudo apt-get install --yes postgresql (it comes with the server; elsewhere it may be in postgresql-contrib)"
+        };
+        let program = tool::needed(postgres_program("pgbench"), "pgbench", install)?;
         Ok(Some(Self { program, statements }))
-    }
-
-    /// The statements of a file.
-    #[cfg(feature = "lv4")]
-    pub(super) fn of(statements: PathBuf) -> Result<Self, ToolMissing> {
-        let program = tool::needed(postgres_program("pgbench"), "pgbench", INSTALL)?;
-        Ok(Self { program, statements })
     }
 
     /// Runs the statements over so many connections, each the next transaction as soon as the last is done. The buyers of

@@ -32,7 +32,6 @@ pub(super) struct Load {
     /// Requests that met a closed connection or got no answer in time.
     pub(super) cut_off: u64,
     pub(super) p50_us: u64,
-    pub(super) p95_us: u64,
     pub(super) p99_us: u64,
     pub(super) max_us: u64,
 }
@@ -106,7 +105,6 @@ mod tests {
             refused: 557,
             cut_off: 0,
             p50_us: 444,
-            p95_us: 3120,
             p99_us: 9862,
             max_us: 17_763,
         };
