@@ -131,6 +131,14 @@ results: ## Measure again what the book says in figures
 		$(measure) bench lv3/$$strategy --waiters 1000 --json results/lv3-waiters-$$strategy.json || exit; \
 	done
 	$(measure) bench lv3/rlock --lock --seconds 5 --json results/lv3-lock.json
+	$(measure) rush lv4 --json results/lv4-rush.json
+	$(measure) rush lv4 --instances 3 --json results/lv4-rush-3.json
+	for strategy in locked single-writer; do \
+		$(measure) bench lv4/$$strategy --seconds 5 --json results/lv4-accept-$$strategy.json || exit; \
+		$(measure) bench lv4/$$strategy --drain --json results/lv4-drain-$$strategy.json || exit; \
+	done
+	$(measure) rush --json results/road.json
+	$(measure) rush --instances 3 --json results/road-3.json
 	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20

@@ -28,6 +28,9 @@ fn command(arguments: &[&str]) -> Command {
         "OVERSOLD_TRACE_FILE",
         "REDIS_PREFIX",
         "LOCK_LEASE_MS",
+        "KAFKA_PREFIX",
+        "KAFKA_CONSUMERS",
+        "KAFKA_SESSION_MS",
     ] {
         command.env_remove(variable);
     }
@@ -55,6 +58,7 @@ fn err(output: &Output) -> String {
 #[case::no_such_buyer(&["trace", "lv1", "--order", "AXB"], "letters A, B, C for the buyers")]
 #[case::one_request(&["trace", "lv1", "--order", "AA"], "of at least two requests")]
 #[case::capacity_of_nothing(&["trace", "lv1", "--capacity", "2"], "--order")]
+#[case::consumers_have_no_trace(&["trace", "lv4"], "oversold: there is no trace of lv4/locked: its orders are decided by consumers")]
 #[case::bench_of_nothing(&["bench"], "LEVEL/STRATEGY")]
 #[case::bench_of_no_such_strategy(&["bench", "lv2/luck"], "oversold: lv2 has no strategy \"luck\"")]
 #[case::bench_without_clients(&["bench", "lv2", "--clients", "0"], "a number, 1 to 4000")]
@@ -259,7 +263,13 @@ fn list_names_every_strategy_with_its_promises() {
     let output = oversold(&["list"]);
     assert_eq!(output.status.code(), Some(0));
     let listed = out(&output);
-    for name in ["lv1/read-then-write", "lv2/mutex", "lv2/broken/guard-before-commit"] {
+    for name in [
+        "lv1/read-then-write",
+        "lv2/mutex",
+        "lv2/broken/guard-before-commit",
+        "lv4/locked",
+        "lv4/single-writer",
+    ] {
         assert!(listed.contains(name), "{listed}");
     }
     assert!(listed.contains("I10"), "{listed}");
@@ -306,8 +316,12 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_name
         "duplicates",
         "answers",
         "requests_a_second",
+        "sales_a_second",
         "took_ms",
         "answered",
+        "all_answered_ms",
+        "completed",
+        "all_completed_ms",
         "greatest_overlap",
         "client_share",
         "broken",
@@ -322,12 +336,38 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_name
     }
     assert_eq!(strategy["verdict"], "as promised");
     assert!(strategy["sold"].as_u64() > Some(100));
+    // Here an answer is final: there is one clock.
+    assert!(strategy["completed"].is_null() && strategy["all_completed_ms"].is_null());
     for durability in ["fsync", "synchronous_commit"] {
         assert_eq!(
             figures["postgres"]["durability"][durability], "on",
             "{}",
             figures["postgres"]
         );
+    }
+}
+
+#[test]
+fn what_is_accepted_first_and_decided_later_has_two_clocks() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let arguments = ["rush", "lv4", "--buyers", "50", "--capacity", "10", "--json"];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
+    for said in ["completed, ms", "all answered after", "all completed after"] {
+        assert!(out(&output).contains(said), "{}", out(&output));
+    }
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(figures["kafka"]["service"], "kafka", "{figures}");
+    for strategy in figures["strategies"].as_array().unwrap() {
+        let at = |clock: &str, point: &str| strategy[clock][point].as_f64().unwrap();
+        assert_eq!(strategy["sold"], 10, "{strategy}");
+        assert!(strategy["sales_a_second"].as_f64() > Some(0.0), "{strategy}");
+        for point in ["p50_ms", "p95_ms", "p99_ms", "max_ms"] {
+            assert!(at("answered", point) <= at("completed", point), "{strategy}");
+        }
+        assert!(strategy["all_answered_ms"].as_f64() <= strategy["all_completed_ms"].as_f64());
+        assert!(strategy["all_completed_ms"].as_f64() <= strategy["took_ms"].as_f64());
     }
 }
 
@@ -396,33 +436,29 @@ fn a_reader_chooses_the_order(#[case] strategy: &str, #[case] order: &str, #[cas
 }
 
 #[rstest]
-#[case::both("", 0, "postgres: ", "redis: ")]
-#[case::no_redis("OVERSOLD_REDIS_BIN", 3, "postgres: ", "")]
-#[case::no_postgres("OVERSOLD_POSTGRES_BIN", 3, "redis: ", "")]
+#[case::all("", 0, &["postgres", "redis", "kafka"], "")]
+#[case::no_redis("OVERSOLD_REDIS_BIN", 3, &["postgres", "kafka"], "lv3, lv4 can't run, the other levels can: there is no redis:")]
+#[case::no_kafka("OVERSOLD_KAFKA_JARS", 3, &["postgres", "redis"], "lv4 can't run, the other levels can: there is no kafka:")]
+#[case::no_postgres("OVERSOLD_POSTGRES_BIN", 3, &["redis", "kafka"], "there is no postgres:")]
 fn doctor_tells_where_each_backend_comes_from(
     #[case] nowhere: &str,
     #[case] code: i32,
-    #[case] first: &str,
-    #[case] then: &str,
+    #[case] there: &[&str],
+    #[case] missing: &str,
 ) {
     let mut doctor = command(&["doctor"]);
     if !nowhere.is_empty() {
         doctor
             .env_remove("DATABASE_URL")
             .env_remove("REDIS_URL")
+            .env_remove("KAFKA_BOOTSTRAP_SERVERS")
             .env("OVERSOLD_BACKENDS", "native")
             .env(nowhere, "/nowhere");
     }
     let output = doctor.output().unwrap();
     assert_eq!(output.status.code(), Some(code), "{}", err(&output));
     let said = out(&output);
-    let (first_line, rest) = said.split_once('\n').unwrap_or((&said, ""));
-    assert!(first_line.starts_with(first), "{said}");
-    assert!(rest.starts_with(then), "{said}");
-    let missing = match nowhere {
-        "OVERSOLD_REDIS_BIN" => "lv3 can't run, the other levels can: there is no redis:",
-        "OVERSOLD_POSTGRES_BIN" => "there is no postgres:",
-        _ => "",
-    };
+    let services: Vec<&str> = said.lines().filter_map(|line| Some(line.split_once(": ")?.0)).collect();
+    assert_eq!(services, there, "{said}");
     assert!(err(&output).contains(missing), "{}", err(&output));
 }

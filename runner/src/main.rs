@@ -109,13 +109,13 @@ pub(crate) struct BenchArgs {
     /// What to measure; a level alone stands for its first strategy.
     #[arg(value_name = "LEVEL/STRATEGY")]
     strategy: String,
-    /// Connections that buy one ticket after another.
-    #[arg(long, default_value_t = 64, value_parser = number(1..=4_000))]
-    clients: u32,
+    /// Connections that buy one ticket after another [default: 64; where orders are accepted first, 1000].
+    #[arg(long, value_parser = number(1..=4_000))]
+    clients: Option<u32>,
     /// How long a round takes.
     #[arg(long, default_value_t = 10, value_parser = number(1..=60))]
     seconds: u32,
-    /// Rounds of ours, each beside one of the ceiling [default: 5; with --pools 1].
+    /// Rounds of ours, each beside one of the ceiling [default: 5; with --pools 1, with --drain 3].
     #[arg(long, value_parser = number(1..=100))]
     rounds: Option<u32>,
     /// Connections in the server's pool.
@@ -135,6 +135,9 @@ pub(crate) struct BenchArgs {
     /// Measure LV.3's lock alone: so many wait for the same one, and do nothing with it.
     #[arg(long, value_name = "N", conflicts_with = "pools", value_parser = number(1..=20_000))]
     waiters: Option<u32>,
+    /// Let so many orders of LV.4 wait, then measure how fast one consumer decides them [default: 100000; of lv4/locked 5000].
+    #[arg(long, value_name = "ORDERS", num_args = 0..=1, conflicts_with_all = ["pools", "lock", "waiters"], value_parser = number(1..=500_000))]
+    drain: Option<Option<u32>>,
     /// Write the figures, with machine, commit and settings, to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,

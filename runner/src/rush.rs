@@ -88,6 +88,12 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
             retries => format!(", {retries} retries"),
         };
         println!("{}: {}{retries}", result.strategy, result.seen);
+        if let Some(completed_ms) = result.all_completed_ms {
+            println!(
+                "    all answered after {:.0} ms, all completed after {completed_ms:.0} ms",
+                result.all_answered_ms
+            );
+        }
         println!("    promised: {}; verdict: {}", result.promises, result.verdict);
     }
     let ended = results
@@ -188,11 +194,19 @@ struct Outcome {
     oversold_by: u64,
     duplicates: u64,
     answers: Answers,
+    /// Answers in a second, until everybody had one.
     requests_a_second: f64,
+    /// Tickets in a second, until nobody waited for one any more.
+    sales_a_second: f64,
     took_ms: f64,
+    /// The first clock: from a buyer's first click to the last answer to it.
     answered: Latency,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// When the last of them was answered, after the gate had opened.
+    all_answered_ms: f64,
+    /// The second clock: from the first click to the final state. `null` where the answer is final.
     completed: Option<Latency>,
+    /// When the last order was final; `null` likewise.
+    all_completed_ms: Option<f64>,
     greatest_overlap: u64,
     #[serde(skip_serializing_if = "is_zero")]
     retries: u64,
@@ -242,9 +256,12 @@ impl Outcome {
             duplicates: verdict.tally.duplicates,
             answers: report.answers,
             requests_a_second: report.requests_a_second().round(),
-            took_ms: (report.took.as_secs_f64() * 1e4).round() / 10.0,
+            sales_a_second: (report.sales_a_second() * 10.0).round() / 10.0,
+            took_ms: in_ms(report.took),
             answered: report.answered,
+            all_answered_ms: in_ms(report.all_answered),
             completed: report.completed,
+            all_completed_ms: report.all_completed.map(in_ms),
             greatest_overlap: verdict.coverage.greatest_overlap,
             retries: report.retries,
             client_share: (report.client_share * 1000.0).round() / 1000.0,
@@ -295,6 +312,11 @@ impl Outcome {
             self.verdict.clone(),
         ]
     }
+}
+
+/// To a tenth of a millisecond.
+fn in_ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e4).round() / 10.0
 }
 
 fn is_zero(number: &u64) -> bool {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use anyhow::ensure;
+use box_office::Service;
 use suite::{
     judge::judge,
     schedule::{Lane, Rehearsal, Script},
@@ -12,6 +14,11 @@ use crate::{Ended, TraceArgs, levels::Choice};
 /// Forces one exact order of steps, and prints it and what came of it.
 pub(crate) async fn trace(args: &TraceArgs) -> anyhow::Result<Ended> {
     let chosen = Choice::one(&args.level)?;
+    ensure!(
+        !chosen.strategy.needs.contains(&Service::Kafka),
+        "there is no trace of {}: its orders are decided by consumers, beside the requests whose steps a trace puts in order",
+        chosen.name()
+    );
     let rehearsal = Rehearsal::of(chosen.strategy).await?;
     let (script, title) = match &args.order {
         None => (

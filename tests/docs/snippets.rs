@@ -8,7 +8,7 @@ use std::{
     sync::LazyLock,
 };
 
-use box_office::{Level, Place, Promise, Promises, Strategy};
+use box_office::{Level, Place, Promise, Promises, Service, Strategy};
 use regex::Regex;
 use serde::Deserialize;
 use similar::TextDiff;
@@ -48,6 +48,7 @@ const FIGURES: &[(&str, Figures)] = &[
         figures(&LOCKS.map(|it| format!("lv3-waiters-{it}")), waiters_table)
     }),
     ("lv3-lock", |name| figures(&[name], lock_table)),
+    ("road", |_| figures(&["road", "road-3"], road_table)),
 ];
 
 /// The strategies of LV.3 that have a lock of their own.
@@ -63,7 +64,9 @@ type Snippets = BTreeMap<PathBuf, String>;
 fn snippets() -> Snippets {
     let mut snippets = Snippets::new();
     let mut add = |name: String, text: String| snippets.insert(PathBuf::from(name), text.trim_end().to_owned() + "\n");
-    for (level, strategy) in strategies(Place::Trail) {
+    // What consumers decide beside the requests has no trace.
+    let traced = strategies(Place::Trail).filter(|(_, strategy)| !strategy.needs.contains(&Service::Kafka));
+    for (level, strategy) in traced {
         let name = format!("{}-{}", level.name, strategy.name);
         add(
             format!("traces/{name}.md"),
@@ -220,6 +223,7 @@ struct How {
     /// Not there for what a lock does alone.
     postgres: Option<Backend>,
     redis: Option<Backend>,
+    kafka: Option<Backend>,
     /// Why they do not count.
     #[serde(default)]
     void: Vec<String>,
@@ -250,7 +254,11 @@ impl fmt::Display for How {
         if let Some(mib) = machine.memory_mib {
             write!(f, ", {} GiB of memory", (mib as f64 / 1024.0).round())?;
         }
-        for (name, backend) in [("Postgres", &self.postgres), ("Redis", &self.redis)] {
+        for (name, backend) in [
+            ("Postgres", &self.postgres),
+            ("Redis", &self.redis),
+            ("Kafka", &self.kafka),
+        ] {
             let Some(Backend { version, durability }) = backend else {
                 continue;
             };
@@ -281,6 +289,10 @@ struct Rush {
     requests_a_second: f64,
     answered: Percentiles,
     verdict: String,
+    /// Newer than some files.
+    #[serde(default)]
+    sales_a_second: f64,
+    completed: Option<Percentiles>,
 }
 
 #[derive(Deserialize)]
@@ -325,6 +337,67 @@ fn side_by_side_table(runs: &[RushRun]) -> String {
         );
     }
     table
+}
+
+/// The whole road: what each strategy costs the buyer, what it sells, where it holds, and how much there is to read of it.
+///
+/// The figures are those of the run on one instance; others only add by how much they oversold.
+fn road_table(runs: &[RushRun]) -> String {
+    let mut table = "\
+| strategy | answered p50 ms | answered p95 ms | completed p95 ms | sales/s | oversold by | holds on | lines |
+|---|--:|--:|--:|--:|--:|---|--:|
+"
+    .to_owned();
+    let Some(alone) = runs.iter().find(|run| run.instances == 1) else {
+        return table;
+    };
+    for it in &alone.strategies {
+        let (level, name) = it.strategy.split_once('/').expect("a name is LEVEL/STRATEGY");
+        let strategy = strategies(Place::Trail)
+            .find(|(other, strategy)| other.name == level && strategy.name == name)
+            .map(|(_, strategy)| strategy)
+            .unwrap_or_else(|| panic!("{} is on no trail: `make results`", it.strategy));
+        let oversold = runs.iter().filter_map(|run| {
+            let here = run.strategies.iter().find(|other| other.strategy == it.strategy)?;
+            Some(match run.instances {
+                1 => here.oversold_by.to_string(),
+                instances => format!("{} on {instances}", here.oversold_by),
+            })
+        });
+        // Who has the answer has it all, unless it is told later.
+        let completed = it.completed.as_ref().map_or_else(
+            || "as answered".to_owned(),
+            |completed| format!("{:.0}", completed.p95_ms),
+        );
+        table += &format!(
+            "| `{}` | {:.0} | {:.0} | {completed} | {:.0} | {} | {} | {} |\n",
+            it.strategy,
+            it.answered.p50_ms,
+            it.answered.p95_ms,
+            it.sales_a_second,
+            oversold.collect::<Vec<_>>().join(", "),
+            holds_on(strategy),
+            lines_of_code(&source(strategy.source)),
+        );
+    }
+    table
+}
+
+/// On how many instances a strategy keeps what it is about: no guarantee broken.
+fn holds_on(strategy: &Strategy) -> &'static str {
+    let breaks = |promises: Promises| promises.those(Promise::Breaks).count() > 0;
+    let guarantee = strategy.guarantee;
+    match (breaks(guarantee.alone), breaks(guarantee.together)) {
+        (true, _) => "none",
+        (false, true) => "one instance",
+        (false, false) => "any number",
+    }
+}
+
+/// Lines of a file that are neither empty nor a comment.
+fn lines_of_code(source: &str) -> usize {
+    let is_code = |line: &&str| !line.is_empty() && !line.starts_with("//");
+    source.lines().map(str::trim).filter(is_code).count()
 }
 
 /// What `oversold bench --json` writes, as far as the book shows it.
@@ -684,6 +757,35 @@ fn figures_say_where_they_were_measured() {
         how(true, "4b825dc642cb", &[]).to_string(),
         "on linux x86_64, 2 cores, 4 GiB of memory; Postgres 17.2, `fsync` on; commit 4b825dc642cb"
     );
+}
+
+#[test]
+fn the_road_has_both_clocks_and_says_where_each_strategy_holds() {
+    let run = |instances: u32, oversold_by: u64| -> RushRun {
+        let percentiles = |ms: f64| serde_json::json!({ "p50_ms": ms, "p95_ms": ms + 0.4, "p99_ms": ms });
+        let strategy = |name: &str, completed: serde_json::Value| {
+            serde_json::json!({
+                "strategy": name, "sold": 100, "oversold_by": oversold_by, "duplicates": 0, "stock": 0, "requests_a_second": 1.0,
+                "sales_a_second": 250.0, "answered": percentiles(20.0), "completed": completed, "verdict": "as promised",
+            })
+        };
+        let json = serde_json::json!({
+            "instances": instances,
+            "strategies": [
+                strategy("lv2/mutex", serde_json::Value::Null),
+                strategy("lv4/single-writer", percentiles(300.0)),
+            ],
+        });
+        serde_json::from_value(json).unwrap()
+    };
+    let table = road_table(&[run(1, 0), run(3, 7)]);
+    for row in [
+        "| `lv2/mutex` | 20 | 20 | as answered | 250 | 0, 7 on 3 | one instance | ",
+        "| `lv4/single-writer` | 20 | 20 | 300 | 250 | 0, 7 on 3 | any number | ",
+    ] {
+        assert!(table.contains(row), "{table}");
+    }
+    assert_eq!(lines_of_code("//! Docs.\n\nuse a;\n    // why\n    sell();\n"), 2);
 }
 
 #[test]

@@ -82,6 +82,15 @@ pub(super) fn resident_mib(pid: u32) -> anyhow::Result<f64> {
     Ok(kib / 1024.0)
 }
 
+/// The most memory that a process has held, in MiB; where the system does not tell, what it holds now.
+#[cfg(feature = "lv4")]
+pub(super) fn most_mib(pid: u32) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = most.and_then(|most| most.split_whitespace().next()?.parse::<f64>().ok());
+    kib.map_or_else(|| resident_mib(pid), |kib| Ok(kib / 1024.0))
+}
+
 /// So many connections, each of which has asked once and stays.
 pub(super) async fn connect(address: SocketAddr, connections: usize) -> anyhow::Result<Vec<Connection>> {
     let mut open = vec![];

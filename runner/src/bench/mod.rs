@@ -3,10 +3,16 @@
 //! Every round has a database and a server of its own, on one durable Postgres. Rounds of ours and of the ceiling alternate, so that a machine
 //! that is slower for a while is so for both. Rows are judged after each round: a rate that was reached by breaking a rule is no rate.
 
+#[cfg(feature = "lv4")]
+mod accept;
+#[cfg(feature = "lv4")]
+mod drain;
 mod figures;
 #[cfg(feature = "lv3")]
 mod lock;
 mod pgbench;
+#[cfg(feature = "lv4")]
+mod producer_perf_test;
 #[cfg(feature = "lv3")]
 mod redis_benchmark;
 mod tool;
@@ -19,8 +25,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
-use box_office::{Invariant, Service};
+use anyhow::{Context, ensure};
+use box_office::{Invariant, Service, Strategy};
 use comfy_table::{Table, presets};
 use serde::Serialize;
 use suite::{
@@ -37,7 +43,7 @@ use crate::{
     machine::{Machine, commit, this_command},
 };
 use figures::Spread;
-use pgbench::{Ceiling, Pgbench};
+use pgbench::{Ceiling, Length, Pgbench};
 pub(crate) use tool::ToolMissing;
 use wrk::{Load, Wrk};
 
@@ -54,12 +60,20 @@ const PROBE: Duration = Duration::from_secs(2);
 /// The connections beside which the memory is measured.
 const CONNECTIONS: usize = 1000;
 
+/// The connections that buy, unless told otherwise.
+const CLIENTS: u32 = 64;
+
 /// Measures one strategy.
 pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     let choice = Choice::one(&args.strategy)?;
     if args.lock || args.waiters.is_some() {
         return lock_alone(choice, args).await;
     }
+    // Where orders are accepted first, that and their decision are measured apart.
+    if choice.strategy.needs.contains(&Service::Kafka) {
+        return path_of_an_order(choice, args).await;
+    }
+    ensure!(args.drain.is_none(), "{}", ONLY_LV4);
     // Before the run: nobody should wait for figures that can't be taken or written.
     let wrk = Wrk::find()?;
     let pgbench = match args.pools.is_empty() {
@@ -67,29 +81,36 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
         false => None,
     };
     let json = args.json.as_deref().map(crate::rush::create).transpose()?;
-    warn_of_debug();
-    let services = Services::find(Durability::Durable, choice.strategy.needs).await?;
-    let bench = Bench {
-        choice,
-        program: Program::new(env::current_exe()?)
-            .argument("serve")
-            .argument(choice.level.name),
-        wrk: Wrk::new(wrk)?,
-        fdatasync_ms: match services.postgres.report().source {
-            Source::Native => Some(figures::fdatasync()?.as_secs_f64() * 1e3),
-            // Their disks are elsewhere.
-            Source::Docker | Source::External => None,
-        },
-        services,
-        clients: args.clients,
-        time: Duration::from_secs(args.seconds.into()),
-    };
+    let bench = Bench::find(choice, args, CLIENTS).await?;
+    let wrk = Wrk::new(wrk)?;
     if args.pools.is_empty() {
-        bench.rate(args, pgbench.as_ref(), json).await
+        bench.rate(args, &wrk, pgbench.as_ref(), json).await
     } else {
-        bench.curve(args, json).await
+        bench.curve(args, &wrk, json).await
     }
 }
+
+/// What is asked of orders that are accepted first and decided later.
+#[cfg(feature = "lv4")]
+async fn path_of_an_order(choice: Choice, args: &BenchArgs) -> anyhow::Result<Ended> {
+    ensure!(
+        args.pools.is_empty(),
+        "--pools is about answers that wait for the database, and those of LV.4 do not"
+    );
+    match args.drain {
+        Some(orders) => drain::bench(choice, args, orders).await,
+        None => accept::bench(choice, args).await,
+    }
+}
+
+/// Without LV.4 in the build, nothing needs Kafka.
+#[cfg(not(feature = "lv4"))]
+async fn path_of_an_order(_choice: Choice, _args: &BenchArgs) -> anyhow::Result<Ended> {
+    anyhow::bail!("{}", ONLY_LV4)
+}
+
+const ONLY_LV4: &str =
+    "--drain measures how fast waiting orders are decided, and only LV.4 lets them wait: lv4/locked, lv4/single-writer";
 
 /// What is asked of a lock and not of a sale.
 #[cfg(feature = "lv3")]
@@ -117,10 +138,12 @@ fn warn_of_debug() {
     }
 }
 
+/// What was judged after each round.
+const JUDGED: &str = "I1, I2 and I3 hold, and every confirmed reservation has its row";
+
 struct Bench {
     choice: Choice,
     program: Program,
-    wrk: Wrk,
     services: Services,
     fdatasync_ms: Option<f64>,
     clients: u32,
@@ -146,6 +169,8 @@ struct Figures<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     redis: Option<backends::Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    kafka: Option<backends::Report>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     fdatasync_ms: Option<f64>,
     strategy: String,
     clients: u32,
@@ -159,7 +184,13 @@ struct Figures<'a> {
 #[serde(untagged)]
 enum Measured<'a> {
     Rate(&'a Rate),
-    Curve { pools: &'a [OnePool] },
+    Curve {
+        pools: &'a [OnePool],
+    },
+    #[cfg(feature = "lv4")]
+    Accept(&'a accept::Accept),
+    #[cfg(feature = "lv4")]
+    Drain(&'a drain::Drain),
 }
 
 /// Ours, and the ceiling.
@@ -200,7 +231,33 @@ struct OnePool {
 }
 
 impl Bench {
-    async fn rate(&self, args: &BenchArgs, pgbench: Option<&Pgbench>, json: Option<File>) -> anyhow::Result<Ended> {
+    /// What every measurement needs.
+    async fn find(choice: Choice, args: &BenchArgs, clients: u32) -> anyhow::Result<Self> {
+        warn_of_debug();
+        let services = Services::find(Durability::Durable, choice.strategy.needs).await?;
+        Ok(Self {
+            choice,
+            program: Program::new(env::current_exe()?)
+                .argument("serve")
+                .argument(choice.level.name),
+            fdatasync_ms: match services.postgres.report().source {
+                Source::Native => Some(figures::fdatasync()?.as_secs_f64() * 1e3),
+                // Their disks are elsewhere.
+                Source::Docker | Source::External => None,
+            },
+            services,
+            clients: args.clients.unwrap_or(clients),
+            time: Duration::from_secs(args.seconds.into()),
+        })
+    }
+
+    async fn rate(
+        &self,
+        args: &BenchArgs,
+        wrk: &Wrk,
+        pgbench: Option<&Pgbench>,
+        json: Option<File>,
+    ) -> anyhow::Result<Ended> {
         let pool = args.pool;
         let (idle_mib, crowded_mib) = self.memory(pool).await?;
         let mut void = vec![];
@@ -221,7 +278,7 @@ impl Bench {
         let rounds = args.rounds.unwrap_or(5);
         for number in 1..=rounds {
             say(&format!("round {number} of {rounds}: {}", self.choice.name()));
-            let round = self.ours(pool).await?;
+            let round = self.ours(wrk, pool).await?;
             void.extend(round.void.iter().cloned());
             ours.push(round);
             if let (Some(pgbench), Some(clients)) = (pgbench, best) {
@@ -264,7 +321,7 @@ impl Bench {
             rounds: ours.iter().map(|round| round.load).collect(),
         };
         self.print_rate(&rate, rounds);
-        self.end(Measured::Rate(&rate), &void, json)
+        self.end(Measured::Rate(&rate), JUDGED, &void, json)
     }
 
     fn print_rate(&self, rate: &Rate, rounds: u32) {
@@ -312,14 +369,14 @@ impl Bench {
         println!("{table}");
     }
 
-    async fn curve(&self, args: &BenchArgs, json: Option<File>) -> anyhow::Result<Ended> {
+    async fn curve(&self, args: &BenchArgs, wrk: &Wrk, json: Option<File>) -> anyhow::Result<Ended> {
         let rounds = args.rounds.unwrap_or(1);
         let mut void = vec![];
         let mut measured: Vec<Vec<Load>> = vec![vec![]; args.pools.len()];
         for number in 1..=rounds {
             for (&pool, loads) in args.pools.iter().zip(&mut measured) {
                 say(&format!("round {number} of {rounds}: a pool of {pool}"));
-                let round = self.ours(pool).await?;
+                let round = self.ours(wrk, pool).await?;
                 void.extend(round.void);
                 loads.push(round.load);
             }
@@ -351,11 +408,11 @@ impl Bench {
             curve.push(one);
         }
         println!("{table}");
-        self.end(Measured::Curve { pools: &curve }, &void, json)
+        self.end(Measured::Curve { pools: &curve }, JUDGED, &void, json)
     }
 
     /// Says what it was measured on and whether it counts, and writes the file.
-    fn end(&self, measured: Measured<'_>, void: &[String], json: Option<File>) -> anyhow::Result<Ended> {
+    fn end(&self, measured: Measured<'_>, judged: &str, void: &[String], json: Option<File>) -> anyhow::Result<Ended> {
         let report = self.services.postgres.report();
         let setting = |name| report.durability.get(name).map_or("unknown", String::as_str);
         println!(
@@ -373,7 +430,7 @@ impl Bench {
             println!("VOID: {reason}");
         }
         if void.is_empty() {
-            println!("judged after each round: I1, I2 and I3 hold, and every confirmed reservation has its row");
+            println!("judged after each round: {judged}");
         }
         if let Some(json) = json {
             let figures = Figures {
@@ -383,6 +440,7 @@ impl Bench {
                 machine: Machine::this(),
                 postgres: report.clone(),
                 redis: self.services.redis.as_ref().map(|redis| redis.report().clone()),
+                kafka: self.services.kafka.as_ref().map(|kafka| kafka.report().clone()),
                 fdatasync_ms: self.fdatasync_ms,
                 strategy: self.choice.name(),
                 clients: self.clients,
@@ -401,26 +459,33 @@ impl Bench {
 
     /// Starts a server on a database, and tells how long it took until it was ready.
     async fn start(&self, stand: &Stand, pool: u32) -> anyhow::Result<(Servers, Duration)> {
+        self.start_as(&self.program, self.choice.strategy, stand, pool).await
+    }
+
+    /// The same for another program, or another strategy of the level.
+    async fn start_as(
+        &self,
+        program: &Program,
+        strategy: &Strategy,
+        stand: &Stand,
+        pool: u32,
+    ) -> anyhow::Result<(Servers, Duration)> {
         let rush = Rush {
             pool_size: Some(pool),
             ..Rush::default()
         };
         let began = Instant::now();
-        let Choice { level, strategy } = self.choice;
-        let servers = Servers::start(&rush, stand, &self.program, level, strategy).await?;
+        let servers = Servers::start(&rush, stand, program, self.choice.level, strategy).await?;
         Ok((servers, began.elapsed()))
     }
 
-    async fn ours(&self, pool: u32) -> anyhow::Result<Round> {
+    async fn ours(&self, wrk: &Wrk, pool: u32) -> anyhow::Result<Round> {
         let stand = self.services.stand(self.choice.strategy.schema).await?;
         let (servers, ready) = self.start(&stand, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;
-        let warm = self.wrk.run(address, self.clients, WARM_UP, 0).await?;
-        let load = self
-            .wrk
-            .run(address, self.clients, self.time, FIRST_MEASURED_BUYER)
-            .await?;
+        let warm = wrk.run(address, self.clients, WARM_UP, 0).await?;
+        let load = wrk.run(address, self.clients, self.time, FIRST_MEASURED_BUYER).await?;
         servers.stop().await?;
         let (rows, void) = self
             .judge(stand.database(), warm.confirmed() + load.confirmed())
@@ -445,9 +510,9 @@ impl Bench {
         servers.open_sale(SALE, STOCK).await?;
         servers.stop().await?;
         // As warm as ours.
-        let warm = pgbench.run(stand.database(), clients, WARM_UP, 0).await?;
+        let warm = pgbench.run(stand.database(), clients, Length::Time(WARM_UP), 0).await?;
         let ceiling = pgbench
-            .run(stand.database(), clients, time, FIRST_MEASURED_BUYER / 2)
+            .run(stand.database(), clients, Length::Time(time), FIRST_MEASURED_BUYER / 2)
             .await?;
         let (_, broken) = self
             .judge(stand.database(), warm.transactions + ceiling.transactions)

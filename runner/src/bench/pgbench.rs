@@ -22,6 +22,15 @@ pub(super) struct Pgbench {
     statements: PathBuf,
 }
 
+/// How long it runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Length {
+    Time(Duration),
+    /// So many, each client.
+    #[cfg(feature = "lv4")]
+    Transactions(u32),
+}
+
 /// What it counted.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(super) struct Ceiling {
@@ -33,7 +42,23 @@ pub(super) struct Ceiling {
 impl Pgbench {
     /// `None` where a strategy has no file of statements: what it does can't be said in pgbench's language.
     pub(super) fn find(strategy: &Strategy) -> Result<Option<Self>, ToolMissing> {
-        let Some(statements) = statements(strategy) else {
+        Self::with(statements(strategy, "pgbench.sql"))
+    }
+
+    /// The same for the batches that a consumer decides, and how many orders are in one.
+    #[cfg(feature = "lv4")]
+    pub(super) fn find_batches(strategy: &Strategy) -> anyhow::Result<Option<(Self, u32)>> {
+        let file = statements(strategy, "batch.sql");
+        let Some(path) = file.clone() else { return Ok(None) };
+        let text = std::fs::read_to_string(&path)?;
+        let batch = text.lines().find_map(|line| line.strip_prefix("\\set batch "));
+        let batch = batch.with_context(|| format!("{} sets no batch", path.display()))?;
+        let batch = batch.trim().parse()?;
+        Ok(Self::with(file)?.map(|pgbench| (pgbench, batch)))
+    }
+
+    fn with(statements: Option<PathBuf>) -> Result<Option<Self>, ToolMissing> {
+        let Some(statements) = statements else {
             return Ok(None);
         };
         let install = if cfg!(target_os = "macos") {
@@ -51,7 +76,7 @@ impl Pgbench {
         &self,
         database: &Database,
         clients: u32,
-        time: Duration,
+        length: Length,
         first_buyer: u64,
     ) -> anyhow::Result<Ceiling> {
         let processors = available_parallelism().map_or(1, usize::from);
@@ -69,21 +94,23 @@ impl Pgbench {
             .arg(&self.statements)
             .args(["--client", &clients.to_string()])
             .args(["--jobs", &threads.to_string()])
-            .args(["--time", &time.as_secs().to_string()])
-            .args([
-                "--define",
-                &format!("sale={SALE}"),
-                "--define",
-                &format!("buyer={first_buyer}"),
-            ]);
+            .args(["--define", &format!("sale={SALE}")])
+            // Strategies count up from it under one of these names.
+            .args(["--define", &format!("buyer={first_buyer}")])
+            .args(["--define", &format!("first={first_buyer}")]);
+        match length {
+            Length::Time(time) => command.args(["--time", &time.as_secs().to_string()]),
+            #[cfg(feature = "lv4")]
+            Length::Transactions(number) => command.args(["--transactions", &number.to_string()]),
+        };
         parse(&tool::output(&mut command, "pgbench").await?)
     }
 }
 
 /// The file of statements beside the strategy's source.
-fn statements(strategy: &Strategy) -> Option<PathBuf> {
+fn statements(strategy: &Strategy, extension: &str) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
-    let file = root.join(strategy.source).with_extension("pgbench.sql");
+    let file = root.join(strategy.source).with_extension(extension);
     file.is_file().then_some(file)
 }
 
@@ -170,7 +197,7 @@ mod tests {
         let strategies = LEVELS.iter().flat_map(|level| level.strategies);
         let mut checked = 0;
         for strategy in strategies.filter(|strategy| strategy.place == Place::Trail) {
-            let Some(file) = statements(strategy) else {
+            let Some(file) = statements(strategy, "pgbench.sql") else {
                 continue;
             };
             let source = file.with_file_name(Path::new(strategy.source).file_name().expect("a source is a file"));
@@ -198,6 +225,36 @@ mod tests {
         }
         if cfg!(feature = "lv2") {
             assert!(checked >= 2, "pessimistic and conditional-update have their statements");
+        }
+    }
+
+    /// What a batch does to the database: the statements by their first words, and what they are about.
+    #[cfg(feature = "lv4")]
+    #[test]
+    fn the_batches_of_pgbench_are_those_of_the_strategy() {
+        for (strategy, most) in [("single-writer", "const MOST: usize = 2000;"), ("locked", "")] {
+            let strategy = lv4_kafka::LEVEL.strategy(strategy).expect("LV.4 has it");
+            let (pgbench, batch) = Pgbench::find_batches(strategy)
+                .expect("pgbench is there")
+                .expect("it has batches");
+            let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+            let source = std::fs::read_to_string(root.join(strategy.source)).expect("the source is there");
+            assert!(source.contains(most) && (most.is_empty() || most.contains(&batch.to_string())));
+            let statements = std::fs::read_to_string(&pgbench.statements).expect("it is there");
+            for part in [
+                "insert into reservation",
+                "insert into outbox",
+                "pg_notify(",
+                "update sale",
+                "update partition_offset",
+            ] {
+                assert_eq!(
+                    source.contains(part),
+                    statements.contains(part),
+                    "{part} in {}",
+                    strategy.source
+                );
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ end
 function done(summary, latency)
   local errors = summary.errors
   io.write(string.format(
-    '{"answers":%d,"took_us":%d,"refused":%d,"cut_off":%d,"p50_us":%d,"p99_us":%d,"max_us":%d}\n',
+    '{"answers":%d,"took_us":%d,"refused":%d,"cut_off":%d,"p50_us":%d,"p95_us":%d,"p99_us":%d,"max_us":%d}\n',
     summary.requests, summary.duration, errors.status, errors.connect + errors.read + errors.write + errors.timeout,
-    latency:percentile(50), latency:percentile(99), latency.max))
+    latency:percentile(50), latency:percentile(95), latency:percentile(99), latency.max))
 end

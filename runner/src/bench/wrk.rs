@@ -32,6 +32,7 @@ pub(super) struct Load {
     /// Requests that met a closed connection or got no answer in time.
     pub(super) cut_off: u64,
     pub(super) p50_us: u64,
+    pub(super) p95_us: u64,
     pub(super) p99_us: u64,
     pub(super) max_us: u64,
 }

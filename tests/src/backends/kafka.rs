@@ -14,6 +14,7 @@ use super::{
     own::{Ask, NotReady, Own},
     search::{Candidate, Service, search},
 };
+pub use native::programs;
 pub use prefix::Prefix;
 use prefix::Run;
 use wire::Connection;

@@ -33,7 +33,7 @@ use std::{
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
-pub use kafka::{Kafka, Prefix as KafkaPrefix};
+pub use kafka::{Kafka, Prefix as KafkaPrefix, programs as kafka_programs};
 pub use native::on_path;
 pub use own::Private;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};

@@ -9,7 +9,7 @@ use serde::Serialize;
 use box_office::trace::Record;
 
 use crate::{
-    history::{Answer, History, Micros, Refused},
+    history::{Answer, History, Micros, Refused, Request},
     judge::{Verdict, judge},
 };
 
@@ -26,7 +26,11 @@ pub struct Report {
     pub answered: Latency,
     /// From a buyer's first click to the final state, where orders are accepted first and decided later.
     pub completed: Option<Latency>,
-    /// From the opening of the gate to the last answer.
+    /// From the opening of the gate until every buyer had an answer.
+    pub all_answered: Duration,
+    /// From the opening of the gate until the last order reached its final state, where orders are accepted first and decided later.
+    pub all_completed: Option<Duration>,
+    /// From the opening of the gate until the last buyer was gone.
     pub took: Duration,
     /// The share of this machine's processors that the clients themselves used in that time, from 0 to 1.
     pub client_share: f64,
@@ -109,6 +113,8 @@ impl Report {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (answered, completed) = waits(&history);
         Self {
+            all_answered: last(history.requests.iter().filter_map(|request| request.answered_us)).unwrap_or(clock.wall),
+            all_completed: last(history.requests.iter().filter_map(ended_us)),
             verdict: judge(&history),
             answers: Answers::count(&history),
             answered: Latency::of(&answered),
@@ -122,9 +128,15 @@ impl Report {
         }
     }
 
-    /// Requests answered in a second.
+    /// Requests answered in a second, from the opening of the gate to the last answer.
     pub fn requests_a_second(&self) -> f64 {
-        self.history.requests.len() as f64 / self.took.as_secs_f64()
+        self.history.requests.len() as f64 / self.all_answered.as_secs_f64()
+    }
+
+    /// Tickets sold in a second, from the opening of the gate until nobody waited for a ticket any more.
+    pub fn sales_a_second(&self) -> f64 {
+        let all = self.all_completed.unwrap_or_default().max(self.all_answered);
+        self.verdict.tally.sold as f64 / all.as_secs_f64()
     }
 }
 
@@ -162,6 +174,18 @@ impl Latency {
     }
 }
 
+fn last(moments: impl Iterator<Item = Micros>) -> Option<Duration> {
+    moments.max().map(Duration::from_micros)
+}
+
+/// When an accepted order reached its final state.
+fn ended_us(request: &Request) -> Option<Micros> {
+    match &request.answer {
+        Answer::Accepted { ending, .. } => ending.as_ref().map(|ending| ending.at_us),
+        _ => None,
+    }
+}
+
 /// How long each click waited for its last answer, and for its final state; repeats are part of the wait.
 fn waits(history: &History) -> (Vec<Micros>, Vec<Micros>) {
     #[derive(Default)]
@@ -176,12 +200,7 @@ fn waits(history: &History) -> (Vec<Micros>, Vec<Micros>) {
         let first = click.first_sent_us.get_or_insert(request.sent_us);
         *first = request.sent_us.min(*first);
         click.answered_us = click.answered_us.max(request.answered_us);
-        if let Answer::Accepted {
-            ending: Some(ending), ..
-        } = &request.answer
-        {
-            click.ended_us = click.ended_us.max(Some(ending.at_us));
-        }
+        click.ended_us = click.ended_us.max(ended_us(request));
     }
     let since_first = |click: &Click, at: Option<Micros>| Some(at?.saturating_sub(click.first_sent_us?));
     (

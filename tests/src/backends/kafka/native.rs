@@ -94,6 +94,14 @@ pub(super) fn prepare() -> anyhow::Result<Process> {
         .stopped_with(Signal::TERM))
 }
 
+/// What Kafka's own programs run with: `java`, and the folder of the jars.
+///
+/// # Errors
+/// One of them is not on this machine.
+pub fn programs() -> anyhow::Result<(PathBuf, PathBuf)> {
+    Ok((java()?, jars()?))
+}
+
 /// The folder that holds Kafka's jars.
 fn jars() -> anyhow::Result<PathBuf> {
     let holds_kafka = |folder: &PathBuf| {
