@@ -149,6 +149,7 @@ impl SingleWriter {
     }
     // ANCHOR_END: decide
 
+    // ANCHOR: next-offset
     /// The next offset of a partition to decide: `first`, if none of it was decided yet.
     async fn next_offset(&self, partition: i32, first: i64) -> Result<i64, No> {
         sqlx::query(
@@ -173,6 +174,7 @@ impl SingleWriter {
         .await?;
         Ok(next)
     }
+    // ANCHOR_END: next-offset
 
     /// The orders in a batch. What is none goes to the dead letters.
     async fn orders(&self, batch: Vec<Taken>) -> Result<Vec<(Taken, OrderMessage)>, No> {

@@ -37,6 +37,7 @@ impl ConsumerContext for Membership {
     }
 }
 
+// ANCHOR: member
 /// What every member of the group has in common. Whether and when offsets are committed is for the strategy to say.
 pub fn member(place: &KafkaPlace) -> ClientConfig {
     let mut config = client(place);
@@ -58,6 +59,7 @@ pub fn member(place: &KafkaPlace) -> ClientConfig {
         .set("fetch.queue.backoff.ms", "5");
     config
 }
+// ANCHOR_END: member
 
 impl Inbox {
     /// Joins the group.

@@ -56,6 +56,7 @@ impl OrderMessage {
     }
 }
 
+// ANCHOR: poison
 /// A message that no retry will ever make good. Its words are the reason that the dead letter carries.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Poison {
@@ -72,6 +73,7 @@ pub enum Poison {
     #[error("there is no sale {0}")]
     UnknownSale(SaleId),
 }
+// ANCHOR_END: poison
 
 /// A message that was taken from a partition.
 #[derive(Clone, Debug)]

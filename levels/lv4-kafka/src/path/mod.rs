@@ -233,11 +233,13 @@ impl Path {
 async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
     let admin: AdminClient<DefaultClientContext> = client(place).create()?;
     let (orders, dead) = (topic(place), dead_letter_topic(place));
+    // ANCHOR: topics
     // -1: as many replicas as the brokers are set to keep.
     let topics = [
         NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1)),
         NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)),
     ];
+    // ANCHOR_END: topics
     let options = AdminOptions::new()
         .operation_timeout(Some(START))
         .request_timeout(Some(START));
