@@ -106,6 +106,7 @@ mod tests {
             refused: 557,
             cut_off: 0,
             p50_us: 444,
+            p95_us: 3120,
             p99_us: 9862,
             max_us: 17_763,
         };
