@@ -6,10 +6,13 @@ use std::{
     collections::BTreeSet,
     fs,
     process::{Command, Output},
+    time::{Duration, Instant},
 };
 
+use rdkafka::producer::FutureRecord;
 use rstest::rstest;
 use serde_json::Value;
+use suite::rush::{Program, Rush, Servers};
 use tempfile::tempdir;
 
 /// Runs the command in an environment without settings of its own.
@@ -71,9 +74,18 @@ fn err(output: &Output) -> String {
 #[case::a_lease_that_is_none(&["serve", "lv3", "--lock-lease-ms", "9"], "LOCK_LEASE_MS (--lock-lease-ms) holds \"9\"; it takes a number of milliseconds, 10 to 600000")]
 #[case::a_prefix_of_two_words(&["serve", "lv3", "--redis-prefix", "two words"], "REDIS_PREFIX")]
 #[case::a_redis_that_is_none(&["serve", "lv3", "--redis-url", "http://localhost"], "REDIS_URL (--redis-url) holds something else (not shown: it is a secret)")]
+#[case::orders_that_wait_elsewhere(&["bench", "lv2/mutex", "--drain", "100"], "only LV.4 lets them wait: lv4/locked, lv4/single-writer")]
+#[case::no_orders_that_wait(&["bench", "lv4", "--drain", "0"], "a number, 1 to 500000")]
+#[case::answers_that_wait_for_no_pool(&["bench", "lv4", "--pools", "1,2"], "those of LV.4 do not")]
+#[case::dead_letters_of_nobody(&["dead-letters"], "oversold: KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; it takes the addresses of Kafka brokers, such as localhost:9092")]
+#[case::dead_letters_of_no_broker(&["dead-letters", "--kafka-bootstrap-servers", "localhost"], "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) holds \"localhost\"; it takes the addresses")]
+#[case::a_dead_letter_without_origin(&["dead-letters", "show"], "<ORIGIN> is missing")]
 #[case::a_port_that_is_none(&["serve", "lv1", "--port", "eighty"], "PORT")]
 fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[case] says: &str) {
-    let output = oversold(arguments);
+    let output = command(arguments)
+        .env_remove("KAFKA_BOOTSTRAP_SERVERS")
+        .output()
+        .unwrap();
     let said = err(&output);
     assert_eq!(output.status.code(), Some(2), "{said}");
     assert!(said.contains(says), "{said}");
@@ -85,7 +97,16 @@ fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[cas
 fn without_a_command_it_shows_its_help() {
     let output = oversold(&[]);
     assert_eq!(output.status.code(), Some(2));
-    for subcommand in ["rush", "bench", "serve", "trace", "judge", "list", "doctor"] {
+    for subcommand in [
+        "rush",
+        "bench",
+        "serve",
+        "trace",
+        "judge",
+        "list",
+        "dead-letters",
+        "doctor",
+    ] {
         assert!(err(&output).contains(&format!("  {subcommand} ")), "{}", err(&output));
     }
 }
@@ -114,6 +135,7 @@ fn bench_says_what_it_takes() {
         "--pools",
         "--lock",
         "--waiters",
+        "--drain",
         "--json",
     ] {
         assert!(out(&output).contains(option), "{}", out(&output));
@@ -243,6 +265,165 @@ async fn a_redis_that_is_not_there_is_exit_code_3_and_never_a_password(#[case] u
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("REDIS_URL"), "{said}");
     assert!(said.contains(says) && !said.contains("s3cret"), "{said}");
+}
+
+/// What the book says of the two halves of an order's path comes from these names.
+#[rstest]
+#[case::locked("lv4/locked", 1)]
+#[case::single_writer("lv4/single-writer", 2000)]
+fn a_backlog_is_decided_beside_pgbench(#[case] strategy: &str, #[case] batch: u32) {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("drain.json");
+    let arguments = ["bench", strategy, "--drain", "200", "--rounds", "1", "--json"];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(figures["strategy"], strategy);
+    assert_eq!(figures["kafka"]["service"], "kafka");
+    assert_eq!(
+        (&figures["orders"], &figures["rows_judged"]),
+        (&200.into(), &200.into())
+    );
+    let ceiling = &figures["ceiling"];
+    assert_eq!(ceiling["orders_in_a_transaction"], batch);
+    for figure in [
+        &figures["orders_a_second"],
+        &figures["took_ms"],
+        &figures["ready_ms"],
+        &figures["most_mib"],
+        &ceiling["orders_a_second"],
+        &ceiling["ratio"],
+    ] {
+        assert!(figure["median"].as_f64() > Some(0.0), "{figures}");
+    }
+}
+
+#[test]
+fn accepting_is_measured_beside_a_produce_that_does_nothing() {
+    if suite::backends::on_path("wrk").is_none() {
+        // `make bench` installs it; the suite does without.
+        return;
+    }
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("accept.json");
+    let arguments = [
+        "bench",
+        "lv4/single-writer",
+        "--clients",
+        "20",
+        "--seconds",
+        "1",
+        "--rounds",
+        "1",
+        "--json",
+    ];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let other = &figures["without_produce"];
+    assert_eq!(other["strategy"], "lv4/broken/produce-nothing");
+    for figure in [
+        &figures["orders_a_second"],
+        &figures["p95_ms"],
+        &other["orders_a_second"],
+        &other["ratio"],
+    ] {
+        assert!(figure["median"].as_f64() > Some(0.0), "{figures}");
+    }
+    let perf_test = &figures["producer_perf_test"];
+    let left_out = out(&output).contains("kafka-producer-perf-test is left out: ");
+    assert_eq!(perf_test.is_null(), left_out, "{figures}\n{}", out(&output));
+    assert!(left_out || perf_test["partitions"] == 1, "{figures}");
+}
+
+#[test]
+fn dead_letters_where_nobody_answers_are_exit_code_3() {
+    let nobody = ["dead-letters", "--kafka-bootstrap-servers", "127.0.0.1:1"];
+    let output = oversold(&nobody);
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert!(said.contains("no answer from Kafka at 127.0.0.1:1"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
+    let strategy = lv4_kafka::LEVEL.strategy("single-writer").unwrap();
+    let stand = suite::backends::Stand::shared(strategy).await.unwrap();
+    let letters = |arguments: &[&str]| {
+        let mut letters = command(&[&["dead-letters"], arguments].concat());
+        letters.envs(stand.environment()).output().unwrap()
+    };
+    let listed = || -> Vec<Value> { serde_json::from_str(&out(&letters(&["list", "--json"]))).unwrap() };
+
+    // Before there is a topic.
+    let output = letters(&[]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(
+        out(&output).starts_with("no dead letters in oversold-"),
+        "{}",
+        out(&output)
+    );
+    assert!(listed().is_empty());
+    for word in ["show", "replay"] {
+        let output = letters(&[word, "orders/0/7"]);
+        assert_eq!(output.status.code(), Some(2), "{}", err(&output));
+        assert!(
+            err(&output).starts_with("oversold: there is no dead letter orders/0/7"),
+            "{}",
+            err(&output)
+        );
+        assert_eq!(err(&output).trim_end().lines().count(), 1, "{}", err(&output));
+    }
+
+    let program = Program::new(env!("CARGO_BIN_EXE_oversold"))
+        .argument("serve")
+        .argument("lv4");
+    let rush = Rush::default();
+    let servers = Servers::start(&rush, &stand, &program, &lv4_kafka::LEVEL, strategy)
+        .await
+        .unwrap();
+    let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
+    let topic = lv4_kafka::path::topic(&place);
+    let poison = FutureRecord::<[u8], str>::to(&topic)
+        .partition(3)
+        .payload("not an order\n");
+    let producer = lv4_kafka::path::producer(&place).unwrap();
+    producer.send(poison, Duration::from_secs(10)).await.unwrap();
+    let origin = format!("{topic}/3/0");
+    let one = |attempts: u64| {
+        let began = Instant::now();
+        loop {
+            match listed().as_slice() {
+                [letter] if letter["attempts"] == attempts => return letter.clone(),
+                other => assert!(began.elapsed() < Duration::from_secs(20), "{other:?}"),
+            }
+        }
+    };
+    let letter = one(1);
+    assert_eq!(letter["origin"], origin, "{letter}");
+    assert_eq!(letter["payload"], "not an order\n");
+    let reason = letter["reason"].as_str().unwrap().to_owned();
+    let output = letters(&["list"]);
+    assert_eq!(out(&output), format!("{origin}  {reason} (tried once)\n"));
+    let output = letters(&["show", &origin]);
+    assert_eq!(
+        out(&output),
+        format!("origin    {origin}\nreason    {reason}\nattempts  1\npayload   not an order\\n\n")
+    );
+
+    // It is no more of an order the second time.
+    let output = letters(&["replay", &origin]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(
+        out(&output).contains(&format!("{origin} is in {topic} again")),
+        "{}",
+        out(&output)
+    );
+    assert_eq!(one(2)["origin"], format!("{topic}/3/1"));
+    let again = letters(&["replay", &origin]);
+    assert_eq!(again.status.code(), Some(2), "{}", out(&again));
+    servers.stop().await.unwrap();
 }
 
 #[test]

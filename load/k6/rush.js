@@ -58,13 +58,17 @@ const INVARIANTS = {
 };
 const count = (code, by) => INVARIANTS[code].counter.add(by);
 
+const requests = new Counter('requests');
 const confirmed = new Counter('confirmed');
+const accepted = new Counter('accepted');
 const refused = new Counter('refused');
 const undecided = new Counter('undecided');
 const stock = new Gauge('stock');
 const reserved = new Gauge('reserved');
 // From a click to the last answer to it, repeats included.
 const answered = new Trend('answered', true);
+// From a click to the final state, where orders are accepted first (202) and decided later.
+const completed = new Trend('completed', true);
 
 const codes = (name) => setting(name, '').split(',').filter((code) => code !== '');
 const LEAVES_OPEN = codes('LEAVES_OPEN').concat(ARRIVALS ? codes('BREAKS') : []);
@@ -100,7 +104,8 @@ export const options = {
           executor: 'shared-iterations',
           iterations: BUYERS,
           vus: VUS,
-          maxDuration: `${Math.ceil(BUYERS / VUS) * PATIENCE + 10}s`,
+          // A patience for the answer, and one for the final state.
+          maxDuration: `${Math.ceil(BUYERS / VUS) * 2 * PATIENCE + 10}s`,
         },
   },
   thresholds,
@@ -110,7 +115,7 @@ export const options = {
 };
 
 // A no is an answer, not a failure.
-http.setResponseCallback(http.expectedStatuses(200, 201, 409, 503));
+http.setResponseCallback(http.expectedStatuses(200, 201, 202, 409, 503));
 
 const json = { 'Content-Type': 'application/json' };
 const sale = `${BASE_URL}/api/sales/${SALE}`;
@@ -124,7 +129,7 @@ export function setup() {
   }
   // Counters that nothing is added to would not be held against their thresholds.
   Object.keys(INVARIANTS).forEach((code) => count(code, 0));
-  [confirmed, refused, undecided].forEach((counter) => counter.add(0));
+  [requests, confirmed, accepted, refused, undecided].forEach((counter) => counter.add(0));
   count('I1', -CAPACITY);
   count('I7', ARRIVALS ? 0 : Math.min(CAPACITY, BUYERS));
 }
@@ -143,10 +148,66 @@ function understand(answer, buyer) {
   if (answer.status === 201 && body.id && body.buyer_id === buyer) {
     return { reservation: body.id };
   }
+  if (answer.status === 202 && body.id && body.buyer_id === buyer && answer.headers.Location) {
+    return { location: answer.headers.Location };
+  }
   if (answer.status === 409 && ['/problems/sold-out', '/problems/already-reserved'].includes(body.type)) {
     return { refused: true };
   }
   return { unexpected: true };
+}
+
+// So many never got a final answer. Each may have a reservation all the same.
+function unfinished(orders) {
+  count('I10', orders);
+  count('I5', -orders);
+  count('I7', -orders);
+}
+
+// How an accepted order ended; null while it is under way.
+function ended(answer) {
+  if (answer.status !== 200) {
+    return null;
+  }
+  let state;
+  try {
+    state = answer.json();
+  } catch (_) {
+    return null;
+  }
+  if (state.status === 'confirmed') {
+    return { reservation: state.id };
+  }
+  return state.status === 'refused' ? { refused: true } : null;
+}
+
+// Asks for the final states of a buyer's accepted orders until they are there, or the patience runs out. Gives back how many never came.
+function follow(locations, began, reservations) {
+  const deadline = Date.now() + PATIENCE * 1000;
+  let pause = 0.02;
+  let open = locations;
+  while (open.length > 0 && Date.now() < deadline) {
+    const answers = http.batch(
+      open.map((location) => ['GET', `${BASE_URL}${location}`, null, { timeout: `${PATIENCE}s`, tags: { name: 'follow' } }]),
+    );
+    open = open.filter((_, index) => {
+      const state = ended(answers[index]);
+      if (state === null) {
+        return true;
+      }
+      completed.add(Date.now() - began);
+      if (state.reservation) {
+        reservations.add(state.reservation);
+      }
+      return false;
+    });
+    if (open.length > 0) {
+      // Less and less often, so that those who wait don't keep the server from deciding.
+      sleep(pause * (1 + Math.random() / 2));
+      pause = Math.min(2 * pause, 0.25);
+    }
+  }
+  return open.length;
 }
 
 // One buyer: all clicks at once, each with its own key; what stays undecided is repeated with the same key until the patience runs out.
@@ -154,6 +215,7 @@ export default function () {
   const buyer = exec.scenario.iterationInTest + 1;
   const began = Date.now();
   const reservations = new Set();
+  const locations = [];
   if (ARRIVALS) {
     // How many will come is not known before; there are tickets for all.
     count('I7', 1);
@@ -177,6 +239,7 @@ export default function () {
     open = open.filter((_, index) => {
       const answer = answers[index];
       const meaning = understand(answer, buyer);
+      requests.add(1);
       check(meaning, { 'the contract knows the answer': (it) => !it.unexpected });
       if (meaning.undecided) {
         undecided.add(1);
@@ -190,13 +253,13 @@ export default function () {
       if (meaning.reservation) {
         confirmed.add(1);
         reservations.add(meaning.reservation);
+      } else if (meaning.location) {
+        accepted.add(1);
+        locations.push(meaning.location);
       } else if (meaning.refused) {
         refused.add(1);
       } else {
-        count('I10', 1);
-        // It may have a reservation all the same.
-        count('I5', -1);
-        count('I7', -1);
+        unfinished(1);
       }
       return false;
     });
@@ -204,6 +267,7 @@ export default function () {
       sleep(Math.min(left, pause * (1 + Math.random() / 2)));
     }
   }
+  unfinished(follow(locations, began, reservations));
   count('I1', reservations.size);
   count('I3', Math.max(0, reservations.size - 1));
   count('I4', reservations.size);
@@ -237,9 +301,11 @@ export function handleSummary({ metrics }) {
   };
   const broken = Object.keys(INVARIANTS).filter((code) => sum(INVARIANTS[code].counter.name) > 0);
   const wait = value('answered');
+  const whole = value('completed');
   const figures = {
-    requests: sum('confirmed') + sum('refused') + sum('unfinished') + sum('undecided'),
+    requests: sum('requests'),
     confirmed: sum('confirmed'),
+    accepted: sum('accepted'),
     refused: sum('refused'),
     undecided: sum('undecided'),
     duplicates: sum('duplicates'),
@@ -248,12 +314,15 @@ export function handleSummary({ metrics }) {
     p50_ms: wait.med,
     p95_ms: wait['p(95)'],
     p99_ms: wait['p(99)'],
+    completed: sum('accepted') > 0 && whole.med !== undefined ? { p50_ms: whole.med, p95_ms: whole['p(95)'], p99_ms: whole['p(99)'] } : null,
     dropped: sum('dropped_iterations'),
     broken: broken.map((invariant) => ({ invariant, summary: because[invariant] })),
   };
+  const three = (trend) => ['med', 'p(95)', 'p(99)'].map((at) => (trend[at] || 0).toFixed(1)).join(' / ');
   const lines = [
-    `${figures.confirmed} confirmed, ${figures.refused} refused, ${figures.undecided} undecided; stock ${shown.stock}, ${shown.reserved} reserved of ${CAPACITY}`,
-    `p50 / p95 / p99: ${['med', 'p(95)', 'p(99)'].map((at) => (wait[at] || 0).toFixed(1)).join(' / ')} ms (${ARRIVALS ? `open loop at ${RATE}/s, ${figures.dropped} could not be sent` : 'closed loop: what a stall held back is missing'})`,
+    `${figures.confirmed} confirmed, ${figures.accepted} accepted, ${figures.refused} refused, ${figures.undecided} undecided; stock ${shown.stock}, ${shown.reserved} reserved of ${CAPACITY}`,
+    `answered, p50 / p95 / p99: ${three(wait)} ms (${ARRIVALS ? `open loop at ${RATE}/s, ${figures.dropped} could not be sent` : 'closed loop: what a stall held back is missing'})`,
+    ...(figures.completed ? [`completed, p50 / p95 / p99: ${three(whole)} ms`] : []),
     ...broken.map((code) => `BROKEN ${code} (${INVARIANTS[code].title}): ${because[code]}`),
   ];
   const files = { stdout: `${lines.join('\n')}\n` };

@@ -22,12 +22,12 @@ use goose::{
     goose::{GooseMethod, GooseRequest, GooseUser, Scenario, Transaction, TransactionFunction},
 };
 use suite::{
-    history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
-    rush::{Answered, Clock, Report, Understood, jittered, retry_after, understand},
+    history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
+    rush::{Answered, Clock, Report, Understood, decided, jittered, look_again, retry_after, understand},
 };
 use tokio::{
     sync::{Barrier, mpsc, watch},
-    time::sleep,
+    time::{sleep, timeout},
 };
 
 use crate::{Rush, outcome::Outcome};
@@ -43,6 +43,10 @@ const NOT_COUNTED: u64 = 0;
 
 /// Before a repeat that the server gives no time for.
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// Between two looks at an accepted order: longer each time, so that those who wait don't keep the server from deciding.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
 /// What every user of the attack shares.
 struct Shop {
@@ -92,7 +96,8 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         },
     }
     let clock = Clock::start();
-    open.send_replace(Some(now_monotonic_us()));
+    let opened_us = now_monotonic_us();
+    open.send_replace(Some(opened_us));
     let mut requests = vec![];
     for _ in 0..users {
         tokio::select! {
@@ -107,6 +112,7 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         .map_err(|error| anyhow!("Goose did not end well: {error}"))?;
 
     requests.sort_by_key(|request| (request.sent_us, request.request));
+    look_again(&mut requests, rush.host.address().await?, opened_us).await;
     let sale = rush.host.sale(rush.sale).await?;
     let history = History {
         header: Header {
@@ -193,10 +199,11 @@ impl Shop {
                 pause = retry_after(&answered.headers).unwrap_or(PAUSE);
                 request.answer = match understand(&answered) {
                     Understood::Final(answer) => answer,
-                    // Nobody asks again here: the judge finds that the order was never decided.
-                    Understood::Accepted { reservation, .. } => Answer::Accepted {
+                    Understood::Accepted { reservation, location } => Answer::Accepted {
                         reservation,
-                        ending: None,
+                        ending: timeout(self.patience, self.follow(user, &location, opened_us))
+                            .await
+                            .ok(),
                     },
                 };
             }
@@ -211,7 +218,29 @@ impl Shop {
         }
     }
 
-    /// Sends a request through Goose. `None`: no answer came.
+    /// Asks for the state of an accepted order until it is final.
+    async fn follow(&self, user: &mut GooseUser, location: &str, opened_us: Micros) -> Ending {
+        let mut pause = LOOK_AGAIN;
+        loop {
+            let ready = GooseRequest::builder()
+                .method(GooseMethod::Get)
+                .name("follow")
+                .path(location)
+                .build();
+            let state = send(user, ready).await;
+            if let Some(refused) = state.as_ref().and_then(decided) {
+                return Ending {
+                    at_us: now_monotonic_us() - opened_us,
+                    refused,
+                    changed_to: None,
+                };
+            }
+            sleep(jittered(pause)).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Sends an order through Goose. `None`: no answer came.
     async fn ask(&self, user: &mut GooseUser, request: &Request) -> Option<Answered> {
         let path = format!("/api/sales/{}/reservations", self.sale);
         let order = NewReservation {
@@ -227,11 +256,16 @@ impl Shop {
             .name("reserve")
             .set_request_builder(builder)
             .build();
-        let response = user.request(ready).await.ok()?.response.ok()?;
-        Some(Answered {
-            status: response.status(),
-            headers: response.headers().clone(),
-            body: response.bytes().await.ok()?,
-        })
+        send(user, ready).await
     }
+}
+
+/// Sends a request through Goose. `None`: no answer came.
+async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<Answered> {
+    let response = user.request(request).await.ok()?.response.ok()?;
+    Some(Answered {
+        status: response.status(),
+        headers: response.headers().clone(),
+        body: response.bytes().await.ok()?,
+    })
 }

@@ -39,6 +39,8 @@ struct Summary {
     requests: u64,
     /// 201.
     confirmed: u64,
+    /// 202: the final state came later.
+    accepted: u64,
     /// 409, and every other no.
     refused: u64,
     /// 503, no answer, or one that the HTTP contract does not know.
@@ -53,7 +55,17 @@ struct Summary {
     p50_ms: f64,
     p95_ms: f64,
     p99_ms: f64,
+    /// From the first click to the final state, where orders are accepted first and decided later.
+    completed: Option<Completed>,
     broken: Vec<Broken>,
+}
+
+/// The second clock.
+#[derive(Deserialize)]
+struct Completed {
+    p50_ms: f64,
+    p95_ms: f64,
+    p99_ms: f64,
 }
 
 #[derive(Deserialize)]
@@ -85,7 +97,8 @@ impl Outcome {
             generator: "Goose",
             figures: Summary {
                 requests: report.history.requests.len() as u64,
-                confirmed: confirmed + accepted,
+                confirmed,
+                accepted,
                 refused: sold_out + already_reserved + otherwise_refused,
                 undecided: undecided + unexpected,
                 duplicates: verdict.tally.duplicates,
@@ -95,6 +108,11 @@ impl Outcome {
                 p50_ms,
                 p95_ms,
                 p99_ms,
+                completed: report.completed.map(|completed| Completed {
+                    p50_ms: completed.p50_ms,
+                    p95_ms: completed.p95_ms,
+                    p99_ms: completed.p99_ms,
+                }),
                 broken: verdict
                     .findings
                     .into_iter()
@@ -155,6 +173,7 @@ impl Outcome {
         let Summary {
             requests,
             confirmed,
+            accepted,
             refused,
             undecided,
             duplicates,
@@ -164,17 +183,24 @@ impl Outcome {
             p50_ms,
             p95_ms,
             p99_ms,
+            completed,
             ..
         } = &self.figures;
         [
             self.name.clone(),
             self.generator.to_owned(),
             requests.to_string(),
-            format!("{confirmed} / {refused} / {undecided}"),
+            format!("{} / {refused} / {undecided}", confirmed + accepted),
             format!("{reserved} of {capacity}"),
             stock.to_string(),
             duplicates.to_string(),
             format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
+            match completed {
+                Some(Completed { p50_ms, p95_ms, p99_ms }) => format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
+                // Where there is no later state, who has the answer has it all.
+                None if *accepted == 0 => "as answered".to_owned(),
+                None => "never".to_owned(),
+            },
             self.conclusion().to_string(),
         ]
     }
@@ -198,15 +224,16 @@ impl Outcome {
     }
 }
 
-const COLUMNS: [&str; 9] = [
+const COLUMNS: [&str; 10] = [
     "strategy",
     "sent by",
     "requests",
-    "201 / 409 / 503",
+    "201, 202 / 409 / 503",
     "sold",
     "stock",
     "duplicates",
-    "p50 / p95 / p99 ms",
+    "answered, ms\np50 / p95 / p99",
+    "completed, ms\np50 / p95 / p99",
     "verdict",
 ];
 
@@ -277,7 +304,12 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
 
 /// How many request keys never got a final answer.
 fn without_an_answer(history: &History) -> usize {
-    let answered = |answer: &Answer| matches!(answer, Answer::Confirmed { .. } | Answer::Refused(_));
+    let answered = |answer: &Answer| {
+        matches!(
+            answer,
+            Answer::Confirmed { .. } | Answer::Refused(_) | Answer::Accepted { ending: Some(_), .. }
+        )
+    };
     let (answered, open): (Vec<_>, Vec<_>) = history.requests.iter().partition(|request| answered(&request.answer));
     let answered: HashSet<&str> = answered.iter().map(|request| request.key.as_str()).collect();
     let open: HashSet<&str> = open.iter().map(|request| request.key.as_str()).collect();

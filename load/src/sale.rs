@@ -81,12 +81,16 @@ impl Host {
         serde_json::from_slice(&answered.body).context("reading the sale")
     }
 
-    async fn send(&self, request: Request<Full<hyper::body::Bytes>>) -> anyhow::Result<Answered> {
+    /// Where that is.
+    pub(crate) async fn address(&self) -> anyhow::Result<SocketAddr> {
         let mut addresses = tokio::net::lookup_host((self.name.trim_matches(['[', ']']), self.port))
             .await
             .with_context(|| format!("looking up {self}"))?;
-        let address = addresses.next().with_context(|| format!("{self} has no address"))?;
-        let mut connection = Connection::open(address).await?;
+        addresses.next().with_context(|| format!("{self} has no address"))
+    }
+
+    async fn send(&self, request: Request<Full<hyper::body::Bytes>>) -> anyhow::Result<Answered> {
+        let mut connection = Connection::open(self.address().await?).await?;
         connection.send(request).await.with_context(|| format!("asking {self}"))
     }
 }

@@ -1,7 +1,7 @@
 //! `load goose` against servers that tell the truth, and servers that lie: each lie is found, and named.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     process::{Output, Stdio},
     sync::{Arc, Mutex},
@@ -42,12 +42,85 @@ enum Lie {
     NeverDecides,
     /// Answers what the HTTP contract does not know.
     Babbles,
+    /// Accepts orders with 202, and tells the truth about each later.
+    DecidesLater,
+    /// Accepts orders, and tells everybody of a reservation.
+    ConfirmsEverybodyLater,
+    /// Accepts orders, and never tells.
+    NeverTells,
+    /// Accepts orders, and tells something else to who asks again after the end.
+    ChangesItsMind,
+}
+
+impl Lie {
+    fn accepts_first(self) -> bool {
+        matches!(
+            self,
+            Self::DecidesLater | Self::ConfirmsEverybodyLater | Self::NeverTells | Self::ChangesItsMind
+        )
+    }
 }
 
 struct Office {
     lie: Lie,
     sold: Mutex<Vec<(i64, String, Uuid)>>,
     undecided_once: Mutex<HashSet<String>>,
+    accepted: Mutex<HashMap<Uuid, Accepted>>,
+}
+
+/// An order that is decided when somebody asks for the second time.
+struct Accepted {
+    buyer: i64,
+    asked: u32,
+    /// Refused, if not.
+    confirmed: bool,
+}
+
+impl Office {
+    fn accept(&self, sale: i64, buyer: i64, key: String) -> Response {
+        let id = Uuid::new_v4();
+        let mut sold = self.sold.lock().expect("nobody panicked");
+        let confirmed = sold.len() < CAPACITY && sold.iter().all(|(owner, ..)| *owner != buyer);
+        if confirmed {
+            sold.push((buyer, key, id));
+        }
+        let accepted = Accepted {
+            buyer,
+            asked: 0,
+            confirmed,
+        };
+        self.accepted.lock().expect("nobody panicked").insert(id, accepted);
+        let body = json!({"id": id, "sale_id": sale, "buyer_id": buyer, "status": "pending"});
+        let location = [("location", format!("/api/reservations/{id}"))];
+        (StatusCode::ACCEPTED, location, Json(body)).into_response()
+    }
+}
+
+async fn follow(State(office): State<Arc<Office>>, Path(id): Path<Uuid>) -> Json<Value> {
+    let mut accepted = office.accepted.lock().expect("nobody panicked");
+    let order = accepted.get_mut(&id).expect("it was accepted");
+    order.asked += 1;
+    let confirmed = match office.lie {
+        Lie::ConfirmsEverybodyLater => true,
+        Lie::ChangesItsMind if order.asked > 2 => !order.confirmed,
+        _ => order.confirmed,
+    };
+    let state = match confirmed {
+        _ if order.asked < 2 || office.lie == Lie::NeverTells => json!({"status": "pending"}),
+        true => json!({"status": "confirmed"}),
+        false => {
+            let sold = office.sold.lock().expect("nobody panicked");
+            match sold.iter().find(|(owner, ..)| *owner == order.buyer) {
+                Some((.., earlier)) => json!({"status": "refused", "reason": "already-reserved", "earlier": earlier}),
+                None => json!({"status": "refused", "reason": "sold-out"}),
+            }
+        }
+    };
+    let mut body = json!({"id": id, "sale_id": 1, "buyer_id": order.buyer});
+    body.as_object_mut()
+        .expect("it is one")
+        .extend(state.as_object().expect("it is one").clone());
+    Json(body)
 }
 
 async fn reserve(
@@ -71,6 +144,7 @@ async fn reserve(
     };
     match office.lie {
         Lie::NeverDecides => return problem(StatusCode::SERVICE_UNAVAILABLE, "undecided", None),
+        _ if office.lie.accepts_first() => return office.accept(sale, buyer, key),
         Lie::Babbles => return (StatusCode::IM_A_TEAPOT, "short and stout").into_response(),
         _ => {}
     }
@@ -132,10 +206,12 @@ async fn serve(lie: Lie) -> (String, JoinHandle<io::Result<()>>) {
         lie,
         sold: Mutex::default(),
         undecided_once: Mutex::default(),
+        accepted: Mutex::default(),
     });
     let app = Router::new()
         .route("/api/sales/{sale}/reservations", post(reserve))
         .route("/api/sales/{sale}", put(open).get(look))
+        .route("/api/reservations/{id}", get(follow))
         .route("/readyz", get(|| async {}))
         .with_state(office);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -205,6 +281,9 @@ async fn finish(mut command: Command) -> (Option<i32>, String) {
 #[case(Lie::KeepsATicketBack, "I7")]
 #[case(Lie::NeverDecides, "I10")]
 #[case(Lie::Babbles, "I10")]
+#[case(Lie::ConfirmsEverybodyLater, "I1, I2, I3, I4")]
+#[case(Lie::NeverTells, "I4, I10")]
+#[case(Lie::ChangesItsMind, "I4, I5, I7")]
 #[tokio::test]
 async fn a_server_that_lies_fails_the_load_and_its_lie_is_named(#[case] lie: Lie, #[case] broken: &str) {
     let (code, said) = load(lie, &["--clicks", "2", "--patience", "1"]).await;
@@ -220,6 +299,20 @@ async fn an_honest_server_passes() {
     let (code, said) = load(Lie::None, &["--clicks", "2"]).await;
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("5 sold of 5, nothing broken"), "{said}");
+}
+
+#[tokio::test]
+async fn what_was_accepted_is_followed_to_its_final_state_which_has_a_clock_of_its_own() {
+    let (code, said) = load(Lie::DecidesLater, &["--clicks", "2"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("5 sold of 5, nothing broken"), "{said}");
+    assert!(
+        said.contains("completed, ms") && !said.contains("as answered"),
+        "{said}"
+    );
+
+    let (_, said) = load(Lie::None, &["--clicks", "2"]).await;
+    assert!(said.contains("as answered"), "{said}");
 }
 
 #[tokio::test]
@@ -259,6 +352,8 @@ async fn what_can_not_be_done_is_one_clear_line(#[case] arguments: &[&str], #[ca
 #[case(Lie::KeepsATicketBack, "I7")]
 #[case(Lie::NeverDecides, "I10")]
 #[case(Lie::Babbles, "I10")]
+#[case(Lie::ConfirmsEverybodyLater, "I1, I3, I4")]
+#[case(Lie::NeverTells, "I10")]
 #[ignore = "needs k6: make target/tools/bin/k6"]
 #[tokio::test]
 async fn k6_fails_on_a_server_that_lies(#[case] lie: Lie, #[case] broken: &str) {
@@ -274,6 +369,9 @@ async fn k6_fails_on_a_server_that_lies(#[case] lie: Lie, #[case] broken: &str) 
 async fn k6_passes_on_an_honest_server_and_where_the_break_is_expected() {
     let (code, said) = k6(Lie::None, "").await;
     assert_eq!(code, Some(0), "{said}");
+    let (code, said) = k6(Lie::DecidesLater, "").await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("completed, p50 / p95 / p99: "), "{said}");
     let (code, said) = k6(Lie::ForgetsAnUpdate, "I2").await;
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = k6(Lie::None, "I2").await;

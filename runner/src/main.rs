@@ -1,6 +1,8 @@
 //! The command `oversold`: run the sale, look at it step by step, judge what was recorded.
 
 mod bench;
+#[cfg(feature = "lv4")]
+mod dead_letters;
 mod doctor;
 mod judge;
 mod levels;
@@ -55,6 +57,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look at the orders that LV.4 gave up, and try one of them once more.
+    #[cfg(feature = "lv4")]
+    DeadLetters(dead_letters::DeadLettersArgs),
     /// Tell which backends there are, where they come from, and what is missing.
     Doctor,
 }
@@ -205,6 +210,8 @@ fn main() -> ExitCode {
         Command::Rush(args) => in_runtime(rush::rush(&args)),
         Command::Trace(args) => in_runtime(trace::trace(&args)),
         Command::Bench(args) => in_runtime(bench::bench(&args)),
+        #[cfg(feature = "lv4")]
+        Command::DeadLetters(args) => in_runtime(dead_letters::run(&args)),
         Command::Doctor => in_runtime(doctor::doctor()),
     };
     match ended {
@@ -212,6 +219,8 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("oversold: {error:#}");
             let missing = error.is::<Missing>() || error.is::<ToolMissing>();
+            #[cfg(feature = "lv4")]
+            let missing = missing || dead_letters::is_away(&error);
             ExitCode::from(if missing { BACKEND_MISSING } else { USAGE })
         }
     }

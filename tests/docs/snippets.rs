@@ -48,11 +48,22 @@ const FIGURES: &[(&str, Figures)] = &[
         figures(&LOCKS.map(|it| format!("lv3-waiters-{it}")), waiters_table)
     }),
     ("lv3-lock", |name| figures(&[name], lock_table)),
+    ("lv4-rush", |name| figures(&[name], two_clocks_table)),
+    ("lv4-rush-3", |name| figures(&[name], two_clocks_table)),
+    ("lv4-accept", |_| {
+        figures(&PATHS.map(|it| format!("lv4-accept-{it}")), accept_table)
+    }),
+    ("lv4-drain", |_| {
+        figures(&PATHS.map(|it| format!("lv4-drain-{it}")), drain_table)
+    }),
     ("road", |_| figures(&["road", "road-3"], road_table)),
 ];
 
 /// The strategies of LV.3 that have a lock of their own.
 const LOCKS: [&str; 3] = ["spin", "rlock", "fenced"];
+
+/// The strategies of LV.4 that are measured.
+const PATHS: [&str; 2] = ["locked", "single-writer"];
 
 /// Makes the table of the figures with this name.
 type Figures = fn(&str) -> String;
@@ -292,7 +303,10 @@ struct Rush {
     /// Newer than some files.
     #[serde(default)]
     sales_a_second: f64,
+    #[serde(default)]
+    all_answered_ms: f64,
     completed: Option<Percentiles>,
+    all_completed_ms: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -398,6 +412,114 @@ fn holds_on(strategy: &Strategy) -> &'static str {
 fn lines_of_code(source: &str) -> usize {
     let is_code = |line: &&str| !line.is_empty() && !line.starts_with("//");
     source.lines().map(str::trim).filter(is_code).count()
+}
+
+/// A rush whose orders are accepted first and decided later.
+fn two_clocks_table(runs: &[RushRun]) -> String {
+    let mut table = "\
+| strategy | sold | answered p50 ms | p95 ms | p99 ms | everybody after ms | completed p50 ms | p95 ms | p99 ms | all after ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
+"
+    .to_owned();
+    for it in runs.iter().flat_map(|run| &run.strategies) {
+        let three =
+            |Percentiles { p50_ms, p95_ms, p99_ms }: &Percentiles| format!("{p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0}");
+        table += &format!(
+            "| `{}` | {} | {} | {:.0} | {} | {:.0} | {} |\n",
+            it.strategy,
+            it.sold,
+            three(&it.answered),
+            it.all_answered_ms,
+            it.completed.as_ref().map_or_else(|| " | | ".to_owned(), three),
+            it.all_completed_ms.unwrap_or_default(),
+            it.verdict
+        );
+    }
+    table
+}
+
+/// What `oversold bench lv4/… --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Accept {
+    strategy: String,
+    clients: u32,
+    orders_a_second: Spread,
+    p95_ms: Spread,
+    without_produce: WithoutProduce,
+    producer_perf_test: Option<Produced>,
+}
+
+#[derive(Deserialize)]
+struct WithoutProduce {
+    orders_a_second: Spread,
+    ratio: Spread,
+}
+
+#[derive(Deserialize)]
+struct Produced {
+    records_a_second: f64,
+}
+
+fn accept_table(runs: &[Accept]) -> String {
+    let mut table = "\
+| strategy | connections | accepted/s: median (range) | p95 ms | with a produce that does nothing | ratio | `kafka-producer-perf-test`, records/s |
+|---|--:|--:|--:|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        let produced = it.producer_perf_test.as_ref();
+        table += &format!(
+            "| `{}` | {} | {} | {:.0} | {} | {:.2} | {} |\n",
+            it.strategy,
+            it.clients,
+            it.orders_a_second,
+            it.p95_ms,
+            it.without_produce.orders_a_second,
+            it.without_produce.ratio,
+            produced.map_or_else(|| "not measured".to_owned(), |it| format!("{:.0}", it.records_a_second))
+        );
+    }
+    table
+}
+
+/// What `oversold bench lv4/… --drain --json` writes, as far as the book shows it.
+#[derive(Deserialize)]
+struct Drain {
+    strategy: String,
+    orders: u32,
+    orders_a_second: Spread,
+    ceiling: Option<Batches>,
+    most_mib: Spread,
+}
+
+#[derive(Deserialize)]
+struct Batches {
+    orders_in_a_transaction: u32,
+    orders_a_second: Spread,
+    ratio: Spread,
+}
+
+fn drain_table(runs: &[Drain]) -> String {
+    let mut table = "\
+| strategy | orders that waited | decided/s: median (range) | pgbench, orders/s | of them in a transaction | ratio | memory at most, MiB |
+|---|--:|--:|--:|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        let (ceiling, batch, ratio) = match &it.ceiling {
+            Some(it) => (
+                it.orders_a_second.to_string(),
+                it.orders_in_a_transaction.to_string(),
+                format!("{:.2}", it.ratio),
+            ),
+            None => ("not measured".to_owned(), String::new(), String::new()),
+        };
+        table += &format!(
+            "| `{}` | {} | {} | {ceiling} | {batch} | {ratio} | {:.0} |\n",
+            it.strategy, it.orders, it.orders_a_second, it.most_mib
+        );
+    }
+    table
 }
 
 /// What `oversold bench --json` writes, as far as the book shows it.

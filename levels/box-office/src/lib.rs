@@ -26,7 +26,9 @@ pub use level::{Event, KafkaPlace, Level, Opening, Place, RedisPlace, Reserve, S
 pub use problem::ProblemKind;
 pub use run::{main, raise_open_files_limit, serve};
 pub use server::{CutOff, Server, StartError};
-pub use settings::{AdminToken, DatabaseUrl, Limits, LogFormat, RedisUrl, Settings, explain};
+pub use settings::{
+    AdminToken, DatabaseUrl, Limits, LogFormat, RedisUrl, Settings, explain, kafka_bootstrap_servers, kafka_prefix,
+};
 pub use steps::{Observer, Point, Sighting, Steps};
 pub use stop::StopAt;
 pub use watch::Watch;

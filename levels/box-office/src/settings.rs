@@ -44,10 +44,10 @@ pub struct Settings {
     #[arg(long = "lock-lease-ms", env = "LOCK_LEASE_MS", value_name = "MS", default_value = "10000", value_parser = lease)]
     pub lock_lease: Duration,
     /// The Kafka brokers to begin with, for a strategy that needs Kafka
-    #[arg(long, env = "KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT,…", value_parser = bootstrap_servers)]
+    #[arg(long, env = "KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT,…", value_parser = kafka_bootstrap_servers)]
     pub kafka_bootstrap_servers: Option<String>,
     /// What the name of every topic and group in Kafka begins with
-    #[arg(long, env = "KAFKA_PREFIX", value_name = "TEXT", default_value = "oversold.", value_parser = topic_prefix)]
+    #[arg(long, env = "KAFKA_PREFIX", value_name = "TEXT", default_value = "oversold.", value_parser = kafka_prefix)]
     pub kafka_prefix: String,
     /// How many consumers this server runs; with 0 it accepts orders, and other servers decide them
     #[arg(long, env = "KAFKA_CONSUMERS", value_name = "N", default_value = "1", value_parser = consumers)]
@@ -312,7 +312,11 @@ fn hold(text: &str) -> Result<Duration, &'static str> {
 /// What `KAFKA_BOOTSTRAP_SERVERS` takes, for messages.
 pub(crate) const BOOTSTRAP_SERVERS: &str = "the addresses of Kafka brokers, such as localhost:9092,localhost:9093";
 
-fn bootstrap_servers(text: &str) -> Result<String, &'static str> {
+/// Reads `KAFKA_BOOTSTRAP_SERVERS`, for a command that has no other settings of a server.
+///
+/// # Errors
+/// What it takes.
+pub fn kafka_bootstrap_servers(text: &str) -> Result<String, &'static str> {
     let address = |text: &str| {
         text.rsplit_once(':')
             .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
@@ -324,8 +328,11 @@ fn bootstrap_servers(text: &str) -> Result<String, &'static str> {
     }
 }
 
-/// As Kafka allows it in a topic's name, and short enough to leave room for the rest.
-fn topic_prefix(text: &str) -> Result<String, &'static str> {
+/// Reads `KAFKA_PREFIX`: as Kafka allows it in a topic's name, and short enough to leave room for the rest.
+///
+/// # Errors
+/// What it takes.
+pub fn kafka_prefix(text: &str) -> Result<String, &'static str> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if text.len() <= 100 && text.bytes().all(legal) {
         Ok(text.to_owned())

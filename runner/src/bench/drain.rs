@@ -84,7 +84,9 @@ pub(super) async fn bench(choice: Choice, args: &BenchArgs, orders: Option<u32>)
     let one_by_one = pgbench.as_ref().is_none_or(|&(_, batch)| batch == 1);
     let orders = orders.unwrap_or(if one_by_one { ORDERS_ONE_BY_ONE } else { ORDERS });
     let json = args.json.as_deref().map(crate::rush::create).transpose()?;
-    let bench = Bench::find(choice, args, 0).await?;
+    let mut bench = Bench::find(choice, args, 0).await?;
+    // Nobody buys while it is measured.
+    bench.clients = 0;
     bench.drain(args, orders, pgbench.as_ref(), json).await
 }
 
@@ -104,7 +106,7 @@ impl Bench {
             ours.push(self.drain_once(args.pool, orders, &mut void).await?);
             if let Some((pgbench, batch)) = pgbench {
                 say(&format!("round {number} of {rounds}: the ceiling"));
-                ceiling.push(self.batches(pgbench, *batch, orders, &mut void).await?);
+                ceiling.push(self.batches(pgbench, *batch, args.pool, orders, &mut void).await?);
             }
         }
         say("");
@@ -177,9 +179,16 @@ impl Bench {
     }
 
     /// What the database makes of the same batches, in orders a second.
-    async fn batches(&self, pgbench: &Pgbench, batch: u32, orders: u32, void: &mut Vec<String>) -> anyhow::Result<f64> {
+    async fn batches(
+        &self,
+        pgbench: &Pgbench,
+        batch: u32,
+        pool: u32,
+        orders: u32,
+        void: &mut Vec<String>,
+    ) -> anyhow::Result<f64> {
         let stand = self.services.stand(self.choice.strategy.schema).await?;
-        let (servers, _) = self.started(&accepting(self.program.clone()), &stand, 1).await?;
+        let (servers, _) = self.started(&accepting(self.program.clone()), &stand, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         servers.stop().await?;
         let transactions = orders.div_ceil(batch);

@@ -173,8 +173,11 @@ struct Figures<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     fdatasync_ms: Option<f64>,
     strategy: String,
-    clients: u32,
-    seconds: u64,
+    /// Not there where orders wait, instead of coming in for a time; as `seconds`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clients: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seconds: Option<u64>,
     #[serde(flatten)]
     measured: Measured<'a>,
     void: &'a [String],
@@ -443,8 +446,8 @@ impl Bench {
                 kafka: self.services.kafka.as_ref().map(|kafka| kafka.report().clone()),
                 fdatasync_ms: self.fdatasync_ms,
                 strategy: self.choice.name(),
-                clients: self.clients,
-                seconds: self.time.as_secs(),
+                clients: (self.clients > 0).then_some(self.clients),
+                seconds: (self.clients > 0).then_some(self.time.as_secs()),
                 measured,
                 void,
             };

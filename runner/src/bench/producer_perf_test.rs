@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn what_was_counted_is_in_the_last_line() {
         let output = include_str!("samples/producer-perf-test.txt");
-        assert_eq!(parse(output).expect("it is a real output"), (0.0, 0.0, 0.0));
+        assert_eq!(parse(output).expect("it is a real output"), (41_084.6, 207.0, 436.0));
         let error = parse("Killed\n").expect_err("nothing was counted");
         assert!(error.to_string().contains("Killed"), "{error}");
     }

@@ -101,18 +101,18 @@ mod tests {
     fn what_wrk_counted_is_its_last_line() {
         let load = parse(include_str!("samples/wrk.txt")).expect("it is a real output");
         let counted = Load {
-            answers: 5576,
-            took_us: 1_011_521,
-            refused: 557,
+            answers: 6615,
+            took_us: 1_004_418,
+            refused: 0,
             cut_off: 0,
-            p50_us: 444,
-            p95_us: 3120,
-            p99_us: 9862,
-            max_us: 17_763,
+            p50_us: 6859,
+            p95_us: 13_289,
+            p99_us: 17_607,
+            max_us: 26_923,
         };
         assert_eq!(load, counted);
-        assert_eq!(load.confirmed(), 5019);
-        assert_eq!(load.confirmed_a_second().round(), 4962.0);
+        assert_eq!(load.confirmed_a_second().round(), 6586.0);
+        assert_eq!(Load { refused: 15, ..load }.confirmed(), 6600);
     }
 
     #[test]

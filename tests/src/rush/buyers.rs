@@ -121,15 +121,17 @@ impl Gate {
         self.start.send_replace(Some(Start { started_us, answered }));
         let mut requests: Vec<Request> = self.buyers.join_all().await.into_iter().flatten().collect();
         let clock = clock.stop();
-        look_again(&mut requests, &self.live, started_us).await;
+        let address = self.live.borrow().first().copied();
+        if let Some(address) = address {
+            look_again(&mut requests, address, started_us).await;
+        }
         requests.sort_by_key(|request| (request.sent_us, request.request));
         Released { requests, clock }
     }
 }
 
 /// A final state never changes: everybody whose order was accepted asks once more, now that all is decided.
-async fn look_again(requests: &mut [Request], live: &watch::Receiver<Vec<SocketAddr>>, started_us: Micros) {
-    let Some(&address) = live.borrow().first() else { return };
+pub async fn look_again(requests: &mut [Request], address: SocketAddr, started_us: Micros) {
     let Ok(mut connection) = Connection::open(address).await else {
         return;
     };
@@ -276,6 +278,14 @@ impl Click {
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
+}
+
+/// How an accepted order ended, as an answer of `GET /api/reservations/{id}` tells it: `None` while it is under way; then whether, and why, it
+/// was refused.
+#[expect(clippy::option_option, reason = "not decided yet, decided yes, decided no")]
+pub fn decided(answered: &Answered) -> Option<Option<Refused>> {
+    let state: State = serde_json::from_slice(&answered.body).ok()?;
+    state.decided()
 }
 
 /// A reservation as `GET /api/reservations/{id}` tells it.
