@@ -70,7 +70,7 @@ impl Known {
         Self {
             targets: all(r"(?m)^([a-z][a-z-]*):", &makefile),
             variables: all(r"(?m)^([A-Z_]+) \?=", &makefile),
-            subcommands: all(r"(?m)^  ([a-z]+) ", commands)
+            subcommands: all(r"(?m)^  ([a-z-]+) ", commands)
                 .into_iter()
                 .map(|command| {
                     let flags = all("(--[a-z][a-z-]*)", &help(&[command.as_str()]));
