@@ -164,14 +164,12 @@ function unfinished(orders) {
   count('I7', -orders);
 }
 
-// How an accepted order ended; null while it is under way.
+// How an accepted order ended; null while it is under way. A stream of events ends with the final one.
 function ended(answer) {
-  if (answer.status !== 200) {
-    return null;
-  }
+  const events = isStream(answer) ? answer.body.split('\n').filter((line) => line.startsWith('data:')) : null;
   let state;
   try {
-    state = answer.json();
+    state = events ? JSON.parse(events[events.length - 1].slice('data:'.length)) : answer.json();
   } catch (_) {
     return null;
   }
@@ -181,21 +179,29 @@ function ended(answer) {
   return state.status === 'refused' ? { refused: true } : null;
 }
 
-// Asks for the final states of a buyer's accepted orders until they are there, or the patience runs out. Gives back how many never came.
+const isStream = (answer) => answer.status === 200 && (answer.headers['Content-Type'] || '').startsWith('text/event-stream');
+
+// Waits for the events that tell how a buyer's accepted orders ended, or, where there are none, asks for their states, until the patience
+// runs out. Gives back how many never came.
 function follow(locations, began, reservations) {
   const deadline = Date.now() + PATIENCE * 1000;
   let pause = 0.02;
-  let open = locations;
+  let open = locations.map((location) => ({ location, path: `${location}/events` }));
   while (open.length > 0 && Date.now() < deadline) {
-    const answers = http.batch(
-      open.map((location) => ['GET', `${BASE_URL}${location}`, null, { timeout: `${PATIENCE}s`, tags: { name: 'follow' } }]),
-    );
-    open = open.filter((_, index) => {
-      const state = ended(answers[index]);
+    const sent = Date.now();
+    const timeout = `${deadline - sent}ms`;
+    const answers = http.batch(open.map(({ path }) => ['GET', `${BASE_URL}${path}`, null, { timeout, tags: { name: 'follow' } }]));
+    open = open.filter((order, index) => {
+      const answer = answers[index];
+      if (answer.status !== 0 && !isStream(answer)) {
+        order.path = order.location;
+      }
+      const state = ended(answer);
       if (state === null) {
         return true;
       }
-      completed.add(Date.now() - began);
+      const { blocked, connecting, duration } = answer.timings;
+      completed.add(sent - began + blocked + connecting + duration);
       if (state.reservation) {
         reservations.add(state.reservation);
       }

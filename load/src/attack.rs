@@ -23,7 +23,7 @@ use goose::{
 };
 use suite::{
     history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
-    rush::{Answered, Clock, Report, Understood, decided, jittered, look_again, retry_after, understand},
+    rush::{Answered, Clock, Report, Understood, are_events, decided, jittered, look_again, retry_after, understand},
 };
 use tokio::{
     sync::{Barrier, mpsc, watch},
@@ -44,7 +44,8 @@ const NOT_COUNTED: u64 = 0;
 /// Before a repeat that the server gives no time for.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Between two looks at an accepted order: longer each time, so that those who wait don't keep the server from deciding.
+/// Between two looks at an accepted order, where there are no events: longer each time, so that those who wait don't keep the server from
+/// deciding.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
@@ -218,16 +219,21 @@ impl Shop {
         }
     }
 
-    /// Asks for the state of an accepted order until it is final.
+    /// Waits for the event that tells how an accepted order ended. Where there are no events, asks for its state until it is final.
     async fn follow(&self, user: &mut GooseUser, location: &str, opened_us: Micros) -> Ending {
+        let events = format!("{location}/events");
+        let mut path = events.as_str();
         let mut pause = LOOK_AGAIN;
         loop {
             let ready = GooseRequest::builder()
                 .method(GooseMethod::Get)
                 .name("follow")
-                .path(location)
+                .path(path)
                 .build();
             let state = send(user, ready).await;
+            if state.as_ref().is_some_and(|answered| !are_events(answered)) {
+                path = location;
+            }
             if let Some(refused) = state.as_ref().and_then(decided) {
                 return Ending {
                     at_us: now_monotonic_us() - opened_us,

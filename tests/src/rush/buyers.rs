@@ -280,12 +280,17 @@ impl Click {
     }
 }
 
-/// How an accepted order ended, as an answer of `GET /api/reservations/{id}` tells it: `None` while it is under way; then whether, and why, it
-/// was refused.
+/// How an accepted order ended, as an answer of `GET /api/reservations/{id}` or a stream of its events tells it: `None` while it is under way;
+/// then whether, and why, it was refused.
 #[expect(clippy::option_option, reason = "not decided yet, decided yes, decided no")]
 pub fn decided(answered: &Answered) -> Option<Option<Refused>> {
-    let state: State = serde_json::from_slice(&answered.body).ok()?;
-    state.decided()
+    State::of(answered).ok()?.decided()
+}
+
+/// Whether an answer is a stream of events, read to its end.
+pub fn are_events(answered: &Answered) -> bool {
+    let kind = answered.headers.get(header::CONTENT_TYPE);
+    answered.status == StatusCode::OK && kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 
 /// A reservation as `GET /api/reservations/{id}` tells it.
@@ -299,26 +304,26 @@ struct State {
 impl State {
     async fn read(connection: &mut Connection, location: &str) -> anyhow::Result<Self> {
         let request = HttpRequest::get(location).body(Full::default())?;
-        let answered = connection.send(request).await?;
-        Ok(serde_json::from_slice(&answered.body)?)
+        Self::of(&connection.send(request).await?)
     }
 
     /// The last event of an order; the stream ends when it is final. `None`: there are no events here.
     async fn told(connection: &mut Connection, location: &str) -> anyhow::Result<Option<Self>> {
         let request = HttpRequest::get(format!("{location}/events")).body(Full::default())?;
         let answered = connection.send(request).await?;
-        let is_stream = answered
-            .headers
-            .get(header::CONTENT_TYPE)
-            .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
-        if answered.status != StatusCode::OK || !is_stream {
-            return Ok(None);
+        are_events(&answered).then(|| Self::of(&answered)).transpose()
+    }
+
+    /// As the body of an answer tells it, or the last of its events.
+    fn of(answered: &Answered) -> anyhow::Result<Self> {
+        if !are_events(answered) {
+            return Ok(serde_json::from_slice(&answered.body)?);
         }
         let text = str::from_utf8(&answered.body)?;
         let last = text.lines().filter_map(|line| line.strip_prefix("data:")).next_back();
-        Ok(Some(serde_json::from_str(
+        Ok(serde_json::from_str(
             last.context("a stream without an event")?.trim_start(),
-        )?))
+        )?)
     }
 
     /// `None` while it is under way; then whether, and why, it was refused.

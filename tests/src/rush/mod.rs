@@ -14,7 +14,7 @@ use anyhow::{Context, ensure};
 use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
 use tokio::sync::watch;
 
-pub use buyers::{Understood, decided, jittered, look_again, retry_after, understand};
+pub use buyers::{Understood, are_events, decided, jittered, look_again, retry_after, understand};
 pub use connection::{Answered, Connection};
 pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
