@@ -282,7 +282,6 @@ impl Click {
 
 /// How an accepted order ended, as an answer of `GET /api/reservations/{id}` or a stream of its events tells it: `None` while it is under way;
 /// then whether, and why, it was refused.
-#[expect(clippy::option_option, reason = "not decided yet, decided yes, decided no")]
 pub fn decided(answered: &Answered) -> Option<Option<Refused>> {
     State::of(answered).ok()?.decided()
 }
