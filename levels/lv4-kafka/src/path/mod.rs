@@ -45,6 +45,10 @@ pub use message::{OrderMessage, Poison, Taken};
 /// follows from it.
 pub const PARTITIONS: i32 = 6;
 
+/// How large a message of that topic may be, in bytes. An order has a few hundred. The broker's own limit is a million: a message of that size
+/// could not be dead-lettered, as the reason beside it takes room as well, and would lie in its partition's way for ever.
+const LARGEST: &str = "65536";
+
 /// How long the broker may take for one message. The buyer hears "undecided" then, although the message may be there.
 const DELIVERY: Duration = Duration::from_secs(5);
 
@@ -236,7 +240,7 @@ async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
     // ANCHOR: topics
     // -1: as many replicas as the brokers are set to keep.
     let topics = [
-        NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1)),
+        NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1)).set("max.message.bytes", LARGEST),
         NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)),
     ];
     // ANCHOR_END: topics
