@@ -12,7 +12,7 @@ use std::{
 use rdkafka::producer::FutureRecord;
 use rstest::rstest;
 use serde_json::Value;
-use suite::rush::{Program, Rush, Servers};
+use suite::rush::{Program, Rush, SALE, Servers};
 use tempfile::tempdir;
 
 /// Runs the command in an environment without settings of its own.
@@ -385,12 +385,13 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
         .unwrap();
     let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
     let topic = lv4_kafka::path::topic(&place);
-    let poison = FutureRecord::<[u8], str>::to(&topic)
-        .partition(3)
-        .payload("not an order\n");
+    // With a key, as orders have one: it decides on the partition, the second time as well.
+    let key = SALE.to_be_bytes();
+    let poison = FutureRecord::to(&topic).key(&key).payload("not an order\n");
     let producer = lv4_kafka::path::producer(&place).unwrap();
-    producer.send(poison, Duration::from_secs(10)).await.unwrap();
-    let origin = format!("{topic}/3/0");
+    let written = producer.send(poison, Duration::from_secs(10)).await.unwrap();
+    let (partition, offset) = (written.partition, written.offset);
+    let origin = format!("{topic}/{partition}/{offset}");
     let one = |attempts: u64| {
         let began = Instant::now();
         loop {
@@ -420,7 +421,7 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
         "{}",
         out(&output)
     );
-    assert_eq!(one(2)["origin"], format!("{topic}/3/1"));
+    assert_eq!(one(2)["origin"], format!("{topic}/{partition}/{}", offset + 1));
     let again = letters(&["replay", &origin]);
     assert_eq!(again.status.code(), Some(2), "{}", out(&again));
     servers.stop().await.unwrap();

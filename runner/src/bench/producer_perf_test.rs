@@ -44,7 +44,7 @@ pub(super) async fn run(
         .arg("--producer-props")
         .arg(format!("bootstrap.servers={}", kafka.bootstrap_servers()))
         // As in the level's own producer.
-        .args(["acks=all", "enable.idempotence=true", "linger.ms=2"]);
+        .args(["acks=all", "enable.idempotence=true", "linger.ms=5"]);
     let (records_a_second, p50_ms, p95_ms) = parse(&tool::output(&mut command, "kafka-producer-perf-test").await?)?;
     Ok(Produced {
         records,
