@@ -19,7 +19,7 @@ const COMMAND: Duration = Duration::from_millis(500);
 
 /// The pauses between two attempts: short at first, as a lock is held for about a millisecond.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(16);
+const LONGEST_PAUSE: Duration = Duration::from_millis(4);
 
 /// Takes locks.
 #[derive(Clone)]
