@@ -5,7 +5,7 @@ mod native;
 mod prefix;
 mod wire;
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use anyhow::Context;
 
@@ -29,6 +29,9 @@ const URL_VARIABLE: &str = "KAFKA_BOOTSTRAP_SERVERS";
 
 /// Every cluster needs one. That of the containers, too.
 const CLUSTER_ID: &str = "5L6g3nShT-eMCtK--X86sw";
+
+/// How long it may take until a new topic can be written to.
+const MADE_WITHIN: Duration = Duration::from_secs(10);
 
 /// The settings of every broker that is started here.
 fn settings() -> [(&'static str, &'static str); 11] {
@@ -140,19 +143,24 @@ impl Kafka {
             .collect())
     }
 
-    /// Makes a topic.
+    /// Makes a topic, and returns once it can be written to.
     ///
     /// # Errors
     /// It is there already, or no broker answers.
     pub async fn create_topic(&self, name: &str, partitions: i32) -> anyhow::Result<()> {
-        let asking = async {
-            Connection::open(&self.servers)
-                .await?
-                .create_topic(name, partitions)
-                .await
+        let making = async {
+            let mut connection = Connection::open(&self.servers).await?;
+            connection.create_topic(name, partitions).await?;
+            // That is what the controller knows. The broker that tells of topics hears of it a moment later.
+            let is_led = |topic: &wire::Topic| topic.name == name && topic.led;
+            while !connection.metadata().await?.topics.iter().any(is_led) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            io::Result::Ok(())
         };
-        asking
-            .await
+        let made = tokio::time::timeout(MADE_WITHIN, making).await;
+        made.map_err(|_| anyhow::anyhow!("it has no leader after {MADE_WITHIN:?}"))
+            .and_then(|made| Ok(made?))
             .with_context(|| format!("making {name} in Kafka at {}", self.servers))
     }
 }
