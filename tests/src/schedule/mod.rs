@@ -10,7 +10,7 @@ mod hang_up;
 mod script;
 mod trace;
 
-pub use cancel::cancelled_after_every_poll;
+pub use cancel::{cancelled_after_every_poll, never_cancelled};
 pub use explore::{Broken, Explored, Scenario};
 pub use hang_up::hung_up_at_every_point;
 pub use script::{Lane, Rehearsal, Script};
