@@ -113,12 +113,12 @@ async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strat
         });
         assert!(served, "nobody was served by the new instance: {}", fault.fault);
     }
-    assert_eq!(
-        undecided(&report).count(),
-        0,
-        "somebody is undecided: an instance left before it had answered\n{}",
-        report.verdict
-    );
+    if let Some(first) = undecided(&report).next() {
+        panic!(
+            "somebody is undecided: an instance left before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
+            report.sent_to[&first.request], report.struck, report.history.faults, report.verdict
+        );
+    }
 }
 
 /// A server that leaves on SIGTERM at once, and with it all that is in flight: `executable` below a shell that does not pass the signal on, as
