@@ -20,7 +20,10 @@ use suite::{
     judge::{Conclusion, judge},
     restarts,
     rush::{Program, Report, Rush, SALE},
-    schedule::{Explored, Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point, never_cancelled},
+    schedule::{
+        Explored, Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point, never_cancelled,
+        never_hung_up,
+    },
     twins::differ_by_one_mistake,
 };
 use tokio::{
@@ -591,6 +594,14 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
         .unwrap();
     println!("{name}: hung up at {points:?}");
     assert!(points.contains(&"committed".to_owned()), "{points:?}");
+}
+
+#[tokio::test]
+#[should_panic(expected = "did not strike")]
+async fn a_server_that_stands_still_nowhere_says_nothing_of_buyers_who_hang_up() {
+    never_hung_up(&program(), &LEVEL, strategy("pessimistic"))
+        .await
+        .unwrap();
 }
 
 #[test]
