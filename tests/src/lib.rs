@@ -3,6 +3,7 @@
 pub mod backends;
 mod contract;
 pub mod crowd;
+mod declares;
 pub mod history;
 pub mod http_contract;
 pub mod judge;
@@ -15,3 +16,4 @@ pub mod schedule;
 pub mod twins;
 
 pub use contract::{RED, contract, held_to};
+pub use declares::declares;

@@ -376,6 +376,9 @@ async fn converse(
     /// What a client that is in the middle of its headers gets to finish them when the server ends.
     const LAST_WORDS: Duration = Duration::from_millis(500);
 
+    /// What a request that the kernel has already takes to be read.
+    const ARRIVED: Duration = Duration::from_millis(10);
+
     // An answer is one small write: waiting for more to send would only delay it.
     let _ = stream.set_nodelay(true);
     let answering = TaskTracker::new();
@@ -390,7 +393,8 @@ async fn converse(
         // The connection first: a request that has arrived is in flight, even if the stop came in the same instant.
         biased;
         ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
+        // A request may have arrived that nobody has looked at yet, and hyper would close on it: the runtime looks at its sockets before its clock.
+        () = async { stop.cancelled().await; sleep(ARRIVED).await } => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
                 biased;

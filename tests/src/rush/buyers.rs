@@ -1,6 +1,6 @@
 //! The buyers: each clicks, and repeats what stayed undecided, under the same key, until a patience runs out.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
 use box_office::{BuyerId, ProblemKind, SaleId, api, trace::now_monotonic_us};
@@ -38,7 +38,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Everybody is here and connected; nobody has asked yet.
 pub(super) struct Gate {
-    buyers: JoinSet<Vec<Request>>,
+    buyers: JoinSet<Vec<Sent>>,
     opened: Arc<Barrier>,
     start: watch::Sender<Option<Start>>,
     live: watch::Receiver<Vec<SocketAddr>>,
@@ -48,13 +48,19 @@ pub(super) struct Gate {
 struct Start {
     started_us: Micros,
     answered: Arc<watch::Sender<u64>>,
+    healings: watch::Receiver<usize>,
 }
 
 /// What came of a rush, as its clients saw it.
 pub(super) struct Released {
     pub(super) requests: Vec<Request>,
+    /// Which instance each request was sent to.
+    pub(super) sent_to: HashMap<u64, SocketAddr>,
     pub(super) clock: Clock,
 }
+
+/// A request, and the instance that it was sent to.
+type Sent = (Request, SocketAddr);
 
 /// One click of one buyer, and every repeat of it.
 struct Click {
@@ -62,6 +68,8 @@ struct Click {
     buyer: BuyerId,
     key: String,
     connection: Option<Connection>,
+    /// The instance at the other end.
+    address: SocketAddr,
     live: watch::Receiver<Vec<SocketAddr>>,
     patience: Duration,
 }
@@ -77,8 +85,8 @@ impl Gate {
         let mut connections = Vec::with_capacity(clicks.len());
         for (group, clicks) in clicks.chunks(OPENING_AT_ONCE).enumerate() {
             let opening = (0..clicks.len()).map(|place| {
-                let click = group * OPENING_AT_ONCE + place;
-                Connection::open_warm(addresses[click % addresses.len()])
+                let address = addresses[(group * OPENING_AT_ONCE + place) % addresses.len()];
+                async move { anyhow::Ok((address, Connection::open_warm(address).await?)) }
             });
             connections.extend(try_join_all(opening).await?);
         }
@@ -90,19 +98,21 @@ impl Gate {
                 .into_iter()
                 .zip(connections)
                 .enumerate()
-                .map(|(number, ((buyer, click), connection))| Click {
+                .map(|(number, ((buyer, click), (address, connection)))| Click {
                     number: number as u64,
                     buyer,
                     key: format!("buyer-{buyer}-click-{click}"),
                     connection: Some(connection),
+                    address,
                     live: live.clone(),
                     patience: rush.patience,
                 });
         let mut buyers = JoinSet::new();
-        for _ in 0..rush.buyers {
+        for buyer in 0..rush.buyers as usize {
             // One task for all clicks of a buyer: they leave in the same breath.
             let clicks: Vec<Click> = clicks.by_ref().take(rush.clicks as usize).collect();
-            buyers.spawn(buy(clicks, started.clone(), opened.clone()));
+            let wave = buyer * rush.waves() / rush.buyers as usize;
+            buyers.spawn(buy(clicks, wave, started.clone(), opened.clone()));
         }
         // Every buyer has run up to the gate before it opens.
         opened.wait().await;
@@ -114,19 +124,34 @@ impl Gate {
         })
     }
 
-    /// Opens, and waits until everybody has gone home.
-    pub(super) async fn open(self, started_us: Micros, answered: Arc<watch::Sender<u64>>) -> Released {
+    /// Opens, and waits until everybody has gone home. Each wave of buyers but the first comes when one more fault has been mended.
+    pub(super) async fn open(
+        self,
+        started_us: Micros,
+        answered: Arc<watch::Sender<u64>>,
+        healings: watch::Receiver<usize>,
+    ) -> Released {
         drop(self.opened);
         let clock = Clock::start();
-        self.start.send_replace(Some(Start { started_us, answered }));
-        let mut requests: Vec<Request> = self.buyers.join_all().await.into_iter().flatten().collect();
+        self.start.send_replace(Some(Start {
+            started_us,
+            answered,
+            healings,
+        }));
+        let sent: Vec<Sent> = self.buyers.join_all().await.into_iter().flatten().collect();
         let clock = clock.stop();
+        let sent_to = sent.iter().map(|(request, to)| (request.request, *to)).collect();
+        let mut requests: Vec<Request> = sent.into_iter().map(|(request, _)| request).collect();
         let address = self.live.borrow().first().copied();
         if let Some(address) = address {
             look_again(&mut requests, address, started_us).await;
         }
         requests.sort_by_key(|request| (request.sent_us, request.request));
-        Released { requests, clock }
+        Released {
+            requests,
+            sent_to,
+            clock,
+        }
     }
 }
 
@@ -156,15 +181,23 @@ pub async fn look_again(requests: &mut [Request], address: SocketAddr, started_u
     }
 }
 
-/// One buyer, up to the gate and through it.
-async fn buy(clicks: Vec<Click>, mut started: watch::Receiver<Option<Start>>, opened: Arc<Barrier>) -> Vec<Request> {
+/// One buyer, up to the gate and, when the wave is let in, through it.
+async fn buy(
+    clicks: Vec<Click>,
+    wave: usize,
+    mut started: watch::Receiver<Option<Start>>,
+    opened: Arc<Barrier>,
+) -> Vec<Sent> {
     opened.wait().await;
     drop(opened);
     let Ok(start) = started.wait_for(Option::is_some).await.map(|start| start.clone()) else {
         return vec![]; // The rush was given up before it began.
     };
     drop(started);
-    let Some(start) = start else { return vec![] };
+    let Some(mut start) = start else { return vec![] };
+    if start.healings.wait_for(|healed| *healed >= wave).await.is_err() {
+        return vec![]; // A fault before this wave could not be carried out, and the rush is given up.
+    }
     join_all(clicks.into_iter().map(|click| click.run(start.clone())))
         .await
         .into_iter()
@@ -173,15 +206,15 @@ async fn buy(clicks: Vec<Click>, mut started: watch::Receiver<Option<Start>>, op
 }
 
 impl Click {
-    async fn run(mut self, start: Start) -> Vec<Request> {
+    async fn run(mut self, start: Start) -> Vec<Sent> {
         let first_sent_us = now_monotonic_us() - start.started_us;
         let mut requests = vec![];
         loop {
             let number = self.number + (requests.len() as u64) * 1_000_000;
-            let (request, retry_after) = self.ask(number, start.started_us).await;
+            let ((request, sent_to), retry_after) = self.ask(number, start.started_us).await;
             start.answered.send_modify(|answered| *answered += 1);
             let undecided = request.answer == Answer::Undecided;
-            requests.push(request);
+            requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
             let left = self.patience.saturating_sub(Duration::from_micros(spent_us));
             if !undecided || left.is_zero() {
@@ -192,7 +225,7 @@ impl Click {
     }
 
     /// Sends one request and follows it to its end. Also tells how long to wait before a repeat.
-    async fn ask(&mut self, number: u64, started_us: Micros) -> (Request, Duration) {
+    async fn ask(&mut self, number: u64, started_us: Micros) -> (Sent, Duration) {
         let mut request = Request {
             request: number,
             buyer: self.buyer,
@@ -204,7 +237,10 @@ impl Click {
         };
         let mut retry_after = jittered(Duration::from_millis(50));
         // The client's own deadline: it hangs up, the server may go on.
-        if let Ok(Ok(answered)) = timeout(self.patience, self.send(number)).await {
+        let sending = timeout(self.patience, self.send(number)).await;
+        // An order that is accepted may be followed elsewhere.
+        let sent_to = self.address;
+        if let Ok(Ok(answered)) = sending {
             request.answered_us = Some(now_monotonic_us() - started_us);
             if let Some(pause) = self::retry_after(&answered.headers) {
                 retry_after = jittered(pause);
@@ -214,7 +250,7 @@ impl Click {
         if request.answered_us.is_none() {
             self.connection = None;
         }
-        (request, retry_after)
+        ((request, sent_to), retry_after)
     }
 
     async fn send(&mut self, number: u64) -> anyhow::Result<Answered> {
@@ -222,18 +258,19 @@ impl Click {
         self.connection().await?.send(request).await
     }
 
-    /// The buyer's connection; a new one, to an instance that lives, if the old one is gone.
+    /// The buyer's connection; a new one, to an instance that lives, if the old one is gone or leads to one that does not.
     async fn connection(&mut self) -> anyhow::Result<&mut Connection> {
-        if self.connection.as_mut().is_some_and(Connection::is_closed) {
+        let live = self.live.borrow().clone();
+        let gone = self.connection.as_mut().is_some_and(Connection::is_closed);
+        if gone || !live.contains(&self.address) {
             self.connection = None;
         }
         let connection = match self.connection.take() {
             Some(connection) => connection,
             None => {
-                let live = self.live.borrow().clone();
                 let at = rand::rng().random_range(0..live.len().max(1));
-                let address = *live.get(at).ok_or_else(|| anyhow!("no instance lives"))?;
-                Connection::open(address).await?
+                self.address = *live.get(at).ok_or_else(|| anyhow!("no instance lives"))?;
+                Connection::open(self.address).await?
             }
         };
         Ok(self.connection.insert(connection))

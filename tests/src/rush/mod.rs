@@ -8,7 +8,7 @@ mod connection;
 mod report;
 mod servers;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
@@ -49,7 +49,8 @@ pub struct Rush {
     pub patience: Duration,
     /// Whether the servers write down every step of every request, for the evidence of a verdict.
     pub traced: bool,
-    /// What to do to the servers while they sell.
+    /// What to do to the servers while they sell. With faults, buyers come in waves: the first when the gate opens, one more when each fault
+    /// has been mended, or has struck where it is not mended.
     pub faults: Vec<PlannedFault>,
 }
 
@@ -73,12 +74,21 @@ impl Default for Rush {
 /// Something to do to a server while it sells.
 #[derive(Clone, Copy, Debug)]
 pub struct PlannedFault {
-    /// Strikes as soon as so many requests have their answer.
+    /// Strikes as soon as so many requests have their answer, counted from the gate's opening or the mending of the fault before.
     pub after_answers: u64,
     /// Which instance, counted from 0.
     pub instance: usize,
     /// What happens to it.
     pub kind: FaultKind,
+}
+
+/// An instance that a fault struck.
+#[derive(Clone, Copy, Debug)]
+pub struct Struck {
+    /// Where it listened.
+    pub address: SocketAddr,
+    /// Where the one listens that took its place. `None`: none did.
+    pub replaced_by: Option<SocketAddr>,
 }
 
 /// What happens to an instance.
@@ -115,6 +125,11 @@ impl Rush {
         self
     }
 
+    /// How many waves the buyers come in.
+    fn waves(&self) -> usize {
+        self.faults.len() + 1
+    }
+
     /// Starts the servers on a fresh database of the shared backends, and runs the rush.
     ///
     /// # Errors
@@ -137,6 +152,14 @@ impl Rush {
         strategy: &Strategy,
     ) -> anyhow::Result<Report> {
         ensure!(self.instances > 0, "a rush needs an instance to run against");
+        let fewest = u64::from(self.buyers) / self.waves() as u64 * u64::from(self.clicks);
+        for fault in &self.faults {
+            ensure!(
+                fault.after_answers <= fewest,
+                "a fault after {} answers of a wave of {fewest} requests may never strike",
+                fault.after_answers
+            );
+        }
         let servers = Servers::start(self, stand, program, level, strategy).await?;
         servers.open_sale(SALE, self.capacity).await?;
         if !self.commit.is_zero() {
@@ -147,12 +170,13 @@ impl Rush {
             .await
             .context("connecting the buyers")?;
         let (answered, answers) = watch::channel(0);
+        let (healed, healings) = watch::channel(0);
         let started_us = now_monotonic_us();
         let (released, faults) = tokio::join!(
-            gate.open(started_us, Arc::new(answered)),
-            strike(&self.faults, answers, &servers, started_us)
+            gate.open(started_us, Arc::new(answered), healings),
+            strike(&self.faults, answers, healed, &servers, started_us)
         );
-        let faults = faults?;
+        let (faults, struck) = faults?.into_iter().unzip();
 
         let mut requests = released.requests;
         let retries = servers.retries().await?;
@@ -178,6 +202,8 @@ impl Rush {
         };
         let mut report = Report::new(self.instances, history, retries, &released.clock);
         report.beside_requests = beside_requests;
+        report.sent_to = released.sent_to;
+        report.struck = struck;
         Ok(report)
     }
 }
@@ -198,17 +224,19 @@ async fn slow_commits_down(database: &Database, by: Duration) -> anyhow::Result<
     Ok(())
 }
 
-/// Carries out the plan, each fault at its moment, and writes down when it struck and when it was mended.
+/// Carries out the plan, each fault at its moment, writes down when it struck and when it was mended, and lets the next buyers come.
 async fn strike(
     plan: &[PlannedFault],
     mut answers: watch::Receiver<u64>,
+    healed: watch::Sender<usize>,
     servers: &Servers,
     started_us: Micros,
-) -> anyhow::Result<Vec<Fault>> {
+) -> anyhow::Result<Vec<(Fault, Struck)>> {
     let mut faults = vec![];
     for planned in plan {
+        let before = if faults.is_empty() { 0 } else { *answers.borrow() };
         answers
-            .wait_for(|answered| *answered >= planned.after_answers)
+            .wait_for(|answered| *answered >= before + planned.after_answers)
             .await
             .with_context(|| {
                 format!(
@@ -217,6 +245,7 @@ async fn strike(
                 )
             })?;
         let number = planned.instance + 1;
+        let address = servers.address(planned.instance).await?;
         let (fault, struck_us, healed_us) = match planned.kind {
             FaultKind::Kill => {
                 let status = servers.kill(planned.instance).await?;
@@ -232,11 +261,17 @@ async fn strike(
                 )
             }
         };
-        faults.push(Fault {
+        let replaced_by = match healed_us {
+            Some(_) => Some(servers.address(planned.instance).await?),
+            None => None,
+        };
+        let fault = Fault {
             fault,
             struck_us: struck_us - started_us,
             healed_us: healed_us.map(|healed_us| healed_us - started_us),
-        });
+        };
+        faults.push((fault, Struck { address, replaced_by }));
+        healed.send_modify(|healed| *healed += 1);
     }
     Ok(faults)
 }

@@ -1,6 +1,6 @@
 //! What a rush measured, beside what the judge says of it.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use box_office::trace::Record;
 
+use super::Struck;
 use crate::{
     history::{Answer, History, Micros, Refused, Request},
     judge::{Verdict, judge},
@@ -40,6 +41,10 @@ pub struct Report {
     pub instances: usize,
     /// What each of them did beside requests, as consumers do, where it was written down.
     pub beside_requests: Vec<Vec<Record>>,
+    /// Which instance each request was sent to, by the request's number.
+    pub sent_to: HashMap<u64, SocketAddr>,
+    /// The instances that the faults struck, in the order of the history's faults.
+    pub struck: Vec<Struck>,
 }
 
 /// How many requests got which answer.
@@ -124,6 +129,8 @@ impl Report {
             retries,
             instances,
             beside_requests: vec![],
+            sent_to: HashMap::new(),
+            struck: vec![],
             history,
         }
     }

@@ -182,6 +182,11 @@ impl Servers {
         Ok(())
     }
 
+    /// Where an instance listens, or listened last.
+    pub(super) async fn address(&self, instance: usize) -> anyhow::Result<SocketAddr> {
+        Ok(self.instance(instance)?.lock().await.address)
+    }
+
     /// SIGKILL. The clients know at once that this instance is gone.
     pub(crate) async fn kill(&self, instance: usize) -> anyhow::Result<ExitStatus> {
         let mut instance = self.instance(instance)?.lock().await;

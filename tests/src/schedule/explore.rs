@@ -8,7 +8,7 @@ use anyhow::ensure;
 
 use super::{Lane, Rehearsal, Script, Trace};
 use crate::{
-    history::History,
+    history::{Answer, History},
     judge::{Verdict, judge},
 };
 
@@ -37,6 +37,8 @@ pub struct Explored {
     pub blocked: usize,
     /// Those in which something was broken.
     pub broken: Vec<Broken>,
+    /// For each order, what each request was told: those of the first buyer first.
+    pub answers: Vec<Vec<Answer>>,
 }
 
 /// An order that broke something.
@@ -46,6 +48,13 @@ pub struct Broken {
     pub verdict: Verdict,
     /// How it came about.
     pub trace: Trace,
+}
+
+/// Whose keys the requests of a scenario carry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keys {
+    Own,
+    TheFirstOnes,
 }
 
 /// One decision of a run: who was moved, and who could have been.
@@ -60,10 +69,23 @@ impl Rehearsal {
     /// # Errors
     /// A step did not end in time, or there are too many orders.
     pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Explored> {
+        self.every_order(scenario, Keys::Own).await
+    }
+
+    /// The same, but all requests carry one key, that of the first.
+    ///
+    /// # Errors
+    /// As [`explore`](Self::explore).
+    pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Explored> {
+        self.every_order(scenario, Keys::TheFirstOnes).await
+    }
+
+    async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Explored> {
         let mut explored = Explored {
             orders: 0,
             blocked: 0,
             broken: vec![],
+            answers: vec![],
         };
         let mut prefix: Vec<usize> = vec![];
         loop {
@@ -71,7 +93,7 @@ impl Rehearsal {
                 explored.orders < MOST_RUNS,
                 "more than {MOST_RUNS} orders: take fewer requests or preemptions"
             );
-            let (script, decisions) = self.one_order(scenario, &prefix).await?;
+            let (script, decisions) = self.one_order(scenario, keys, &prefix).await?;
             explored.orders += 1;
             explored.blocked += usize::from(script.was_anybody_blocked());
             let history: History = script.history().await?;
@@ -82,6 +104,8 @@ impl Rehearsal {
                     trace: script.trace(),
                 });
             }
+            let answers = history.requests.into_iter().map(|request| request.answer);
+            explored.answers.push(answers.collect());
             // The last decision with an alternative that was not tried yet.
             let Some(last) = decisions
                 .iter()
@@ -94,7 +118,12 @@ impl Rehearsal {
         }
     }
 
-    async fn one_order(&self, scenario: Scenario, prefix: &[usize]) -> anyhow::Result<(Script<'_>, Vec<Decision>)> {
+    async fn one_order(
+        &self,
+        scenario: Scenario,
+        keys: Keys,
+        prefix: &[usize],
+    ) -> anyhow::Result<(Script<'_>, Vec<Decision>)> {
         const NAMES: [&str; 3] = ["Ann", "Bob", "Carol"];
 
         let mut script = self.sale(scenario.capacity).await?;
@@ -103,6 +132,12 @@ impl Rehearsal {
             let first = script.buyer(name);
             for _ in 1..clicks {
                 script.click(first);
+            }
+        }
+        if keys == Keys::TheFirstOnes {
+            let lanes = script.movable();
+            for &lane in &lanes[1..] {
+                script.takes_the_key_of(lane, lanes[0]);
             }
         }
         let mut decisions: Vec<Decision> = vec![];

@@ -60,13 +60,28 @@ pub async fn hung_up_at_every_point(
                 ..Rush::default()
             };
             let talk = Talk::during(&rush, &stand, &program, level, strategy).await?;
-            hang_up(&talk, &observer, sale, leaves)
+            hang_up(&talk, &observer, sale, leaves, PATIENCE)
                 .await
                 .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
             talk.stop().await?;
         }
     }
     Ok(points)
+}
+
+/// The same with its fault off: the server stands still nowhere.
+///
+/// # Errors
+/// The fault did not strike.
+pub async fn never_hung_up(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
+    /// A reservation takes a few milliseconds.
+    const LONG_ENOUGH: Duration = Duration::from_secs(1);
+
+    let stand = Stand::shared(strategy).await?;
+    let observer = stand.database().pool(1).await?;
+    let talk = Talk::with(&stand, program, level, strategy).await?;
+    hang_up(&talk, &observer, 1, Leaves::Closing, LONG_ENOUGH).await?;
+    talk.stop().await
 }
 
 /// Every point that a reservation comes to, in order.
@@ -80,12 +95,18 @@ async fn points(stand: &Stand, program: &Program, level: &Level, strategy: &Stra
     Ok(steps.of(NUMBER).iter().map(|record| record.step.clone()).collect())
 }
 
-async fn hang_up(talk: &Talk, observer: &PgPool, sale: SaleId, leaves: Leaves) -> anyhow::Result<()> {
+async fn hang_up(
+    talk: &Talk,
+    observer: &PgPool,
+    sale: SaleId,
+    leaves: Leaves,
+    patience: Duration,
+) -> anyhow::Result<()> {
     talk.opens(sale, 2).await?;
     let first = order(sale, 1)?;
     let mut requests = vec![request(&first)];
     let buyer = send(talk.address(), sale).await?;
-    talk.stands_still(PATIENCE).await.context("the fault did not strike")?;
+    talk.stands_still(patience).await.context("the fault did not strike")?;
     if matches!(leaves, Leaves::Resetting) {
         buyer.set_zero_linger()?;
     }

@@ -10,8 +10,8 @@ mod hang_up;
 mod script;
 mod trace;
 
-pub use cancel::cancelled_after_every_poll;
+pub use cancel::{cancelled_after_every_poll, never_cancelled};
 pub use explore::{Broken, Explored, Scenario};
-pub use hang_up::hung_up_at_every_point;
+pub use hang_up::{hung_up_at_every_point, never_hung_up};
 pub use script::{Lane, Rehearsal, Script};
 pub use trace::{Event, Happened, Trace};

@@ -236,6 +236,11 @@ impl Script<'_> {
         self.request(name, buyer)
     }
 
+    /// Gives a request that has not been moved yet the key of another: one order sent twice, or a stranger who uses its key.
+    pub fn takes_the_key_of(&mut self, lane: Lane, other: Lane) {
+        self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
+    }
+
     fn request(&mut self, name: String, buyer: BuyerId) -> Lane {
         let lane = self.requests.len();
         self.requests.push(Requested {

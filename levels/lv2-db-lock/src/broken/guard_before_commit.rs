@@ -5,16 +5,21 @@
 //! after it has returned.
 //! Caught by I1 and I2.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
 use sqlx::postgres::PgTransaction;
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 // ANCHOR: locks
 /// How many locks there are. Sales share them, so that a made-up sale costs no memory.
 const LOCKS: usize = 64;
 // ANCHOR_END: locks
+
+/// How long a buyer waits for the mutex. The holder may itself be waiting for a connection, and the queue behind it has any length.
+const LOCK_TIME: Duration = Duration::from_secs(5);
 
 /// Sells under a lock of this process.
 pub struct Mutex {
@@ -111,7 +116,8 @@ impl Reserve for Mutex {
             Ok(guard) => guard,
             Err(_) => {
                 steps.blocked("waits for the mutex");
-                lock.lock().await
+                let waiting = timeout(LOCK_TIME, lock.lock());
+                waiting.await.map_err(|_| Undecided::Overloaded)?
             }
         };
         steps.at("mutex taken").await;

@@ -4,14 +4,19 @@
 //! Twin: `mutex`, whose transaction rolls back when it is dropped. Caught by cancelling it at every poll. Until then nothing shows:
 //! `commit` ends a refusal too, and turns into a rollback when a statement has failed.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
 use sqlx::{Postgres, pool::PoolConnection};
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 /// How many locks there are. Sales share them, so that a made-up sale costs no memory.
 const LOCKS: usize = 64;
+
+/// How long a buyer waits for the mutex. The holder may itself be waiting for a connection, and the queue behind it has any length.
+const LOCK_TIME: Duration = Duration::from_secs(5);
 
 /// Sells under a lock of this process.
 pub struct Mutex {
@@ -103,7 +108,8 @@ impl Reserve for Mutex {
             Ok(guard) => guard,
             Err(_) => {
                 steps.blocked("waits for the mutex");
-                lock.lock().await
+                let waiting = timeout(LOCK_TIME, lock.lock());
+                waiting.await.map_err(|_| Undecided::Overloaded)?
             }
         };
         steps.at("mutex taken").await;
