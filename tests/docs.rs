@@ -10,6 +10,8 @@ mod commands;
 mod html;
 #[path = "docs/pages.rs"]
 mod pages;
+#[path = "docs/readme.rs"]
+mod readme;
 #[path = "docs/rules.rs"]
 mod rules;
 #[path = "docs/snippets.rs"]

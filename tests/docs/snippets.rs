@@ -203,25 +203,48 @@ fn misnamed(file: &Path, text: &str, promises: &Promises) -> Vec<Problem> {
 /// A table of measured figures from these files of `results/`, and how they were measured; or what to do to get some.
 fn figures<Run: for<'a> Deserialize<'a>>(names: &[impl AsRef<str>], table: impl Fn(&[Run]) -> String) -> String {
     let mut runs: Vec<Run> = vec![];
-    let mut commands: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut measured: BTreeMap<String, Measured> = BTreeMap::new();
     for name in names {
         let file = root().join(format!("results/{}.json", name.as_ref()));
         let Ok(json) = fs::read_to_string(&file) else { continue };
         let read = || Ok::<_, serde_json::Error>((serde_json::from_str(&json)?, serde_json::from_str(&json)?));
         let (run, how): (Run, How) = read().unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         runs.push(run);
-        commands
-            .entry(how.to_string())
-            .or_default()
-            .push(format!("`{}`", how.command));
+        let alike = measured.entry(how.to_string()).or_default();
+        alike.commands.push(format!("`{}`", how.command));
+        alike.fdatasync_ms.extend(how.fdatasync_ms);
     }
     if runs.is_empty() {
         return "no figures yet: `make results`\n".to_owned();
     }
-    let how = commands
+    let how = measured
         .iter()
-        .map(|(on, commands)| format!("measured by {} {on}\n", commands.join(", ")));
+        .map(|(on, alike)| format!("measured by {} {on}{}\n", alike.commands.join(", "), alike.disk()));
     format!("{}\n{}", table(&runs), how.collect::<Vec<_>>().join("\n"))
+}
+
+/// Files whose figures were measured in the same way.
+#[derive(Default)]
+struct Measured {
+    commands: Vec<String>,
+    fdatasync_ms: Vec<f64>,
+}
+
+impl Measured {
+    /// How long the disk took to keep a small write, if it was looked at: no durable commit is faster.
+    fn disk(&self) -> String {
+        let Some(least) = self.fdatasync_ms.iter().copied().reduce(f64::min) else {
+            return String::new();
+        };
+        let most = self.fdatasync_ms.iter().copied().fold(least, f64::max);
+        let (least, most) = (format!("{least:.2}"), format!("{most:.2}"));
+        let range = if least == most {
+            least
+        } else {
+            format!("{least} to {most}")
+        };
+        format!("; one `fdatasync` took {range} ms")
+    }
 }
 
 /// How figures were measured, as every file of `results/` says it.
@@ -231,6 +254,8 @@ struct How {
     release: bool,
     commit: Option<String>,
     machine: Machine,
+    /// Of the disk that a commit waits for; not there if that disk is another machine's, or nothing was committed.
+    fdatasync_ms: Option<f64>,
     /// Not there for what a lock does alone.
     postgres: Option<Backend>,
     redis: Option<Backend>,
@@ -358,7 +383,7 @@ fn side_by_side_table(runs: &[RushRun]) -> String {
 /// The figures are those of the run on one instance; others only add by how much they oversold.
 fn road_table(runs: &[RushRun]) -> String {
     let mut table = "\
-| strategy | answered p50 ms | answered p95 ms | completed p95 ms | sales/s | oversold by | holds on | lines |
+| strategy | answered p50 ms | answered p95 ms | completed p95 ms | sales/s | oversold by | holds on | lines of its own file |
 |---|--:|--:|--:|--:|--:|---|--:|
 "
     .to_owned();
@@ -394,6 +419,10 @@ fn road_table(runs: &[RushRun]) -> String {
             lines_of_code(&source(strategy.source)),
         );
     }
+    table += "
+*Within the lease*: as long as no holder of the lock stands still for longer than its lease. The lines are those of the strategy's own file, \
+without comments, and without `lock/` and `path/`, which it may stand on.
+";
     table
 }
 
@@ -404,8 +433,14 @@ fn holds_on(strategy: &Strategy) -> &'static str {
     match (breaks(guarantee.alone), breaks(guarantee.together)) {
         (true, _) => "none",
         (false, true) => "one instance",
+        (false, false) if ends_with_a_lease(strategy) => "any number, within the lease",
         (false, false) => "any number",
     }
+}
+
+/// Whether its guarantee does: a lock in Redis has a lease, and nothing else keeps the sale right unless its row checks a token, too.
+fn ends_with_a_lease(strategy: &Strategy) -> bool {
+    strategy.needs.contains(&Service::Redis) && strategy.schema.name != "fenced"
 }
 
 /// Lines of a file that are neither empty nor a comment.
@@ -882,6 +917,20 @@ fn figures_say_where_they_were_measured() {
 }
 
 #[test]
+fn figures_say_what_the_disk_took() {
+    let measured = |fdatasync_ms: &[f64]| Measured {
+        commands: vec![],
+        fdatasync_ms: fdatasync_ms.to_vec(),
+    };
+    assert_eq!(measured(&[]).disk(), "");
+    assert_eq!(measured(&[0.104]).disk(), "; one `fdatasync` took 0.10 ms");
+    assert_eq!(
+        measured(&[0.105, 0.084, 1.2]).disk(),
+        "; one `fdatasync` took 0.08 to 1.20 ms"
+    );
+}
+
+#[test]
 fn the_road_has_both_clocks_and_says_where_each_strategy_holds() {
     let run = |instances: u32, oversold_by: u64| -> RushRun {
         let percentiles = |ms: f64| serde_json::json!({ "p50_ms": ms, "p95_ms": ms + 0.4, "p99_ms": ms });
@@ -895,6 +944,10 @@ fn the_road_has_both_clocks_and_says_where_each_strategy_holds() {
             "instances": instances,
             "strategies": [
                 strategy("lv2/mutex", serde_json::Value::Null),
+                strategy("lv3/spin", serde_json::Value::Null),
+                strategy("lv3/rlock", serde_json::Value::Null),
+                strategy("lv3/fenced", serde_json::Value::Null),
+                strategy("lv4/locked", percentiles(300.0)),
                 strategy("lv4/single-writer", percentiles(300.0)),
             ],
         });
@@ -903,6 +956,10 @@ fn the_road_has_both_clocks_and_says_where_each_strategy_holds() {
     let table = road_table(&[run(1, 0), run(3, 7)]);
     for row in [
         "| `lv2/mutex` | 20 | 20 | as answered | 250 | 0, 7 on 3 | one instance | ",
+        "| `lv3/spin` | 20 | 20 | as answered | 250 | 0, 7 on 3 | any number, within the lease | ",
+        "| `lv3/rlock` | 20 | 20 | as answered | 250 | 0, 7 on 3 | any number, within the lease | ",
+        "| `lv3/fenced` | 20 | 20 | as answered | 250 | 0, 7 on 3 | any number | ",
+        "| `lv4/locked` | 20 | 20 | 300 | 250 | 0, 7 on 3 | any number, within the lease | ",
         "| `lv4/single-writer` | 20 | 20 | 300 | 250 | 0, 7 on 3 | any number | ",
     ] {
         assert!(table.contains(row), "{table}");

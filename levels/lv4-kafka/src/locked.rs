@@ -1,4 +1,4 @@
-//! Each order alone, under a distributed lock of its own.
+//! Each order in a transaction of its own, under the distributed lock of its sale.
 //!
 //! Orders are spread over the partitions, so that every instance decides orders of the same sale at the same time. What keeps them apart is
 //! a lock in Redis, taken for each message, with LV.1's `read_then_write` under it. It is the answer of many tutorials: a queue before, a
