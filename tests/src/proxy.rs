@@ -13,6 +13,7 @@ use tokio::{
     net::{TcpListener, TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
     sync::watch,
     task::AbortHandle,
+    time::{Instant, timeout_at},
 };
 
 /// As much of what a client says is remembered, in bytes.
@@ -177,8 +178,10 @@ async fn forth(
                     _ => None,
                 };
                 if let Some(by) = slow {
-                    tokio::time::sleep(by).await;
-                    length += from.try_read(&mut buffer[length..]).unwrap_or(0);
+                    let by = Instant::now() + by;
+                    while let Ok(Ok(more @ 1..)) = timeout_at(by, from.read(&mut buffer[length..])).await {
+                        length += more;
+                    }
                 }
                 unsent = length;
                 let room = BEGINNING - beginning.len();
