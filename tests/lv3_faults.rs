@@ -24,11 +24,9 @@ use suite::{
     backends::{self, Private, Redis, Reply, Stand},
     history::{Answer, Refused},
     http_contract::Talk,
-    judge::judge,
     ledger::Ledger,
     proxy::{Cut, Proxy},
     rush::{Program, Rush, SALE},
-    schedule::Rehearsal,
 };
 use tokio::time::timeout;
 use url::Url;
@@ -382,42 +380,6 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
     assert!(verdict.findings.is_empty(), "{verdict}");
-}
-
-/// The lease ends while Ann is at this point, after her commit: she has done no harm. Bob takes the lock; Ann goes on and gives back what is no
-/// longer hers; then Cleo comes, while Bob has decided and not yet written.
-#[rstest]
-#[case::spin("spin", "committed", true)]
-#[case::del_without_owner("broken/del-without-owner", "committed", false)]
-#[case::get_then_del_before_it_looks("broken/get-then-del", "committed", true)]
-#[case::get_then_del("broken/get-then-del", "owner compared", false)]
-#[tokio::test]
-async fn whoever_comes_too_late_leaves_the_next_holders_lock_alone(
-    #[case] name: &str,
-    #[case] point: &'static str,
-    #[case] keeps: bool,
-) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
-    let redis = backends::redis().await.unwrap();
-    let mut script = rehearsal.sale(2).await.unwrap();
-    let lock = Lock::of(script.sale(), rehearsal.stand(), &redis);
-    let [ann, bob, cleo] = ["Ann", "Bob", "Cleo"].map(|name| script.buyer(name));
-
-    script.run_until(ann, point).await.unwrap();
-    lock.ends().await;
-    script.run_until(bob, DECIDED).await.unwrap();
-    assert!(lock.is_taken().await);
-    script.run_to_its_answer(ann).await.unwrap();
-    assert_eq!(lock.is_taken().await, keeps, "Bob's lock\n{}", script.trace());
-    script.run_towards(cleo, DECIDED).await.unwrap();
-    script.run_everybody_to_an_answer().await.unwrap();
-
-    let verdict = judge(&script.history().await.unwrap());
-    println!("{}\n{verdict}", script.trace());
-    match keeps {
-        true => assert!(verdict.findings.is_empty(), "{verdict}"),
-        false => assert!(verdict.breaks(NoOversell) && verdict.breaks(Conservation), "{verdict}"),
-    }
 }
 
 /// Either of the two locks, through connections of its own, as another process would have them.
@@ -951,7 +913,8 @@ async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] n
     {
         let mut head = Box::pin(there.acquire(PATIENCE));
         let queued = async {
-            until("it is in the queue", async || lock.listeners().await == listens).await;
+            let what = "the fault did not strike: it is not in the queue";
+            until(what, async || lock.listeners().await == listens).await;
         };
         tokio::select! {
             _ = &mut head => panic!("the lock is held"),
@@ -970,4 +933,19 @@ async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] n
     }
     until("nobody listens any more", async || lock.listeners().await == 0).await;
     assert!(!lock.is_taken().await, "somebody who is gone has the lock");
+}
+
+/// The test above would see it: a wait in a task of its own goes on when whoever began it has left.
+#[tokio::test]
+async fn a_waiter_that_outlives_its_caller_is_noticed() {
+    let stand = Stand::shared(strategy("rlock")).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let (here, there) = tokio::join!(Any::on(&stand, "rlock", LEASE), Any::on(&stand, "rlock", LEASE));
+    let _held = here.acquire(PATIENCE).await.unwrap();
+    drop(tokio::spawn(async move { there.acquire(Duration::MAX).await }));
+    until("it is in the queue", async || lock.listeners().await == 1).await;
+    let nobody = "nobody listens any more";
+    let noticed = panic_of(until(nobody, async || lock.listeners().await == 0)).await;
+    assert!(noticed.contains(nobody), "{noticed}");
 }

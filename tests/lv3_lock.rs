@@ -4,15 +4,21 @@
 //! "A process" is here a lock with connections of its own: no two of them share anything but Redis. Where it matters that it is one,
 //! this program starts itself again. Times have exact lower bounds; an upper one only tells "at once" from "at the next end of a lease".
 //!
-//! What does not apply to these locks, and is not tested:
-//! - several names taken as one lock, all or nothing, in any order: a lock here has one name;
-//! - order among processes (first come, first served; a waiter that gave up, died or was cut off delays nobody): none of them is fair.
-//!   Within a process they are, and that is tested;
-//! - "would deadlock" from a lock that is not reentrant: `spin` finds its own owner's lock taken, as it does anybody's;
-//! - a hold that counts only once a replica has it, and a majority of servers: there is one server, without replicas;
-//! - a refusal for somebody who gives back a lock he never had: only a guard gives back, and only who took the lock has one;
-//! - keys of one slot on a server that is a cluster: the connections here are to a single server. That the keys share a tag is tested;
-//! - a write that a newer token shuts out: the row refuses it, not the lock. `lv3_redis_lock` tests it with the strategy `fenced`.
+//! Behaviours of such locks that these do not have, and why there is no test of them:
+//! 1. several names taken as one lock, all or nothing: a lock here has one name;
+//! 2. two owners who take the same two names in opposite orders: for the same reason;
+//! 3. "would deadlock" from a lock that is not reentrant: `spin` finds its own owner's lock taken, as it does anybody's. That is tested;
+//! 4. order among processes, also when every turn ends by its lease: none of these locks is fair, but for the tasks of one process, and that
+//!    a process whose queue never ends lets others in. Both are tested;
+//! 5. a fair lock's waiter that gave up delays nobody: there is no queue in Redis that it could be left in. That nothing of it is left is tested;
+//! 6. the time a fair lock's dead waiter may cost: for the same reason. A dead one is a connection that listens no more;
+//! 7. a fair lock's waiter for whom Redis stops answering: for the same reason. That a wait ends with an error is tested;
+//! 8. a hold that counts only once a replica has it: there is one server, without replicas;
+//! 9. a majority of servers: there is one;
+//! 10. a refusal for somebody who gives back a lock he never had: only a guard gives back, and only who took the lock has one;
+//! 11. a lease of zero or less that means "renewed": whether a lease is renewed is a type of its own, and one of nothing is refused;
+//! 12. keys of one slot on a server that is a cluster: the connections here are to a single server. That the keys share a tag is tested;
+//! 13. a write that a newer token shuts out: the row refuses it, not the lock. `lv3_faults` tests it with the strategy `fenced`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -32,6 +38,7 @@ use futures_util::StreamExt;
 use lv3_redis_lock::lock::{
     Connections, Guard, HANDED_ON_AT_MOST, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens,
 };
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use redis::{Client, FromRedisValue, aio::MultiplexedConnection};
 use rstest::rstest;
 use suite::{
@@ -1498,8 +1505,14 @@ async fn a_process_whose_queue_never_ends_lets_others_in(#[case] kind: Kind) {
     let direct = Ground::on(&server).await;
     let (ground, proxy) = behind_a_proxy(&server).await;
     let (crowd, elsewhere) = (ground.lock(kind, LONG).await, direct.lock(kind, LONG).await);
-    // So that a release and the question behind it get to Redis together, as they mostly do on a network.
+    // On a network, beside whatever else a process asks of Redis, a release and the question behind it get there together.
     proxy.cuts(Cut::Slow(ms(1)));
+    let others: Vec<_> = (0..4)
+        .map(|_| {
+            let redis = crowd.connections().clone();
+            tokio::spawn(async move { while redis.send::<String>(redis::cmd("PING")).await.is_ok() {} })
+        })
+        .collect();
     let turns = Arc::<AtomicU32>::default();
     let queueing: Vec<_> = (0..8)
         .map(|_| {
@@ -1522,7 +1535,7 @@ async fn a_process_whose_queue_never_ends_lets_others_in(#[case] kind: Kind) {
     })
     .await;
     let passed = turns.load(Relaxed) - before;
-    for task in queueing {
+    for task in queueing.into_iter().chain(others) {
         task.abort();
     }
     assert!(passed <= most, "{passed} were let in before it");
@@ -1599,6 +1612,13 @@ async fn plays_a_part_in_another_test() {
             let told = format!("{:?}", held.release().await.unwrap());
             let _: String = ground.ask(&["SET", &format!("{}told", ground.prefix), &told]).await;
         }
+        "takes it again and again" => {
+            let lock = ground.lock(kind, SHORT).await;
+            loop {
+                let held = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+                let _ = held.release().await;
+            }
+        }
         other => panic!("there is no part {other}"),
     }
 }
@@ -1657,6 +1677,41 @@ async fn a_killed_holder_keeps_the_lock_for_what_is_left_of_its_lease(#[case] ki
     let (_next, at) = lock.waits("sale", PATIENT).await.unwrap().unwrap();
     assert!(at - read + A_TICK >= ms(left), "{:?} of {left} ms", at - read);
     assert!(at - read < ms(left) + PROMPTLY, "{:?} of {left} ms", at - read);
+}
+
+/// Whatever it was about to do with the lock, no part of it stays.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[case::spin(Spin)]
+#[tokio::test]
+async fn killed_at_any_moment_a_process_leaves_no_lock_without_an_end(#[case] kind: Kind) {
+    let mut moments = StdRng::seed_from_u64(38);
+    let (mut held, mut free) = (0, 0);
+    for _ in 0..8 {
+        let ground = Ground::shared().await;
+        let lock = ground.lock(kind, LONG).await;
+        let key = lock.key("sale");
+        let mut process = process("takes it again and again", kind, &ground).spawn().unwrap();
+        eventually("it has the lock", async || ground.pttl(&key).await > 0).await;
+        tokio::time::sleep(Duration::from_micros(moments.random_range(0..20_000))).await;
+        process.start_kill().unwrap();
+        assert_eq!(
+            process.wait().await.unwrap().signal(),
+            Some(9),
+            "the fault did not strike"
+        );
+        match ground.pttl(&key).await {
+            -2 => free += 1,
+            left => {
+                assert!((0..=500).contains(&left), "{left} ms left");
+                held += 1;
+            }
+        }
+        let next = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+        assert_eq!(next.release().await.unwrap(), Released::Free);
+    }
+    println!("{kind:?}: killed {held} times with the lock, {free} times without");
 }
 
 /// The limit of every lock with a lease: it goes to the next one. The holder learns of it once it goes on.

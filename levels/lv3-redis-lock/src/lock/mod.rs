@@ -127,15 +127,17 @@ impl From<LockError> for No {
     }
 }
 
-/// How a connection is to behave that carries small commands, each of which somebody waits for.
-fn for_a_lock(redis: ConnectionInfo) -> ConnectionInfo {
-    // Sent at once. Else a command waits until the one before it is acknowledged, such as the next one's question behind a release.
-    let tcp = redis.tcp_settings().clone().set_nodelay(true);
-    // One whose other end is gone without a word breaks when nothing was acknowledged for so long. Until then all that is sent on it is sent in
-    // vain, though a new connection might do.
+/// A connection whose other end is gone without a word breaks when nothing was acknowledged for so long. Until then all that is sent on it is sent in
+/// vain, though a new connection might do.
+///
+/// `TCP_NODELAY` stays off: a thousand tasks share the connection, and while something is on its way their commands are better sent together.
+fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
     #[cfg(target_os = "linux")]
-    let tcp = tcp.set_user_timeout(4 * COMMAND_TIMEOUT);
-    redis.set_tcp_settings(tcp)
+    let redis = {
+        let tcp = redis.tcp_settings().clone();
+        redis.set_tcp_settings(tcp.set_user_timeout(4 * COMMAND_TIMEOUT))
+    };
+    redis
 }
 
 /// Connections to one Redis: one for commands, which all tasks share, and one for messages.
@@ -164,7 +166,7 @@ impl Connections {
     /// # Errors
     /// The URL is none, or Redis does not answer.
     pub async fn open(url: &str, prefix: &str) -> redis::RedisResult<Self> {
-        let client = Client::open(for_a_lock(url.into_connection_info()?))?;
+        let client = Client::open(missed_soon(url.into_connection_info()?))?;
         let config = ConnectionManagerConfig::new()
             .set_response_timeout(Some(COMMAND_TIMEOUT))
             .set_connection_timeout(Some(COMMAND_TIMEOUT))
