@@ -2,29 +2,34 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::{Duration, Instant};
+use std::{
+    cell::Cell,
+    panic::AssertUnwindSafe,
+    time::{Duration, Instant},
+};
 
 use box_office::{
     Invariant::{Conservation, NoOversell, Progress},
     SaleId, Strategy,
 };
+use futures_util::FutureExt;
 use lv3_redis_lock::{
     LEVEL,
     lock::{Connections, Guard, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens},
 };
 use redis::Script;
 use rstest::rstest;
+use sqlx::{PgPool, Postgres, pool::PoolConnection};
 use suite::{
     backends::{self, Private, Redis, Reply, Stand},
     history::{Answer, Refused},
     http_contract::Talk,
-    judge::judge,
     ledger::Ledger,
     proxy::{Cut, Proxy},
     rush::{Program, Rush, SALE},
-    schedule::Rehearsal,
 };
 use tokio::time::timeout;
+use url::Url;
 
 /// How long a lock outlives its holder in these tests. Long enough for a few looks from outside before it ends.
 const LEASE: Duration = Duration::from_secs(2);
@@ -86,6 +91,17 @@ impl<'a> Lock<'a> {
         self.left().await.is_some()
     }
 
+    /// Waits until it was renewed once, by whoever has it.
+    async fn is_seen_renewed(&self) {
+        let least = Cell::new(Duration::MAX);
+        until("the fault did not strike: nobody renews the lock", async || {
+            let left = self.left().await.unwrap_or(Duration::MAX);
+            let before = least.replace(left.min(least.get()));
+            left < Duration::MAX && left > before
+        })
+        .await;
+    }
+
     /// Its lease ends here and now.
     async fn ends(&self) {
         let ended = self.redis.command(&["DEL", &self.key]).await.unwrap();
@@ -102,6 +118,118 @@ impl<'a> Lock<'a> {
             },
             other => panic!("NUMSUB is answered with {other:?}"),
         }
+    }
+}
+
+/// Waits until a process stands still at its point.
+async fn freezes(talk: &Talk, patience: Duration) {
+    let frozen = talk.stands_still(patience).await;
+    frozen.expect("the fault did not strike: the process runs on");
+}
+
+/// Kills a process that stands still.
+async fn is_killed(talk: &Talk) {
+    let left = talk.kill().await.unwrap().to_string();
+    assert!(left.contains("signal: 9"), "the fault did not strike: {left}");
+}
+
+/// What a proxy does to those who come through it, until it has struck somebody.
+async fn strikes(proxy: &Proxy, cut: Cut) {
+    proxy.cuts(cut);
+    until("the fault did not strike: nobody came through the proxy", async || {
+        proxy.connections_cut() + proxy.connections_silenced() > 0
+    })
+    .await;
+}
+
+/// The faults above are only faults if a test can tell that they did not strike.
+#[tokio::test]
+async fn a_fault_that_does_not_strike_is_noticed() {
+    let stand = Stand::shared(strategy("rlock")).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let talk = instance(&stand, "rlock", LEASE).await;
+    let lock = Lock::of(SALE, &stand, &redis);
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    let held = HeldCommits::on(&stand).await;
+    let does_not = tokio::join!(
+        panic_of(lock.ends()),
+        panic_of(lock.is_seen_renewed()),
+        panic_of(freezes(&talk, PATIENCE)),
+        panic_of(strikes(&proxy, Cut::Everything)),
+        panic_of(held.strike()),
+    );
+    for panic in <[String; 5]>::from(does_not) {
+        assert!(panic.contains("did not strike"), "{panic}");
+    }
+    held.go_on().await;
+    talk.stop().await.unwrap();
+}
+
+/// What it panics with.
+async fn panic_of(fault: impl Future<Output = ()>) -> String {
+    let panic = AssertUnwindSafe(fault).catch_unwind().await.expect_err("it panics");
+    let said = panic.downcast_ref::<String>().cloned();
+    said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned()))
+        .expect("a panic says why")
+}
+
+/// Commits of reservations in one database, which Postgres has taken and does not carry out before it is let. It does so to the end, whether or not
+/// the client is still there, as when a commit waits for a slow disk or a standby.
+struct HeldCommits {
+    database: PgPool,
+    holds: PoolConnection<Postgres>,
+}
+
+impl HeldCommits {
+    async fn on(stand: &Stand) -> Self {
+        let database = stand.database().pool(2).await.unwrap();
+        let mut holds = database.acquire().await.unwrap();
+        // A trigger that is put off runs inside of the commit. It waits for longer than any statement may.
+        sqlx::raw_sql(
+            "create function waits() returns trigger language plpgsql set lock_timeout = 0 as $$
+                 begin
+                     perform pg_advisory_xact_lock_shared(1);
+                     return null;
+                 end $$;
+             create constraint trigger waits after insert on reservation
+                 deferrable initially deferred for each row execute function waits();
+             select pg_advisory_lock(1);",
+        )
+        .execute(&mut *holds)
+        .await
+        .unwrap();
+        Self { database, holds }
+    }
+
+    /// How many backends wait for a lock of such a kind.
+    async fn waiting(&self, kinds: &str) -> i64 {
+        let waiting = sqlx::query_scalar(
+            "select count(*)
+               from pg_stat_activity
+              where datname = current_database()
+                and wait_event_type = 'Lock'
+                and wait_event = any(string_to_array($1, ' '))",
+        );
+        waiting.bind(kinds).fetch_one(&self.database).await.unwrap()
+    }
+
+    /// Waits until a commit is on its way.
+    async fn strike(&self) {
+        until("the fault did not strike: nobody commits", async || {
+            self.waiting("advisory").await > 0
+        })
+        .await;
+    }
+
+    /// Lets them.
+    async fn go_on(mut self) {
+        sqlx::query("select pg_advisory_unlock(1)")
+            .execute(&mut *self.holds)
+            .await
+            .unwrap();
+        until("all is committed", async || self.waiting("advisory").await == 0).await;
+        drop(self.holds);
+        self.database.close().await;
     }
 }
 
@@ -169,7 +297,7 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
     first.opens_a_sale(1).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        first.stands_still(PATIENCE).await.expect("the fault did not strike");
+        freezes(&first, PATIENCE).await;
         ledger.struck("the first instance frozen");
         until("the lease has ended", async || !lock.is_taken().await).await;
         let bob = ledger.ask(&second, 2).await.unwrap();
@@ -205,23 +333,21 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
 #[case::watchdog_not_tied("broken/watchdog-not-tied", false)]
 #[tokio::test]
 async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &str, #[case] others_get_in: bool) {
+    // Time to freeze, to kill and to look twice.
+    let lease = LEASE * 2;
     let stand = Stand::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = Ledger::new(strategy(name), 3);
-    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
+    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
     first.opens_a_sale(3).await.unwrap();
     // Somebody has had the lock before, on the instance that lives on.
     assert!(is_confirmed(&ledger.ask(&second, 1).await.unwrap()));
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 2), async {
-        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        freezes(&first, PATIENCE).await;
         assert!(lock.is_taken().await, "the fault did not strike: the lock was free");
-        let left = first.kill().await.unwrap();
-        assert!(
-            left.to_string().contains("signal: 9"),
-            "the fault did not strike: {left}"
-        );
+        is_killed(&first).await;
         ledger.struck("the first instance killed");
         assert!(
             lock.is_taken().await,
@@ -232,13 +358,16 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     assert_eq!(ann.unwrap(), Answer::Undecided);
 
     // Where it is right, the wait is over when the lease is: long before a buyer gives up.
-    let bob = timeout(LEASE + Duration::from_secs(5), ledger.ask(&second, 3)).await;
+    let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
     if !others_get_in {
         assert!(bob.is_err(), "Bob is told {bob:?}, though the lock's holder is dead");
         if name != "broken/message-alone" {
             assert!(lock.is_taken().await, "nobody holds the lock, and yet Bob waits");
         }
-        second.kill().await.unwrap();
+        is_killed(&second).await;
+        let verdict = ledger.verdict(&stand).await.unwrap();
+        println!("{verdict}");
+        assert!(verdict.breaks(Progress), "{verdict}");
         return;
     }
     let bob = bob.expect("the lock outlived its holder by more than a lease").unwrap();
@@ -251,42 +380,6 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
     assert!(verdict.findings.is_empty(), "{verdict}");
-}
-
-/// The lease ends while Ann is at this point, after her commit: she has done no harm. Bob takes the lock; Ann goes on and gives back what is no
-/// longer hers; then Cleo comes, while Bob has decided and not yet written.
-#[rstest]
-#[case::spin("spin", "committed", true)]
-#[case::del_without_owner("broken/del-without-owner", "committed", false)]
-#[case::get_then_del_before_it_looks("broken/get-then-del", "committed", true)]
-#[case::get_then_del("broken/get-then-del", "owner compared", false)]
-#[tokio::test]
-async fn whoever_comes_too_late_leaves_the_next_holders_lock_alone(
-    #[case] name: &str,
-    #[case] point: &'static str,
-    #[case] keeps: bool,
-) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
-    let redis = backends::redis().await.unwrap();
-    let mut script = rehearsal.sale(2).await.unwrap();
-    let lock = Lock::of(script.sale(), rehearsal.stand(), &redis);
-    let [ann, bob, cleo] = ["Ann", "Bob", "Cleo"].map(|name| script.buyer(name));
-
-    script.run_until(ann, point).await.unwrap();
-    lock.ends().await;
-    script.run_until(bob, DECIDED).await.unwrap();
-    assert!(lock.is_taken().await);
-    script.run_to_its_answer(ann).await.unwrap();
-    assert_eq!(lock.is_taken().await, keeps, "Bob's lock\n{}", script.trace());
-    script.run_towards(cleo, DECIDED).await.unwrap();
-    script.run_everybody_to_an_answer().await.unwrap();
-
-    let verdict = judge(&script.history().await.unwrap());
-    println!("{}\n{verdict}", script.trace());
-    match keeps {
-        true => assert!(verdict.findings.is_empty(), "{verdict}"),
-        false => assert!(verdict.breaks(NoOversell) && verdict.breaks(Conservation), "{verdict}"),
-    }
 }
 
 /// Either of the two locks, through connections of its own, as another process would have them.
@@ -358,14 +451,13 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
         assert!(is_confirmed(&ann), "{ann:?}");
     };
     let waits = async {
-        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        freezes(&first, PATIENCE).await;
         let mut bob = Box::pin(ledger.ask(&second, 2));
         let strikes = async {
             until("Bob listens", async || lock.listeners().await == 1).await;
-            proxy.cuts(Cut::Saying("SUBSCRIBE"));
+            strikes(&proxy, Cut::Saying("SUBSCRIBE")).await;
             ledger.struck("the messages of releases are lost");
             until("nobody listens", async || lock.listeners().await == 0).await;
-            assert!(proxy.connections_cut() > 0, "the fault did not strike");
             assert!(
                 lock.is_taken().await,
                 "the fault did not strike: the lease ended before the lock was given back"
@@ -419,12 +511,11 @@ async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case]
     first.opens_a_sale(2).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        first.stands_still(PATIENCE).await.expect("the holder never got there");
-        proxy.cuts(Cut::Everything);
+        freezes(&first, PATIENCE).await;
+        strikes(&proxy, Cut::Everything).await;
         ledger.struck("Redis is cut");
         let sent = proxy.bytes_to_server();
         let bob = ledger.ask(&second, 2).await.unwrap();
-        assert!(proxy.connections_cut() > 0, "the fault did not strike");
         assert_eq!(bob, Answer::Undecided);
         assert_eq!(proxy.bytes_to_server(), sent, "the fault did not strike");
         first.goes_on().await.unwrap();
@@ -472,7 +563,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
 
     let (late, early) = (100, 101);
     let (told_late, ()) = tokio::join!(ledger.ask(&first, late), async {
-        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        freezes(&first, PATIENCE).await;
         let before = fence().await;
         ledger.struck("Redis has lost its memory");
         let pid = redis.pid().await.unwrap();
@@ -550,7 +641,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     assert!(is_confirmed(&ledger.ask(&second, 2).await.unwrap()));
     // While somebody holds the lock, too.
     let (ann, ()) = tokio::join!(ledger.ask(&first, 3), async {
-        first.stands_still(PATIENCE).await.expect("the holder never got there");
+        freezes(&first, PATIENCE).await;
         flush().await;
         assert!(lock.is_taken().await);
         first.goes_on().await.unwrap();
@@ -572,17 +663,18 @@ fn is_noscript(reply: &Reply) -> bool {
 #[case::spin("spin", false)]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
+#[case::watchdog_not_tied("broken/watchdog-not-tied", true)]
 #[tokio::test]
 async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_it(
     #[case] name: &str,
     #[case] renewed: bool,
 ) {
-    let lease = Duration::from_secs(1);
+    let (lease, outlives) = (LEASE, name == "broken/watchdog-not-tied");
     let (redis, stand) = alone(name).await;
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = Ledger::new(strategy(name), 1);
     let rush = Rush {
-        hold: lease * 3,
+        hold: lease * 2,
         ..Rush::default()
     };
     let (program, strategy) = (program(lease), strategy(name));
@@ -595,7 +687,7 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
         until("Ann has the lock", async || lock.is_taken().await).await;
         ledger.ask(&second, 2).await.unwrap()
     });
-    assert!(began.elapsed() > lease * 3, "the fault did not strike: she was quick");
+    assert!(began.elapsed() > lease * 2, "the fault did not strike: she was quick");
     assert!(is_confirmed(&ann.unwrap()));
     let verdict = ledger.verdict(&stand).await.unwrap();
     if renewed {
@@ -618,10 +710,183 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     ] {
         assert_eq!(redis.command(command).await.unwrap(), Reply::Int(1));
     }
+    if outlives {
+        // By somebody who has no business with it.
+        lock.is_seen_renewed().await;
+        is_killed(&first).await;
+        is_killed(&second).await;
+        return;
+    }
     until("somebody's lease has ended", async || !lock.is_taken().await).await;
     assert_eq!(calls().await, before, "something is still renewed");
     first.stop().await.unwrap();
     second.stop().await.unwrap();
+}
+
+/// What somebody is told whose work Redis or Postgres goes on with too late.
+fn is_told(told: &Answer, late: Late) {
+    match late {
+        Late::Oversells => assert!(is_confirmed(told), "{told:?}"),
+        Late::IsRefused => assert_eq!(*told, Answer::Undecided),
+    }
+}
+
+/// The holder lives and works, and none of its renewals gets through.
+#[rstest]
+#[case::rlock("rlock", Late::Oversells)]
+#[case::fenced("fenced", Late::IsRefused)]
+#[tokio::test]
+async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#[case] name: &str, #[case] late: Late) {
+    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 1);
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    let slow = Rush {
+        hold: LEASE * 3,
+        ..Rush::default()
+    };
+    let behind = program(LEASE).variable("REDIS_URL", through(&proxy, redis.url()));
+    let (first, second) = tokio::join!(
+        async {
+            let first = Talk::during(&slow, &stand, &behind, &LEVEL, strategy(name));
+            first.await.unwrap()
+        },
+        instance(&stand, name, LEASE)
+    );
+    second.opens_a_sale(1).await.unwrap();
+
+    let began = Instant::now();
+    let ann = async {
+        let ann = ledger.ask(&first, 1).await.unwrap();
+        (ann, began.elapsed())
+    };
+    let bob = async {
+        lock.is_seen_renewed().await;
+        strikes(&proxy, Cut::Everything).await;
+        ledger.struck("the holder is cut off from Redis");
+        until("the lease has ended", async || !lock.is_taken().await).await;
+        let bob = ledger.ask(&second, 2).await.unwrap();
+        (bob, began.elapsed())
+    };
+    let ((ann, worked), (bob, by)) = tokio::join!(ann, bob);
+    assert!(
+        by < worked,
+        "the fault did not strike: she had written before he was there"
+    );
+    assert!(is_confirmed(&bob), "{bob:?}");
+    is_told(&ann, late);
+    proxy.cuts(Cut::Nothing);
+    ledger.healed();
+    if late == Late::IsRefused {
+        assert_eq!(ledger.ask(&second, 1).await.unwrap(), SOLD_OUT);
+    }
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    match late {
+        Late::Oversells => assert!(verdict.breaks(NoOversell), "{verdict}"),
+        Late::IsRefused => assert!(verdict.findings.is_empty(), "{verdict}"),
+    }
+}
+
+/// The same server, through a proxy.
+fn through(proxy: &Proxy, url: &str) -> String {
+    let mut url = Url::parse(url).unwrap();
+    url.set_host(Some("127.0.0.1")).unwrap();
+    url.set_port(Some(proxy.port())).unwrap();
+    url.into()
+}
+
+/// When Postgres carries out the commit whose connection broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Carried {
+    /// While the lock still lives that covers it.
+    Out,
+    /// When the lease has ended and somebody else has decided.
+    OutTooLate,
+}
+
+/// Ann's connection to Postgres breaks with her commit on its way. She is undecided, and her lock is not given back.
+#[rstest]
+#[case::spin("spin", Carried::Out, true)]
+#[case::rlock("rlock", Carried::Out, true)]
+#[case::fenced("fenced", Carried::Out, true)]
+#[case::commit_not_covered("broken/commit-not-covered", Carried::Out, false)]
+#[case::spin_and_too_late("spin", Carried::OutTooLate, false)]
+#[case::rlock_and_too_late("rlock", Carried::OutTooLate, false)]
+#[case::fenced_and_too_late("fenced", Carried::OutTooLate, true)]
+#[tokio::test]
+async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_lease(
+    #[case] name: &str,
+    #[case] carried: Carried,
+    #[case] keeps: bool,
+) {
+    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let (redis, postgres) = tokio::join!(backends::redis(), backends::postgres());
+    let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = Ledger::new(strategy(name), 1);
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let lease = match carried {
+        // Bob waits for it to end, and hears of nothing before that.
+        Carried::Out => LEASE * 2,
+        Carried::OutTooLate => LEASE,
+    };
+    let behind = program(lease).variable("DATABASE_URL", through(&proxy, &stand.database().url()));
+    let (first, second) = tokio::join!(
+        async {
+            let first = Talk::with(&stand, &behind, &LEVEL, strategy(name));
+            first.await.unwrap()
+        },
+        instance(&stand, name, lease)
+    );
+    second.opens_a_sale(1).await.unwrap();
+    let held = HeldCommits::on(&stand).await;
+
+    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+        held.strike().await;
+        strikes(&proxy, Cut::Everything).await;
+        ledger.struck("a commit has lost its connection");
+    });
+    assert_eq!(ann.unwrap(), Answer::Undecided);
+    let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
+        let at_the_row = async || held.waiting("transactionid tuple").await > 0;
+        if carried == Carried::Out && keeps && name != "fenced" {
+            // Nobody renews the lock, and nobody gives it back.
+            until("half of the lease is over", async || {
+                lock.left().await.is_none_or(|left| left < lease / 2)
+            })
+            .await;
+            assert!(
+                lock.is_taken().await && !at_the_row().await,
+                "her lock is not hers any more"
+            );
+        } else {
+            // He has the lock, and comes as far as the row.
+            until("Bob waits for the row", at_the_row).await;
+        }
+        held.go_on().await;
+    });
+    let bob = bob.unwrap();
+    proxy.cuts(Cut::Nothing);
+    ledger.healed();
+    match keeps {
+        true => assert_eq!(bob, SOLD_OUT),
+        false => assert!(is_confirmed(&bob), "{bob:?}"),
+    }
+    assert!(
+        is_confirmed(&ledger.ask(&second, 1).await.unwrap()),
+        "her commit was carried out"
+    );
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    println!("{verdict}");
+    match keeps {
+        true => assert!(verdict.findings.is_empty(), "{verdict}"),
+        false => assert!(verdict.breaks(NoOversell) && verdict.breaks(Conservation), "{verdict}"),
+    }
 }
 
 #[rstest]
@@ -648,7 +913,8 @@ async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] n
     {
         let mut head = Box::pin(there.acquire(PATIENCE));
         let queued = async {
-            until("it is in the queue", async || lock.listeners().await == listens).await;
+            let what = "the fault did not strike: it is not in the queue";
+            until(what, async || lock.listeners().await == listens).await;
         };
         tokio::select! {
             _ = &mut head => panic!("the lock is held"),
@@ -667,4 +933,19 @@ async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] n
     }
     until("nobody listens any more", async || lock.listeners().await == 0).await;
     assert!(!lock.is_taken().await, "somebody who is gone has the lock");
+}
+
+/// The test above would see it: a wait in a task of its own goes on when whoever began it has left.
+#[tokio::test]
+async fn a_waiter_that_outlives_its_caller_is_noticed() {
+    let stand = Stand::shared(strategy("rlock")).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let (here, there) = tokio::join!(Any::on(&stand, "rlock", LEASE), Any::on(&stand, "rlock", LEASE));
+    let _held = here.acquire(PATIENCE).await.unwrap();
+    drop(tokio::spawn(async move { there.acquire(Duration::MAX).await }));
+    until("it is in the queue", async || lock.listeners().await == 1).await;
+    let nobody = "nobody listens any more";
+    let noticed = panic_of(until(nobody, async || lock.listeners().await == 0)).await;
+    assert!(noticed.contains(nobody), "{noticed}");
 }

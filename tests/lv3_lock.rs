@@ -4,15 +4,21 @@
 //! "A process" is here a lock with connections of its own: no two of them share anything but Redis. Where it matters that it is one,
 //! this program starts itself again. Times have exact lower bounds; an upper one only tells "at once" from "at the next end of a lease".
 //!
-//! What does not apply to these locks, and is not tested:
-//! - several names taken as one lock, all or nothing, in any order: a lock here has one name;
-//! - order among processes (first come, first served; a waiter that gave up, died or was cut off delays nobody): none of them is fair.
-//!   Within a process they are, and that is tested;
-//! - "would deadlock" from a lock that is not reentrant: `spin` finds its own owner's lock taken, as it does anybody's;
-//! - a hold that counts only once a replica has it, and a majority of servers: there is one server, without replicas;
-//! - a refusal for somebody who gives back a lock he never had: only a guard gives back, and only who took the lock has one;
-//! - keys of one slot on a server that is a cluster: the connections here are to a single server. That the keys share a tag is tested;
-//! - a write that a newer token shuts out: the row refuses it, not the lock. `lv3_redis_lock` tests it with the strategy `fenced`.
+//! Behaviours of such locks that these do not have, and why there is no test of them:
+//! 1. several names taken as one lock, all or nothing: a lock here has one name;
+//! 2. two owners who take the same two names in opposite orders: for the same reason;
+//! 3. "would deadlock" from a lock that is not reentrant: `spin` finds its own owner's lock taken, as it does anybody's. That is tested;
+//! 4. order among processes, also when every turn ends by its lease: none of these locks is fair, but for the tasks of one process, and that
+//!    a process whose queue never ends lets others in. Both are tested;
+//! 5. a fair lock's waiter that gave up delays nobody: there is no queue in Redis that it could be left in. That nothing of it is left is tested;
+//! 6. the time a fair lock's dead waiter may cost: for the same reason. A dead one is a connection that listens no more;
+//! 7. a fair lock's waiter for whom Redis stops answering: for the same reason. That a wait ends with an error is tested;
+//! 8. a hold that counts only once a replica has it: there is one server, without replicas;
+//! 9. a majority of servers: there is one;
+//! 10. a refusal for somebody who gives back a lock he never had: only a guard gives back, and only who took the lock has one;
+//! 11. a lease of zero or less that means "renewed": whether a lease is renewed is a type of its own, and one of nothing is refused;
+//! 12. keys of one slot on a server that is a cluster: the connections here are to a single server. That the keys share a tag is tested;
+//! 13. a write that a newer token shuts out: the row refuses it, not the lock. `lv3_faults` tests it with the strategy `fenced`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,18 +26,25 @@ use std::{
     future::poll_fn,
     os::unix::process::ExitStatusExt,
     process::Stdio,
-    sync::{Arc, Mutex},
-    task::Poll,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
 use lv3_redis_lock::lock::{
-    COMMAND_TIMEOUT, Connections, Guard, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens,
+    Connections, Guard, HANDED_ON_AT_MOST, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens,
 };
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use redis::{Client, FromRedisValue, aio::MultiplexedConnection};
 use rstest::rstest;
-use suite::backends::{self, Prefix, Redis, keeper};
+use suite::{
+    backends::{self, Prefix, Redis, keeper},
+    proxy::{Cut, Proxy},
+};
 use tokio::task::{AbortHandle, JoinHandle};
 
 /// The locks of this level.
@@ -255,8 +268,13 @@ const fn ms(time: u64) -> Duration {
 
 /// A lease that no test lives to see the end of.
 const LONG: Lease = Lease::Fixed(ms(20_000));
+/// One whose end is what a test is about.
 const SHORT: Lease = Lease::Fixed(ms(500));
-const RENEWED: Lease = Lease::Renewed(ms(600));
+/// One in which there is time to do something.
+const MIDDLING: Lease = Lease::Fixed(ms(3_000));
+const RENEWED: Lease = Lease::Renewed(ms(2_000));
+/// More than one lease of those that are renewed: it would have ended.
+const OVER: Duration = ms(2_500);
 /// Longer than any wait here has to be.
 const PATIENT: Duration = ms(15_000);
 /// What counts as "at once" where the alternative is the end of a long lease.
@@ -296,13 +314,13 @@ async fn others_are_refused_at_once_and_change_nothing(#[case] kind: Kind) {
 #[tokio::test]
 async fn anybody_can_see_who_holds_it_and_for_how_long(#[case] kind: Kind) {
     let ground = Ground::shared().await;
-    let (here, there) = (ground.lock(kind, SHORT).await, ground.lock(kind, SHORT).await);
+    let (here, there) = (ground.lock(kind, LONG).await, ground.lock(kind, LONG).await);
     assert_eq!(there.reentrant().probe("sale").await.unwrap(), None);
     let owner = Owner::fresh();
     let held = here.try_acquire("sale", &owner).await.unwrap().unwrap();
     let seen = there.reentrant().probe("sale").await.unwrap().unwrap();
     assert_eq!((seen.owner.as_str(), seen.holds), (owner.as_str(), 1));
-    assert!(Duration::ZERO < seen.left && seen.left <= SHORT.time(), "{seen:?}");
+    assert!(Duration::ZERO < seen.left && seen.left <= LONG.time(), "{seen:?}");
     assert_eq!(held.release().await.unwrap(), Released::Free);
     assert_eq!(there.reentrant().probe("sale").await.unwrap(), None);
 }
@@ -371,23 +389,23 @@ async fn its_owner_is_no_thread(#[case] kind: Kind) {
 #[tokio::test]
 async fn taken_again_its_lease_begins_afresh_and_a_part_given_back_leaves_it(#[case] kind: Kind) {
     let ground = Ground::shared().await;
-    let lock = ground.lock(kind, SHORT).await;
+    let lock = ground.lock(kind, MIDDLING).await;
     let (key, owner) = (lock.key("sale"), Owner::fresh());
     let began = Instant::now();
     let first = lock.try_acquire("sale", &owner).await.unwrap().unwrap();
-    eventually("a part of the lease is over", async || ground.pttl(&key).await < 400).await;
+    eventually("a part of the lease is over", async || ground.pttl(&key).await < 2_900).await;
     let again = Instant::now();
     let second = lock.try_acquire("sale", &owner).await.unwrap().unwrap();
     let fresh = ground.pttl(&key).await;
-    let least = 500 - i64::try_from(again.elapsed().as_millis()).unwrap();
-    assert!((least - 2..=500).contains(&fresh), "{fresh} ms left");
+    let least = 3_000 - i64::try_from(again.elapsed().as_millis()).unwrap();
+    assert!((least - 2..=3_000).contains(&fresh), "{fresh} ms left");
     assert_eq!(second.release().await.unwrap(), Released::StillHeld(1));
     let after = ground.pttl(&key).await;
     assert!(0 < after && after <= fresh, "{after} ms left, after {fresh}");
     // The first guard's lease is the same lock's.
     eventually("it ends", async || first.is_lost()).await;
-    assert!(began.elapsed() >= ms(600), "{:?}", began.elapsed());
-    assert!(again.elapsed() >= ms(500), "{:?}", again.elapsed());
+    assert!(began.elapsed() >= ms(3_100), "{:?}", began.elapsed());
+    assert!(again.elapsed() >= ms(3_000), "{:?}", again.elapsed());
     first.lost().await;
 }
 
@@ -512,8 +530,8 @@ async fn a_renewed_lease_lasts_as_long_as_its_holder_whoever_tries(#[case] kind:
     let began = Instant::now();
     let mut renewed = 0;
     let mut left = ground.pttl(&key).await;
-    // Three leases long.
-    while began.elapsed() < ms(1_800) {
+    // Every third of it: four times is longer than it would have lasted.
+    while renewed < 4 {
         assert!(here.refuses("sale").await && there.refuses("sale").await);
         let now = ground.pttl(&key).await;
         assert!(now > 0, "lost after {:?}", began.elapsed());
@@ -521,8 +539,7 @@ async fn a_renewed_lease_lasts_as_long_as_its_holder_whoever_tries(#[case] kind:
         left = now;
         tokio::time::sleep(ms(10)).await;
     }
-    assert!(renewed >= 3, "{renewed} renewals");
-    assert!(!held.is_lost());
+    assert!(began.elapsed() > RENEWED.time() && !held.is_lost());
     assert_eq!(held.release().await.unwrap(), Released::Free);
     // Its watchdog went with it.
     let monitor = ground.monitor().await;
@@ -557,7 +574,7 @@ async fn short_holds_of_others_do_not_end_a_renewal(#[case] kind: Kind) {
     }
     let held = lock.take("sale").await;
     let began = Instant::now();
-    while began.elapsed() < ms(900) {
+    while began.elapsed() < OVER {
         assert!(lock.refuses("sale").await);
         assert!(!held.is_lost());
         tokio::time::sleep(ms(5)).await;
@@ -571,13 +588,13 @@ async fn short_holds_of_others_do_not_end_a_renewal(#[case] kind: Kind) {
 #[tokio::test]
 async fn hundreds_of_locks_are_renewed(#[case] kind: Kind) {
     let ground = Ground::shared().await;
-    let lock = ground.lock(kind, Lease::Renewed(ms(900))).await;
+    let lock = ground.lock(kind, RENEWED).await;
     let mut held = Vec::new();
     for number in 0..250 {
         held.push(lock.take(&format!("sale {number}")).await);
     }
     let began = Instant::now();
-    eventually("two leases are over", async || began.elapsed() > ms(1_800)).await;
+    eventually("a lease is over", async || began.elapsed() > OVER).await;
     for guard in held {
         assert_eq!(guard.release().await.unwrap(), Released::Free);
     }
@@ -662,7 +679,7 @@ async fn forced_open_it_is_free_and_its_holder_finds_out(#[case] kind: Kind) {
     assert_eq!(second.release().await.unwrap(), Released::NotOwner);
     assert!(!next.is_lost() && anybody.refuses("sale").await);
     let began = Instant::now();
-    eventually("a lease is over", async || began.elapsed() > RENEWED.time()).await;
+    eventually("a lease is over", async || began.elapsed() > OVER).await;
     let mut renewals = monitor.about(&ground, "\"pexpire\"").await;
     renewals.retain(|line| line.contains(&holder.key("sale")));
     assert_eq!(renewals, [""; 0]);
@@ -731,7 +748,7 @@ async fn every_acquisition_gets_a_greater_token_than_all_before_it() {
     };
     for round in 0..4 {
         // New clients in each round.
-        let here = ground.lock(Fenced, Lease::Fixed(ms(50))).await;
+        let here = ground.lock(Fenced, LONG).await;
         let there = ground.lock(Fenced, RENEWED).await;
         for _ in 0..10 {
             let held = here.take("sale").await;
@@ -742,7 +759,7 @@ async fn every_acquisition_gets_a_greater_token_than_all_before_it() {
             grows(&held);
             assert_eq!(held.release().await.unwrap(), Released::Free);
         }
-        let ends = here.take("sale").await;
+        let ends = ground.lock(Fenced, SHORT).await.take("sale").await;
         grows(&ends);
         ends.lost().await;
         let forced = there.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
@@ -783,6 +800,56 @@ async fn a_token_stays_when_its_owner_takes_the_lock_again() {
     for kind in [Rlock, Spin] {
         let lock = ground.lock(kind, LONG).await;
         assert_eq!(lock.take(&format!("{kind:?}")).await.token(), None);
+    }
+}
+
+/// The lock is this owner's by another handle. An attempt that Redis answered with an error has taken nothing, and must give back nothing.
+#[tokio::test]
+async fn an_attempt_that_failed_gives_back_nothing_that_its_owner_has() {
+    let ground = Ground::shared().await;
+    let (here, there) = (ground.lock(Fenced, LONG).await, ground.lock(Fenced, LONG).await);
+    let (key, owner) = (here.key("sale"), Owner::fresh());
+    let held = here.acquire("sale", &owner, PATIENT).await.unwrap();
+    // What ought to be the last token is none: the script fails before it has done anything.
+    let token = format!("{key}:token");
+    assert_eq!(ground.ask::<i64>(&["DEL", &token]).await, 1);
+    assert_eq!(ground.ask::<i64>(&["RPUSH", &token, "no token"]).await, 1);
+    let monitor = ground.monitor().await;
+    let refused = there.try_acquire("sale", &owner).await;
+    assert!(matches!(refused, Err(LockError::Redis(_))));
+    eventually("the attempt is given back", async || {
+        monitor.calls(&ground, &key).await.len() >= 2
+    })
+    .await;
+    assert!(ground.pttl(&key).await > 0, "its owner has it no more");
+    assert_eq!(held.release().await.unwrap(), Released::Free);
+}
+
+/// Whoever has the first guard has worked without a lock, and must learn of it.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[tokio::test]
+async fn a_loss_is_not_healed_by_taking_the_lock_again(#[case] kind: Kind) {
+    let ground = Ground::shared().await;
+    let (here, there) = (ground.lock(kind, LONG).await, ground.lock(kind, LONG).await);
+    let owner = Owner::fresh();
+    for taken_by_somebody in [false, true] {
+        let lost = here.acquire("sale", &owner, PATIENT).await.unwrap();
+        assert_eq!(ground.ask::<i64>(&["DEL", &here.key("sale")]).await, 1);
+        if taken_by_somebody {
+            let theirs = there.take("sale").await;
+            assert!(here.try_acquire("sale", &owner).await.unwrap().is_none());
+            assert!(lost.is_lost());
+            assert_eq!(theirs.release().await.unwrap(), Released::Free);
+            assert_eq!(lost.release().await.unwrap(), Released::NotOwner);
+        } else {
+            let anew = here.acquire("sale", &owner, PATIENT).await.unwrap();
+            assert!(lost.is_lost() && !anew.is_lost());
+            assert_eq!(lost.release().await.unwrap(), Released::NotOwner);
+            assert!(there.refuses("sale").await);
+            assert_eq!(anew.release().await.unwrap(), Released::Free);
+        }
     }
 }
 
@@ -923,9 +990,16 @@ async fn a_release_happens_whether_or_not_anybody_waits_for_it(#[case] kind: Kin
 async fn a_guard_dropped_outside_of_a_runtime_leaves_the_lock_to_its_lease(#[case] kind: Kind) {
     let ground = Ground::shared().await;
     let (here, there) = (ground.lock(kind, RENEWED).await, ground.lock(kind, RENEWED).await);
-    let held = here.take("sale").await;
+    let (held, other) = (here.take("sale").await, here.take("other").await);
     std::thread::spawn(move || drop(held)).join().unwrap();
     let dropped = Instant::now();
+    let released = std::thread::spawn(move || {
+        let mut releasing = std::pin::pin!(other.release());
+        releasing.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+    });
+    // Nobody has asked: it may still be the owner's.
+    let released = released.join().unwrap();
+    assert!(matches!(released, Poll::Ready(Err(LockError::NoRuntime))));
     assert!(there.refuses("sale").await);
     let (_next, at) = there.waits("sale", PATIENT).await.unwrap().unwrap();
     assert!(at - dropped < RENEWED.time() + PROMPTLY, "{:?}", at - dropped);
@@ -998,7 +1072,7 @@ async fn a_release_makes_one_waiter_of_each_process_try(#[case] kind: Kind) {
 #[tokio::test]
 async fn a_lost_message_delays_a_waiter_to_the_end_of_the_lease_it_saw(#[case] kind: Kind) {
     let ground = Ground::shared().await;
-    let (here, there) = (ground.lock(kind, SHORT).await, ground.lock(kind, SHORT).await);
+    let (here, there) = (ground.lock(kind, MIDDLING).await, ground.lock(kind, MIDDLING).await);
     let sent = Instant::now();
     let _held = here.take("sale").await;
     let waiter = there.waits("sale", PATIENT);
@@ -1009,7 +1083,7 @@ async fn a_lost_message_delays_a_waiter_to_the_end_of_the_lease_it_saw(#[case] k
     // It is free, and nobody says so.
     assert_eq!(ground.ask::<i64>(&["DEL", &here.key("sale")]).await, 1);
     let (_next, at) = waiter.await.unwrap().unwrap();
-    assert!(at - sent < ms(500) + PROMPTLY, "{:?}", at - sent);
+    assert!(at - sent < MIDDLING.time() + PROMPTLY, "{:?}", at - sent);
 }
 
 #[rstest]
@@ -1095,7 +1169,7 @@ async fn nobody_notices_that_redis_forgot_the_scripts(#[case] kind: Kind) {
         if round == 0 {
             flush().await;
             let began = Instant::now();
-            eventually("two leases are over", async || began.elapsed() > ms(1_200)).await;
+            eventually("a lease is over", async || began.elapsed() > OVER).await;
             assert!(!held.is_lost());
         }
         if kind != Spin {
@@ -1121,7 +1195,7 @@ async fn nobody_notices_that_redis_forgot_the_scripts(#[case] kind: Kind) {
 #[tokio::test]
 async fn a_lock_is_never_there_without_an_end(#[case] kind: Kind) {
     let ground = Ground::shared().await;
-    let lock = ground.lock(kind, SHORT).await;
+    let lock = ground.lock(kind, LONG).await;
     let key = lock.key("sale");
     let churn = tokio::spawn(async move {
         for _ in 0..300 {
@@ -1132,7 +1206,7 @@ async fn a_lock_is_never_there_without_an_end(#[case] kind: Kind) {
     let mut seen = 0;
     while !churn.is_finished() {
         let left = ground.pttl(&key).await;
-        assert!(left == -2 || (0..=500).contains(&left), "{left}");
+        assert!(left == -2 || (0..=20_000).contains(&left), "{left}");
         seen += u32::from(left > 0);
     }
     churn.await.unwrap();
@@ -1293,7 +1367,7 @@ async fn without_redis_there_is_an_error_and_afterwards_a_lock_again(#[case] kin
             wait == ms(300) || matches!(error, Some(LockError::Redis(_))),
             "{error:?}"
         );
-        assert!(began.elapsed() < ms(1_500) + PROMPTLY, "{:?}", began.elapsed());
+        assert!(began.elapsed() < ms(10_000), "it hangs: {:?}", began.elapsed());
     }
     // Nobody can renew it any more, and its holder is told.
     held.lost().await;
@@ -1304,7 +1378,7 @@ async fn without_redis_there_is_an_error_and_afterwards_a_lock_again(#[case] kin
     let again = lock.take("held").await;
     assert!(token.is_none() || again.token() > token);
     let began = Instant::now();
-    eventually("two leases are over", async || began.elapsed() > ms(1_200)).await;
+    eventually("a lease is over", async || began.elapsed() > OVER).await;
     assert!(!again.is_lost());
     assert_eq!(again.release().await.unwrap(), Released::Free);
 }
@@ -1333,9 +1407,141 @@ async fn a_redis_that_stands_still_holds_up_neither_an_error_nor_the_notice_of_a
     };
     let ((error, took), lost) = tokio::join!(waiting, lost);
     assert!(matches!(error, Some(LockError::Redis(_))), "{error:?}");
-    assert!(took < COMMAND_TIMEOUT + PROMPTLY, "{took:?}");
-    // A renewal that is sent every 300 ms and given up after 500 would tell at 1,600 ms.
-    assert!(ms(900) <= lost && lost < ms(1_500), "{lost:?}");
+    // By themselves, and not because Redis goes on.
+    assert!(took < ms(4_000), "{took:?}");
+    assert!(ms(900) <= lost && lost < ms(4_000), "{lost:?}");
+}
+
+/// Nothing of what this process says reaches Redis, and nobody tells it so.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::spin(Spin)]
+#[tokio::test]
+async fn one_renewal_may_fail_and_the_next_still_comes_in_time(#[case] kind: Kind) {
+    let server = Redis::private().await.unwrap();
+    let (ground, proxy) = behind_a_proxy(&server).await;
+    // Its third is as long as a command may take: who waited for the answer first would have no time for another renewal.
+    let lock = ground.lock(kind, Lease::Renewed(ms(1_500))).await;
+    let held = lock.take("sale").await;
+    proxy.cuts(Cut::Silence(""));
+    held.lost().await;
+    assert!(proxy.connections_silenced() > 0, "the fault did not strike");
+    let renewals = proxy.said_in_vain();
+    assert!(renewals >= 2, "{renewals} within one lease");
+}
+
+/// A ground whose locks reach Redis through a proxy.
+async fn behind_a_proxy(server: &Redis) -> (Ground, Proxy) {
+    let proxy = Proxy::before(server.report().address.clone()).await.unwrap();
+    let mut ground = Ground::on(server).await;
+    ground.url = ground
+        .url
+        .replace(&server.report().address, &format!("127.0.0.1:{}", proxy.port()));
+    (ground, proxy)
+}
+
+/// The queue of a process must not find out one by one, each with a time-out of its own, what the first of them knows.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[tokio::test]
+async fn all_who_queue_in_a_process_hear_at_once_that_redis_does_not_answer(#[case] kind: Kind) {
+    const WAITERS: usize = 20;
+
+    let server = Redis::private().await.unwrap();
+    let (ground, proxy) = behind_a_proxy(&server).await;
+    let lock = ground.lock(kind, LONG).await;
+    let key = lock.key("sale");
+    // Somebody has it, for so long that all of them queue by then.
+    let _: i64 = ground.ask(&["HSET", &key, "somebody", "1"]).await;
+    let _: i64 = ground.ask(&["PEXPIRE", &key, "3000"]).await;
+    let waiters: Vec<_> = (0..WAITERS).map(|_| lock.waits("sale", PATIENT)).collect();
+    eventually("they listen", async || ground.listeners(&key).await == 1).await;
+    proxy.cuts(Cut::Silence(""));
+    for waiter in waiters {
+        let told = waiter.await.unwrap();
+        assert!(matches!(told, Err(LockError::Redis(_))), "{:?}", told.err());
+    }
+    assert!(proxy.connections_silenced() > 0, "the fault did not strike");
+    let asked = proxy.said_in_vain();
+    assert!(asked < WAITERS as u64, "Redis was asked {asked} times");
+}
+
+/// Nothing comes from Redis as long as nobody gives a lock back. So a connection that is dead has to be told from one that is quiet.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[tokio::test]
+async fn a_subscription_that_went_silent_is_missed_and_made_anew(#[case] kind: Kind) {
+    let server = Redis::private().await.unwrap();
+    let direct = Ground::on(&server).await;
+    let (ground, proxy) = behind_a_proxy(&server).await;
+    let (here, there) = (direct.lock(kind, LONG).await, ground.lock(kind, LONG).await);
+    let held = here.take("sale").await;
+    let waiter = there.waits("sale", PATIENT);
+    eventually("the waiter listens", async || {
+        ground.listeners(&here.key("sale")).await == 1
+    })
+    .await;
+    proxy.cuts(Cut::Silence("SUBSCRIBE"));
+    eventually("it went silent", async || proxy.connections_silenced() == 1).await;
+    assert_eq!(held.release().await.unwrap(), Released::Free);
+    proxy.cuts(Cut::Nothing);
+    // It would be at the end of the lease that it saw, and its patience ends before that.
+    let (_next, _at) = waiter.await.unwrap().unwrap();
+    assert!(proxy.said_in_vain() > 0, "nobody asked whether the connection is one");
+}
+
+/// The next one here asks right behind the release. Were that always so, others would wait for as long as anybody queues here.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[tokio::test]
+async fn a_process_whose_queue_never_ends_lets_others_in(#[case] kind: Kind) {
+    /// Each time somebody elsewhere has a chance, and no certainty.
+    const CHANCES: u32 = 10;
+
+    let server = Redis::private().await.unwrap();
+    let direct = Ground::on(&server).await;
+    let (ground, proxy) = behind_a_proxy(&server).await;
+    let (crowd, elsewhere) = (ground.lock(kind, LONG).await, direct.lock(kind, LONG).await);
+    // On a network, beside whatever else a process asks of Redis, a release and the question behind it get there together.
+    proxy.cuts(Cut::Slow(ms(1)));
+    let others: Vec<_> = (0..4)
+        .map(|_| {
+            let redis = crowd.connections().clone();
+            tokio::spawn(async move { while redis.send::<String>(redis::cmd("PING")).await.is_ok() {} })
+        })
+        .collect();
+    let turns = Arc::<AtomicU32>::default();
+    let queueing: Vec<_> = (0..8)
+        .map(|_| {
+            let (lock, turns) = (crowd.clone(), turns.clone());
+            tokio::spawn(async move {
+                loop {
+                    let held = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+                    turns.fetch_add(1, Relaxed);
+                    assert_eq!(held.release().await.unwrap(), Released::Free);
+                }
+            })
+        })
+        .collect();
+    eventually("they queue", async || turns.load(Relaxed) > 20).await;
+    let before = turns.load(Relaxed);
+    let waiter = elsewhere.waits("sale", PATIENT);
+    let most = CHANCES * HANDED_ON_AT_MOST;
+    eventually("it is in, or had its chances", async || {
+        waiter.is_finished() || turns.load(Relaxed) - before > most
+    })
+    .await;
+    let passed = turns.load(Relaxed) - before;
+    for task in queueing.into_iter().chain(others) {
+        task.abort();
+    }
+    assert!(passed <= most, "{passed} were let in before it");
+    println!("{passed} were let in before it");
+    let (held, _) = waiter.await.unwrap().unwrap();
+    assert_eq!(held.release().await.unwrap(), Released::Free);
 }
 
 const ROLE: &str = "LV3_LOCK_ROLE";
@@ -1406,6 +1612,13 @@ async fn plays_a_part_in_another_test() {
             let told = format!("{:?}", held.release().await.unwrap());
             let _: String = ground.ask(&["SET", &format!("{}told", ground.prefix), &told]).await;
         }
+        "takes it again and again" => {
+            let lock = ground.lock(kind, SHORT).await;
+            loop {
+                let held = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+                let _ = held.release().await;
+            }
+        }
         other => panic!("there is no part {other}"),
     }
 }
@@ -1464,6 +1677,41 @@ async fn a_killed_holder_keeps_the_lock_for_what_is_left_of_its_lease(#[case] ki
     let (_next, at) = lock.waits("sale", PATIENT).await.unwrap().unwrap();
     assert!(at - read + A_TICK >= ms(left), "{:?} of {left} ms", at - read);
     assert!(at - read < ms(left) + PROMPTLY, "{:?} of {left} ms", at - read);
+}
+
+/// Whatever it was about to do with the lock, no part of it stays.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[case::spin(Spin)]
+#[tokio::test]
+async fn killed_at_any_moment_a_process_leaves_no_lock_without_an_end(#[case] kind: Kind) {
+    let mut moments = StdRng::seed_from_u64(38);
+    let (mut held, mut free) = (0, 0);
+    for _ in 0..8 {
+        let ground = Ground::shared().await;
+        let lock = ground.lock(kind, LONG).await;
+        let key = lock.key("sale");
+        let mut process = process("takes it again and again", kind, &ground).spawn().unwrap();
+        eventually("it has the lock", async || ground.pttl(&key).await > 0).await;
+        tokio::time::sleep(Duration::from_micros(moments.random_range(0..20_000))).await;
+        process.start_kill().unwrap();
+        assert_eq!(
+            process.wait().await.unwrap().signal(),
+            Some(9),
+            "the fault did not strike"
+        );
+        match ground.pttl(&key).await {
+            -2 => free += 1,
+            left => {
+                assert!((0..=500).contains(&left), "{left} ms left");
+                held += 1;
+            }
+        }
+        let next = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+        assert_eq!(next.release().await.unwrap(), Released::Free);
+    }
+    println!("{kind:?}: killed {held} times with the lock, {free} times without");
 }
 
 /// The limit of every lock with a lease: it goes to the next one. The holder learns of it once it goes on.

@@ -1,8 +1,11 @@
 //! A proxy before a server: what goes through it is counted, and can be cut.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use tokio::{
@@ -10,6 +13,7 @@ use tokio::{
     net::{TcpListener, TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
     sync::watch,
     task::AbortHandle,
+    time::{Instant, timeout_at},
 };
 
 /// As much of what a client says is remembered, in bytes.
@@ -30,6 +34,11 @@ pub enum Cut {
     Nothing,
     /// A connection ends, now or later, as soon as its client has said this word near its beginning, such as `SUBSCRIBE`.
     Saying(&'static str),
+    /// A connection whose client has said this word goes silent, for good: nothing gets through either way any more, and nobody hangs up. An empty
+    /// word is said by everybody.
+    Silence(&'static str),
+    /// Everything does, later by so much. What a client has said by then arrives together.
+    Slow(Duration),
     /// Every connection ends, and whoever comes is turned away.
     Everything,
 }
@@ -38,6 +47,8 @@ pub enum Cut {
 struct Counted {
     to_server: AtomicU64,
     cut: AtomicU64,
+    silenced: AtomicU64,
+    in_vain: AtomicU64,
 }
 
 impl Proxy {
@@ -78,6 +89,16 @@ impl Proxy {
     pub fn connections_cut(&self) -> u64 {
         self.counted.cut.load(Relaxed)
     }
+
+    /// Connections that went silent.
+    pub fn connections_silenced(&self) -> u64 {
+        self.counted.silenced.load(Relaxed)
+    }
+
+    /// How often a client has said something on a connection that was silent by then.
+    pub fn said_in_vain(&self) -> u64 {
+        self.counted.in_vain.load(Relaxed)
+    }
 }
 
 impl Drop for Proxy {
@@ -96,9 +117,10 @@ async fn accept(listener: TcpListener, server: String, cuts: watch::Receiver<Cut
                 let _ = (client.set_nodelay(true), server.set_nodelay(true));
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
+                let silent = AtomicBool::new(false);
                 tokio::select! {
-                    () = forth(from_client, to_server, cuts, &counted) => {}
-                    () = back(from_server, to_client) => {}
+                    () = forth(from_client, to_server, cuts, &counted, &silent) => {}
+                    () = back(from_server, to_client, &silent) => {}
                 }
             } else {
                 counted.cut.fetch_add(1, Relaxed);
@@ -108,14 +130,28 @@ async fn accept(listener: TcpListener, server: String, cuts: watch::Receiver<Cut
 }
 
 /// What the client says, until one of both closes or it is cut; or until the proxy is gone.
-async fn forth(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut cuts: watch::Receiver<Cut>, counted: &Counted) {
+async fn forth(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut cuts: watch::Receiver<Cut>,
+    counted: &Counted,
+    silent: &AtomicBool,
+) {
     let mut beginning = Vec::new();
     let mut buffer = vec![0; BEGINNING];
     let mut unsent = 0;
     loop {
+        let has_said =
+            |word: &str| word.is_empty() || beginning.windows(word.len()).any(|said| said == word.as_bytes());
         let is_cut = match *cuts.borrow_and_update() {
-            Cut::Nothing => false,
-            Cut::Saying(word) => beginning.windows(word.len()).any(|said| said == word.as_bytes()),
+            Cut::Nothing | Cut::Slow(_) => false,
+            Cut::Saying(word) => has_said(word),
+            Cut::Silence(word) => {
+                if has_said(word) && !silent.swap(true, Relaxed) {
+                    counted.silenced.fetch_add(1, Relaxed);
+                }
+                false
+            }
             Cut::Everything => true,
         };
         if is_cut {
@@ -123,17 +159,30 @@ async fn forth(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut cuts: watch:
             return;
         }
         // Only after that, or the server would hear what is to be cut.
-        if to.write_all(&buffer[..unsent]).await.is_err() {
+        if silent.load(Relaxed) {
+            counted.in_vain.fetch_add(u64::from(unsent > 0), Relaxed);
+        } else if to.write_all(&buffer[..unsent]).await.is_err() {
             return;
+        } else {
+            counted.to_server.fetch_add(unsent as u64, Relaxed);
         }
-        counted.to_server.fetch_add(unsent as u64, Relaxed);
         unsent = 0;
         tokio::select! {
             changed = cuts.changed() => if changed.is_err() {
                 return;
             },
             read = from.read(&mut buffer) => {
-                let Ok(length @ 1..) = read else { return };
+                let Ok(mut length @ 1..) = read else { return };
+                let slow = match *cuts.borrow() {
+                    Cut::Slow(by) => Some(by),
+                    _ => None,
+                };
+                if let Some(by) = slow {
+                    let by = Instant::now() + by;
+                    while let Ok(Ok(more @ 1..)) = timeout_at(by, from.read(&mut buffer[length..])).await {
+                        length += more;
+                    }
+                }
                 unsent = length;
                 let room = BEGINNING - beginning.len();
                 beginning.extend_from_slice(&buffer[..length.min(room)]);
@@ -142,6 +191,12 @@ async fn forth(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut cuts: watch:
     }
 }
 
-async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
-    let _ = tokio::io::copy(&mut from, &mut to).await;
+/// What the server says.
+async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silent: &AtomicBool) {
+    let mut buffer = vec![0; BEGINNING];
+    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        if !silent.load(Relaxed) && to.write_all(&buffer[..length]).await.is_err() {
+            return;
+        }
+    }
 }

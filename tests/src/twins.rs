@@ -39,7 +39,10 @@ fn differs_by_one_mistake(broken: &Path, source: &Path) -> anyhow::Result<()> {
         .iter_all_changes()
         .filter(|change| change.tag() != ChangeTag::Equal)
         .count();
-    ensure!(changed > 0, "it does not differ from {name}");
+    ensure!(
+        changed > 0,
+        "it does not differ from {name}: its mistake is mended, and so it is listed as broken in vain"
+    );
     ensure!(
         changed <= MOST_LINES,
         "it differs from {name} by {changed} lines, and one mistake takes at most {MOST_LINES}:\n{}",

@@ -20,7 +20,8 @@ pub const FENCED: Schema = Schema {
     migrations: &sqlx::migrate!("migrations/fenced"),
 };
 
-/// What LV.1 broke, kept, on any number of instances. Where a lease ends under its holder, `spin` and `rlock` keep it no longer.
+/// What LV.1 broke, kept, on any number of instances. Where a lease ends under its holder, or under a commit that is still on its way, `spin` and
+/// `rlock` keep it no longer.
 const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
 
 const OVERSELLS: Guarantee = Guarantee::on_any_number(
@@ -122,6 +123,17 @@ pub static LEVEL: Level = Level {
             needs: &[Service::Redis],
             source: "levels/lv3-redis-lock/src/broken/get_then_del.rs",
             open: |stage| Box::pin(async { Ok(Box::new(broken::get_then_del::Spin::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/commit-not-covered",
+            summary: "given back while the commit may still be on its way",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/commit_not_covered.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::commit_not_covered::Rlock::open(stage).await?) as _) }),
         },
         Strategy {
             name: "broken/message-alone",

@@ -6,6 +6,7 @@
 //! Guarantee: keeps everything but an order of service, on any number of instances, as long as nobody stands still for a whole lease.
 //! Where it ends: a process that is frozen while it holds the lock (a long garbage collection, a virtual machine that is moved, SIGSTOP)
 //! renews nothing. The lease ends, somebody else gets the lock, and when the first goes on it sells on what it read before: an oversell.
+//! So does a commit whose connection broke and that Postgres still carries out when the lease has ended.
 //! Costs: two round trips to Redis for each buyer, one after another; a service more to run.
 //!
 //! Redis documentation, "Distributed Locks with Redis". Book: LV.3, "rlock".
@@ -104,7 +105,7 @@ impl Reserve for Rlock {
         // ANCHOR: lock
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
-        let guard = match self.lock.try_acquire(&name, &owner).await? {
+        let mut guard = match self.lock.try_acquire(&name, &owner).await? {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
@@ -117,10 +118,13 @@ impl Reserve for Rlock {
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
-            tx.commit().await?;
+            guard.covers(tx.commit()).await?;
             steps.at("committed").await;
+        } else {
+            // The answer stands, whether or not Postgres hears that this is over.
+            let _ = tx.rollback().await;
         }
-        // After the commit, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
         let _ = guard.release().await;
         steps.at("lock released").await;
         answer

@@ -6,6 +6,7 @@
 //!
 //! Guarantee: keeps everything but an order of service, on any number of instances, as long as nobody holds the lock longer than its lease.
 //! Where it ends: the lease is fixed. Whoever is slower, or frozen, or waits for the database, goes on with a lock that is somebody else's.
+//! So does a commit whose connection broke and that Postgres still carries out when the lease has ended.
 //! Costs: commands. Every waiter asks, and while a lock is free nobody knows it until the next one asks.
 //!
 //! Redis documentation, `SET`, "Patterns". Book: LV.3, "spin".
@@ -104,7 +105,7 @@ impl Reserve for Spin {
         // ANCHOR: lock
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
-        let guard = match self.lock.try_acquire(&name, &owner).await? {
+        let mut guard = match self.lock.try_acquire(&name, &owner).await? {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
@@ -117,10 +118,13 @@ impl Reserve for Spin {
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
-            tx.commit().await?;
+            guard.covers(tx.commit()).await?;
             steps.at("committed").await;
+        } else {
+            // The answer stands, whether or not Postgres hears that this is over.
+            let _ = tx.rollback().await;
         }
-        // After the commit, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
         let _ = guard.release().await;
         steps.at("lock released").await;
         answer

@@ -95,7 +95,7 @@ impl Reserve for Spin {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
-        let guard = match self.lock.try_acquire(&name, &owner).await? {
+        let mut guard = match self.lock.try_acquire(&name, &owner).await? {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
@@ -108,10 +108,13 @@ impl Reserve for Spin {
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
-            tx.commit().await?;
+            guard.covers(tx.commit()).await?;
             steps.at("committed").await;
+        } else {
+            // The answer stands, whether or not Postgres hears that this is over.
+            let _ = tx.rollback().await;
         }
-        // After the commit, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
         let redis = self.lock.connections();
         let _: Result<i64, _> = redis.send(Cmd::del(redis.key(&name))).await;
         drop(guard);

@@ -94,7 +94,7 @@ impl Reserve for Spin {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
-        let guard = match self.lock.try_acquire(&name, &owner).await? {
+        let mut guard = match self.lock.try_acquire(&name, &owner).await? {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
@@ -107,15 +107,18 @@ impl Reserve for Spin {
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
-            tx.commit().await?;
+            guard.covers(tx.commit()).await?;
             steps.at("committed").await;
+        } else {
+            // The answer stands, whether or not Postgres hears that this is over.
+            let _ = tx.rollback().await;
         }
-        // After the commit, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
         let redis = self.lock.connections();
-        let holder: Option<String> = redis.send(Cmd::get(redis.key(&name))).await?;
-        if holder.is_some_and(|holder| holder.starts_with(owner.as_str())) {
+        let holder: Result<String, _> = redis.send(Cmd::get(redis.key(&name))).await;
+        if holder.is_ok_and(|holder| holder.starts_with(owner.as_str())) {
             steps.at("owner compared").await;
-            let _: i64 = redis.send(Cmd::del(redis.key(&name))).await?;
+            let _: Result<i64, _> = redis.send(Cmd::del(redis.key(&name))).await;
         }
         drop(guard);
         steps.at("lock released").await;

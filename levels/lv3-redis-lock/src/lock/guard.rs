@@ -1,6 +1,7 @@
 //! What everybody who has a lock has in hand.
 
 use std::{
+    mem,
     ops::Deref,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
@@ -9,11 +10,12 @@ use std::{
 };
 
 use futures_util::poll;
-use redis::{RedisResult, Script, aio::ConnectionManager};
+use redis::{RedisError, RedisResult, Script, aio::ConnectionManager};
 use tokio::{
     runtime::Handle,
     sync::{OwnedMutexGuard, watch},
     task::{AbortHandle, JoinHandle},
+    time::{MissedTickBehavior, interval_at, timeout},
 };
 
 use super::{Lease, LockError, Owner};
@@ -23,8 +25,10 @@ use super::{Lease, LockError, Owner};
 /// Having it does not mean that the lock is still held: a lease ends without asking. [`Guard::is_lost`] is what this process knows of it.
 #[must_use = "a guard that is dropped gives the lock back at once"]
 pub struct Guard {
-    /// Always there until it is given back.
+    /// There until it is given back.
     holding: Option<Arc<Holding>>,
+    /// This one among the owner's holds.
+    hold: String,
     token: Option<i64>,
 }
 
@@ -57,8 +61,20 @@ struct State {
     /// Until when the lock is held for sure, by this process's own clock. `None`: it is known to be lost.
     until: watch::Sender<Option<Instant>>,
     /// The place at the head of this process's queue. The next one here asks Redis once it is free.
-    head: Mutex<Option<OwnedMutexGuard<()>>>,
+    head: Mutex<Option<Head>>,
 }
+
+/// What those who queue in this process for a lock leave to the next one.
+#[derive(Default)]
+pub(super) struct Turn {
+    /// How often in a row the lock went to the next one before anybody else could have heard of it.
+    pub(super) handed_on: u32,
+    /// When Redis last failed one of them, and how.
+    pub(super) failed: Option<(Instant, RedisError)>,
+}
+
+/// The place at the head.
+pub(super) type Head = OwnedMutexGuard<Turn>;
 
 impl Deref for Holding {
     type Target = Terms;
@@ -79,22 +95,33 @@ pub(super) struct Terms {
     pub(super) commands: ConnectionManager,
 }
 
-/// An attempt that Redis has not answered yet. If it is dropped before, nobody knows whether the lock was given, so it is given back.
-/// Commands go over one connection in their order: this one comes after the one that may have taken the lock.
-pub(super) struct Attempt(Option<Terms>);
+/// An attempt that Redis has not answered yet. If it is dropped before, nobody knows whether the lock was given, so it is given back: this
+/// hold, and no other that the same owner has. Commands go over one connection in their order: this one comes after the one that may have
+/// taken the lock.
+pub(super) struct Attempt {
+    terms: Option<Terms>,
+    hold: String,
+}
 
 impl Attempt {
-    pub(super) fn answered(mut self) {
-        self.0 = None;
+    pub(super) fn hold(&self) -> &str {
+        &self.hold
+    }
+
+    /// Tells the hold that the answer is about.
+    pub(super) fn answered(mut self) -> String {
+        self.terms = None;
+        mem::take(&mut self.hold)
     }
 }
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        let Some(terms) = self.0.take() else { return };
+        let Some(terms) = self.terms.take() else { return };
+        let hold = mem::take(&mut self.hold);
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
-                if let Err(why) = terms.give_back().await {
+                if let Err(why) = terms.give_back(&hold).await {
                     tracing::warn!(lock = terms.key, %why, "a lock may be taken until its lease ends");
                 }
             });
@@ -104,17 +131,20 @@ impl Drop for Attempt {
 
 impl Terms {
     /// To be made right before Redis is asked for the lock.
-    pub(super) fn attempt(&self) -> Attempt {
-        Attempt(Some(self.clone()))
+    pub(super) fn attempt(&self, hold: String) -> Attempt {
+        Attempt {
+            terms: Some(self.clone()),
+            hold,
+        }
     }
 
-    /// Gives back once what this owner may hold.
-    pub(super) async fn give_back(&self) -> RedisResult<Released> {
+    /// Gives a hold back, if there is one.
+    pub(super) async fn give_back(&self, hold: &str) -> RedisResult<Released> {
         let holds: i64 = self
             .scripts
             .release
             .key(&self.key)
-            .arg(self.owner.as_str())
+            .arg(hold)
             .arg(&self.channel)
             .invoke_async(&mut self.commands.clone())
             .await?;
@@ -126,7 +156,7 @@ impl Terms {
     }
 
     /// The lock was taken, by a command that was sent at `sent`.
-    pub(super) fn hold(self, sent: Instant, head: Option<OwnedMutexGuard<()>>) -> Holding {
+    pub(super) fn hold(self, sent: Instant, head: Option<Head>) -> Holding {
         let state = Arc::new(State {
             until: watch::Sender::new(Some(sent + self.lease.time())),
             head: Mutex::new(head),
@@ -152,6 +182,13 @@ impl Holding {
     /// It is known to be lost.
     pub(super) fn lose(&self) {
         self.state.lose();
+    }
+
+    /// Its last hold is about to be given back. From here on it is nobody's to renew or to take again: a watchdog that went on would find the lock gone
+    /// and call that a loss.
+    fn ends(&self) {
+        self.watch.abort();
+        self.state.until.send_replace(None);
     }
 
     /// Whether it can no longer be said to be held.
@@ -180,8 +217,18 @@ impl State {
 
     /// The next one of this process's queue has its turn.
     fn leave(&self) {
-        let head = self.head.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(head);
+        drop(self.take_head());
+    }
+
+    /// The same while the release is on its way: the next one here is quicker than anybody elsewhere.
+    fn hand_on(&self) {
+        if let Some(mut head) = self.take_head() {
+            head.handed_on += 1;
+        }
+    }
+
+    fn take_head(&self) -> Option<Head> {
+        self.head.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -195,9 +242,10 @@ impl Drop for Holding {
 }
 
 impl Guard {
-    pub(super) fn new(holding: Arc<Holding>, token: Option<i64>) -> Self {
+    pub(super) fn new(holding: Arc<Holding>, hold: String, token: Option<i64>) -> Self {
         Self {
             holding: Some(holding),
+            hold,
             token,
         }
     }
@@ -225,31 +273,61 @@ impl Guard {
     /// Gives the lock back, and says whether it still was the owner's. It is given back even if nobody waits for the answer.
     ///
     /// # Errors
-    /// Redis does not answer; the lock ends with its lease.
+    /// Redis does not answer, or there is no runtime to ask it; the lock ends with its lease.
     pub async fn release(mut self) -> Result<Released, LockError> {
-        match self.give_back() {
-            Some(task) => match task.await {
-                Ok(released) => Ok(released?),
-                // Its runtime is shutting down.
-                Err(_) => Ok(Released::NotOwner),
-            },
-            None => Ok(Released::NotOwner),
-        }
+        let task = self.give_back().ok_or(LockError::NoRuntime)?;
+        // A task that does not come to its end is one whose runtime shuts down.
+        Ok(task.await.map_err(|_| LockError::NoRuntime)??)
     }
+
+    // ANCHOR: covers
+    /// Runs a commit under this lock to its end, in a task of its own: whoever awaits it may be cancelled.
+    ///
+    /// If it fails, nobody can say whether it was carried out, or still is: the connection may have broken with the commit on its way. The next
+    /// holder would read what was there before it. So the lock is then neither given back nor renewed, and ends with its lease. A commit
+    /// that takes longer than that is not covered.
+    ///
+    /// # Errors
+    /// Those of the commit.
+    pub async fn covers(
+        &mut self,
+        commit: impl Future<Output = sqlx::Result<()>> + Send + 'static,
+    ) -> sqlx::Result<()> {
+        let mut guard = Self {
+            holding: self.holding.take(),
+            hold: mem::take(&mut self.hold),
+            token: self.token,
+        };
+        let covered = tokio::spawn(async move {
+            let committed = commit.await;
+            if committed.is_err() {
+                drop(guard.holding.take());
+            }
+            committed.map(|()| guard)
+        });
+        *self = covered.await.unwrap_or(Err(sqlx::Error::WorkerCrashed))?;
+        Ok(())
+    }
+    // ANCHOR_END: covers
 
     /// In a task of its own: whoever awaits it may be cancelled.
     fn give_back(&mut self) -> Option<JoinHandle<RedisResult<Released>>> {
         let holding = self.holding.take()?;
+        let hold = mem::take(&mut self.hold);
         let runtime = Handle::try_current().ok()?;
         Some(runtime.spawn(async move {
-            let mut giving_back = pin!(holding.give_back());
+            let is_last = Arc::strong_count(&holding) == 1;
+            if is_last {
+                holding.ends();
+            }
+            let mut giving_back = pin!(holding.give_back(&hold));
             let released = match poll!(&mut giving_back) {
                 Poll::Ready(released) => released,
                 Poll::Pending => {
                     // It is on its way, and Redis takes the commands of a connection in their order: the next one here need not wait for the
                     // answer. Should it come too early after all, it finds the lock taken and waits for the message.
-                    if Arc::strong_count(&holding) == 1 {
-                        holding.state.leave();
+                    if is_last {
+                        holding.state.hand_on();
                     }
                     giving_back.await
                 }
@@ -292,24 +370,24 @@ async fn see_it_end(state: Arc<State>) {
 /// The watchdog: renews a lease every third of its time, until the lock is lost. It keeps no guard alive.
 async fn renew(terms: Terms, time: Duration, state: Arc<State>) {
     let renewals = async {
+        let mut thirds = interval_at((Instant::now() + time / 3).into(), time / 3);
+        // Who stood still does not renew once for every third that has passed.
+        thirds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
-            tokio::time::sleep(time / 3).await;
+            thirds.tick().await;
             let sent = Instant::now();
-            let renewed: RedisResult<i64> = terms
-                .scripts
-                .renew
-                .key(&terms.key)
-                .arg(terms.owner.as_str())
-                .arg(terms.lease.millis())
-                .invoke_async(&mut terms.commands.clone())
-                .await;
-            match renewed {
-                Ok(1) => {
+            let mut renew = terms.scripts.renew.key(&terms.key);
+            renew.arg(terms.owner.as_str()).arg(terms.lease.millis());
+            let mut commands = terms.commands.clone();
+            // An answer that takes longer must not hold up the next renewal: it may be the last that comes in time.
+            match timeout(time / 3, renew.invoke_async::<i64>(&mut commands)).await {
+                Ok(Ok(1)) => {
                     state.goes_on(sent + time);
                 }
-                Ok(_) => return tracing::warn!(lock = terms.key, "a lock was lost while it was held"),
+                Ok(Ok(_)) => return tracing::warn!(lock = terms.key, "a lock was lost while it was held"),
                 // Once more at the next third, as long as the lease may still run.
-                Err(why) => tracing::warn!(lock = terms.key, %why, "a lease could not be renewed"),
+                Ok(Err(why)) => tracing::warn!(lock = terms.key, %why, "a lease could not be renewed"),
+                Err(_) => tracing::warn!(lock = terms.key, "a lease could not be renewed in time"),
             }
         }
     };

@@ -21,13 +21,13 @@ use std::{fmt, time::Duration};
 use anyhow::Context;
 use box_office::{No, Stage, Undecided};
 use redis::{
-    Client, Cmd, FromRedisValue,
+    Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
 use uuid::Uuid;
 
 pub use guard::{Guard, Released};
-pub use rlock::{Probe, RLock, Tokens};
+pub use rlock::{HANDED_ON_AT_MOST, Probe, RLock, Tokens};
 pub use spin::{Pauses, SpinLock};
 pub use wakeup::Releases;
 
@@ -106,6 +106,9 @@ pub enum LockError {
     /// Redis can't be reached, or answered with an error. A lock may have been taken all the same: it ends with its lease.
     #[error("Redis does not answer as it should")]
     Redis(#[from] redis::RedisError),
+    /// Nobody is there to talk to Redis.
+    #[error("the asynchronous runtime is gone, so the lock was not given back: it ends with its lease")]
+    NoRuntime,
     /// A lease that Redis can't count.
     #[error("a lease of {0:?} is none: it takes at least a millisecond")]
     LeaseTooShort(Duration),
@@ -122,6 +125,19 @@ impl From<LockError> for No {
             away => Undecided::BackendAway(away.into()),
         })
     }
+}
+
+/// A connection whose other end is gone without a word breaks when nothing was acknowledged for so long. Until then all that is sent on it is sent in
+/// vain, though a new connection might do.
+///
+/// `TCP_NODELAY` stays off: a thousand tasks share the connection, and while something is on its way their commands are better sent together.
+fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
+    #[cfg(target_os = "linux")]
+    let redis = {
+        let tcp = redis.tcp_settings().clone();
+        redis.set_tcp_settings(tcp.set_user_timeout(4 * COMMAND_TIMEOUT))
+    };
+    redis
 }
 
 /// Connections to one Redis: one for commands, which all tasks share, and one for messages.
@@ -150,7 +166,7 @@ impl Connections {
     /// # Errors
     /// The URL is none, or Redis does not answer.
     pub async fn open(url: &str, prefix: &str) -> redis::RedisResult<Self> {
-        let client = Client::open(url)?;
+        let client = Client::open(missed_soon(url.into_connection_info()?))?;
         let config = ConnectionManagerConfig::new()
             .set_response_timeout(Some(COMMAND_TIMEOUT))
             .set_connection_timeout(Some(COMMAND_TIMEOUT))

@@ -7,13 +7,23 @@ use std::{
 };
 
 use redis::{RedisResult, Script};
-use tokio::sync::{Mutex as Queue, OwnedMutexGuard};
+use tokio::sync::Mutex as Queue;
+use uuid::Uuid;
 
 use super::{
     Connections, Guard, Lease, LockError, Owner,
-    guard::{Holding, Scripts, Terms},
+    guard::{Head, Holding, Scripts, Terms, Turn},
     wakeup::Releases,
 };
+
+/// How often in a row a lock goes from one task of this process to the next without a pause.
+///
+/// The next one's question follows right behind the release, before any other process has heard of it. As long as somebody queues here, nobody
+/// elsewhere would ever get in.
+pub const HANDED_ON_AT_MOST: u32 = 100;
+
+/// How long that pause is: others hear of the release in it, and ask.
+const OTHERS_TURN: Duration = Duration::from_millis(2);
 
 /// Whether a lock hands out fencing tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +49,7 @@ pub struct RLock {
 
 /// What this process knows of one lock.
 struct Name {
-    queue: Arc<Queue<()>>,
+    queue: Arc<Queue<Turn>>,
     holder: Weak<Holding>,
 }
 
@@ -54,10 +64,19 @@ pub struct Probe {
     pub left: Duration,
 }
 
-/// The first look, or the answer to it.
+/// The answer to a look.
 enum Taken {
-    Yes { token: Option<i64>, sent: Instant },
+    Yes(Hold),
     No { left: Duration },
+}
+
+/// The lock, taken once.
+struct Hold {
+    id: String,
+    /// How often its owner has it, this one included.
+    holds: i64,
+    token: Option<i64>,
+    sent: Instant,
 }
 
 impl RLock {
@@ -88,29 +107,27 @@ impl RLock {
     /// # Errors
     /// Redis does not answer.
     pub async fn try_acquire(&self, name: &str, owner: &Owner) -> Result<Option<Guard>, LockError> {
-        let head = match self.own_holding(name, owner) {
-            Some(holding) => return self.once_more(holding).await,
-            None => self.queue(name).try_lock_owned(),
-        };
+        if let Some(again) = self.once_more(name, owner).await? {
+            return Ok(Some(again));
+        }
         // Somebody of this process has it, or is about to.
-        let Ok(head) = head else { return Ok(None) };
+        let Ok(mut head) = self.queue(name).try_lock_owned() else {
+            return Ok(None);
+        };
         let terms = self.terms(name, owner);
-        Ok(match self.look(&terms).await? {
-            Taken::Yes { token, sent } => Some(self.hold(name, terms, token, sent, head)),
+        Ok(match self.look_for_all(&terms, &mut head).await? {
+            Taken::Yes(hold) => Some(self.hold(name, terms, hold, head)),
             Taken::No { .. } => None,
         })
     }
 
     /// Takes the lock, and waits for it so long at most. Nothing is left of a wait that is cancelled.
     ///
+    /// An owner may take again what it has. Of two first attempts of one owner at the same time, the second waits for the first to be given back.
+    ///
     /// # Errors
-    /// [`LockError::NotAcquired`] when the wait is over; or Redis does not answer.
+    /// [`LockError::NotAcquired`] when the wait is over; or Redis does not answer, whoever of this process's queue asked it.
     pub async fn acquire(&self, name: &str, owner: &Owner, wait: Duration) -> Result<Guard, LockError> {
-        if let Some(holding) = self.own_holding(name, owner)
-            && let Some(guard) = self.once_more(holding).await?
-        {
-            return Ok(guard);
-        }
         if wait.is_zero() {
             let tried = self.try_acquire(name, owner).await?;
             return tried.ok_or(LockError::NotAcquired(wait));
@@ -123,8 +140,11 @@ impl RLock {
 
     /// Waits without end: first for its turn in this process, then for Redis.
     async fn wait_for(&self, name: &str, owner: &Owner) -> Result<Guard, LockError> {
-        let queue = self.queue(name);
-        let (head, mut released) = match queue.clone().try_lock_owned() {
+        if let Some(again) = self.once_more(name, owner).await? {
+            return Ok(again);
+        }
+        let (queue, queued) = (self.queue(name), Instant::now());
+        let (mut head, mut released) = match queue.clone().try_lock_owned() {
             Ok(head) => (head, None),
             Err(_) => {
                 // Whoever queues listens already, so that the subscription stays from one to the next.
@@ -132,11 +152,21 @@ impl RLock {
                 (queue.lock_owned().await, Some(released))
             }
         };
+        // What one of them has found out need not be found out by each that queued meanwhile, one time-out after another.
+        if let Some((at, why)) = &head.failed
+            && *at >= queued
+        {
+            return Err(why.clone().into());
+        }
+        if head.handed_on >= HANDED_ON_AT_MOST {
+            head.handed_on = 0;
+            tokio::time::sleep(OTHERS_TURN).await;
+        }
         let terms = self.terms(name, owner);
         // ANCHOR: wait
         loop {
-            let left = match self.look(&terms).await? {
-                Taken::Yes { token, sent } => return Ok(self.hold(name, terms, token, sent, head)),
+            let left = match self.look_for_all(&terms, &mut head).await? {
+                Taken::Yes(hold) => return Ok(self.hold(name, terms, hold, head)),
                 Taken::No { left } => left,
             };
             match &mut released {
@@ -157,46 +187,52 @@ impl RLock {
         self.connections.wakeups.listen(self.channel(name))
     }
 
-    /// Takes a lock again that this owner has.
-    ///
-    /// If this is cancelled, the lock may be counted once more than there are guards, and then it ends with its lease. Counting it once
-    /// less would free it under its owner.
-    async fn once_more(&self, holding: Arc<Holding>) -> Result<Option<Guard>, LockError> {
-        Ok(match self.ask(&holding).await? {
-            Taken::Yes { token, sent } if holding.taken_again(sent) => Some(Guard::new(holding, token)),
-            // It was found to be lost while this was asked: nobody would renew it or see it end.
-            Taken::Yes { .. } => {
-                holding.give_back().await?;
-                None
+    /// Takes a lock again that this owner has in this process, if there is one.
+    async fn once_more(&self, name: &str, owner: &Owner) -> RedisResult<Option<Guard>> {
+        let Some(holding) = self.own_holding(name, owner) else {
+            return Ok(None);
+        };
+        match self.look(&holding).await? {
+            Taken::Yes(again) if again.holds > 1 && holding.taken_again(again.sent) => {
+                return Ok(Some(Guard::new(holding, again.id, again.token)));
             }
+            // It was lost. To hold it anew under the old guard would hide that from whoever has it.
+            Taken::Yes(anew) => drop(holding.give_back(&anew.id).await?),
             // It was lost, and is somebody else's by now.
-            Taken::No { .. } => None,
-        })
+            Taken::No { .. } => {}
+        }
+        holding.lose();
+        Ok(None)
     }
 
-    /// Asks Redis for a lock that this owner does not have. If this is cancelled, the lock is given back.
+    /// Asks Redis, as the first of this process's queue. What comes of it in vain, the others hear from this one.
+    async fn look_for_all(&self, terms: &Terms, head: &mut Head) -> RedisResult<Taken> {
+        let taken = self.look(terms).await;
+        taken.inspect_err(|why| head.failed = Some((Instant::now(), why.clone())))
+    }
+
+    /// Asks Redis. If this is cancelled, what it may have taken is given back.
     async fn look(&self, terms: &Terms) -> RedisResult<Taken> {
-        let attempt = terms.attempt();
-        let taken = self.ask(terms).await?;
-        attempt.answered();
-        Ok(taken)
-    }
-
-    async fn ask(&self, terms: &Terms) -> RedisResult<Taken> {
+        let attempt = terms.attempt(Uuid::new_v4().simple().to_string());
         let mut acquire = self.acquire.prepare_invoke();
         acquire.key(&terms.key);
         if self.tokens == Tokens::Growing {
             acquire.key(format!("{}:token", terms.key));
         }
-        acquire.arg(terms.owner.as_str()).arg(terms.lease.millis());
+        acquire
+            .arg(terms.owner.as_str())
+            .arg(terms.lease.millis())
+            .arg(attempt.hold());
         let sent = Instant::now();
-        let (taken, value): (u8, i64) = acquire.invoke_async(&mut terms.commands.clone()).await?;
-        Ok(match (taken, self.tokens) {
-            (1, Tokens::None) => Taken::Yes { token: None, sent },
-            (1, Tokens::Growing) => Taken::Yes {
-                token: Some(value),
+        let (taken, value, token): (u8, i64, i64) = acquire.invoke_async(&mut terms.commands.clone()).await?;
+        let id = attempt.answered();
+        Ok(match taken {
+            1 => Taken::Yes(Hold {
+                id,
+                holds: value,
+                token: (self.tokens == Tokens::Growing).then_some(token),
                 sent,
-            },
+            }),
             _ => Taken::No {
                 // One without an end is none of ours: somebody else has to delete it.
                 left: u64::try_from(value).map_or(terms.lease.time(), Duration::from_millis),
@@ -238,17 +274,20 @@ impl RLock {
     /// Redis does not answer.
     pub async fn probe(&self, name: &str) -> Result<Option<Probe>, LockError> {
         let key = self.connections.key(name);
-        let (holders, left_ms): (Vec<(String, u64)>, i64) = redis::pipe()
+        let (owner, fields, left_ms): (Option<String>, u64, i64) = redis::pipe()
             .atomic()
-            .cmd("HGETALL")
+            .cmd("HGET")
+            .arg(&key)
+            .arg("owner")
+            .cmd("HLEN")
             .arg(&key)
             .cmd("PTTL")
             .arg(&key)
             .query_async(&mut self.connections.commands.clone())
             .await?;
-        Ok(holders.into_iter().next().map(|(owner, holds)| Probe {
+        Ok(owner.map(|owner| Probe {
             owner,
-            holds,
+            holds: fields - 1,
             left: Duration::from_millis(u64::try_from(left_ms).unwrap_or(0)),
         }))
     }
@@ -265,12 +304,12 @@ impl RLock {
     }
 
     /// The lock is held from here on.
-    fn hold(&self, name: &str, terms: Terms, token: Option<i64>, sent: Instant, head: OwnedMutexGuard<()>) -> Guard {
-        let holding = Arc::new(terms.hold(sent, Some(head)));
+    fn hold(&self, name: &str, terms: Terms, hold: Hold, head: Head) -> Guard {
+        let holding = Arc::new(terms.hold(hold.sent, Some(head)));
         if let Some(name) = self.names().get_mut(name) {
             name.holder = Arc::downgrade(&holding);
         }
-        Guard::new(holding, token)
+        Guard::new(holding, hold.id, hold.token)
     }
 
     fn channel(&self, name: &str) -> String {
@@ -282,7 +321,7 @@ impl RLock {
     }
 
     /// The queue of this process's tasks for a lock. Those that nobody uses are forgotten on the way.
-    fn queue(&self, name: &str) -> Arc<Queue<()>> {
+    fn queue(&self, name: &str) -> Arc<Queue<Turn>> {
         const KEPT: usize = 1024;
 
         let mut names = self.names();

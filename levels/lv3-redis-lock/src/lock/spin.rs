@@ -100,11 +100,11 @@ impl SpinLock {
             .arg("PX")
             .arg(self.lease.millis());
 
-        let attempt = terms.attempt();
+        let attempt = terms.attempt(terms.owner.as_str().to_owned());
         let sent = Instant::now();
         let answer: Option<String> = set.query_async(&mut terms.commands.clone()).await?;
-        attempt.answered();
-        Ok(answer.map(|_| Guard::new(Arc::new(terms.hold(sent, None)), None)))
+        let hold = attempt.answered();
+        Ok(answer.map(|_| Guard::new(Arc::new(terms.hold(sent, None)), hold, None)))
         // ANCHOR_END: try-acquire
     }
 

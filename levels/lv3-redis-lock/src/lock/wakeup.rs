@@ -6,16 +6,25 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
 use redis::{Client, RedisResult, aio::PubSubSink, aio::PubSubStream};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{interval_at, timeout},
+};
 
-/// How long to leave Redis alone after it could not be reached.
-const RECONNECT_AFTER: Duration = Duration::from_millis(50);
+use super::COMMAND_TIMEOUT;
+
+/// How long to leave Redis alone after it could not be reached: longer each time, up to the second one.
+const RECONNECT_AFTER: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
+
+/// How often to ask whether the connection is still one. Nothing comes on it as long as nobody gives a lock back: so silence tells nothing.
+const ASK_EVERY: Duration = Duration::from_secs(2);
 
 /// All listening of this process.
 #[derive(Clone)]
@@ -78,14 +87,28 @@ impl Channels {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, watch::Sender<u64>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Those that nobody listens to any more are forgotten.
+    fn listened_to(&self) -> MutexGuard<'_, HashMap<String, watch::Sender<u64>>> {
+        let mut channels = self.lock();
+        channels.retain(|_, sender| sender.receiver_count() > 0);
+        channels
+    }
+
+    fn are_listened_to(&self) -> bool {
+        !self.listened_to().is_empty()
+    }
 }
 
 /// Keeps the subscriptions as the listeners want them, over one connection after another.
 async fn listen(client: Client, channels: Arc<Channels>, mut changes: mpsc::UnboundedReceiver<()>) {
+    let [shortest, longest] = RECONNECT_AFTER;
     while changes.recv().await.is_some() {
-        while !channels.lock().is_empty() {
-            match client.get_async_pubsub().await {
+        let mut pause = shortest;
+        while channels.are_listened_to() {
+            match in_time(client.get_async_pubsub()).await {
                 Ok(connection) => {
+                    pause = shortest;
                     let (mut sink, mut stream) = connection.split();
                     if let Err(why) = serve(&mut sink, &mut stream, &channels, &mut changes).await {
                         tracing::warn!(%why, "messages about locks may have been lost");
@@ -97,7 +120,8 @@ async fn listen(client: Client, channels: Arc<Channels>, mut changes: mpsc::Unbo
                 return;
             }
             // A new connection subscribes anew: until then nobody's subscription is there.
-            tokio::time::sleep(RECONNECT_AFTER).await;
+            tokio::time::sleep(pause).await;
+            pause = longest.min(pause * 2);
         }
     }
 }
@@ -110,15 +134,16 @@ async fn serve(
     changes: &mut mpsc::UnboundedReceiver<()>,
 ) -> RedisResult<()> {
     let mut subscribed: HashSet<String> = HashSet::new();
+    let mut asking = interval_at((Instant::now() + ASK_EVERY).into(), ASK_EVERY);
     loop {
         let (missing, unused) = compare(channels, &subscribed);
         for channel in missing {
-            sink.subscribe(&channel).await?;
+            in_time(sink.subscribe(&channel)).await?;
             wake(channels, &channel);
             subscribed.insert(channel);
         }
         for channel in unused {
-            sink.unsubscribe(&channel).await?;
+            in_time(sink.unsubscribe(&channel)).await?;
             subscribed.remove(&channel);
             // Somebody may have begun to listen in the meantime; then it is subscribed anew, in the next round.
         }
@@ -130,14 +155,20 @@ async fn serve(
             change = changes.recv() => if change.is_none() {
                 return Ok(());
             },
+            _ = asking.tick() => in_time(sink.ping()).await?,
         }
     }
 }
 
-/// The channels that are listened to and not subscribed, and the other way round. Channels that nobody listens to any more are forgotten.
+/// A connection that answers nothing is none.
+async fn in_time<T>(answer: impl Future<Output = RedisResult<T>>) -> RedisResult<T> {
+    let in_time = timeout(COMMAND_TIMEOUT, answer).await;
+    in_time.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))
+}
+
+/// The channels that are listened to and not subscribed, and the other way round.
 fn compare(channels: &Channels, subscribed: &HashSet<String>) -> (Vec<String>, Vec<String>) {
-    let mut wanted = channels.lock();
-    wanted.retain(|_, sender| sender.receiver_count() > 0);
+    let wanted = channels.listened_to();
     let missing = wanted.keys().filter(|channel| !subscribed.contains(*channel));
     let unused = subscribed.iter().filter(|channel| !wanted.contains_key(*channel));
     (missing.cloned().collect(), unused.cloned().collect())
