@@ -1273,6 +1273,7 @@ async fn any_instance_tells_how_an_order_ended_and_no_event_is_missed(#[case] na
     other.stop().await.unwrap();
 }
 
+/// What one of them may hold back is measured where the events are told: `levels/box-office/tests/events.rs`.
 #[tokio::test]
 async fn clients_that_follow_and_never_read_cost_little() {
     const CLIENTS: u64 = 500;
