@@ -33,7 +33,7 @@ create table outbox (
 );
 create index outbox_by_reservation on outbox (reservation_id);
 
--- How far each partition has been decided: the next offset to decide.
+-- How far each partition has been decided: the next offset to decide. It tells batches apart; whether an order was decided, its row tells.
 create table partition_offset (
     topic       text    not null,
     partition   integer not null,

@@ -247,7 +247,7 @@ impl Path {
         }
     }
 
-    /// Finishes the batches in hand, and leaves the group.
+    /// Finishes the orders in work, and leaves the group: what was taken and not begun is for others.
     pub async fn close(&self) {
         self.stop.cancel();
         self.workers.close();
