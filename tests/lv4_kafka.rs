@@ -2,23 +2,30 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
     Place, Promises, Strategy,
 };
-use lv4_kafka::LEVEL;
+use lv4_kafka::{LEVEL, path::backlog};
 use rstest::rstest;
 use suite::{
     backends::Stand,
     contract,
     crowd::bears_idle_and_slow_clients,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
-    restarts,
+    restarts, rows,
     rush::{Program, Rush, SALE},
     twins::differ_by_one_mistake,
 };
+use tokio::time::sleep;
+
+/// How long anything may take that is done at once, on a machine that has other things to do.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
@@ -90,6 +97,41 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
     };
     let report = contract(&program(), &LEVEL, name, rush, KEEPS).await;
     assert_eq!(report.verdict.tally.sold, 4);
+}
+
+/// The judge reads rows when every buyer has an answer. Who decides what still lies in the topic then changes nothing: a late oversell would
+/// be one that nobody has seen.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn what_waits_in_the_topic_after_a_rush_changes_nothing(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = Stand::shared(strategy).await.unwrap();
+    let rush = Rush {
+        buyers: 200,
+        ..Rush::for_strategy(strategy).instances(3)
+    };
+    rush.run_on(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let pool = stand.database().pool(1).await.unwrap();
+    let judged = rows::read(&pool, SALE).await.unwrap();
+
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let place = stand.kafka(0, PATIENCE).unwrap();
+    let gave_up = Instant::now() + PATIENCE;
+    loop {
+        let place = place.clone();
+        let waiting = tokio::task::spawn_blocking(move || backlog(&place, PATIENCE));
+        let waiting = waiting.await.unwrap().unwrap();
+        if waiting == 0 {
+            break;
+        }
+        assert!(Instant::now() < gave_up, "after {PATIENCE:?} {waiting} orders wait");
+        sleep(Duration::from_millis(50)).await;
+    }
+    talk.stop().await.unwrap();
+    let later = rows::read(&pool, SALE).await.unwrap();
+    assert_eq!((later.stock, later.rows.len()), (judged.stock, judged.rows.len()));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use box_office::{KafkaPlace, kafka_bootstrap_servers, kafka_prefix};
 use clap::{Args, Subcommand};
-use lv4_kafka::path::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, topic};
+use lv4_kafka::path::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
 use rdkafka::error::KafkaError;
 
 use crate::Ended;
@@ -38,10 +38,14 @@ enum What {
         /// Where it came from, as `list` shows it: TOPIC/PARTITION/OFFSET.
         origin: String,
     },
-    /// Send one back to where it came from, to be tried once more.
+    /// Send one back to where it came from, to be tried once more; or all of them.
     Replay {
         /// Where it came from, as `list` shows it: TOPIC/PARTITION/OFFSET.
-        origin: String,
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        origin: Option<String>,
+        /// All that `list` shows.
+        #[arg(long)]
+        all: bool,
     },
 }
 
@@ -67,7 +71,16 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
         None => list(&letters, &place, false)?,
         Some(What::List { json }) => list(&letters, &place, *json)?,
         Some(What::Show { origin }) => show(find(&letters, origin)?),
-        Some(What::Replay { origin }) => {
+        Some(What::Replay { origin: None, .. }) => {
+            let replayed = replay_all(&place, PATIENCE).await?;
+            println!(
+                "{replayed} are in {} again: each is decided, or it comes back here",
+                topic(&place)
+            );
+        }
+        Some(What::Replay {
+            origin: Some(origin), ..
+        }) => {
             find(&letters, origin)?;
             replay(&place, origin, PATIENCE).await?;
             println!(

@@ -1,18 +1,22 @@
 //! Orders that are accepted first and decided later, and the events that tell how they ended.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicI64, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use box_office::{
-    Event, Guarantee, Level, No, Order, Outcome, Place, Promises, Reservation, Reserve, Server, Stage, Steps, Strategy,
-    api,
+    Event, Guarantee, Level, No, Opening, Order, Outcome, Place, Promises, Reservation, Reserve, Server, Stage, Steps,
+    Strategy, api,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
 use suite::backends::Database;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
+    sync::{Mutex, mpsc},
 };
 use uuid::Uuid;
 
@@ -252,6 +256,131 @@ async fn a_server_that_ends_ends_the_streams_of_those_who_wait_and_of_those_who_
     let began = Instant::now();
     server.shut_down().await.expect("nothing is cut off");
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// So much news there is, each so large: together 64 MiB, many times what a connection holds.
+const NEWS: i64 = 4096;
+const NEWS_BYTES: usize = 16 * 1024;
+
+/// How often the numbers are the same before they are believed.
+const LOOKS: u32 = 100;
+
+#[tokio::test]
+async fn a_client_that_never_reads_is_given_no_more_than_its_connection_holds() {
+    static MADE: AtomicI64 = AtomicI64::new(0);
+    let pulled = crier(|_| Box::pin(async { Ok(Box::new(Crier::new(&MADE, false)) as _) }));
+    let (server, _client) = never_reads(pulled).await;
+    let (mut same, mut before) = (0, 0);
+    while same < LOOKS {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let made = MADE.load(Relaxed);
+        same = if made == before { same + 1 } else { 0 };
+        before = made;
+    }
+    println!("{before} of {NEWS} events were made");
+    assert!(before < NEWS / 4, "{before} of {NEWS} events were made");
+    server.shut_down().await.expect("nothing is cut off");
+}
+
+/// The twin: news is pushed into a queue for each follower, and the queue has no bound. It holds all that was not read.
+#[tokio::test]
+async fn a_queue_without_a_bound_holds_whatever_its_client_never_reads() {
+    static MADE: AtomicI64 = AtomicI64::new(0);
+    let pushed = crier(|_| Box::pin(async { Ok(Box::new(Crier::new(&MADE, true)) as _) }));
+    let (server, _client) = never_reads(pushed).await;
+    house::until("all news is in memory", async || MADE.load(Relaxed) == NEWS).await;
+    server.shut_down().await.expect("nothing is cut off");
+}
+
+/// A server, and a client that follows an order and has stopped to read: the server's end of the connection is seen to be full.
+async fn never_reads(strategy: &'static Strategy) -> (Server, TcpStream) {
+    let database = database().await;
+    let server = Server::start(&PATIENT, strategy, &on(&database.url()))
+        .await
+        .expect("it starts");
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4096).expect("a small one");
+    let mut client = socket.connect(server.address()).await.expect("it listens");
+    let id = Uuid::new_v8(Uuid::new_v4().into_bytes());
+    let request = format!("GET /api/reservations/{id}/events HTTP/1.1\r\nHost: x\r\n\r\n");
+    client.write_all(request.as_bytes()).await.expect("it reads");
+    if cfg!(target_os = "linux") {
+        let port = client.local_addr().expect("an address").port();
+        house::until("the connection is full", async || unsent(port) > 0).await;
+    }
+    (server, client)
+}
+
+/// How many bytes wait to be sent to the client at this port, as the kernel sees it.
+fn unsent(port: u16) -> u64 {
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel tells");
+    let to_client = format!(":{port:04X}");
+    let waiting = table.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let sends = fields.get(2)?.ends_with(&to_client);
+        let (unsent, _) = fields.get(4)?.split_once(':')?;
+        sends.then(|| u64::from_str_radix(unsent, 16).ok())?
+    });
+    waiting.sum()
+}
+
+fn crier(open: fn(Stage) -> Opening) -> &'static Strategy {
+    Box::leak(Box::new(Strategy {
+        name: "crier",
+        summary: "has a great deal to tell",
+        open,
+        ..PATIENT.strategies[0]
+    }))
+}
+
+/// Has a great deal to tell of every order: when it is asked, or at once.
+struct Crier {
+    made: &'static AtomicI64,
+    pushed: Option<Mutex<mpsc::UnboundedReceiver<Event>>>,
+}
+
+impl Crier {
+    fn new(made: &'static AtomicI64, pushed: bool) -> Self {
+        let pushed = pushed.then(|| {
+            let (queue, news) = mpsc::unbounded_channel();
+            tokio::spawn(async move {
+                for number in 1..=NEWS {
+                    let _ = queue.send(news_item(made, number));
+                }
+            });
+            Mutex::new(news)
+        });
+        Self { made, pushed }
+    }
+}
+
+fn news_item(made: &AtomicI64, number: i64) -> Event {
+    made.fetch_add(1, Relaxed);
+    let mut reservation = api::Reservation::accepted(Uuid::nil());
+    reservation.reason = Some("x".repeat(NEWS_BYTES));
+    Event { number, reservation }
+}
+
+#[async_trait]
+impl Reserve for Crier {
+    async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, No> {
+        unreachable!("nobody orders")
+    }
+
+    fn accepted(&self, _: Uuid) -> bool {
+        true
+    }
+
+    async fn events(&self, _: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+        Ok(Some(match &self.pushed {
+            Some(queue) => queue.lock().await.recv().await.into_iter().collect(),
+            None if after < NEWS => vec![news_item(self.made, after + 1)],
+            None => {
+                tokio::time::sleep(patience).await;
+                vec![]
+            }
+        }))
+    }
 }
 
 #[tokio::test]

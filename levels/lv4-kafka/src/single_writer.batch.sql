@@ -4,9 +4,11 @@
 \set batch 2000
 \set next :first + :batch
 
+\if :first = 0
 insert into partition_offset (topic, partition, next_offset)
 values ('orders', 0, :first)
     on conflict do nothing;
+\endif
 select next_offset
   from partition_offset
  where topic = 'orders'

@@ -25,14 +25,15 @@ create index reservation_by_id on reservation (id);
 create index reservation_by_buyer on reservation (buyer_id, sale_id);
 create index reservation_by_key on reservation (request_key, sale_id);
 
--- What is still to be told, in the order in which it is told.
+-- What became of the orders, in the order in which it is told: a log of events. Who was told what is not kept, as a client may come back and ask
+-- again. So nothing here goes by itself: whoever runs this prunes it, once nobody will ask for the orders of a sale any more.
 create table outbox (
     number         bigint generated always as identity primary key,
     reservation_id uuid   not null
 );
 create index outbox_by_reservation on outbox (reservation_id);
 
--- How far each partition has been decided: the next offset to decide.
+-- How far each partition has been decided: the next offset to decide. It tells batches apart; whether an order was decided, its row tells.
 create table partition_offset (
     topic       text    not null,
     partition   integer not null,

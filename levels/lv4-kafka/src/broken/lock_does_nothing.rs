@@ -2,10 +2,17 @@
 //!
 //! Twin: `locked`. Caught by I1 and I2.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use box_office::{Event, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{Event, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
 use futures_util::{StreamExt, stream};
 use rdkafka::producer::FutureRecord;
 use sqlx::postgres::PgTransaction;
@@ -19,7 +26,7 @@ use crate::{
 
 /// How many messages are taken at once at most, and how many of them are in work at the same time.
 const MOST: usize = 64;
-const AT_ONCE: usize = 4;
+const AT_ONCE: u32 = 4;
 
 /// How long a message waits for its lock before it is put off.
 const WAIT: Duration = Duration::from_secs(2);
@@ -57,8 +64,9 @@ impl Locked {
     async fn decide_all(self, inbox: Inbox, steps: Steps) {
         let mut backoff = Backoff::default();
         while let Some(batch) = inbox.batch(MOST, &self.path.stop).await {
-            let decisions: Vec<_> = batch.iter().map(|taken| self.decide(taken, &steps)).collect();
-            let results: Vec<Result<(), No>> = stream::iter(decisions).buffered(AT_ONCE).collect().await;
+            let outage = AtomicBool::new(false);
+            let decisions: Vec<_> = batch.iter().map(|taken| self.decide(taken, &outage, &steps)).collect();
+            let results: Vec<Result<(), No>> = stream::iter(decisions).buffered(self.at_once()).collect().await;
 
             // Only the done prefix: up to the first of a partition that could not be decided.
             let (mut done, mut again) = (BTreeMap::new(), BTreeMap::new());
@@ -83,20 +91,42 @@ impl Locked {
             if again.is_empty() {
                 backoff.reset();
             } else {
-                inbox.again(again, backoff.pause()).await;
+                inbox.again(again, backoff.pause(), &self.path.stop).await;
             }
         }
         inbox.close().await;
     }
 
+    /// How many orders are in work at the same time. Each holds a connection, and those who ask how an order ended need one, too.
+    fn at_once(&self) -> usize {
+        let spare = self
+            .path
+            .stage
+            .database
+            .options()
+            .get_max_connections()
+            .saturating_sub(1);
+        (spare / self.path.place.consumers.max(1)).clamp(1, AT_ONCE) as usize
+    }
+
     /// Decides one order, or says why it can't be decided now.
-    async fn decide(&self, taken: &Taken, steps: &Steps) -> Result<(), No> {
+    ///
+    /// Once the database or the lock service has failed one, the rest of the batch is not begun: each would wait for what is away.
+    async fn decide(&self, taken: &Taken, outage: &AtomicBool, steps: &Steps) -> Result<(), No> {
+        if outage.load(Relaxed) || self.path.stop.is_cancelled() {
+            return Err(Undecided::Overloaded.into());
+        }
         let order = match taken.order(&self.path.ids) {
             Ok(order) => order,
             Err(poison) => return Ok(self.path.dead_letters.bury(taken, &poison).await?),
         };
         steps.at("message taken").await;
-        match self.decide_under_lock(&order, steps).await {
+        let decided = self.decide_under_lock(&order, steps).await;
+        // A lock that is somebody else's says nothing about the next order.
+        if let Err(No::Undecided(Undecided::BackendAway(_) | Undecided::TimedOut)) = decided {
+            outage.store(true, Relaxed);
+        }
+        match decided {
             Err(No::Refused(Refusal::UnknownSale)) => {
                 let poison = Poison::UnknownSale(order.sale_id);
                 Ok(self.path.dead_letters.bury(taken, &poison).await?)
@@ -108,7 +138,8 @@ impl Locked {
     /// Takes the sale's lock, and gives it back after the commit.
     async fn decide_under_lock(&self, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
         // The connection first: with the lock in hand, a wait for one would run into its lease.
-        let tx = self.path.stage.begin().await?;
+        let begun = self.path.stage.begin().await;
+        let tx = begun.map_err(|why| Undecided::BackendAway(why.into()))?;
         let held = self.locks.acquire(&format!("order:{}", order.id), WAIT).await?;
         steps.at("lock taken").await;
         let decided = self.decide_alone(tx, order, steps).await;

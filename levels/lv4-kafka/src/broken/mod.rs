@@ -3,6 +3,7 @@
 pub mod answer_before_ack;
 pub mod auto_commit;
 pub mod dead_letter_on_fault;
+pub mod endless_retry;
 pub mod errors_swallowed;
 pub mod highest_offset;
 pub mod lock_does_nothing;
@@ -10,4 +11,5 @@ pub mod lock_wrong_key;
 pub mod no_dedupe;
 pub mod notify_outside;
 pub mod offset_not_in_transaction;
+pub mod poison_skipped;
 pub mod produce_nothing;

@@ -36,6 +36,13 @@ struct Before {
     keys: HashMap<(SaleId, String), BuyerId>,
 }
 
+impl Before {
+    /// Whether this order is one of a sale, and not decided.
+    fn lacks(&self, order: &OrderMessage) -> bool {
+        self.stock.contains_key(&order.sale_id) && !self.decided.contains(&order.id)
+    }
+}
+
 /// An order with its answer.
 type Decision = (OrderMessage, Option<Refusal>);
 
@@ -71,11 +78,14 @@ impl SingleWriter {
             let mut again = BTreeMap::new();
             for (partition, batch) in batches {
                 let (first, next) = (batch[0].offset, batch[batch.len() - 1].offset + 1);
-                match self.decide(partition, batch, &steps).await {
-                    Ok(()) => {
+                match self.decide(partition, batch, &inbox, &steps).await {
+                    Ok(done) if done == next => {
                         inbox.done_before(partition, next);
                         self.path.dead_letters.passed(partition, next);
                         steps.at("offsets committed").await;
+                    }
+                    Ok(back) => {
+                        again.insert(partition, back);
                     }
                     Err(why) => {
                         tracing::warn!(%why, partition, first, "put off");
@@ -86,25 +96,54 @@ impl SingleWriter {
             if again.is_empty() {
                 backoff.reset();
             } else {
-                inbox.again(again, backoff.pause()).await;
+                inbox.again(again, backoff.pause(), &self.path.stop).await;
             }
         }
         inbox.close().await;
     }
 
-    /// Decides what has arrived in one partition, in one transaction.
-    async fn decide(&self, partition: i32, mut batch: Vec<Taken>, steps: &Steps) -> Result<(), No> {
+    /// Decides what has arrived in one partition, in one transaction. Returns where to go on: after it, or further back.
+    async fn decide(&self, partition: i32, batch: Vec<Taken>, inbox: &Inbox, steps: &Steps) -> Result<i64, No> {
         steps.at("batch taken").saw(batch.len()).await;
-        let first = self.next_offset(partition, batch[0].offset).await?;
-        // What lies before has been decided; only Kafka had not heard of it yet.
-        batch.retain(|taken| taken.offset >= first);
-        let Some(last) = batch.last().map(|taken| taken.offset) else {
-            return Ok(());
-        };
+        let (first, last) = (batch[0].offset, batch[batch.len() - 1].offset);
+        let fence = self.next_offset(partition, inbox).await?;
+        // Orders in between were never decided here, whatever the group has committed: this database was restored from a backup, or is a
+        // replica that had not heard of the last ones when it took over.
+        if fence < first && !inbox.went_back_to(partition, fence) {
+            tracing::warn!(
+                partition,
+                fence,
+                first,
+                "some before these are not decided: back to them"
+            );
+            return Ok(fence);
+        }
+        if fence < first {
+            tracing::error!(
+                partition,
+                fence,
+                first,
+                "what lay in between is not decided, and the topic has it no more"
+            );
+        }
 
         let orders = self.orders(batch).await?;
         let mut tx = self.path.stage.begin().await?;
         let before = read(&mut tx, &orders).await?;
+        // What lies before the fence has been decided; only Kafka had not heard of it. Its id says so: an offset alone may be used again, in a
+        // topic that was made anew, or by a broker that has lost the end of its log.
+        let came_again = orders
+            .iter()
+            .any(|(taken, order)| taken.offset < fence && before.lacks(order));
+        if came_again {
+            tracing::error!(
+                partition,
+                first,
+                fence,
+                "offsets have come again, with orders that nobody has decided"
+            );
+        }
+        let next = if came_again { last + 1 } else { fence.max(last + 1) };
         let decisions = self.decided(before, orders).await?;
         steps.at("batch decided").saw(decisions.len()).await;
         self.path.stage.business_time().await;
@@ -118,34 +157,24 @@ impl SingleWriter {
         )
         .bind(&self.path.topic)
         .bind(partition)
-        .bind(first)
-        .bind(last + 1)
+        .bind(fence)
+        .bind(next)
         .execute(&mut *tx)
         .await?;
         if moved.rows_affected() == 0 {
-            tracing::warn!(partition, first, "too late: somebody else has decided this batch");
-            return Ok(());
+            tracing::warn!(partition, fence, "too late: somebody else has decided in the meantime");
+            return Ok(first);
         }
         write(&mut tx, &decisions).await?;
         tell(&mut tx, &decisions).await?;
         steps.at("rows written").await;
         tx.commit().await?;
         steps.at("committed").await;
-        Ok(())
+        Ok(last + 1)
     }
 
-    /// The next offset of a partition to decide: `first`, if none of it was decided yet.
-    async fn next_offset(&self, partition: i32, first: i64) -> Result<i64, No> {
-        sqlx::query(
-            "insert into partition_offset (topic, partition, next_offset)
-             values ($1, $2, $3)
-                 on conflict do nothing",
-        )
-        .bind(&self.path.topic)
-        .bind(partition)
-        .bind(first)
-        .execute(&self.path.stage.database)
-        .await?;
+    /// The next offset of a partition to decide. Of a new one: the first that it holds.
+    async fn next_offset(&self, partition: i32, inbox: &Inbox) -> Result<i64, No> {
         let next = sqlx::query_scalar(
             "select next_offset
                from partition_offset
@@ -154,9 +183,23 @@ impl SingleWriter {
         )
         .bind(&self.path.topic)
         .bind(partition)
-        .fetch_one(&self.path.stage.database)
+        .fetch_optional(&self.path.stage.database)
         .await?;
-        Ok(next)
+        if let Some(next) = next {
+            return Ok(next);
+        }
+        let earliest = inbox.earliest(partition).await?;
+        sqlx::query(
+            "insert into partition_offset (topic, partition, next_offset)
+             values ($1, $2, $3)
+                 on conflict do nothing",
+        )
+        .bind(&self.path.topic)
+        .bind(partition)
+        .bind(earliest)
+        .execute(&self.path.stage.database)
+        .await?;
+        Ok(earliest)
     }
 
     /// The orders in a batch. What is none goes to the dead letters.

@@ -1,7 +1,7 @@
 //! The dead-letter topic: where a message goes that no retry will ever make good, with the reason and with where it came from.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -134,8 +134,8 @@ pub fn list(place: &KafkaPlace, patience: Duration) -> anyhow::Result<Vec<DeadLe
         partitions.add_partition_offset(&name, partition.id(), Offset::Beginning)?;
     }
     consumer.assign(&partitions)?;
-    let mut letters: BTreeMap<(i64, usize), DeadLetter> = BTreeMap::new();
-    let mut number = 0;
+    let mut letters: BTreeMap<(i64, i64), DeadLetter> = BTreeMap::new();
+    let mut places: HashMap<String, (i64, i64)> = HashMap::new();
     while left > 0 {
         let Some(read) = consumer.poll(patience) else {
             bail!("{left} dead letters could not be read within {patience:?}");
@@ -157,10 +157,14 @@ pub fn list(place: &KafkaPlace, patience: Duration) -> anyhow::Result<Vec<DeadLe
             place(ORIGIN_OFFSET)
         );
         // One that was buried twice is one letter; one that was replayed is none.
-        letters.retain(|_, letter| letter.origin != origin);
+        if let Some(earlier) = places.remove(&origin) {
+            letters.remove(&earlier);
+        }
         if header(REPLAYED).is_some() {
             continue;
         }
+        let came = (read.timestamp().to_millis().unwrap_or(0), -left);
+        places.insert(origin.clone(), came);
         let letter = DeadLetter {
             origin,
             reason: place(REASON),
@@ -168,8 +172,7 @@ pub fn list(place: &KafkaPlace, patience: Duration) -> anyhow::Result<Vec<DeadLe
             payload: String::from_utf8_lossy(read.payload().unwrap_or_default()).into_owned(),
             message: read,
         };
-        number += 1;
-        letters.insert((letter.message.timestamp().to_millis().unwrap_or(0), number), letter);
+        letters.insert(came, letter);
     }
     Ok(letters.into_values().collect())
 }
@@ -185,7 +188,30 @@ pub async fn replay(place: &KafkaPlace, origin: &str, patience: Duration) -> any
         .into_iter()
         .find(|letter| letter.origin == origin)
         .with_context(|| format!("there is no dead letter {origin}, or it was replayed"))?;
+    send_back(place, &producer(place)?, &letter, patience).await?;
+    Ok(())
+}
+
+/// The same with every letter there is. Returns how many.
+///
+/// # Errors
+/// Kafka does not answer, or does not take one: those before it are replayed.
+pub async fn replay_all(place: &KafkaPlace, patience: Duration) -> anyhow::Result<usize> {
+    let looked = place.clone();
+    let letters = tokio::task::spawn_blocking(move || list(&looked, patience)).await??;
     let producer = producer(place)?;
+    for letter in &letters {
+        send_back(place, &producer, letter, patience).await?;
+    }
+    Ok(letters.len())
+}
+
+async fn send_back(
+    place: &KafkaPlace,
+    producer: &FutureProducer,
+    letter: &DeadLetter,
+    patience: Duration,
+) -> anyhow::Result<()> {
     let key = letter.message.key().unwrap_or_default();
     let payload = letter.message.payload().unwrap_or_default();
     let attempts = (message::ATTEMPTS, letter.attempts.to_string());

@@ -3,7 +3,10 @@
 use std::{collections::HashMap, time::Duration};
 
 use box_office::{Event, No, Undecided, api};
-use sqlx::{PgPool, postgres::PgListener};
+use sqlx::{
+    PgPool,
+    postgres::{PgListener, PgPoolOptions},
+};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep, timeout},
@@ -39,16 +42,28 @@ struct Row {
 }
 
 impl Events {
-    /// Listens on a connection of its own, until told to stop.
+    /// Listens on a connection of its own, beside those of the pool, until told to stop.
     ///
     /// # Errors
     /// There is none to be had.
     pub async fn open(database: &PgPool, stop: CancellationToken) -> sqlx::Result<Self> {
-        let mut listener = PgListener::connect_with(database).await?;
+        // One that is kept for ever would be missing in the pool.
+        let own = PgPoolOptions::new()
+            .max_connections(1)
+            .max_lifetime(None)
+            .idle_timeout(None);
+        let own = own.connect_with((*database.connect_options()).clone()).await?;
+        let mut listener = PgListener::connect_with(&own).await?;
         listener.listen(DECIDED).await?;
         let (door, waiters) = mpsc::channel(DOOR);
-        let watching = watch(database.clone(), listener, waiters);
-        tokio::spawn(async move { stop.run_until_cancelled(watching).await });
+        let (heard, news) = mpsc::channel(DOOR);
+        let watching = watch(database.clone(), news, waiters);
+        tokio::spawn(async move {
+            // Two tasks: who comes in at the door must not cut off a listener that is about to connect again.
+            let listening = tokio::spawn(listen(listener, heard));
+            stop.run_until_cancelled(watching).await;
+            listening.abort();
+        });
         Ok(Self { door })
     }
 
@@ -70,33 +85,58 @@ impl Events {
     }
 }
 
+/// What can be heard on the channel.
+enum Heard {
+    /// These orders were decided.
+    Decided(Vec<Uuid>),
+    /// The connection was lost, and with it perhaps a message.
+    Nothing,
+}
+
+/// Passes on what is heard, and connects again when the connection is lost.
+async fn listen(mut listener: PgListener, heard: mpsc::Sender<Heard>) {
+    loop {
+        let named = match listener.try_recv().await {
+            Ok(Some(named)) => {
+                let ids = named.payload().split(',').filter_map(|id| id.parse().ok());
+                Heard::Decided(ids.collect())
+            }
+            Ok(None) => Heard::Nothing,
+            Err(why) => {
+                tracing::warn!(%why, "nothing can be heard of decided orders");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        if heard.send(named).await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Looks for all who wait at once: for those who are new, for those whose order was named, and now and then for everybody.
-async fn watch(database: PgPool, mut listener: PgListener, mut door: mpsc::Receiver<Waiter>) {
+async fn watch(database: PgPool, mut news: mpsc::Receiver<Heard>, mut door: mpsc::Receiver<Waiter>) {
     let mut waiting: HashMap<Uuid, Vec<Waiter>> = HashMap::new();
     let mut look_anyway = Instant::now() + LOOK_ANYWAY;
     loop {
         let mut look: Vec<Uuid> = vec![];
+        let mut heard = None;
         tokio::select! {
             waiter = door.recv() => match waiter {
                 None => return,
                 Some(waiter) => enter(&mut waiting, &mut look, waiter),
             },
-            named = listener.try_recv() => match named {
-                Ok(Some(named)) => look.extend(named.payload().split(',').filter_map(|id| id.parse::<Uuid>().ok())),
-                // The connection was lost, and with it perhaps a message.
-                Ok(None) => look_anyway = Instant::now(),
-                Err(why) => {
-                    tracing::warn!(%why, "nothing can be heard of decided orders");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            },
+            Some(named) = news.recv() => heard = Some(named),
             () = tokio::time::sleep_until(look_anyway) => {}
         }
         while let Ok(waiter) = door.try_recv() {
             enter(&mut waiting, &mut look, waiter);
         }
-        while let Some(named) = listener.next_buffered() {
-            look.extend(named.payload().split(',').filter_map(|id| id.parse::<Uuid>().ok()));
+        while let Some(named) = heard.take().or_else(|| news.try_recv().ok()) {
+            match named {
+                Heard::Decided(ids) => look.extend(ids),
+                Heard::Nothing => look_anyway = Instant::now(),
+            }
         }
         if look_anyway <= Instant::now() {
             look_anyway = Instant::now() + LOOK_ANYWAY;

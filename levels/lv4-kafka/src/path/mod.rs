@@ -14,10 +14,7 @@ mod message;
 
 use std::{
     collections::HashSet,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -28,14 +25,14 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
-    error::{KafkaError, RDKafkaErrorCode},
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
     producer::{FutureProducer, Producer},
 };
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
-pub use dead_letters::{DeadLetter, DeadLetters, list as dead_letters, replay};
+pub use dead_letters::{DeadLetter, DeadLetters, list as dead_letters, replay, replay_all};
 pub use events::{DECIDED, Events};
 pub use id::Ids;
 pub use inbox::{Inbox, member};
@@ -54,6 +51,16 @@ const DELIVERY: Duration = Duration::from_secs(5);
 
 /// How long Kafka may take to answer while a server starts.
 const START: Duration = Duration::from_secs(10);
+
+/// How long it may take to answer a server that asks whether it is there.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// How long a topic keeps an order at least. By default Kafka forgets after seven days what nobody has read, and an order that waits for longer
+/// was accepted all the same. What is decided need not be kept: thirty days are for who looks back.
+const ORDERS_ARE_KEPT_MS: &str = "2592000000";
+
+/// And how long a dead letter: until somebody has looked.
+const FOR_EVER: &str = "-1";
 
 /// The topic of the orders.
 pub fn topic(place: &KafkaPlace) -> String {
@@ -128,7 +135,7 @@ pub struct Path {
     /// Told when it is time to stop.
     pub stop: CancellationToken,
     workers: TaskTracker,
-    not_joined: Arc<AtomicUsize>,
+    not_joined: Mutex<Vec<watch::Receiver<bool>>>,
     known_sales: Mutex<HashSet<SaleId>>,
 }
 
@@ -161,7 +168,7 @@ impl Path {
             events: events?,
             stop,
             workers: TaskTracker::new(),
-            not_joined: Arc::default(),
+            not_joined: Mutex::default(),
             known_sales: Mutex::default(),
             stage,
             place,
@@ -169,14 +176,33 @@ impl Path {
     }
 
     /// Lets a consumer of this server work, in a task of its own. The server is not ready before it has joined its group.
-    pub fn work(&self, mut joined: watch::Receiver<bool>, work: impl Future<Output = ()> + Send + 'static) {
-        let not_joined = Arc::clone(&self.not_joined);
-        not_joined.fetch_add(1, Ordering::Relaxed);
-        tokio::spawn(async move {
-            let _ = joined.wait_for(|joined| *joined).await;
-            not_joined.fetch_sub(1, Ordering::Relaxed);
-        });
+    pub fn work(&self, joined: watch::Receiver<bool>, work: impl Future<Output = ()> + Send + 'static) {
+        self.not_joined().push(joined);
         self.workers.spawn(work);
+    }
+
+    fn not_joined(&self) -> MutexGuard<'_, Vec<watch::Receiver<bool>>> {
+        self.not_joined.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a consumer of this server still waits for partitions that it will get.
+    async fn waits_for_partitions(&self) -> anyhow::Result<bool> {
+        let waiting = {
+            let mut waiting = self.not_joined();
+            waiting.retain(|joined| !*joined.borrow());
+            waiting.len()
+        };
+        if waiting == 0 {
+            return Ok(false);
+        }
+        // Where there are more consumers than partitions, some never get one.
+        let (producer, group) = (self.producer.clone(), group(&self.place));
+        let members = tokio::task::spawn_blocking(move || {
+            let known = producer.client().fetch_group_list(Some(&group), ANSWER)?;
+            KafkaResult::Ok(known.groups().iter().map(|group| group.members().len()).sum::<usize>())
+        });
+        let members = members.await??;
+        Ok(members < PARTITIONS as usize + waiting)
     }
 
     /// Whether there is such a sale. A sale that is known stays known: none is ever taken away.
@@ -205,19 +231,15 @@ impl Path {
     /// They can't.
     pub async fn ready(&self) -> Result<(), No> {
         let away = |why: anyhow::Error| No::from(Undecided::BackendAway(why));
-        if self.not_joined.load(Ordering::Relaxed) > 0 {
+        if self.waits_for_partitions().await.map_err(away)? {
             return Err(away(anyhow::anyhow!("a consumer has no part of the partitions yet")));
         }
         if let Some((code, why)) = self.producer.client().fatal_error() {
             return Err(away(anyhow::anyhow!("the producer has given up: {code}: {why}")));
         }
         let (producer, topic) = (self.producer.clone(), self.topic.clone());
-        let asked = tokio::task::spawn_blocking(move || {
-            producer
-                .client()
-                .fetch_metadata(Some(&topic), Duration::from_secs(2))
-                .map(drop)
-        });
+        let asked =
+            tokio::task::spawn_blocking(move || producer.client().fetch_metadata(Some(&topic), ANSWER).map(drop));
         match asked.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(why)) => Err(away(why.into())),
@@ -225,7 +247,7 @@ impl Path {
         }
     }
 
-    /// Finishes the batches in hand, and leaves the group.
+    /// Finishes the orders in work, and leaves the group: what was taken and not begun is for others.
     pub async fn close(&self) {
         self.stop.cancel();
         self.workers.close();
@@ -240,8 +262,10 @@ async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
     // ANCHOR: topics
     // -1: as many replicas as the brokers are set to keep.
     let topics = [
-        NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1)).set("max.message.bytes", LARGEST),
-        NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)),
+        NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1))
+            .set("max.message.bytes", LARGEST)
+            .set("retention.ms", ORDERS_ARE_KEPT_MS),
+        NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)).set("retention.ms", FOR_EVER),
     ];
     // ANCHOR_END: topics
     let options = AdminOptions::new()
