@@ -6,6 +6,7 @@
 set -eu
 
 runs=${1:-20}
+case $runs in "" | 0 | *[!0-9]*) echo "soak: it takes how many runs, not \`$runs\`" >&2; exit 2 ;; esac
 [ $# = 0 ] || shift
 logs=$(mktemp -d)
 
