@@ -27,6 +27,8 @@ const BOUND_MIB: u64 = 1024;
 const TOOK_US: Micros = 100;
 
 fn main() -> anyhow::Result<()> {
+    let bound = env::args().any(|argument| argument == "--bound");
+    ensure!(!bound || !cfg!(debug_assertions), "--bound takes a build in release");
     let history = history();
     let rows = history.rows.as_ref().map_or(0, Vec::len);
     println!("{} requests, {rows} rows", history.requests.len());
@@ -41,8 +43,7 @@ fn main() -> anyhow::Result<()> {
     if let (Some(before), Some(after)) = (before_mib, peak_mib) {
         println!("peak memory {after} MiB, {before} MiB of it with the history alone");
     }
-    if env::args().any(|argument| argument == "--bound") {
-        ensure!(!cfg!(debug_assertions), "--bound takes a build in release");
+    if bound {
         ensure!(took < BOUND, "it took {took:?}, and may take {BOUND:?}");
         ensure!(
             peak_mib.is_none_or(|peak| peak < BOUND_MIB),
