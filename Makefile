@@ -36,9 +36,11 @@ ifneq ($(LEVEL),)
 ifeq ($(package),)
 $(error There is no level $(LEVEL); there is $(levels))
 endif
+else ifneq ($(STRATEGY),)
+$(error STRATEGY=$(STRATEGY) takes the level that it is of: LEVEL=lv2)
 endif
 
-.PHONY: help rush test red trace book book-check generated exercises load bench up down check results soak
+.PHONY: help rush test red trace book book-check generated exercises load bench benchmarks up down check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -96,6 +98,11 @@ bench: ## Measure one strategy beside the database's own ceiling: make bench LEV
 	@infra/setup.sh $(services)
 	@infra/bench-tools.sh
 	cargo run --release --quiet --package oversold $(features) -- bench $(chosen) $(ARGS)
+
+benchmarks: ## Hold the suite's own costs to their bounds: a rush against a server that does nothing, and the judge
+	@infra/setup.sh postgres
+	cargo run --quiet --release --package suite --example rush_of_nothing -- --bound
+	cargo run --quiet --release --package suite --example judge_benchmark -- --bound
 
 up: ## Start the backends in containers, for those who prefer compose
 	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach

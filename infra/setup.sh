@@ -1,5 +1,6 @@
 #!/bin/sh
-# Sees to it that the services are to be had, each in the order in which the suite looks for it. `make rush` and `make test` run it first.
+# Sees to it that there is what a build takes, and that the services are to be had, each in the order in which the suite looks for it.
+# `make rush` and `make test` run it first.
 #
 #   infra/setup.sh [postgres|redis|kafka…]   Postgres unless named
 #
@@ -37,6 +38,14 @@ about() {
         programs="the folder of its jars in OVERSOLD_KAFKA_JARS"
         apt="default-jre-headless maven" megabytes=90 dnf="java-21-openjdk-headless maven" pacman="jre-openjdk-headless maven" brew="openjdk maven"
         example=KAFKA_BOOTSTRAP_SERVERS=host:9092
+        ;;
+    tools)
+        # Kafka's client is C and C++, and comes with a configure and a Makefile. The suite finds processes with ps.
+        name=
+        for tool in c++ make ps; do
+            command -v "$tool" >/dev/null || name="${name:+$name, }$tool"
+        done
+        programs= apt="g++ make procps" megabytes=60 dnf="gcc-c++ make procps-ng" pacman="gcc make procps-ng"
         ;;
     *)
         say "there is no service $1; there are postgres, redis and kafka"
@@ -106,7 +115,9 @@ install_packages() {
         command -v sudo >/dev/null || return 1
         sudo=sudo
     fi
-    say "installing $name with apt-get${sudo:+, with sudo}: $apt, about $megabytes MB to download. No server is left running"
+    note=". No server is left running"
+    [ "$1" != tools ] || note=
+    say "installing $name with apt-get${sudo:+, with sudo}: $apt, about $megabytes MB to download$note"
     "without_a_server_$1" &&
         $sudo apt-get update -qq >&2 &&
         # shellcheck disable=SC2086 # one word for each package
@@ -140,8 +151,20 @@ without_a_server_kafka() { rule=; }
 
 afterwards_kafka() { :; }
 
+without_a_server_tools() { rule=; }
+
+afterwards_tools() { :; }
+
 what_to_run() {
     say "there is no $name, and none can be installed from here. Do one of these:"
+    package_to_install
+    [ "$name" != Kafka ] || say "    and then run infra/setup.sh kafka again, which fetches its jars"
+    say "  start a Docker engine                 (the image $image is pulled)"
+    say "  export $example"
+    exit 1
+}
+
+package_to_install() {
     case $(uname -s) in
     Darwin) say "  brew install $brew" ;;
     *)
@@ -152,13 +175,21 @@ what_to_run() {
         elif command -v pacman >/dev/null; then
             say "  sudo pacman -S $pacman"
         else
-            say "  install $name with your package manager, or name $programs"
+            say "  install $name with your package manager${programs:+, or name $programs}"
         fi
         ;;
     esac
-    [ "$name" != Kafka ] || say "    and then run infra/setup.sh kafka again, which fetches its jars"
-    say "  start a Docker engine                 (the image $image is pulled)"
-    say "  export $example"
+}
+
+see_to_tools() {
+    about tools
+    [ -n "$name" ] || return 0
+    install_packages tools && return
+    say "there is no $name, which a build or the suite takes. Do this:"
+    case $(uname -s) in
+    Darwin) say "  xcode-select --install" ;;
+    *) package_to_install ;;
+    esac
     exit 1
 }
 
@@ -196,3 +227,4 @@ for service; do
     about "$service"
     see_to "$service"
 done
+see_to_tools

@@ -6,13 +6,16 @@
 set -eu
 
 runs=${1:-20}
+case $runs in "" | 0 | *[!0-9]*) echo "soak: it takes how many runs, not \`$runs\`" >&2; exit 2 ;; esac
 [ $# = 0 ] || shift
 logs=$(mktemp -d)
 
-processes() { ps -eo pid=,args= | awk '/oversold-run-|lv[0-9]-[a-z-]*$/ && !/awk/ { print $1 }' | sort; }
-folders() { find "${TMPDIR:-/tmp}" -maxdepth 1 -name 'oversold-*' 2>/dev/null | sort; }
-containers() { docker ps --all --quiet --filter label=oversold 2>/dev/null | sort || true; }
+# By their arguments: the keepers (oversold-run-…), Postgres and Kafka (their data is in a folder oversold-…), Redis, and servers of a level.
+processes() { ps -eo pid=,args= | awk '/oversold[- ]|redis-server|lv[0-9]-[a-z-]+/ && !/awk/ { print "process " $0 }'; }
+folders() { find "${TMPDIR:-/tmp}" /dev/shm -maxdepth 1 -name 'oversold-*' ! -name 'oversold-pull-failed-*' 2>/dev/null | sed 's/^/folder /'; }
+containers() { docker ps --all --filter 'name=^/?oversold-' --format 'container {{.Names}}' 2>/dev/null || true; }
 traces() { { processes; folders; containers; } | LC_ALL=C sort; }
+left_behind() { LC_ALL=C comm -13 "$logs/before" "$logs/after"; }
 sum() { grep -oE "[0-9]+ $1" "$2" | awk '{ n += $1 } END { print n + 0 }'; }
 
 cargo test --no-run --quiet "$@"
@@ -32,18 +35,21 @@ while [ "$run" -le "$runs" ]; do
     [ -z "$busy" ] || kill "$busy"
     # The keeper clears up once the test program has ended, so it is a moment behind it.
     tries=0
-    while traces >"$logs/after" && [ -n "$(LC_ALL=C comm -13 "$logs/before" "$logs/after")" ] && [ "$tries" -lt 50 ]; do
+    while traces >"$logs/after" && [ -n "$(left_behind)" ] && [ "$tries" -lt 50 ]; do
         tries=$((tries + 1))
         sleep 0.2
     done
-    behind=$(LC_ALL=C comm -13 "$logs/before" "$logs/after" | wc -l)
+    behind=$(left_behind | wc -l)
     printf 'run %2d: %3d s, %s passed, %s failed, %s ignored, %s left behind%s\n' "$run" "$took" \
         "$(sum passed "$logs/$run")" "$(sum failed "$logs/$run")" "$(sum ignored "$logs/$run")" "$behind" "$note"
     if [ "$code" != 0 ]; then
         failed=$((failed + 1))
         grep -E '^test .*FAILED|panicked' "$logs/$run" | sed 's/^/    /' || true
     fi
-    [ "$behind" = 0 ] || left=$((left + 1))
+    if [ "$behind" != 0 ]; then
+        left=$((left + 1))
+        left_behind | cut -c1-200 | sed 's/^/    left behind: /'
+    fi
     run=$((run + 1))
 done
 echo "$runs runs: $failed failed, $left left something behind"

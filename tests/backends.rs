@@ -231,7 +231,7 @@ fn tests() -> Vec<Test> {
             the_image_is_the_same_everywhere,
         ),
     ];
-    let of_one_service: [OfOne; 14] = [
+    let of_one_service: [OfOne; 16] = [
         (
             "an_external_user_must_be_allowed_to_create_databases",
             Postgres,
@@ -282,6 +282,12 @@ fn tests() -> Vec<Test> {
             setup_takes_the_names_of_services,
         ),
         (
+            "setup_names_the_tools_that_a_build_takes",
+            Postgres,
+            &[],
+            setup_names_the_tools_that_a_build_takes,
+        ),
+        (
             "an_image_that_cannot_be_pulled_is_tried_once",
             Postgres,
             &[Docker],
@@ -304,6 +310,12 @@ fn tests() -> Vec<Test> {
             Postgres,
             &[],
             a_process_that_ignores_the_signal_is_killed,
+        ),
+        (
+            "a_book_stays_while_something_of_it_does",
+            Postgres,
+            &[],
+            a_book_stays_while_something_of_it_does,
         ),
         (
             "a_program_that_starts_after_the_end_gives_up",
@@ -1699,6 +1711,73 @@ fn a_process_that_ignores_the_signal_is_killed() {
     });
 }
 
+/// The engine and the folder of this test are programs that do as a file tells them. No time passes between its tries.
+fn a_book_stays_while_something_of_it_does() {
+    let temp = tempfile::tempdir().unwrap();
+    let (book, programs) = (temp.path().join("book"), temp.path().join("programs"));
+    let (container, elsewhere) = (book.join("containers/oversold-kafka-1"), book.join("elsewhere/data-1"));
+    fs::create_dir(&programs).unwrap();
+    for (name, script) in [
+        ("sleep", ""),
+        (
+            "docker",
+            r#"case "$(cat "$0.is") $*" in
+               "away "* | "stubborn "*" rm "*) exit 1 ;;
+               "empty "*" inspect "*) exit 1 ;;
+               "stubborn "*" ls "*) echo 0123456789ab ;;
+               esac"#,
+        ),
+        ("rm", r#"case "$*" in *resists*) exit 1 ;; esac; exec /bin/rm "$@""#),
+    ] {
+        let program = programs.join(name);
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let path = format!("{}:{}", programs.display(), env::var("PATH").unwrap());
+    let clear = |engine_is: &str| {
+        fs::write(programs.join("docker.is"), engine_is).unwrap();
+        let mut command = Command::new("sh");
+        command.arg(repository().join("tests/src/backends/keeper.sh"));
+        command.arg("clear").arg(&book).env("PATH", &path);
+        let cleared = command.stdin(Stdio::null()).output().unwrap().status.success();
+        assert_eq!(cleared, !book.exists());
+        cleared
+    };
+    let write = |data: &Path| {
+        for entry in [&container, &elsewhere] {
+            fs::create_dir_all(entry.parent().unwrap()).unwrap();
+        }
+        fs::create_dir_all(data).unwrap();
+        fs::write(&container, "\n").unwrap();
+        fs::write(&elsewhere, format!("{}\n", data.display())).unwrap();
+    };
+
+    let data = temp.path().join("data");
+    for engine_is in ["away", "stubborn"] {
+        write(&data);
+        assert!(!clear(engine_is));
+        assert!(
+            container.exists() && !elsewhere.exists() && !data.exists(),
+            "{engine_is}"
+        );
+        assert!(clear("well"));
+    }
+
+    // It was entered, and its maker died before the engine was asked.
+    write(&data);
+    assert!(clear("empty"));
+
+    let data = temp.path().join("data-resists");
+    write(&data);
+    assert!(!clear("well"));
+    assert!(elsewhere.exists() && !container.exists());
+    let yields = temp.path().join("data-yields");
+    fs::rename(&data, &yields).unwrap();
+    fs::write(&elsewhere, format!("{}\n", yields.display())).unwrap();
+    assert!(clear("well"));
+    assert!(!yields.exists());
+}
+
 /// The keeper clears up while a process that was just started has not signed the book yet.
 fn a_program_that_starts_after_the_end_gives_up() {
     // Not this process's own book: other tests sign there at the same time.
@@ -1803,6 +1882,22 @@ fn setup_says_what_to_run(service: Service) {
         for part in parts {
             assert!(text(&output).contains(part), "{}", text(&output));
         }
+    }
+}
+
+fn setup_names_the_tools_that_a_build_takes() {
+    let path = tempfile::tempdir().unwrap();
+    for program in ["uname", "make"] {
+        std::os::unix::fs::symlink(format!("/usr/bin/{program}"), path.path().join(program)).unwrap();
+    }
+    let mut setup = setup(&["postgres"]);
+    setup
+        .env("PATH", path.path())
+        .env("DATABASE_URL", "postgres://me@db/sale");
+    let output = setup.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    for part in ["there is no c++, ps", "Do this:"] {
+        assert!(text(&output).contains(part), "{}", text(&output));
     }
 }
 

@@ -80,6 +80,7 @@ fn err(output: &Output) -> String {
 #[case::dead_letters_of_nobody(&["dead-letters"], "oversold: KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; it takes the addresses of Kafka brokers, such as localhost:9092")]
 #[case::dead_letters_of_no_broker(&["dead-letters", "--kafka-bootstrap-servers", "localhost"], "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) holds \"localhost\"; it takes the addresses")]
 #[case::a_dead_letter_without_origin(&["dead-letters", "show"], "<ORIGIN> is missing")]
+#[case::an_order_of_nothing(&["trace", "lv1", "--order"], "oversold: --order holds nothing; it takes a value")]
 #[case::a_port_that_is_none(&["serve", "lv1", "--port", "eighty"], "PORT")]
 fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[case] says: &str) {
     let output = command(arguments)
@@ -121,6 +122,19 @@ fn a_backend_that_is_not_there_is_exit_code_3_and_never_a_password() {
     let said = err(&output);
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("127.0.0.1:1") && !said.contains("s3cret"), "{said}");
+}
+
+#[test]
+fn a_bad_setting_is_one_clear_line_and_exit_code_2() {
+    let output = command(&["rush", "lv1"])
+        .env("OVERSOLD_BACKENDS", "podman")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(
+        err(&output),
+        "oversold: OVERSOLD_BACKENDS is `podman`; it takes `docker` or `native`\n"
+    );
 }
 
 #[test]
@@ -205,37 +219,6 @@ fn waiters_are_timed_and_their_commands_counted(#[case] strategy: &str) {
 }
 
 #[test]
-fn the_lock_on_its_own_is_measured_beside_redis_benchmark() {
-    if suite::backends::on_path("redis-benchmark").is_none() {
-        // It comes with the server everywhere but in containers.
-        return;
-    }
-    let folder = tempdir().unwrap();
-    let json = folder.path().join("lock.json");
-    let arguments = [
-        "bench",
-        "lv3/rlock",
-        "--lock",
-        "--seconds",
-        "1",
-        "--rounds",
-        "1",
-        "--json",
-    ];
-    let output = command(&arguments).arg(&json).output().unwrap();
-    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    assert!(figures["pairs_a_second"]["median"].as_f64() > Some(0.0), "{figures}");
-    for (ceiling, connections) in [("redis_benchmark", 50), ("redis_benchmark_on_one_connection", 1)] {
-        let ceiling = &figures[ceiling];
-        assert_eq!(ceiling["connections"], connections, "{figures}");
-        for figure in ["pairs_a_second", "acquire_a_second", "release_a_second", "ratio"] {
-            assert!(ceiling[figure]["median"].as_f64() > Some(0.0), "{figures}");
-        }
-    }
-}
-
-#[test]
 fn a_server_of_lv3_needs_redis() {
     let mut serve = command(&["serve", "lv3", "--port", "0"]);
     let output = serve
@@ -265,75 +248,6 @@ async fn a_redis_that_is_not_there_is_exit_code_3_and_never_a_password(#[case] u
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("REDIS_URL"), "{said}");
     assert!(said.contains(says) && !said.contains("s3cret"), "{said}");
-}
-
-/// What the book says of the two halves of an order's path comes from these names.
-#[rstest]
-#[case::locked("lv4/locked", 1)]
-#[case::single_writer("lv4/single-writer", 2000)]
-fn a_backlog_is_decided_beside_pgbench(#[case] strategy: &str, #[case] batch: u32) {
-    let folder = tempdir().unwrap();
-    let json = folder.path().join("drain.json");
-    let arguments = ["bench", strategy, "--drain", "200", "--rounds", "1", "--json"];
-    let output = command(&arguments).arg(&json).output().unwrap();
-    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    assert_eq!(figures["strategy"], strategy);
-    assert_eq!(figures["kafka"]["service"], "kafka");
-    assert_eq!(
-        (&figures["orders"], &figures["rows_judged"]),
-        (&200.into(), &200.into())
-    );
-    let ceiling = &figures["ceiling"];
-    assert_eq!(ceiling["orders_in_a_transaction"], batch);
-    for figure in [
-        &figures["orders_a_second"],
-        &figures["took_ms"],
-        &figures["ready_ms"],
-        &figures["most_mib"],
-        &ceiling["orders_a_second"],
-        &ceiling["ratio"],
-    ] {
-        assert!(figure["median"].as_f64() > Some(0.0), "{figures}");
-    }
-}
-
-#[test]
-fn accepting_is_measured_beside_a_produce_that_does_nothing() {
-    if suite::backends::on_path("wrk").is_none() {
-        // `make bench` installs it; the suite does without.
-        return;
-    }
-    let folder = tempdir().unwrap();
-    let json = folder.path().join("accept.json");
-    let arguments = [
-        "bench",
-        "lv4/single-writer",
-        "--clients",
-        "20",
-        "--seconds",
-        "1",
-        "--rounds",
-        "1",
-        "--json",
-    ];
-    let output = command(&arguments).arg(&json).output().unwrap();
-    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    let other = &figures["without_produce"];
-    assert_eq!(other["strategy"], "lv4/broken/produce-nothing");
-    for figure in [
-        &figures["orders_a_second"],
-        &figures["p95_ms"],
-        &other["orders_a_second"],
-        &other["ratio"],
-    ] {
-        assert!(figure["median"].as_f64() > Some(0.0), "{figures}");
-    }
-    let perf_test = &figures["producer_perf_test"];
-    let left_out = out(&output).contains("kafka-producer-perf-test is left out: ");
-    assert_eq!(perf_test.is_null(), left_out, "{figures}\n{}", out(&output));
-    assert!(left_out || perf_test["partitions"] == 1, "{figures}");
 }
 
 #[test]

@@ -218,7 +218,7 @@ fn main() -> ExitCode {
         Ok(ended) => ExitCode::from(ended.code()),
         Err(error) => {
             eprintln!("oversold: {error:#}");
-            let missing = error.is::<Missing>() || error.is::<ToolMissing>();
+            let missing = matches!(error.downcast_ref(), Some(Missing::Nowhere { .. })) || error.is::<ToolMissing>();
             #[cfg(feature = "lv4")]
             let missing = missing || dead_letters::is_away(&error);
             ExitCode::from(if missing { BACKEND_MISSING } else { USAGE })

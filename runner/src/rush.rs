@@ -94,6 +94,12 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
                 result.all_answered_ms
             );
         }
+        if result.unanswered > 0 {
+            println!(
+                "    {} clicks never got an answer; no latency counts them",
+                result.unanswered
+            );
+        }
         println!("    promised: {}; verdict: {}", result.promises, result.verdict);
     }
     let ended = results
@@ -201,6 +207,9 @@ struct Outcome {
     took_ms: f64,
     /// The first clock: from a buyer's first click to the last answer to it.
     answered: Latency,
+    /// Clicks that never got one, which are left out there.
+    #[serde(skip_serializing_if = "is_zero")]
+    unanswered: u64,
     /// When the last of them was answered, after the gate had opened.
     all_answered_ms: f64,
     /// The second clock: from the first click to the final state. `null` where the answer is final.
@@ -259,6 +268,7 @@ impl Outcome {
             sales_a_second: (report.sales_a_second() * 10.0).round() / 10.0,
             took_ms: in_ms(report.took),
             answered: report.answered,
+            unanswered: report.unanswered as u64,
             all_answered_ms: in_ms(report.all_answered),
             completed: report.completed,
             all_completed_ms: report.all_completed.map(in_ms),

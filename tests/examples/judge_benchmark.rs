@@ -1,12 +1,13 @@
 //! How long the judge takes for 1,000,000 requests, and how much memory: `cargo run --release -p suite --example judge_benchmark`.
+//! With `-- --bound` it fails where that is more than it may be.
 //!
 //! The history is a right one, so that every rule looks at all of it: a third of a million tickets, sold at once or accepted first, with repeats of
 //! undecided requests, second clicks, and everybody else too late. Writing and reading it as JSON lines is measured apart.
 
 use std::{
-    fs,
+    env, fs,
     io::{BufReader, BufWriter, Seek, Write},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::ensure;
@@ -18,10 +19,16 @@ use uuid::Uuid;
 
 const REQUESTS: u64 = 1_000_000;
 const CAPACITY: u64 = 333_333;
+/// What the judge may take, where it is built in release and nothing else runs.
+const BOUND: Duration = Duration::from_secs(2);
+/// What this process may hold at most.
+const BOUND_MIB: u64 = 1024;
 /// From sent to answered, a hundred times the time between two requests.
 const TOOK_US: Micros = 100;
 
 fn main() -> anyhow::Result<()> {
+    let bound = env::args().any(|argument| argument == "--bound");
+    ensure!(!bound || !cfg!(debug_assertions), "--bound takes a build in release");
     let history = history();
     let rows = history.rows.as_ref().map_or(0, Vec::len);
     println!("{} requests, {rows} rows", history.requests.len());
@@ -32,8 +39,17 @@ fn main() -> anyhow::Result<()> {
     let took = started.elapsed();
     ensure!(verdict.findings.is_empty(), "the history is right, but:\n{verdict}");
     println!("judged in {:.3} s", took.as_secs_f64());
-    if let (Some(before), Some(after)) = (before_mib, peak_mib()) {
+    let peak_mib = peak_mib();
+    if let (Some(before), Some(after)) = (before_mib, peak_mib) {
         println!("peak memory {after} MiB, {before} MiB of it with the history alone");
+    }
+    if bound {
+        ensure!(took < BOUND, "it took {took:?}, and may take {BOUND:?}");
+        ensure!(
+            peak_mib.is_none_or(|peak| peak < BOUND_MIB),
+            "it may hold {BOUND_MIB} MiB"
+        );
+        println!("within the bounds of {BOUND:?} and {BOUND_MIB} MiB");
     }
 
     let mut file = tempfile::tempfile()?;

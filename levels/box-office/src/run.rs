@@ -19,7 +19,7 @@ const USAGE: u8 = 2;
 
 /// The whole of a level's server program: `fn main() -> ExitCode { box_office::main(&LEVEL) }`.
 ///
-/// It exits with 0 after a graceful end, 2 if a flag or variable is wrong, 3 if a backend is missing, 1 for all else.
+/// It exits with 0 after a graceful end, which cuts nothing off, 2 if a flag or variable is wrong, 3 if a backend is missing, 1 for all else.
 pub fn main(level: &'static Level) -> ExitCode {
     let strategies: Vec<String> = level
         .strategies
@@ -105,10 +105,15 @@ async fn serve_until_told(level: &'static Level, strategy: &'static Strategy, se
     };
     tracing::info!(by = told, "told to stop");
     match server.shut_down().await {
-        Ok(()) => tracing::info!("drained"),
-        Err(cut_off) => tracing::warn!("{cut_off}"),
+        Ok(()) => {
+            tracing::info!("drained");
+            ExitCode::SUCCESS
+        }
+        Err(cut_off) => {
+            tracing::error!("{cut_off}");
+            ExitCode::FAILURE
+        }
     }
-    ExitCode::SUCCESS
 }
 
 fn complain(code: u8, why: String) -> ExitCode {

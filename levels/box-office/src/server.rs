@@ -3,9 +3,8 @@
 //! The accept loop is written out because a server that faces the world needs what `axum::serve` leaves out: time for
 //! slow headers, a bound on connections, and an end that does not wait for idle clients.
 
-use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use futures_util::FutureExt;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::metrics::counter::Counter;
@@ -259,9 +258,10 @@ impl Server {
         let after = self.app.limits.drain_time;
         let deadline = Instant::now() + after;
         self.stop.cancel();
+        let mut accepting = self.accepting;
         let drained = timeout_at(deadline, async {
-            // It ends by itself: it has nothing to wait for but the token.
-            let _ = self.accepting.await;
+            // It ends by itself once it has served those whom the kernel had connected.
+            let _ = (&mut accepting).await;
             self.connections.close();
             self.connections.wait().await;
             self.app.reservations.close();
@@ -270,6 +270,7 @@ impl Server {
             self.app.database.close().await;
         })
         .await;
+        accepting.abort();
         if let Some(recorder) = &self.app.watch.recorder
             && let Err(why) = recorder.write()
         {
@@ -353,15 +354,24 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
             }
         }
     }
-    // Who was connected by the kernel before the stop is still served; closing the listener would cut them off.
+    // Who was connected by the kernel before the stop is still served; closing the listener would cut them off. The kernel is asked itself: tokio
+    // says that there is nobody whenever it has not looked lately, or thinks that this task was busy for long enough.
+    let Ok(listener) = listener.into_std() else { return };
     for _ in 0..BACKLOG {
-        let Ok(permit) = Arc::clone(&free).try_acquire_owned() else {
-            break;
-        };
-        let Some(Ok((stream, _))) = listener.accept().now_or_never() else {
-            break;
-        };
-        begin(stream, permit);
+        let permit = Arc::clone(&free).acquire_owned().await;
+        let permit = permit.expect("the semaphore is never closed");
+        match listener.accept() {
+            Ok((stream, _)) => {
+                if stream.set_nonblocking(true).is_ok()
+                    && let Ok(stream) = TcpStream::from_std(stream)
+                {
+                    begin(stream, permit);
+                }
+            }
+            // This one has hung up, another may be behind it.
+            Err(why) if why.kind() == ErrorKind::ConnectionAborted => {}
+            Err(_) => break,
+        }
     }
 }
 
@@ -373,12 +383,22 @@ async fn converse(
     stop: CancellationToken,
     _permit: OwnedSemaphorePermit,
 ) {
-    /// What a client that is in the middle of its headers gets to finish them when the server ends.
+    /// What a client that has just connected, or is in the middle of its headers, gets to say what it wants when the server ends.
     const LAST_WORDS: Duration = Duration::from_millis(500);
 
     /// What a request that the kernel has already takes to be read.
     const ARRIVED: Duration = Duration::from_millis(10);
 
+    // hyper closes a connection at once if it is told to end before it has read anything there, though the kernel may hold a request.
+    tokio::select! {
+        biased;
+        came = timeout(limits.header_time, stream.readable()) => {
+            if !matches!(came, Ok(Ok(()))) {
+                return;
+            }
+        }
+        () = async { stop.cancelled().await; sleep(LAST_WORDS).await } => return,
+    }
     // An answer is one small write: waiting for more to send would only delay it.
     let _ = stream.set_nodelay(true);
     let answering = TaskTracker::new();

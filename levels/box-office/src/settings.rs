@@ -426,7 +426,7 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
     };
     let takes = match (error.source(), error.get(ContextKind::ValidValue)) {
         (Some(takes), _) => takes.to_string(),
-        (None, Some(ContextValue::Strings(known))) => known.join(" or "),
+        (None, Some(ContextValue::Strings(known))) if !known.is_empty() => known.join(" or "),
         _ => "a value".to_owned(),
     };
     format!("{} {held}; it takes {takes}", name(argument))

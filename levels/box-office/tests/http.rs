@@ -184,6 +184,7 @@ const CASES: &[Case] = &[
         )
     },
     at("GET", "/problems/no-such-problem", 404, "not-found"),
+    at("GET", "/problems/%ff", 404, "not-found"),
     // Opening a sale.
     opens_with(&[JSON], 401, "unauthorized"),
     opens_with(&[JSON, ("Authorization", "Bearer open-sesam")], 401, "unauthorized"),

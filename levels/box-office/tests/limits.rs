@@ -363,6 +363,66 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
         .expect("all was drained");
 }
 
+/// On this one thread the server accepts nobody while the crowd connects, so the kernel has all of it when the stop comes.
+#[tokio::test]
+async fn who_was_connected_before_the_end_is_answered_however_many_they_are() {
+    const CROWD: usize = 500;
+
+    let Stand {
+        server,
+        database: _database,
+    } = stand().await;
+    let address = server.address();
+    let crowd: Vec<std::net::TcpStream> = (0..CROWD)
+        .map(|_| {
+            let mut stream = std::net::TcpStream::connect(address).expect("it listens");
+            let request = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
+            std::io::Write::write_all(&mut stream, request).expect("the kernel takes it");
+            stream
+        })
+        .collect();
+    within("the end", server.shut_down()).await.expect("all was drained");
+
+    let mut answered = 0;
+    for stream in crowd {
+        stream.set_nonblocking(true).expect("a socket");
+        let mut stream = TcpStream::from_std(stream).expect("a socket");
+        answered += usize::from(
+            read_answer(&mut stream)
+                .await
+                .is_some_and(|answer| answer.status == 200),
+        );
+    }
+    assert_eq!(answered, CROWD, "answered of {CROWD}");
+}
+
+#[tokio::test]
+async fn who_waits_for_a_place_when_the_end_comes_gets_one_as_others_leave() {
+    let one_at_a_time = Limits {
+        connections: 1,
+        ..Limits::default()
+    };
+    let (
+        Stand {
+            server,
+            database: _database,
+        },
+        holder,
+        mut buyer,
+    ) = with_one_in_flight(one_at_a_time).await;
+    let mut next = TcpStream::connect(server.address())
+        .await
+        .expect("the kernel connects it");
+    next.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        .await
+        .expect("the kernel takes it");
+    let (end, ()) = tokio::join!(within("the end", server.shut_down()), holder.let_go());
+    end.expect("all was drained");
+    for (stream, status) in [(&mut buyer, 201), (&mut next, 200)] {
+        assert_eq!(read_answer(stream).await.expect("an answer").status, status);
+    }
+}
+
 #[tokio::test]
 async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
     let (Stand { server, database }, holder, buyer) = with_one_in_flight(Limits::default()).await;

@@ -10,19 +10,27 @@ use std::{
     net::SocketAddr,
     os::unix::ffi::OsStringExt,
     process::{Child, ChildStdout, Command, ExitCode, Output, Stdio},
+    time::Duration,
 };
 
-use house::{LEVEL, Stand, ask, reserve, stand, until};
+use box_office::{Limits, Settings};
+use house::{LEVEL, Stand, ask, on, reserve, stand, until};
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tokio::runtime::Runtime;
+use tokio::{io::AsyncWriteExt, net::TcpStream, runtime::Runtime};
 
 const ACT_AS_SERVER: &str = "BOX_OFFICE_TEST_ACTS_AS_SERVER";
+/// What the variable holds for a server that hardly waits for what is in flight when it ends.
+const IN_A_HURRY: &str = "in a hurry";
 
 fn main() -> ExitCode {
-    if std::env::var_os(ACT_AS_SERVER).is_some() {
-        return box_office::main(&LEVEL);
+    if let Some(how) = std::env::var_os(ACT_AS_SERVER) {
+        return if how == IN_A_HURRY {
+            serve_in_a_hurry()
+        } else {
+            box_office::main(&LEVEL)
+        };
     }
     let mut trials: Vec<Trial> = WRONG
         .iter()
@@ -47,12 +55,26 @@ fn main() -> ExitCode {
             ends_on(Signal::INT)
         }),
         trial(
+            "an_end_that_cuts_a_reservation_off_is_exit_code_1",
+            an_end_that_cuts_a_reservation_off_is_exit_code_1,
+        ),
+        trial(
             "json_log_lines_are_json_even_after_a_panic",
             json_log_lines_are_json_even_after_a_panic,
         ),
         trial("secrets_are_in_no_log_line", secrets_are_in_no_log_line),
     ]);
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn serve_in_a_hurry() -> ExitCode {
+    let url = std::env::var("DATABASE_URL").expect("a database");
+    let limits = Limits {
+        drain_time: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let settings = Settings { limits, ..on(&url) };
+    box_office::serve(&LEVEL, &LEVEL.strategies[0], &settings)
 }
 
 fn trial(name: &str, test: impl FnOnce() + Send + 'static) -> Trial {
@@ -404,6 +426,14 @@ impl Drop for Process {
     }
 }
 
+async fn one_in_flight(address: SocketAddr) {
+    until("the request to be in flight", async || {
+        let metrics = ask(address, "GET", "/metrics", &[], "").await;
+        metrics.text().contains("oversold_reservations_in_flight 1")
+    })
+    .await;
+}
+
 fn ends_on(signal: Signal) {
     in_a_runtime(async {
         let stand = stand().await;
@@ -413,14 +443,10 @@ fn ends_on(signal: Signal) {
 
         let holder = stand.hold_up_buyer_42().await;
         let in_flight = tokio::spawn(async move { reserve(address, 42, "wait").await });
-        until("the request to be in flight", async || {
-            let metrics = ask(address, "GET", "/metrics", &[], "").await;
-            metrics.text().contains("oversold_reservations_in_flight 1")
-        })
-        .await;
+        one_in_flight(address).await;
         process.tell(signal);
         until("the listener to close", async || {
-            tokio::net::TcpStream::connect(address).await.is_err()
+            TcpStream::connect(address).await.is_err()
         })
         .await;
         holder.let_go().await;
@@ -432,6 +458,24 @@ fn ends_on(signal: Signal) {
             stderr.contains("told to stop") && stderr.contains("drained"),
             "{stderr}"
         );
+    });
+}
+
+fn an_end_that_cuts_a_reservation_off_is_exit_code_1() {
+    in_a_runtime(async {
+        let stand = stand().await;
+        let process = Process::start(&stand, &[(ACT_AS_SERVER, IN_A_HURRY)]);
+        let _holder = stand.hold_up_buyer_42().await;
+        let mut buyer = TcpStream::connect(process.address).await.expect("it listens");
+        let request = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                       Idempotency-Key: wait\r\nContent-Length: 16\r\n\r\n{\"buyer_id\": 42}";
+        buyer.write_all(request.as_bytes()).await.expect("it reads");
+        one_in_flight(process.address).await;
+
+        process.tell(Signal::TERM);
+        let (code, stdout, stderr) = process.end();
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
+        assert!(stderr.contains("1 reservations were cut off"), "{stderr}");
     });
 }
 

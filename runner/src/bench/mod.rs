@@ -55,7 +55,7 @@ const WARM_UP: Duration = Duration::from_secs(1);
 const FIRST_MEASURED_BUYER: u64 = 1_000_000_000;
 /// Over so many connections the ceiling is looked for.
 const CEILING_CLIENTS: [u32; 5] = [1, 4, 8, 16, 64];
-/// How long each of them is tried.
+/// How long each of them is tried at most; never longer than what is looked for is measured then.
 const PROBE: Duration = Duration::from_secs(2);
 /// The connections beside which the memory is measured.
 const CONNECTIONS: usize = 1000;
@@ -268,7 +268,7 @@ impl Bench {
         if let Some(pgbench) = pgbench {
             for clients in CEILING_CLIENTS {
                 say(&format!("looking for the ceiling: {clients} clients"));
-                let probe = self.ceiling(pgbench, clients, PROBE, &mut void).await?;
+                let probe = self.ceiling(pgbench, clients, PROBE.min(self.time), &mut void).await?;
                 probed.push((clients, probe.a_second));
             }
         }
@@ -286,7 +286,11 @@ impl Bench {
             ours.push(round);
             if let (Some(pgbench), Some(clients)) = (pgbench, best) {
                 say(&format!("round {number} of {rounds}: the ceiling"));
-                ceiling.push(self.ceiling(pgbench, clients, self.time, &mut void).await?);
+                let round = self.ceiling(pgbench, clients, self.time, &mut void).await?;
+                if round.transactions == 0 {
+                    void.push("the ceiling: pgbench did nothing in its time".to_owned());
+                }
+                ceiling.push(round);
             }
         }
         say("");

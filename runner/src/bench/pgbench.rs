@@ -121,11 +121,16 @@ fn parse(output: &str) -> anyhow::Result<Ceiling> {
     };
     // What follows the number is a remark, or the number that was asked for.
     let number = |text: &str| text.trim().split([' ', '/']).next().unwrap_or_default().to_owned();
+    let transactions = number(after("number of transactions actually processed:")?).parse()?;
     Ok(Ceiling {
-        transactions: number(after("number of transactions actually processed:")?).parse()?,
+        transactions,
         // Before version 15 a failed transaction ended its client.
         failed: after("number of failed transactions:").map_or(Ok(0), |text| number(text).parse())?,
-        a_second: number(after("tps =")?).parse()?,
+        a_second: match transactions {
+            // Then pgbench leaves the rate out.
+            0 => 0.0,
+            _ => number(after("tps =")?).parse()?,
+        },
     })
 }
 
@@ -145,6 +150,15 @@ mod tests {
             a_second: 141.806_157,
         };
         assert_eq!(counted, expected);
+    }
+
+    #[test]
+    fn no_transaction_in_all_the_time_is_a_rate_of_none() {
+        let counted = parse(
+            "number of transactions actually processed: 0\n\
+             number of failed transactions: 0 (NaN%)\n",
+        );
+        assert_eq!(counted.expect("it is a real output").a_second, 0.0);
     }
 
     #[test]

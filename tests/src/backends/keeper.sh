@@ -38,7 +38,8 @@ signal() {
     [ "$found" = yes ]
 }
 
-# The engine may still be making a container whose maker has died, so one that is not there is asked for again for a while.
+# The engine may still be making a container whose maker has died, so one that is not there is asked for again for a while. Says no when it may
+# still be there: the engine does not answer, or does not remove it.
 remove_container() {
     tries=0
     while [ "$tries" -lt 20 ]; do
@@ -53,8 +54,21 @@ remove_container() {
         fi
         sleep 0.5
     done
+    is_no_container "$1" "$2"
 }
 
+# Whether the engine says that there is no such container.
+is_no_container() {
+    if command -v docker >/dev/null; then
+        listed=$(docker ${2:+-H "$2"} container ls --all --quiet --filter "name=^/?$1\$") && [ -z "$listed" ]
+    else
+        socket=${2:-unix:///var/run/docker.sock}
+        answer=$(curl --silent --output /dev/null --write-out '%{http_code}' --unix-socket "${socket#unix://}" "http://docker/containers/$1/json")
+        [ "$answer" = 404 ]
+    fi
+}
+
+# What is done is struck out. While something is not, the book stays, so that the next run tries again.
 clear_folder() {
     # From here on nobody can sign: whoever has not yet, fails to and gives up.
     [ ! -d "$1/pids" ] || mv "$1/pids" "$1/pids.closed"
@@ -69,12 +83,15 @@ clear_folder() {
     for entry in "$1"/containers/*; do
         [ -f "$entry" ] || continue
         read -r engine <"$entry"
-        remove_container "${entry##*/}" "$engine"
+        remove_container "${entry##*/}" "$engine" && rm -f "$entry"
     done
     for entry in "$1"/elsewhere/*; do
         [ -f "$entry" ] || continue
         read -r elsewhere <"$entry"
-        remove_folder "$elsewhere"
+        remove_folder "$elsewhere" && rm -f "$entry"
+    done
+    for entry in "$1"/containers/* "$1"/elsewhere/*; do
+        [ ! -f "$entry" ] || return 1
     done
     remove_folder "$1"
 }

@@ -23,8 +23,10 @@ pub struct Report {
     pub verdict: Verdict,
     /// How many requests got which answer.
     pub answers: Answers,
-    /// From a buyer's first click to the last answer to it.
+    /// From a buyer's first click to the last answer to it. Clicks that never got one are left out.
     pub answered: Latency,
+    /// How many clicks never got an answer.
+    pub unanswered: usize,
     /// From a buyer's first click to the final state, where orders are accepted first and decided later.
     pub completed: Option<Latency>,
     /// From the opening of the gate until every buyer had an answer.
@@ -116,13 +118,18 @@ impl Report {
     /// Judges a history that was recorded while `clock` ran, with so many server processes. `retries` is what these counted.
     pub fn new(instances: usize, history: History, retries: u64, clock: &Clock) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let (answered, completed) = waits(&history);
+        let Waits {
+            answered,
+            completed,
+            unanswered,
+        } = Waits::of(&history);
         Self {
             all_answered: last(history.requests.iter().filter_map(|request| request.answered_us)).unwrap_or(clock.wall),
             all_completed: last(history.requests.iter().filter_map(ended_us)),
             verdict: judge(&history),
             answers: Answers::count(&history),
             answered: Latency::of(&answered),
+            unanswered,
             completed: (!completed.is_empty()).then(|| Latency::of(&completed)),
             took: clock.wall,
             client_share: clock.processor.as_secs_f64() / (clock.wall.as_secs_f64() * processors as f64),
@@ -194,30 +201,85 @@ fn ended_us(request: &Request) -> Option<Micros> {
 }
 
 /// How long each click waited for its last answer, and for its final state; repeats are part of the wait.
-fn waits(history: &History) -> (Vec<Micros>, Vec<Micros>) {
-    #[derive(Default)]
-    struct Click {
-        first_sent_us: Option<Micros>,
-        answered_us: Option<Micros>,
-        ended_us: Option<Micros>,
-    }
-    let mut clicks: HashMap<&str, Click> = HashMap::new();
-    for request in &history.requests {
-        let click = clicks.entry(&request.key).or_default();
-        let first = click.first_sent_us.get_or_insert(request.sent_us);
-        *first = request.sent_us.min(*first);
-        click.answered_us = click.answered_us.max(request.answered_us);
-        click.ended_us = click.ended_us.max(ended_us(request));
-    }
-    let since_first = |click: &Click, at: Option<Micros>| Some(at?.saturating_sub(click.first_sent_us?));
-    (
-        clicks
+struct Waits {
+    answered: Vec<Micros>,
+    completed: Vec<Micros>,
+    unanswered: usize,
+}
+
+impl Waits {
+    fn of(history: &History) -> Self {
+        #[derive(Default)]
+        struct Click {
+            first_sent_us: Option<Micros>,
+            answered_us: Option<Micros>,
+            ended_us: Option<Micros>,
+        }
+        let mut clicks: HashMap<&str, Click> = HashMap::new();
+        for request in &history.requests {
+            let click = clicks.entry(&request.key).or_default();
+            let first = click.first_sent_us.get_or_insert(request.sent_us);
+            *first = request.sent_us.min(*first);
+            click.answered_us = click.answered_us.max(request.answered_us);
+            click.ended_us = click.ended_us.max(ended_us(request));
+        }
+        let since_first = |click: &Click, at: Option<Micros>| Some(at?.saturating_sub(click.first_sent_us?));
+        let answered: Vec<_> = clicks
             .values()
             .filter_map(|click| since_first(click, click.answered_us))
-            .collect(),
-        clicks
-            .values()
-            .filter_map(|click| since_first(click, click.ended_us))
-            .collect(),
-    )
+            .collect();
+        Self {
+            unanswered: clicks.len() - answered.len(),
+            answered,
+            completed: clicks
+                .values()
+                .filter_map(|click| since_first(click, click.ended_us))
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::{FORMAT_VERSION, Header};
+
+    #[test]
+    fn a_click_that_never_got_an_answer_is_counted_beside_the_latency() {
+        let mut requests = vec![];
+        for (key, sent_us, answered_us) in [
+            ("answered", 0, Some(2_000)),
+            ("repeated", 1_000, None),
+            ("repeated", 3_000, Some(9_000)),
+            ("given up", 0, None),
+            ("given up", 5_000, None),
+        ] {
+            requests.push(Request {
+                request: requests.len() as u64,
+                buyer: 1,
+                key: key.to_owned(),
+                sent_us,
+                answered_us,
+                answer: Answer::Undecided,
+                steps: vec![],
+            });
+        }
+        let history = History {
+            header: Header {
+                version: FORMAT_VERSION,
+                strategy: "lv0/nothing".to_owned(),
+                sale: 1,
+                capacity: 1,
+                deadline_us: 0,
+                expiry_us: None,
+                stock: None,
+            },
+            requests,
+            rows: None,
+            faults: vec![],
+        };
+        let report = Report::new(1, history, 0, &Clock::start().stop());
+        assert_eq!(report.unanswered, 1);
+        assert!((8.0..8.1).contains(&report.answered.max_ms), "{:?}", report.answered);
+    }
 }

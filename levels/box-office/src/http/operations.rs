@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     http::header,
     response::IntoResponse,
 };
@@ -73,7 +73,8 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     params(("name" = String, Path, description = "The last part of a problem's `type`", example = "sold-out")),
     responses((status = 200, description = "What the problem means and what a client can do", body = str))
 )]
-pub(super) async fn explain_problem(Path(name): Path<String>) -> Result<String, Problem> {
-    let kind = ProblemKind::named(&name).ok_or(ProblemKind::NotFound)?;
+pub(super) async fn explain_problem(name: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
+    let kind = name.ok().and_then(|Path(name)| ProblemKind::named(&name));
+    let kind = kind.ok_or(ProblemKind::NotFound)?;
     Ok(format!("{} ({})\n{}\n", kind.title(), kind.status(), kind.meaning()))
 }

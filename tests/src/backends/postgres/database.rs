@@ -7,10 +7,10 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use box_office::Schema;
 use percent_encoding::percent_decode_str;
 use sqlx::{
@@ -21,6 +21,8 @@ use tokio::time::timeout;
 
 use super::{Postgres, Server};
 
+/// How long connections to a template may outlive its migration.
+const LEFT_WITHIN: Duration = Duration::from_secs(10);
 /// How long a drop may take. It is given up when its server hangs or is gone.
 const DROPPED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -81,21 +83,38 @@ impl Postgres {
             run(&mut admin, format!("create database {}", quoted(&name))).await?;
             migrate(&self.admin.clone().database(&name), schema).await?;
             // Nobody may be connected to what is copied: Postgres would look again only after 100 ms.
-            let connections = "select count(*) from pg_stat_activity where datname = $1";
-            while sqlx::query_scalar::<_, i64>(connections)
-                .bind(&name)
-                .fetch_one(&mut admin)
-                .await?
-                > 0
-            {
-                tokio::task::yield_now().await;
-            }
+            nobody_is_connected(&mut admin, &name).await?;
             admin.close().await?;
             anyhow::Ok(())
         })
         .await
         .with_context(|| format!("making the template of schema {}", schema.name))?;
         Ok(name)
+    }
+}
+
+/// Waits until the last connection to a database is gone: a server process ends a moment after its client has closed.
+async fn nobody_is_connected(admin: &mut PgConnection, name: &str) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        let connected: Vec<String> = sqlx::query_scalar(
+            "select format('%s %s (%s)', backend_type, pid, application_name)
+               from pg_stat_activity
+              where datname = $1",
+        )
+        .bind(name)
+        .fetch_all(&mut *admin)
+        .await?;
+        if connected.is_empty() {
+            return Ok(());
+        }
+        if began.elapsed() > LEFT_WITHIN {
+            bail!(
+                "waited {LEFT_WITHIN:?} until nobody is connected to {name}, but there is {}",
+                connected.join(", ")
+            );
+        }
+        tokio::task::yield_now().await;
     }
 }
 
