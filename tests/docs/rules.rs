@@ -13,7 +13,9 @@ use regex::Regex;
 use crate::{
     Problem, none, only,
     pages::{self, Page},
-    root, strategies,
+    root,
+    snippets::NO_FIGURES,
+    strategies,
 };
 
 /// The sections of a strategy's page, in their order.
@@ -240,6 +242,24 @@ fn figures_in_prose(pages: &[Page], constants: &[(&str, &str)]) -> Vec<Problem> 
     problems
 }
 
+/// A page must not argue from figures that nobody has measured.
+fn figures_that_are_not_there(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -> Vec<Problem> {
+    let mut problems = vec![];
+    for page in pages {
+        for Include { line, file, .. } in includes(page) {
+            if read(&file).is_some_and(|text| text.starts_with(NO_FIGURES)) {
+                problems.push(Problem::new(
+                    &page.file,
+                    line,
+                    format!("{} holds no figures yet", file.display()),
+                    "measure them: `make results`",
+                ));
+            }
+        }
+    }
+    problems
+}
+
 fn unused_snippets(generated: &[PathBuf], pages: &[Page]) -> Vec<Problem> {
     let used: BTreeSet<PathBuf> = pages
         .iter()
@@ -379,6 +399,29 @@ fn a_number_that_is_no_figure_is_let_pass() {
         &[Page::new("page.md", text)],
         &[("5 s", "a constant")],
     ));
+}
+
+#[test]
+fn every_figure_that_a_page_shows_was_measured() {
+    none(figures_that_are_not_there(&pages::all(), from_the_root));
+}
+
+#[test]
+fn a_page_that_shows_no_figures_is_found() {
+    let page = Page::new("book/src/page.md", "Look:\n\n{{#include ../generated/figures/a.md}}");
+    let figures = |text: &'static str| move |_: &Path| Some(text.to_owned());
+    none(figures_that_are_not_there(
+        std::slice::from_ref(&page),
+        figures("| a | 1 |\n"),
+    ));
+    let found = only(figures_that_are_not_there(
+        &[page],
+        figures("no figures yet: `make results`\n"),
+    ));
+    assert!(
+        found.starts_with("book/src/page.md:3:") && found.contains("book/generated/figures/a.md"),
+        "{found}"
+    );
 }
 
 #[test]

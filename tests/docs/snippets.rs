@@ -59,6 +59,9 @@ const FIGURES: &[(&str, Figures)] = &[
     ("road", |_| figures(&["road", "road-3"], road_table)),
 ];
 
+/// How a snippet begins whose figures nobody has measured.
+pub(crate) const NO_FIGURES: &str = "no figures yet";
+
 /// The strategies of LV.3 that have a lock of their own.
 const LOCKS: [&str; 3] = ["spin", "rlock", "fenced"];
 
@@ -215,7 +218,7 @@ fn figures<Run: for<'a> Deserialize<'a>>(names: &[impl AsRef<str>], table: impl 
         alike.fdatasync_ms.extend(how.fdatasync_ms);
     }
     if runs.is_empty() {
-        return "no figures yet: `make results`\n".to_owned();
+        return format!("{NO_FIGURES}: `make results`\n");
     }
     let how = measured
         .iter()
