@@ -5,7 +5,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     sync::{LazyLock, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -28,6 +28,8 @@ use super::{free_port, keeper, root, setting};
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// How long an orderly end may take, before the engine kills the container.
 const ENDS_WITHIN_S: i32 = 30;
+/// How long an engine may need to hold a container still.
+const FROZEN_WITHIN: Duration = Duration::from_secs(10);
 /// How long removing a container may take. Then the keeper does it.
 const REMOVED_WITHIN: Duration = Duration::from_secs(30);
 /// How long a failed pull keeps other processes from trying it again.
@@ -145,8 +147,17 @@ impl Container {
         if self.pid().await?.is_none() {
             return Ok(());
         }
-        self.ask(|engine, name| async move { engine.pause_container(&name).await })
-            .await
+        let began = Instant::now();
+        loop {
+            let paused = self
+                .ask(|engine, name| async move { engine.pause_container(&name).await })
+                .await;
+            match paused {
+                // What an engine on cgroups v1 says of a container in which many threads come and go: it gave up half-way, and all go on.
+                Err(why) if format!("{why:#}").contains("unable to freeze") && began.elapsed() < FROZEN_WITHIN => {}
+                paused => return paused,
+            }
+        }
     }
 
     /// Lets them go on.

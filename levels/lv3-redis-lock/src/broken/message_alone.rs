@@ -115,9 +115,6 @@ impl Reserve for Rlock {
         if answer.is_ok() {
             guard.covers(tx.commit()).await?;
             steps.at("committed").await;
-        } else {
-            // The answer stands, whether or not Postgres hears that this is over.
-            let _ = tx.rollback().await;
         }
         // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
         let _ = guard.release().await;
