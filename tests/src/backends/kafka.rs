@@ -154,7 +154,7 @@ impl Kafka {
             // That is what the controller knows. The broker that tells of topics hears of it a moment later.
             let is_led = |topic: &wire::Topic| topic.name == name && topic.led;
             while !connection.metadata().await?.topics.iter().any(is_led) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
+                tokio::time::sleep(wire::LOOKED_AGAIN_AFTER).await;
             }
             io::Result::Ok(())
         };

@@ -95,7 +95,11 @@ impl Run {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
         let began_s = since_1970.as_secs();
         let abandoned = |began: u64| began.saturating_add(ABANDONED_AFTER_S) < began_s;
-        delete(connection, |topic| began(topic).is_some_and(abandoned)).await?;
+        timeout(
+            DELETED_WITHIN,
+            delete(connection, |topic| began(topic).is_some_and(abandoned)),
+        )
+        .await??;
         Ok(Self {
             began_s,
             number: rand::random(),

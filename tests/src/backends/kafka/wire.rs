@@ -8,13 +8,15 @@ use std::{io, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 /// How long a broker may take for one answer. One that is held still never answers.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 /// How long a broker may wait until topics are made or deleted.
 const DONE_WITHIN_MS: i32 = 8_000;
+/// How long until a broker is asked again whether it has heard from its controller.
+pub(super) const LOOKED_AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// More than any answer has that is asked for here. Where something else than Kafka answers, the length is anything.
 const LONGEST_ANSWER: usize = 64 << 20;
 
@@ -174,7 +176,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Deletes topics, with what is in them and what groups have noted about them. One that is not there is left at that.
+    /// Deletes topics, with what is in them and what groups have noted about them, and returns once this broker no longer tells of them. One that
+    /// is not there is left at that.
     ///
     /// # Errors
     /// The broker refuses or does not answer.
@@ -198,6 +201,16 @@ impl Connection {
                 0 | UNKNOWN_TOPIC => {}
                 code => return Err(refused(code)),
             }
+        }
+        // The controller has answered. The broker hears of it a moment later.
+        while self
+            .metadata()
+            .await?
+            .topics
+            .iter()
+            .any(|topic| names.contains(&topic.name))
+        {
+            sleep(LOOKED_AGAIN_AFTER).await;
         }
         Ok(())
     }
@@ -427,6 +440,28 @@ mod tests {
             topics: vec![topic("a", 2, true), topic("b", 1, false)],
         };
         assert_eq!(metadata.expect("it tells"), expected);
+    }
+
+    #[tokio::test]
+    async fn topics_are_deleted_once_the_broker_no_longer_tells_of_them() {
+        const METADATA: u8 = 3;
+        const DELETE: u8 = 20;
+        let deleted = framed(&[&[0, 0, 0, 0, 0, 0, 0, 1], b"\0\x01a\0\0"]);
+        let metadata = |topics: &[u8]| {
+            let no_brokers = [0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 0, 0, 0, 1];
+            framed(&[&no_brokers, topics])
+        };
+        let told = b"\0\0\0\x01\0\0\0\x01a\0\0\0\0\0";
+        let (address, serving) = broker(vec![deleted, metadata(told), metadata(&[0; 4])]).await;
+        let mut connection = Connection::open(&address).await.expect("it listens");
+        connection
+            .delete_topics(&["a".to_owned()])
+            .await
+            .expect("it is deleted");
+        drop(connection);
+        let asked = serving.await.expect("it was asked");
+        let requests: Vec<u8> = asked.iter().map(|request| request[1]).collect();
+        assert_eq!(requests, [DELETE, METADATA, METADATA]);
     }
 
     #[tokio::test]
