@@ -27,10 +27,6 @@ use tokio::time::sleep;
 /// How long anything may take that is done at once, on a machine that has other things to do.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How long a buyer waits here for an order that is accepted. `locked` decides one after another: with a server that is not optimised, on two
-/// cores and in containers, it was seen to decide 85 in a second, and there are 2,000.
-const FOR_A_QUEUE: Duration = Duration::from_secs(60);
-
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
 }
@@ -69,10 +65,7 @@ const OVERSELLS: Promises = Promises::ALL_KEPT
 #[case::lock_wrong_key_on_three("broken/lock-wrong-key", 3, OVERSELLS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
-    let rush = Rush {
-        patience: FOR_A_QUEUE,
-        ..Rush::for_strategy(strategy(name)).instances(instances)
-    };
+    let rush = Rush::for_strategy(strategy(name)).instances(instances);
     contract(&program(), &LEVEL, name, rush, expected).await;
 }
 // ANCHOR_END: contract
