@@ -53,6 +53,7 @@ fn err(output: &Output) -> String {
 #[case::no_such_strategy(&["trace", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"; it has read-then-write, check-then-decrement, check-then-insert")]
 #[case::no_tickets(&["rush", "--capacity", "0"], "a number, 1 to 1000000")]
 #[case::too_many_buyers(&["rush", "--buyers", "1e9"], "a number, 1 to 20000")]
+#[case::too_many_at_once(&["rush", "lv3/spin", "--buyers", "2000", "--clicks", "10"], "20000 connections at once; 1 instance(s) take 8184")]
 #[case::too_many_instances(&["rush", "--instances", "17"], "a number, 1 to 16")]
 #[case::no_such_option(&["rush", "--byers", "3"], "--byers")]
 #[case::no_such_command(&["sell"], "sell")]

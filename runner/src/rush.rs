@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
-use box_office::{Invariant, Promise, Promises, Service};
+use anyhow::{Context, ensure};
+use box_office::{Invariant, Limits, Promise, Promises, Service};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -33,6 +33,9 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     }
     if chosen.is_empty() {
         chosen = Choice::whole_trail();
+    }
+    for choice in &chosen {
+        fits(args, choice)?;
     }
     if let Some(folder) = &args.history {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -135,11 +138,34 @@ pub(crate) fn create(path: &Path) -> anyhow::Result<File> {
     File::create(path).with_context(|| format!("writing {}", path.display()))
 }
 
+/// Whether the servers take as many connections as there are requests at once. Whoever has none would wait for one, with the gate closed.
+fn fits(args: &RushArgs, choice: &Choice) -> anyhow::Result<()> {
+    /// For what is asked beside the rush, such as for the metrics.
+    const SPARE: usize = 8;
+
+    let requests = u64::from(args.buyers) * u64::from(clicks(args, choice));
+    let most = (Limits::default().connections - SPARE) as u64 * u64::from(args.instances);
+    ensure!(
+        requests <= most,
+        "{} buyers with {} click(s) each on {} are {requests} connections at once; {} instance(s) take {most}: \
+         fewer --buyers or --clicks, or more --instances",
+        args.buyers,
+        clicks(args, choice),
+        choice.name(),
+        args.instances,
+    );
+    Ok(())
+}
+
+fn clicks(args: &RushArgs, choice: &Choice) -> u32 {
+    args.clicks.unwrap_or(choice.strategy.clicks)
+}
+
 async fn one(args: &RushArgs, choice: &Choice, services: &Services) -> anyhow::Result<Outcome> {
     let rush = Rush {
         capacity: args.capacity,
         buyers: args.buyers,
-        clicks: args.clicks.unwrap_or(choice.strategy.clicks),
+        clicks: clicks(args, choice),
         instances: args.instances as usize,
         hold: Duration::from_millis(args.hold_ms.into()),
         ..Rush::default()

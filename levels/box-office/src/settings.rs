@@ -100,7 +100,6 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             database_url: None,
-            // A hot row is served one after another: more connections only queue at its lock, and wake each other up.
             // Few: a hot row serves one transaction at a time, and whoever else stands before it is in its way. `oversold bench --pools` measures it.
             database_pool_size: 4,
             redis_url: None,
