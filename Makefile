@@ -121,9 +121,9 @@ check: ## Everything that must be clean besides the tests
 results: ## Measure again what the book says in figures
 	@infra/setup.sh $(services)
 	@mkdir -p results
-	$(measure) rush lv1 --json results/lv1-rush.json
-	$(measure) rush lv2 --json results/lv2-rush.json
-	$(measure) rush lv2 --instances 3 --json results/lv2-rush-3.json
+	$(measure) rush lv1 --rounds 5 --json results/lv1-rush.json
+	$(measure) rush lv2 --rounds 5 --json results/lv2-rush.json
+	$(measure) rush lv2 --instances 3 --rounds 5 --json results/lv2-rush-3.json
 	@infra/bench-tools.sh
 	for strategy in mutex pessimistic optimistic conditional-update; do \
 		$(measure) bench lv2/$$strategy --seconds 5 --json results/lv2-bench-$$strategy.json || exit; \
@@ -131,21 +131,21 @@ results: ## Measure again what the book says in figures
 	for strategy in pessimistic conditional-update; do \
 		$(measure) bench lv2/$$strategy --pools 1,2,4,8,16,64 --seconds 3 --rounds 3 --json results/lv2-pools-$$strategy.json || exit; \
 	done
-	$(measure) rush lv3 --json results/lv3-rush.json
-	$(measure) rush lv3 --instances 3 --json results/lv3-rush-3.json
+	$(measure) rush lv3 --rounds 5 --json results/lv3-rush.json
+	$(measure) rush lv3 --instances 3 --rounds 5 --json results/lv3-rush-3.json
 	for strategy in spin rlock fenced; do \
 		$(measure) bench lv3/$$strategy --seconds 5 --json results/lv3-bench-$$strategy.json || exit; \
 		$(measure) bench lv3/$$strategy --waiters 1000 --json results/lv3-waiters-$$strategy.json || exit; \
 	done
 	$(measure) bench lv3/rlock --lock --seconds 5 --json results/lv3-lock.json
-	$(measure) rush lv4 --json results/lv4-rush.json
-	$(measure) rush lv4 --instances 3 --json results/lv4-rush-3.json
+	$(measure) rush lv4 --rounds 5 --json results/lv4-rush.json
+	$(measure) rush lv4 --instances 3 --rounds 5 --json results/lv4-rush-3.json
 	for strategy in locked single-writer; do \
 		$(measure) bench lv4/$$strategy --seconds 5 --json results/lv4-accept-$$strategy.json || exit; \
 		$(measure) bench lv4/$$strategy --drain --json results/lv4-drain-$$strategy.json || exit; \
 	done
-	$(measure) rush --json results/road.json
-	$(measure) rush --instances 3 --json results/road-3.json
+	$(measure) rush --rounds 5 --json results/road.json
+	$(measure) rush --instances 3 --rounds 5 --json results/road-3.json
 	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20

@@ -329,7 +329,11 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str, #[case] in
 #[case::on_three(3)]
 #[tokio::test]
 async fn fifty_clicks_at_once_are_too_many_for_a_look_up_before_the_lock(#[case] instances: usize) {
-    let rush = fifty_clicks(instances);
+    let rush = Rush {
+        // While the first click sells, the others have long looked.
+        hold: Duration::from_millis(50),
+        ..fifty_clicks(instances)
+    };
     contract(&program(), &LEVEL, "broken/look-up-before-lock", rush, DUPLICATES).await;
 }
 

@@ -356,6 +356,36 @@ fn the_retries_of_a_rush_are_counted() {
 }
 
 #[test]
+fn a_rush_of_several_rounds_tells_their_range() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let histories = folder.path().join("histories");
+    let arguments = ["rush", "lv2/pessimistic", "--buyers", "20", "--rounds", "3", "--json"];
+    let mut command = command(&arguments);
+    command.arg(&json).arg("--history").arg(&histories);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(
+        out(&output).contains("median (range) of 3 rounds: "),
+        "{}",
+        out(&output)
+    );
+
+    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let shown = &figures["strategies"][0];
+    let rounds = &shown["rounds"];
+    assert_eq!(rounds["times"], 3);
+    let spread = &rounds["all_answered_ms"];
+    assert_eq!(
+        spread["median"], shown["all_answered_ms"],
+        "the round in the middle is shown"
+    );
+    assert!(spread["least"].as_f64() <= spread["most"].as_f64(), "{spread}");
+    assert!(rounds["all_completed_ms"].is_null(), "its answers are final");
+    assert_eq!(fs::read_dir(&histories).unwrap().count(), 3);
+}
+
+#[test]
 fn list_names_every_strategy_with_its_promises() {
     let output = oversold(&["list"]);
     assert_eq!(output.status.code(), Some(0));

@@ -84,6 +84,10 @@ pub(crate) struct RushArgs {
     /// Business time inside the critical section, in milliseconds.
     #[arg(long, default_value_t = 0, value_parser = number(0..=10_000))]
     hold_ms: u32,
+    /// How often it is repeated, each time on a fresh sale. What is shown is then the round in the middle, with the range of all beside it;
+    /// a round that did not end as promised goes before.
+    #[arg(long, default_value_t = 1, value_parser = number(1..=100))]
+    rounds: u32,
     /// Write the figures, with machine, commit and settings, to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,

@@ -1,7 +1,7 @@
 //! `oversold rush`: every strategy through the same rush, one table, one verdict each.
 
 use std::{
-    env,
+    env, fmt,
     fs::{self, File},
     io::{BufWriter, IsTerminal, Write, stderr, stdout},
     path::Path,
@@ -21,6 +21,7 @@ use suite::{
 
 use crate::{
     Ended, RushArgs,
+    bench::Spread,
     levels::Choice,
     machine::{Machine, commit, this_command},
 };
@@ -78,8 +79,16 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
         column.set_constraint(ColumnConstraint::ContentWidth);
     }
     let mut results = vec![];
-    for choice in &chosen {
-        let result = one(args, choice, &services).await.with_context(|| choice.name())?;
+    // Strategy after strategy in each round: what else the machine does meanwhile meets them all.
+    let mut rounds: Vec<Vec<Outcome>> = chosen.iter().map(|_| vec![]).collect();
+    for round in 1..=args.rounds {
+        for (choice, outcomes) in chosen.iter().zip(&mut rounds) {
+            let outcome = one(args, choice, &services, round).await;
+            outcomes.push(outcome.with_context(|| choice.name())?);
+        }
+    }
+    for outcomes in rounds {
+        let result = in_the_middle(outcomes).context("a rush has a round")?;
         let row = result.row().into_iter().enumerate();
         table.add_row(row.filter(|&(number, _)| shown(number)).map(|(_, cell)| cell));
         results.push(result);
@@ -96,6 +105,9 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
                 "    all answered after {:.0} ms, all completed after {completed_ms:.0} ms",
                 result.all_answered_ms
             );
+        }
+        if let Some(rounds) = &result.rounds {
+            println!("    {rounds}");
         }
         if result.unanswered > 0 {
             println!(
@@ -161,7 +173,17 @@ fn clicks(args: &RushArgs, choice: &Choice) -> u32 {
     args.clicks.unwrap_or(choice.strategy.clicks)
 }
 
-async fn one(args: &RushArgs, choice: &Choice, services: &Services) -> anyhow::Result<Outcome> {
+/// Of several rounds, the one that is shown: the middle one by its last answer, among those that ended worst.
+fn in_the_middle(mut outcomes: Vec<Outcome>) -> Option<Outcome> {
+    let rounds = Rounds::of(&outcomes);
+    let worst = outcomes.iter().map(|outcome| outcome.ended).max()?;
+    outcomes.retain(|outcome| outcome.ended == worst);
+    outcomes.sort_by(|a, b| a.all_answered_ms.total_cmp(&b.all_answered_ms));
+    let middle = outcomes.swap_remove((outcomes.len() - 1) / 2);
+    Some(Outcome { rounds, ..middle })
+}
+
+async fn one(args: &RushArgs, choice: &Choice, services: &Services, round: u32) -> anyhow::Result<Outcome> {
     let rush = Rush {
         capacity: args.capacity,
         buyers: args.buyers,
@@ -187,7 +209,12 @@ async fn one(args: &RushArgs, choice: &Choice, services: &Services) -> anyhow::R
     let report = report?;
 
     if let Some(folder) = &args.history {
-        let path = folder.join(format!("{}.jsonl", choice.name().replace('/', "-")));
+        let name = choice.name().replace('/', "-");
+        let name = match args.rounds {
+            1 => name,
+            _ => format!("{name}-{round}"),
+        };
+        let path = folder.join(format!("{name}.jsonl"));
         let mut file = BufWriter::new(create(&path)?);
         report.history.write(&mut file)?;
         file.flush()?;
@@ -249,8 +276,49 @@ struct Outcome {
     broken: Vec<Invariant>,
     seen: String,
     verdict: String,
+    /// How far apart the rounds lie, if there were several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rounds: Option<Rounds>,
     #[serde(skip)]
     ended: Ended,
+}
+
+/// Several rounds of one strategy: median and range.
+#[derive(Serialize)]
+struct Rounds {
+    times: usize,
+    requests_a_second: Spread,
+    p99_ms: Spread,
+    all_answered_ms: Spread,
+    all_completed_ms: Option<Spread>,
+}
+
+impl Rounds {
+    fn of(outcomes: &[Outcome]) -> Option<Self> {
+        let spread = |figure: fn(&Outcome) -> f64| Spread::of(outcomes.iter().map(figure));
+        (outcomes.len() > 1).then_some(())?;
+        Some(Self {
+            times: outcomes.len(),
+            requests_a_second: spread(|outcome| outcome.requests_a_second)?,
+            p99_ms: spread(|outcome| outcome.answered.p99_ms)?,
+            all_answered_ms: spread(|outcome| outcome.all_answered_ms)?,
+            all_completed_ms: Spread::of(outcomes.iter().filter_map(|outcome| outcome.all_completed_ms)),
+        })
+    }
+}
+
+impl fmt::Display for Rounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "median (range) of {} rounds: {} req/s; all answered after {} ms",
+            self.times, self.requests_a_second, self.all_answered_ms
+        )?;
+        match &self.all_completed_ms {
+            Some(completed_ms) => write!(f, ", all completed after {completed_ms} ms"),
+            None => Ok(()),
+        }
+    }
 }
 
 const COLUMNS: [&str; 12] = [
@@ -304,6 +372,7 @@ impl Outcome {
             seen: seen(&broken, &promises, report, rush),
             broken,
             verdict: conclusion.to_string(),
+            rounds: None,
             ended: match conclusion {
                 Conclusion::AsPromised => Ended::AsPromised,
                 Conclusion::Broken(_) => Ended::Broken,

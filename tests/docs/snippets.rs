@@ -335,6 +335,57 @@ struct Rush {
     all_answered_ms: f64,
     completed: Option<Percentiles>,
     all_completed_ms: Option<f64>,
+    rounds: Option<Rounds>,
+}
+
+/// Several rounds of one strategy.
+#[derive(Deserialize)]
+struct Rounds {
+    times: u32,
+    requests_a_second: Spread,
+    all_answered_ms: Spread,
+    all_completed_ms: Option<Spread>,
+}
+
+impl Rush {
+    /// With the range, where there were several rounds.
+    fn requests_a_second(&self) -> String {
+        let rounds = self.rounds.as_ref();
+        rounds.map_or_else(
+            || format!("{:.0}", self.requests_a_second),
+            |rounds| rounds.requests_a_second.to_string(),
+        )
+    }
+
+    /// Likewise.
+    fn all_answered_ms(&self) -> String {
+        let rounds = self.rounds.as_ref();
+        rounds.map_or_else(
+            || format!("{:.0}", self.all_answered_ms),
+            |rounds| rounds.all_answered_ms.to_string(),
+        )
+    }
+
+    /// Likewise.
+    fn all_completed_ms(&self) -> String {
+        let rounds = self.rounds.as_ref().and_then(|rounds| rounds.all_completed_ms.as_ref());
+        rounds.map_or_else(
+            || format!("{:.0}", self.all_completed_ms.unwrap_or_default()),
+            Spread::to_string,
+        )
+    }
+}
+
+/// What a table says about the rounds that its figures come from.
+fn rounds_note(runs: &[RushRun]) -> String {
+    let mut all = runs.iter().flat_map(|run| &run.strategies);
+    all.find_map(|it| it.rounds.as_ref())
+        .map_or_else(String::new, |rounds| {
+            format!(
+                "\nWith a range: the median of {} rounds. Without: the round in the middle.\n",
+                rounds.times
+            )
+        })
 }
 
 #[derive(Deserialize)]
@@ -346,26 +397,32 @@ struct Percentiles {
 
 fn rush_table(runs: &[RushRun]) -> String {
     let mut table = "\
-| strategy | sold | oversold by | duplicates | stock | req/s | p50 ms | p95 ms | p99 ms | verdict |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|---|
+| strategy | sold | oversold by | duplicates | stock | req/s | p50 ms | p95 ms | p99 ms | everybody after ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
 "
     .to_owned();
     for it in runs.iter().flat_map(|run| &run.strategies) {
         let stock = it.stock.map_or_else(|| "?".to_owned(), |stock| stock.to_string());
         let Percentiles { p50_ms, p95_ms, p99_ms } = it.answered;
         table += &format!(
-            "| `{}` | {} | {} | {} | {stock} | {:.0} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} |\n",
-            it.strategy, it.sold, it.oversold_by, it.duplicates, it.requests_a_second, it.verdict
+            "| `{}` | {} | {} | {} | {stock} | {} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} | {} |\n",
+            it.strategy,
+            it.sold,
+            it.oversold_by,
+            it.duplicates,
+            it.requests_a_second(),
+            it.all_answered_ms(),
+            it.verdict
         );
     }
-    table
+    table + &rounds_note(runs)
 }
 
 /// Every strategy on each number of instances that it was run on: what it answered, and how fast.
 fn side_by_side_table(runs: &[RushRun]) -> String {
     let mut table = "\
-| strategy | instances | sold | req/s | p50 ms | p95 ms | p99 ms | verdict |
-|---|--:|--:|--:|--:|--:|--:|---|
+| strategy | instances | sold | req/s | p50 ms | p95 ms | p99 ms | everybody after ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|---|
 "
     .to_owned();
     let rows = runs
@@ -374,11 +431,15 @@ fn side_by_side_table(runs: &[RushRun]) -> String {
     for (instances, it) in rows {
         let Percentiles { p50_ms, p95_ms, p99_ms } = it.answered;
         table += &format!(
-            "| `{}` | {instances} | {} | {:.0} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} |\n",
-            it.strategy, it.sold, it.requests_a_second, it.verdict
+            "| `{}` | {instances} | {} | {} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} | {} |\n",
+            it.strategy,
+            it.sold,
+            it.requests_a_second(),
+            it.all_answered_ms(),
+            it.verdict
         );
     }
-    table
+    table + &rounds_note(runs)
 }
 
 /// The whole road: what each strategy costs the buyer, what it sells, where it holds, and how much there is to read of it.
@@ -426,7 +487,7 @@ fn road_table(runs: &[RushRun]) -> String {
 *Within the lease*: as long as no holder of the lock stands still for longer than its lease. The lines are those of the strategy's own file, \
 without comments, and without `lock/` and `path/`, which it may stand on.
 ";
-    table
+    table + &rounds_note(runs)
 }
 
 /// On how many instances a strategy keeps what it is about: no guarantee broken.
@@ -463,17 +524,17 @@ fn two_clocks_table(runs: &[RushRun]) -> String {
         let three =
             |Percentiles { p50_ms, p95_ms, p99_ms }: &Percentiles| format!("{p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0}");
         table += &format!(
-            "| `{}` | {} | {} | {:.0} | {} | {:.0} | {} |\n",
+            "| `{}` | {} | {} | {} | {} | {} | {} |\n",
             it.strategy,
             it.sold,
             three(&it.answered),
-            it.all_answered_ms,
+            it.all_answered_ms(),
             it.completed.as_ref().map_or_else(|| " | | ".to_owned(), three),
-            it.all_completed_ms.unwrap_or_default(),
+            it.all_completed_ms(),
             it.verdict
         );
     }
-    table
+    table + &rounds_note(runs)
 }
 
 /// What `oversold bench lv4/… --json` writes, as far as the book shows it.

@@ -15,7 +15,7 @@ use suite::{backends::keeper, rush::Connection};
 
 /// The middle of several measurements, and how far they lie apart.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Spread {
+pub(crate) struct Spread {
     pub(super) median: f64,
     pub(super) least: f64,
     pub(super) most: f64,
@@ -23,7 +23,7 @@ pub(super) struct Spread {
 
 impl Spread {
     /// `None` without a measurement.
-    pub(super) fn of(measured: impl IntoIterator<Item = f64>) -> Option<Self> {
+    pub(crate) fn of(measured: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = measured.into_iter().collect();
         sorted.sort_by(f64::total_cmp);
         let (least, most) = (*sorted.first()?, *sorted.last()?);

@@ -42,7 +42,7 @@ use crate::{
     levels::Choice,
     machine::{Machine, commit, this_command},
 };
-use figures::Spread;
+pub(crate) use figures::Spread;
 use pgbench::{Ceiling, Length, Pgbench};
 pub(crate) use tool::ToolMissing;
 use wrk::{Load, Wrk};
