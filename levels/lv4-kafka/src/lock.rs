@@ -2,15 +2,8 @@
 //!
 //! One command takes it, and a script gives it back if it still is the owner's. Its lease is fixed, so it has the limit that LV.3 shows: a
 //! holder that stands still for longer than the lease goes on with a lock that somebody else has.
-//!
-//! The tasks of this process queue for it, and only the first of them asks Redis. A task that asked, and slept because another one here had
-//! it, would leave the lock unused for as long as it sleeps.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
-};
+use std::time::Duration;
 
 use anyhow::Context;
 use box_office::{No, Stage, Undecided};
@@ -18,10 +11,7 @@ use redis::{
     Client, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
-use tokio::{
-    sync::{Mutex as Queue, OwnedMutexGuard},
-    time::{Instant, sleep, timeout_at},
-};
+use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 /// How long Redis may take for one command.
@@ -38,14 +28,12 @@ pub struct Locks {
     prefix: String,
     lease: Duration,
     release: Script,
-    queues: Arc<Mutex<HashMap<String, Weak<Queue<()>>>>>,
 }
 
 /// A lock that was taken. It is given back with [`Locks::release`], or ends with its lease.
 pub struct Held {
     key: String,
     owner: String,
-    _first_in_queue: OwnedMutexGuard<()>,
 }
 
 impl Locks {
@@ -72,20 +60,7 @@ impl Locks {
                  end
                  return 0",
             ),
-            queues: Arc::default(),
         })
-    }
-
-    /// The queue of this process for a lock. Those that nobody is in are forgotten.
-    fn queue(&self, key: &str) -> Arc<Queue<()>> {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = queues.get(key).and_then(Weak::upgrade) {
-            return queue;
-        }
-        queues.retain(|_, queue| queue.strong_count() > 0);
-        let queue = Arc::default();
-        queues.insert(key.to_owned(), Arc::downgrade(&queue));
-        queue
     }
 
     /// Takes the lock of this name, or gives up after `wait`.
@@ -93,14 +68,11 @@ impl Locks {
     /// # Errors
     /// It stayed somebody else's, or Redis does not answer.
     pub async fn acquire(&self, name: &str, wait: Duration) -> Result<Held, No> {
-        let key = format!("{}lock:{name}", self.prefix);
-        let give_up = Instant::now() + wait;
-        let first = timeout_at(give_up, self.queue(&key).lock_owned()).await;
         let held = Held {
-            key,
+            key: format!("{}lock:{name}", self.prefix),
             owner: Uuid::new_v4().simple().to_string(),
-            _first_in_queue: first.map_err(|_| Undecided::Overloaded)?,
         };
+        let give_up = Instant::now() + wait;
         let mut longest = FIRST_PAUSE;
         loop {
             let taken: Option<String> = redis::cmd("SET")
