@@ -133,6 +133,8 @@ results: ## Measure again what the book says in figures
 	done
 	$(measure) rush lv3 --rounds 5 --json results/lv3-rush.json
 	$(measure) rush lv3 --instances 3 --rounds 5 --json results/lv3-rush-3.json
+	$(measure) rush lv2 lv3 --rounds 5 --json results/lv2-and-lv3-rush.json
+	$(measure) rush lv2 lv3 --instances 3 --rounds 5 --json results/lv2-and-lv3-rush-3.json
 	for strategy in spin rlock fenced; do \
 		$(measure) bench lv3/$$strategy --seconds 5 --json results/lv3-bench-$$strategy.json || exit; \
 		$(measure) bench lv3/$$strategy --waiters 1000 --json results/lv3-waiters-$$strategy.json || exit; \
