@@ -150,6 +150,6 @@ results: ## Measure again what the book says in figures
 	$(measure) rush --instances 3 --rounds 5 --json results/road-3.json
 	$(MAKE) generated
 
-soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20
+soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20 [LEVEL=lv1]
 	@infra/setup.sh $(services)
-	infra/soak.sh $(N)
+	infra/soak.sh $(N) $(if $(LEVEL),--package $(package)) $(ARGS)
