@@ -11,7 +11,7 @@ case $runs in "" | 0 | *[!0-9]*) echo "soak: it takes how many runs, not \`$runs
 logs=$(mktemp -d)
 
 # By their arguments: the keepers (oversold-run-…), Postgres and Kafka (their data is in a folder oversold-…), Redis, and servers of a level.
-processes() { ps -eo pid=,args= | awk '/oversold[- ]|redis-server|lv[0-9]-[a-z-]+/ && !/awk|soak\.sh|cargo/ { print "process " $0 }'; }
+processes() { ps -eo pid=,args= | awk '/oversold[- ]|redis-server|lv[0-9]-[a-z-]+/ && !/awk|infra\/soak\.sh/ { print "process " $0 }'; }
 folders() { find "${TMPDIR:-/tmp}" /dev/shm -maxdepth 1 -name 'oversold-*' ! -name 'oversold-pull-failed-*' 2>/dev/null | sed 's/^/folder /'; }
 containers() { docker ps --all --filter 'name=^/?oversold-' --format 'container {{.Names}}' 2>/dev/null || true; }
 traces() { { processes; folders; containers; } | LC_ALL=C sort; }

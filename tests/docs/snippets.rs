@@ -329,10 +329,7 @@ struct Rush {
     requests_a_second: f64,
     answered: Percentiles,
     verdict: String,
-    /// Newer than some files.
-    #[serde(default)]
     sales_a_second: f64,
-    #[serde(default)]
     all_answered_ms: f64,
     completed: Option<Percentiles>,
     all_completed_ms: Option<f64>,
@@ -349,31 +346,24 @@ struct Rounds {
 }
 
 impl Rush {
-    /// With the range, where there were several rounds.
     fn requests_a_second(&self) -> String {
-        let rounds = self.rounds.as_ref();
-        rounds.map_or_else(
-            || format!("{:.0}", self.requests_a_second),
-            |rounds| rounds.requests_a_second.to_string(),
-        )
+        self.figure(self.requests_a_second, |rounds| Some(&rounds.requests_a_second))
     }
 
-    /// Likewise.
     fn all_answered_ms(&self) -> String {
-        let rounds = self.rounds.as_ref();
-        rounds.map_or_else(
-            || format!("{:.0}", self.all_answered_ms),
-            |rounds| rounds.all_answered_ms.to_string(),
-        )
+        self.figure(self.all_answered_ms, |rounds| Some(&rounds.all_answered_ms))
     }
 
-    /// Likewise.
     fn all_completed_ms(&self) -> String {
-        let rounds = self.rounds.as_ref().and_then(|rounds| rounds.all_completed_ms.as_ref());
-        rounds.map_or_else(
-            || format!("{:.0}", self.all_completed_ms.unwrap_or_default()),
-            Spread::to_string,
-        )
+        self.figure(self.all_completed_ms.unwrap_or_default(), |rounds| {
+            rounds.all_completed_ms.as_ref()
+        })
+    }
+
+    /// With the range, where there were several rounds.
+    fn figure(&self, of_this_one: f64, of_all: fn(&Rounds) -> Option<&Spread>) -> String {
+        let of_all = self.rounds.as_ref().and_then(of_all);
+        of_all.map_or_else(|| format!("{of_this_one:.0}"), Spread::to_string)
     }
 }
 
@@ -1002,7 +992,7 @@ fn the_road_has_both_clocks_and_says_where_each_strategy_holds() {
         let strategy = |name: &str, completed: serde_json::Value| {
             serde_json::json!({
                 "strategy": name, "sold": 100, "oversold_by": oversold_by, "duplicates": 0, "stock": 0, "requests_a_second": 1.0,
-                "sales_a_second": 250.0, "answered": percentiles(20.0), "completed": completed, "verdict": "as promised",
+                "sales_a_second": 250.0, "all_answered_ms": 30.0, "answered": percentiles(20.0), "completed": completed, "verdict": "as promised",
             })
         };
         let json = serde_json::json!({

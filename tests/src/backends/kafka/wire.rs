@@ -16,7 +16,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 /// How long a broker may wait until topics are made or deleted.
 const DONE_WITHIN_MS: i32 = 8_000;
 /// How long until a broker is asked again whether it has heard from its controller.
-pub(super) const LOOKED_AGAIN_AFTER: Duration = Duration::from_millis(5);
+const LOOKED_AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// More than any answer has that is asked for here. Where something else than Kafka answers, the length is anything.
 const LONGEST_ANSWER: usize = 64 << 20;
 
@@ -152,7 +152,7 @@ impl Connection {
         Ok(Metadata { brokers, topics })
     }
 
-    /// Makes a topic, on as many brokers as the cluster's settings say.
+    /// Makes a topic, on as many brokers as the cluster's settings say, and returns once this broker tells that it can be written to.
     ///
     /// # Errors
     /// It is there already, or the broker refuses or does not answer.
@@ -172,6 +172,11 @@ impl Connection {
             answer.text()?;
             answer.error()?;
             answer.text()?;
+        }
+        // The controller has answered. The broker hears of it a moment later.
+        let is_led = |topic: &Topic| topic.name == name && topic.led;
+        while !self.metadata().await?.topics.iter().any(is_led) {
+            sleep(LOOKED_AGAIN_AFTER).await;
         }
         Ok(())
     }
@@ -202,14 +207,9 @@ impl Connection {
                 code => return Err(refused(code)),
             }
         }
-        // The controller has answered. The broker hears of it a moment later.
-        while self
-            .metadata()
-            .await?
-            .topics
-            .iter()
-            .any(|topic| names.contains(&topic.name))
-        {
+        // As above.
+        let is_told_of = |topic: &Topic| names.contains(&topic.name);
+        while self.metadata().await?.topics.iter().any(is_told_of) {
             sleep(LOOKED_AGAIN_AFTER).await;
         }
         Ok(())
