@@ -25,6 +25,7 @@ use suite::{
         never_hung_up,
     },
     twins::differ_by_one_mistake,
+    until,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -727,6 +728,21 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
     );
 
     let pool = stand.database().pool(1).await.unwrap();
+    // A connection of Postgres tells what it has counted when it has time, and at the latest before it is gone.
+    until("the servers' connections to be gone", async || {
+        let others: i64 = sqlx::query_scalar(
+            "select count(*)
+               from pg_stat_activity
+              where datname = current_database()
+                and backend_type = 'client backend'
+                and pid <> pg_backend_pid()",
+        )
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+        others == 0
+    })
+    .await;
     let rolled_back: i64 = sqlx::query_scalar(
         "select xact_rollback
            from pg_stat_database

@@ -30,6 +30,7 @@ use suite::{
     backends::{self, Durability, Kafka, Postgres, Redis, Reply, Stand},
     http_contract::Talk,
     rush::{Program, Rush, SALE},
+    until,
 };
 use tokio::{
     io::AsyncWriteExt,
@@ -387,15 +388,6 @@ async fn accepts(talk: &Talk, sale: SaleId, buyer: i64) -> Uuid {
         .unwrap();
     assert_eq!(answered.status, 202, "{}", String::from_utf8_lossy(&answered.body));
     answered.json::<box_office::api::Reservation>().unwrap().id
-}
-
-/// Looks until it is so.
-async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
-    let gave_up = Instant::now() + PATIENCE;
-    while !is_so().await {
-        assert!(Instant::now() < gave_up, "after {PATIENCE:?} still not so: {what}");
-        sleep(LOOK_EVERY).await;
-    }
 }
 
 /// Gives a mistake the time to show itself: until it is seen, or for so long.

@@ -14,6 +14,8 @@ pub mod rows;
 pub mod rush;
 pub mod schedule;
 pub mod twins;
+mod until;
 
 pub use contract::{RED, contract, held_to};
 pub use declares::declares;
+pub use until::until;

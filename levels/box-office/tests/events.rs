@@ -12,7 +12,7 @@ use box_office::{
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
-use suite::backends::Database;
+use suite::{backends::Database, until};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -288,7 +288,7 @@ async fn a_queue_without_a_bound_holds_whatever_its_client_never_reads() {
     static MADE: AtomicI64 = AtomicI64::new(0);
     let pushed = crier(|_| Box::pin(async { Ok(Box::new(Crier::new(&MADE, true)) as _) }));
     let (server, _client) = never_reads(pushed).await;
-    house::until("all news is in memory", async || MADE.load(Relaxed) == NEWS).await;
+    until("all news is in memory", async || MADE.load(Relaxed) == NEWS).await;
     server.shut_down().await.expect("nothing is cut off");
 }
 
@@ -306,7 +306,7 @@ async fn never_reads(strategy: &'static Strategy) -> (Server, TcpStream) {
     client.write_all(request.as_bytes()).await.expect("it reads");
     if cfg!(target_os = "linux") {
         let port = client.local_addr().expect("an address").port();
-        house::until("the connection is full", async || unsent(port) > 0).await;
+        until("the connection is full", async || unsent(port) > 0).await;
     }
     (server, client)
 }
@@ -392,7 +392,7 @@ async fn a_strategy_is_closed_after_the_last_request() {
     let mut connection = PgConnection::connect(&database.url())
         .await
         .expect("the database is there");
-    house::until("the request", async || written(&mut connection, ASKED).await == 1).await;
+    until("the request", async || written(&mut connection, ASKED).await == 1).await;
     server.shut_down().await.expect("nothing is cut off");
 
     assert_eq!(asking.await.expect("an answer"), 202);

@@ -9,12 +9,14 @@ use std::{
 
 use box_office::{ProblemKind, trace::Record};
 use house::{
-    EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start, until,
-    within,
+    EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start, within,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
-use suite::backends::{Durability, Postgres};
+use suite::{
+    backends::{Durability, Postgres},
+    until,
+};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");

@@ -8,8 +8,9 @@ use std::{
 };
 
 use box_office::Limits;
-use house::{Holder, Stand, ask, read_answer, reservations, reserve, send, stand, stand_with, until, within};
+use house::{Holder, Stand, ask, read_answer, reservations, reserve, send, stand, stand_with, within};
 use rstest::rstest;
+use suite::until;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

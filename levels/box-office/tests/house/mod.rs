@@ -4,11 +4,7 @@
 
 #![allow(dead_code)]
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use async_trait::async_trait;
 use box_office::{
@@ -311,13 +307,4 @@ pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(20), future)
         .await
         .unwrap_or_else(|_| panic!("waited 20 s for {what}"))
-}
-
-/// Looks until it is so.
-pub(crate) async fn until(what: &str, mut so: impl AsyncFnMut() -> bool) {
-    let began = Instant::now();
-    while !so().await {
-        assert!(began.elapsed() < Duration::from_secs(20), "waited 20 s for {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
