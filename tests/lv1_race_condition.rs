@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::time::Duration;
+
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
     ProblemKind, Promise, Promises, Strategy,
@@ -19,7 +21,9 @@ use suite::{
     restarts,
     rush::{Program, Rush, SALE},
     schedule::Rehearsal,
+    until,
 };
+use tokio::time::sleep;
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv1-race-condition"))
@@ -223,6 +227,36 @@ async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
     assert_eq!(talk.get("/livez").await.unwrap().status, 200);
 
     postgres.start().await.unwrap();
+    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    talk.stop().await.unwrap();
+}
+
+/// A Postgres that has restarted has closed every connection; a server need not have noticed.
+#[tokio::test]
+async fn a_connection_that_was_closed_while_it_rested_is_handed_to_nobody() {
+    let strategy = strategy("read-then-write");
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let pool = stand.database().pool(1).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+
+    // No Postgres restarts in less.
+    sleep(Duration::from_millis(100)).await;
+    let mut closed = 0;
+    until("the server's connections to be gone", async || {
+        let open = sqlx::query_scalar(
+            "select pg_terminate_backend(pid)
+               from pg_stat_activity
+              where datname = current_database()
+                and application_name like 'lv1/%'",
+        );
+        let open: Vec<bool> = open.fetch_all(&pool).await.unwrap();
+        closed += open.len();
+        open.is_empty()
+    })
+    .await;
+    assert!(closed > 0, "the fault did not strike");
+
     assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
     talk.stop().await.unwrap();
 }

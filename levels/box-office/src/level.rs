@@ -187,9 +187,9 @@ impl Stage {
     /// How a server opens its connections to the database, so many at most.
     ///
     /// sqlx would ask every connection whether it is still there before it hands it out: a round trip for each reservation. One that was in
-    /// use a moment ago is taken at its word.
+    /// use a moment ago is taken at its word; one that has rested for as long as a restart of Postgres takes at least is asked.
     pub fn pool_options(size: u32) -> PgPoolOptions {
-        const RESTED: Duration = Duration::from_secs(1);
+        const RESTED: Duration = Duration::from_millis(50);
 
         PgPoolOptions::new()
             .max_connections(size)
