@@ -5,7 +5,11 @@
 
 use std::{io::ErrorKind, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use hyper::{server::conn::http1, service::service_fn};
+use hyper::{
+    header::{CONNECTION, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::metrics::counter::Counter;
 use rustix::process::{Resource, getrlimit};
@@ -249,7 +253,7 @@ impl Server {
         self.address
     }
 
-    /// Stops to accept, closes idle connections, answers what is in flight, waits for the reservations whose buyers hung
+    /// Stops to accept, answers what is in flight, closes idle connections after their last words, waits for the reservations whose buyers hung
     /// up, closes the pool, and writes the trace.
     ///
     /// # Errors
@@ -383,12 +387,13 @@ async fn converse(
     stop: CancellationToken,
     _permit: OwnedSemaphorePermit,
 ) {
-    /// What a client that has just connected, or is in the middle of its headers, gets to say what it wants when the server ends.
-    const LAST_WORDS: Duration = Duration::from_millis(500);
-
-    /// What a request that the kernel has already takes to be read.
-    const ARRIVED: Duration = Duration::from_millis(10);
-
+    // A client may be sending in the very instant in which its server is told to end, and can't know whether it is heard on a connection that is
+    // closed just then. So whoever is connected at the end has some time left, and an answer then says that it was the last.
+    let last_words_are_over = async {
+        stop.cancelled().await;
+        sleep(limits.last_words).await;
+    };
+    let mut last_words_are_over = pin!(last_words_are_over);
     // hyper closes a connection at once if it is told to end before it has read anything there, though the kernel may hold a request.
     tokio::select! {
         biased;
@@ -397,12 +402,24 @@ async fn converse(
                 return;
             }
         }
-        () = async { stop.cancelled().await; sleep(LAST_WORDS).await } => return,
+        () = last_words_are_over.as_mut() => return,
     }
     // An answer is one small write: waiting for more to send would only delay it.
     let _ = stream.set_nodelay(true);
     let answering = TaskTracker::new();
-    let service = service_fn(|request| answering.track_future(routes.clone().oneshot(request)));
+    let service = service_fn(|request| {
+        answering.track_future(async {
+            let answer = routes.clone().oneshot(request).await;
+            answer.map(|mut answer| {
+                if stop.is_cancelled() {
+                    answer
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                answer
+            })
+        })
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_time)
@@ -410,22 +427,15 @@ async fn converse(
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
-        // The connection first: a request that has arrived is in flight, even if the stop came in the same instant.
+        // The connection first: a request that has arrived is in flight, even if the time is over in the same instant.
         biased;
         ended = connection.as_mut() => ended,
-        // A request may have arrived that nobody has looked at yet, and hyper would close on it: the runtime looks at its sockets before its clock.
-        () = async { stop.cancelled().await; sleep(ARRIVED).await } => {
-            connection.as_mut().graceful_shutdown();
-            tokio::select! {
-                biased;
-                ended = connection.as_mut() => ended,
-                () = sleep(LAST_WORDS) => {
-                    if answering.is_empty() {
-                        return;
-                    }
-                    connection.await
-                }
+        () = last_words_are_over => {
+            if answering.is_empty() {
+                return;
             }
+            connection.as_mut().graceful_shutdown();
+            connection.await
         }
     };
     if let Err(why) = ended {

@@ -138,6 +138,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// How long the readiness probe looks for its backends.
     pub probe_time: Duration,
+    /// How long a client that is connected when the server ends has to say what it wants.
+    pub last_words: Duration,
     /// How long a server that ends waits for what is in flight.
     pub drain_time: Duration,
 }
@@ -150,6 +152,7 @@ impl Default for Limits {
             body_time: Duration::from_secs(10),
             body_bytes: 16 * 1024,
             probe_time: Duration::from_secs(2),
+            last_words: Duration::from_millis(500),
             drain_time: Duration::from_secs(20),
         }
     }

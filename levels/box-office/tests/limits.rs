@@ -327,7 +327,7 @@ async fn with_one_in_flight(limits: Limits) -> (Stand, Holder, TcpStream) {
 }
 
 #[tokio::test]
-async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
+async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
     let (
         Stand {
             server,
@@ -358,6 +358,46 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle_at_once() {
     holder.let_go().await;
     let answer = read_answer(&mut buyer).await.expect("an answer");
     assert_eq!((answer.status, answer.header("connection")), (201, "close"));
+    within("the end", end)
+        .await
+        .expect("no panic")
+        .expect("all was drained");
+}
+
+/// The client had no way to know: its request may have been on its way when the stop came.
+#[tokio::test]
+async fn who_asks_on_a_connection_that_is_kept_alive_when_the_end_has_come_is_answered_for_the_last_time() {
+    let patient = Limits {
+        last_words: Limits::default().drain_time,
+        ..Limits::default()
+    };
+    let (
+        Stand {
+            server,
+            database: _database,
+        },
+        holder,
+        mut buyer,
+    ) = with_one_in_flight(patient).await;
+    let address = server.address();
+    let mut kept_alive = TcpStream::connect(address).await.expect("it listens");
+    let request = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
+    kept_alive.write_all(request).await.expect("it reads");
+    let answer = read_answer(&mut kept_alive).await.expect("an answer");
+    assert_eq!((answer.status, answer.header("connection")), (200, ""));
+
+    let end = tokio::spawn(server.shut_down());
+    until("the listener to close", async || {
+        TcpStream::connect(address).await.is_err()
+    })
+    .await;
+    kept_alive.write_all(request).await.expect("it reads");
+    let answer = read_answer(&mut kept_alive).await.expect("an answer");
+    assert_eq!((answer.status, answer.header("connection")), (200, "close"));
+    closed(kept_alive).await;
+
+    holder.let_go().await;
+    read_answer(&mut buyer).await.expect("an answer");
     within("the end", end)
         .await
         .expect("no panic")
