@@ -249,21 +249,33 @@ impl Place {
         ClientConfig::new().set("bootstrap.servers", servers).create().unwrap()
     }
 
-    /// The transactions that are open in the database, each by its connection and its beginning.
-    async fn in_hand(&self) -> BTreeSet<String> {
+    /// The transactions that are open in the database, each by its connection and its beginning: those in such a state.
+    async fn transactions(&self, state: &str) -> BTreeSet<String> {
         let open: Vec<String> = sqlx::query_scalar(
             "select pid || ' ' || xact_start from pg_stat_activity
-              where datname = current_database() and state = 'idle in transaction'",
+              where datname = current_database() and state like $1 and xact_start is not null",
         )
+        .bind(state)
         .fetch_all(&self.pool)
         .await
         .unwrap();
         open.into_iter().collect()
     }
 
-    /// Waits until somebody has an order in hand: read, and not written.
-    async fn an_order_is_in_hand(&self) {
-        until("an order is in hand", async || !self.in_hand().await.is_empty()).await;
+    /// The transactions that hold an order and are between two statements.
+    async fn in_hand(&self) -> BTreeSet<String> {
+        self.transactions("idle in transaction").await
+    }
+
+    /// Waits until somebody has an order in hand: read, and not written. Returns the transactions that do.
+    async fn an_order_is_in_hand(&self) -> BTreeSet<String> {
+        let mut in_hand = BTreeSet::new();
+        until("an order is in hand", async || {
+            in_hand = self.in_hand().await;
+            !in_hand.is_empty()
+        })
+        .await;
+        in_hand
     }
 
     /// Waits until orders were tried so many times, as the database sees it, each in a transaction of its own.
@@ -896,12 +908,12 @@ async fn who_asks_is_answered_while_orders_take_their_time() {
         .await;
     talk.opens_a_sale(10).await.unwrap();
     let orders = accepted(&talk, SALE, 1..=8).await;
-    place.an_order_is_in_hand().await;
+    let in_hand = place.an_order_is_in_hand().await;
     let state = talk.get(&format!("/api/reservations/{}", orders[0])).await.unwrap();
-    let open = place.in_hand().await;
+    let open = place.transactions("%").await;
     assert!(
-        !open.is_empty(),
-        "the fault did not strike: nobody has an order in hand"
+        !open.is_disjoint(&in_hand),
+        "the fault did not strike: {in_hand:?} are over, and {open:?} have begun"
     );
     assert_eq!(
         state.status,

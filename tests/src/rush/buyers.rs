@@ -211,8 +211,7 @@ impl Click {
         let mut requests = vec![];
         loop {
             let number = self.number + (requests.len() as u64) * 1_000_000;
-            let ((request, sent_to), retry_after) = self.ask(number, start.started_us).await;
-            start.answered.send_modify(|answered| *answered += 1);
+            let ((request, sent_to), retry_after) = self.ask(number, &start).await;
             let undecided = request.answer == Answer::Undecided;
             requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
@@ -225,7 +224,8 @@ impl Click {
     }
 
     /// Sends one request and follows it to its end. Also tells how long to wait before a repeat.
-    async fn ask(&mut self, number: u64, started_us: Micros) -> (Sent, Duration) {
+    async fn ask(&mut self, number: u64, start: &Start) -> (Sent, Duration) {
+        let started_us = start.started_us;
         let mut request = Request {
             request: number,
             buyer: self.buyer,
@@ -238,6 +238,7 @@ impl Click {
         let mut retry_after = jittered(Duration::from_millis(50));
         // The client's own deadline: it hangs up, the server may go on.
         let sending = timeout(self.patience, self.send(number)).await;
+        start.answered.send_modify(|answered| *answered += 1);
         // An order that is accepted may be followed elsewhere.
         let sent_to = self.address;
         if let Ok(Ok(answered)) = sending {
