@@ -12,9 +12,13 @@ use std::{
 };
 
 use box_office::{KafkaPlace, Order, ProblemKind, RequestKey, SaleId, Strategy};
+use futures_util::future::join_all;
 use lv4_kafka::{
     LEVEL,
-    path::{Events, Ids, OrderMessage, PARTITIONS, dead_letter_topic, dead_letters, group, replay, replay_all, topic},
+    path::{
+        Events, Ids, OrderMessage, PARTITIONS, dead_letter_topic, dead_letters, group, producer, replay, replay_all,
+        topic,
+    },
 };
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -706,6 +710,29 @@ async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[
 
     place.hold(&orders, expected).await;
     second.stop().await.unwrap();
+}
+
+/// The topic's limit is one on what travels together: a batch that is larger is refused, with every order in it.
+#[tokio::test]
+async fn orders_that_come_at_once_travel_in_batches_that_the_topic_takes() {
+    const ORDERS: usize = 2_000;
+    let place = Place::of("single-writer").await;
+    let acceptor = place.acceptor(1).await;
+    let sender = producer(&place.kafka()).unwrap();
+    let (topic, order) = (topic(&place.kafka()), [b' '; 200]);
+    let sent = (0..ORDERS).map(|_| sender.send(FutureRecord::to(&topic).key("").payload(&order), Duration::ZERO));
+    let refused: Vec<String> = join_all(sent)
+        .await
+        .into_iter()
+        .filter_map(|sent| sent.err().map(|(why, _)| why.to_string()))
+        .collect();
+    assert!(
+        refused.is_empty(),
+        "{} of {ORDERS} were refused: {}",
+        refused.len(),
+        refused[0]
+    );
+    acceptor.stop().await.unwrap();
 }
 
 /// The broker goes, with nobody else: the same instance accepts and decides again once it is back.

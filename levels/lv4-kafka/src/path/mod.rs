@@ -42,8 +42,9 @@ pub use message::{OrderMessage, Poison, Taken};
 /// follows from it.
 pub const PARTITIONS: i32 = 6;
 
-/// How large a message of that topic may be, in bytes. An order has a few hundred. The broker's own limit is a million: a message of that size
-/// could not be dead-lettered, as the reason beside it takes room as well, and would lie in its partition's way for ever.
+/// How large a message of that topic may be, in bytes, and so a batch of messages that travel together: the broker's limit is one on batches. An
+/// order has a few hundred. The broker's own limit is a million: a message of that size could not be dead-lettered, as the reason beside it takes
+/// room as well, and would lie in its partition's way for ever.
 const LARGEST: &str = "65536";
 
 /// How long the broker may take for one message. The buyer hears "undecided" then, although the message may be there.
@@ -96,6 +97,7 @@ pub fn producer(place: &KafkaPlace) -> Result<FutureProducer, KafkaError> {
         .set("acks", "all") // every replica in sync has it
         .set("enable.idempotence", "true") // and has it once, however often the client had to send it
         .set("linger.ms", "5") // so long a message waits for others to travel with
+        .set("batch.size", LARGEST) // no more of them than the topic takes at once
         .set("delivery.timeout.ms", DELIVERY.as_millis().to_string())
         .create()
 }
