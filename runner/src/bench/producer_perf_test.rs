@@ -33,6 +33,8 @@ pub(super) async fn run(
     class_path.push("/*");
     let mut command = tool::command(&java)?;
     command
+        // A Java machine leaves a folder for them behind.
+        .arg("-XX:-UsePerfData")
         .arg("-cp")
         .arg(class_path)
         .arg("org.apache.kafka.tools.ProducerPerformance")
