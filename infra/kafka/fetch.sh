@@ -62,7 +62,7 @@ if [ "$(cat "$jars/made-from" 2>/dev/null)" != "$made_from" ]; then
     # Beside the place, so that nobody finds half of them.
     new=$(mktemp -d "$jars.XXXXXX")
     trap 'rm -rf "$new"' EXIT
-    # Without it a Java machine leaves a folder behind in the temporary one.
+    # Without performance data, which would lie in the temporary folder.
     MAVEN_OPTS="${MAVEN_OPTS:-} -XX:-UsePerfData" \
         mvn --quiet --batch-mode --file pom.xml dependency:copy-dependencies -DoutputDirectory="$new" -DincludeScope=runtime >&2
     echo "$made_from" >"$new/made-from"

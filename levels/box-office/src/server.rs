@@ -253,8 +253,8 @@ impl Server {
         self.address
     }
 
-    /// Stops to accept, answers what is in flight, closes idle connections after their last words, waits for the reservations whose buyers hung
-    /// up, closes the pool, and writes the trace.
+    /// Stops to accept, answers what is in flight, closes idle connections after their last words, waits for the reservations
+    /// whose buyers hung up, closes the pool, and writes the trace.
     ///
     /// # Errors
     /// Something was not done after [`Limits::drain_time`] and is cut off.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use box_office::Limits;
-use house::{Holder, Stand, ask, read_answer, reservations, reserve, send, stand, stand_with, within};
+use house::{Holder, Stand, ask, nobody_listens, read_answer, reservations, reserve, send, stand, stand_with, within};
 use rstest::rstest;
 use suite::until;
 use tokio::{
@@ -30,6 +30,17 @@ async fn closed(mut stream: TcpStream) {
     let mut rest = Vec::new();
     // A reset is a close as well.
     let _ = within("the server to close the connection", stream.read_to_end(&mut rest)).await;
+}
+
+const LIVEZ: &[u8] = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
+
+/// A connection that has had an answer, and is kept for the next.
+async fn kept_alive(to: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(to).await.expect("it listens");
+    stream.write_all(LIVEZ).await.expect("it reads");
+    let answer = read_answer(&mut stream).await.expect("an answer");
+    assert_eq!((answer.status, answer.header("connection")), (200, ""));
+    stream
 }
 
 async fn it_sells(to: SocketAddr) {
@@ -163,12 +174,7 @@ async fn slow_headers_and_idle_connections_are_cut_off() {
     let idle = TcpStream::connect(server.address()).await.expect("it listens");
     let mut slow = TcpStream::connect(server.address()).await.expect("it listens");
     slow.write_all(b"GET /livez HTTP/1.1\r\nX-").await.expect("it reads");
-    let mut kept_alive = TcpStream::connect(server.address()).await.expect("it listens");
-    kept_alive
-        .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-        .await
-        .expect("it reads");
-    assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
+    let kept_alive = kept_alive(server.address()).await;
 
     let began = Instant::now();
     tokio::join!(closed(idle), closed(slow), closed(kept_alive));
@@ -338,12 +344,7 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
     ) = with_one_in_flight(Limits::default()).await;
     let address = server.address();
     let fresh = TcpStream::connect(address).await.expect("it listens");
-    let mut kept_alive = TcpStream::connect(address).await.expect("it listens");
-    kept_alive
-        .write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-        .await
-        .expect("it reads");
-    assert_eq!(read_answer(&mut kept_alive).await.expect("an answer").status, 200);
+    let kept_alive = kept_alive(address).await;
     let mut half_said = TcpStream::connect(address).await.expect("it listens");
     half_said
         .write_all(b"GET /livez HTTP/1.1\r\nX-")
@@ -367,37 +368,24 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
 /// The client had no way to know: its request may have been on its way when the stop came.
 #[tokio::test]
 async fn who_asks_on_a_connection_that_is_kept_alive_when_the_end_has_come_is_answered_for_the_last_time() {
-    let patient = Limits {
+    let Stand {
+        server,
+        database: _database,
+    } = with_limits(Limits {
         last_words: Limits::default().drain_time,
         ..Limits::default()
-    };
-    let (
-        Stand {
-            server,
-            database: _database,
-        },
-        holder,
-        mut buyer,
-    ) = with_one_in_flight(patient).await;
-    let address = server.address();
-    let mut kept_alive = TcpStream::connect(address).await.expect("it listens");
-    let request = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
-    kept_alive.write_all(request).await.expect("it reads");
-    let answer = read_answer(&mut kept_alive).await.expect("an answer");
-    assert_eq!((answer.status, answer.header("connection")), (200, ""));
-
-    let end = tokio::spawn(server.shut_down());
-    until("the listener to close", async || {
-        TcpStream::connect(address).await.is_err()
     })
     .await;
-    kept_alive.write_all(request).await.expect("it reads");
+    let address = server.address();
+    let mut kept_alive = kept_alive(address).await;
+
+    let end = tokio::spawn(server.shut_down());
+    nobody_listens(address).await;
+    kept_alive.write_all(LIVEZ).await.expect("it reads");
     let answer = read_answer(&mut kept_alive).await.expect("an answer");
     assert_eq!((answer.status, answer.header("connection")), (200, "close"));
     closed(kept_alive).await;
 
-    holder.let_go().await;
-    read_answer(&mut buyer).await.expect("an answer");
     within("the end", end)
         .await
         .expect("no panic")
@@ -506,8 +494,5 @@ async fn a_server_that_is_dropped_stops_to_listen() {
     } = stand().await;
     let address = server.address();
     drop(server);
-    until("the listener to close", async || {
-        TcpStream::connect(address).await.is_err()
-    })
-    .await;
+    nobody_listens(address).await;
 }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use box_office::{Limits, Settings};
-use house::{LEVEL, Stand, ask, on, reserve, stand};
+use house::{LEVEL, Stand, ask, nobody_listens, on, reserve, stand};
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -446,10 +446,7 @@ fn ends_on(signal: Signal) {
         let in_flight = tokio::spawn(async move { reserve(address, 42, "wait").await });
         one_in_flight(address).await;
         process.tell(signal);
-        until("the listener to close", async || {
-            TcpStream::connect(address).await.is_err()
-        })
-        .await;
+        nobody_listens(address).await;
         holder.let_go().await;
 
         assert_eq!(in_flight.await.expect("no panic").status, 201);

@@ -33,7 +33,7 @@ pub(super) async fn run(
     class_path.push("/*");
     let mut command = tool::command(&java)?;
     command
-        // A Java machine leaves a folder for them behind.
+        // They would lie in the temporary folder.
         .arg("-XX:-UsePerfData")
         .arg("-cp")
         .arg(class_path)

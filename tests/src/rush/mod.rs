@@ -74,7 +74,8 @@ impl Default for Rush {
 /// Something to do to a server while it sells.
 #[derive(Clone, Copy, Debug)]
 pub struct PlannedFault {
-    /// Strikes as soon as so many requests have their answer, be it only that their order is accepted, counted from the gate's opening or the mending of the fault before.
+    /// Strikes as soon as so many requests have their answer, be it only that their order is accepted, counted from the gate's opening or the
+    /// mending of the fault before.
     pub after_answers: u64,
     /// Which instance, counted from 0.
     pub instance: usize,

@@ -13,7 +13,10 @@ use box_office::{
 };
 use serde_json::Value;
 use sqlx::{Connection, PgConnection, migrate::Migrator};
-use suite::backends::{self, Database};
+use suite::{
+    backends::{self, Database},
+    until,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -307,4 +310,9 @@ pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(20), future)
         .await
         .unwrap_or_else(|_| panic!("waited 20 s for {what}"))
+}
+
+/// Waits until a server that was told to stop has closed its listener.
+pub(crate) async fn nobody_listens(at: SocketAddr) {
+    until("the listener to close", async || TcpStream::connect(at).await.is_err()).await;
 }
