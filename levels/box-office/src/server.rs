@@ -5,11 +5,7 @@
 
 use std::{io::ErrorKind, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use hyper::{
-    header::{CONNECTION, HeaderValue},
-    server::conn::http1,
-    service::service_fn,
-};
+use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::metrics::counter::Counter;
 use rustix::process::{Resource, getrlimit};
@@ -388,7 +384,7 @@ async fn converse(
     _permit: OwnedSemaphorePermit,
 ) {
     // A client may be sending in the very instant in which its server is told to end, and can't know whether it is heard on a connection that is
-    // closed just then. So whoever is connected at the end has some time left, and an answer then says that it was the last.
+    // closed just then. So whoever is connected at the end has some time left, and the answer then says that it is the last.
     let last_words_are_over = async {
         stop.cancelled().await;
         sleep(limits.last_words).await;
@@ -407,19 +403,7 @@ async fn converse(
     // An answer is one small write: waiting for more to send would only delay it.
     let _ = stream.set_nodelay(true);
     let answering = TaskTracker::new();
-    let service = service_fn(|request| {
-        answering.track_future(async {
-            let answer = routes.clone().oneshot(request).await;
-            answer.map(|mut answer| {
-                if stop.is_cancelled() {
-                    answer
-                        .headers_mut()
-                        .insert(CONNECTION, HeaderValue::from_static("close"));
-                }
-                answer
-            })
-        })
-    });
+    let service = service_fn(|request| answering.track_future(routes.clone().oneshot(request)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_time)

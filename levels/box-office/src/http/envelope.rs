@@ -58,6 +58,11 @@ pub(super) async fn envelope(State(app): State<Arc<App>>, mut request: Request, 
     if let Ok(value) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(X_REQUEST_ID, value);
     }
+    if app.stop.is_cancelled() {
+        response
+            .headers_mut()
+            .insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     let status = response.status().as_u16();
     app.metrics.answered(method, route, status, began.elapsed());
     tracing::debug!(parent: &span, status, took_us = began.elapsed().as_micros(), "answered");
