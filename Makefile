@@ -26,9 +26,9 @@ measure := cargo run --quiet --release --package oversold --
 # A single level is built without the others.
 features := $(if $(LEVEL),--no-default-features --features $(LEVEL))
 
-# A test waits more than it works, for leases, time-outs and processes: on two cores, four at once find room.
+# A test waits more than it works, for leases, time-outs and processes: on two cores, eight at once find room.
 ifndef RUST_TEST_THREADS
-export RUST_TEST_THREADS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); [ "$$cores" -gt 4 ] && echo "$$cores" || echo 4)
+export RUST_TEST_THREADS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); [ "$$cores" -gt 8 ] && echo "$$cores" || echo 8)
 endif
 
 tools := target/tools

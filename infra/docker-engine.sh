@@ -34,6 +34,7 @@ start() {
         install_engine
         # --exec-root and a pid file of its own keep it apart from an engine of the system.
         mkdir -p "$run" "$data"
+        iptables -S FORWARD 2>/dev/null | sed -n 's/^-P FORWARD //p' >"$run/forward" || true
         say "starting dockerd; its log is $run/log"
         setsid dockerd -H "$host" --data-root "$data" --exec-root "$run/exec" --pidfile "$run/dockerd.pid" \
             >"$run/log" 2>&1 </dev/null &
@@ -65,6 +66,12 @@ install_engine() {
 
 stop() {
     pid=$(engine_pid) || { say "there is none to stop"; return; }
+    # The keeper of a run that has just ended needs it to remove the run's containers.
+    tries=0
+    while [ "$tries" -lt 100 ] && [ -n "$(docker -H "$host" container ls --all --quiet --filter name=oversold-)" ]; do
+        tries=$((tries + 1))
+        sleep 0.2
+    done
     say "stopping dockerd"
     kill -s TERM "$pid"
     tries=0
@@ -75,6 +82,9 @@ stop() {
     done
     # The network namespaces of its containers may still be mounted there.
     mount -t nsfs | awk -v run="$run/" 'index($3, run) == 1 { print $3 }' | xargs -r umount
+    # Its rules all name it. It had also set what becomes of a packet to forward that no rule names.
+    iptables-save | grep -vi docker | iptables-restore
+    iptables -P FORWARD "$(cat "$run/forward")"
     rm -rf "$run"
 }
 

@@ -616,6 +616,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
 #[case::spin("spin", include_str!("../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[case::rlock("rlock", include_str!("../levels/lv3-redis-lock/src/lock/release.lua"))]
 #[case::fenced("fenced", include_str!("../levels/lv3-redis-lock/src/lock/release.lua"))]
+#[case::bare_evalsha("broken/bare-evalsha", include_str!("../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[tokio::test]
 async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #[case] release: &str) {
     // So long that only a release opens the lock.
@@ -639,6 +640,15 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
 
     flush().await;
     assert!(is_confirmed(&ledger.ask(&second, 2).await.unwrap()));
+    if name == "broken/bare-evalsha" {
+        assert!(lock.is_taken().await, "it was given back all the same");
+        assert_eq!(ledger.ask(&second, 3).await.unwrap(), Answer::Undecided);
+        first.stop().await.unwrap();
+        second.stop().await.unwrap();
+        let verdict = ledger.verdict(&stand).await.unwrap();
+        assert!(verdict.breaks(Progress), "{verdict}");
+        return;
+    }
     // While somebody holds the lock, too.
     let (ann, ()) = tokio::join!(ledger.ask(&first, 3), async {
         freezes(&first, PATIENCE).await;

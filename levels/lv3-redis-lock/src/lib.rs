@@ -125,6 +125,17 @@ pub static LEVEL: Level = Level {
             open: |stage| Box::pin(async { Ok(Box::new(broken::get_then_del::Spin::open(stage).await?) as _) }),
         },
         Strategy {
+            name: "broken/bare-evalsha",
+            summary: "given back by a script's hash, which Redis may have forgotten",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis],
+            source: "levels/lv3-redis-lock/src/broken/bare_evalsha.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::bare_evalsha::Spin::open(stage).await?) as _) }),
+        },
+        Strategy {
             name: "broken/commit-not-covered",
             summary: "given back while the commit may still be on its way",
             place: Place::Broken,

@@ -1,5 +1,6 @@
 //! Wrong on purpose: each differs from its twin by one mistake, and the suite must catch it. They grade the suite.
 
+pub mod bare_evalsha;
 pub mod commit_not_covered;
 pub mod del_without_owner;
 pub mod does_nothing;

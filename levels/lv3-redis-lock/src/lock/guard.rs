@@ -256,6 +256,11 @@ impl Guard {
         self.token
     }
 
+    /// What this hold is called in Redis. No other is called the same.
+    pub fn hold(&self) -> &str {
+        &self.hold
+    }
+
     // ANCHOR: lost
     /// Whether the lock is known to be lost, or can no longer be said to be held. "No" is true only at the moment of asking.
     pub fn is_lost(&self) -> bool {

@@ -1,0 +1,128 @@
+//! Calls the script that gives the lock back by its hash, and never says it again.
+//!
+//! Twin: `spin`. Redis keeps scripts in memory only: after `SCRIPT FLUSH`, a restart or a failover it knows none. From then on every lock is held
+//! until its lease ends, and whoever waits is undecided: I10.
+
+use async_trait::async_trait;
+use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use sqlx::postgres::PgTransaction;
+use uuid::Uuid;
+
+use crate::lock::{Connections, Lease, Owner, Pauses, SpinLock, WAIT};
+
+/// Sells under a lock in Redis that is asked for again and again.
+pub struct Spin {
+    stage: Stage,
+    lock: SpinLock,
+    release: String,
+}
+
+impl Spin {
+    /// Sells on this stage.
+    ///
+    /// # Errors
+    /// Redis does not answer.
+    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
+        let (connections, lease) = Connections::on(&stage).await?;
+        let load = redis::Cmd::load_script(&redis::Script::new(include_str!("../lock/spin_release.lua")));
+        let release = connections.send(load).await?;
+        let lock = SpinLock::new(connections, Lease::Fixed(lease), Pauses::default())?;
+        Ok(Self { stage, lock, release })
+    }
+
+    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let stock: i64 = sqlx::query_scalar(
+            "select stock
+               from sale
+              where id = $1",
+        )
+        .bind(order.sale)
+        .fetch_optional(&mut **tx)
+        .await?
+        .ok_or(Refusal::UnknownSale)?;
+        steps.at("stock read").saw(stock).await;
+
+        let earlier: Option<Earlier> = sqlx::query_as(
+            "select id, buyer_id, request_key
+               from reservation
+              where sale_id = $1
+                and (buyer_id = $2 or request_key = $3)
+              order by request_key = $3 desc
+              limit 1",
+        )
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .fetch_optional(&mut **tx)
+        .await?;
+        if let Some(earlier) = earlier {
+            return Ok(earlier.answer(order)?);
+        }
+        if stock <= 0 {
+            return Err(Refusal::SoldOut.into());
+        }
+        steps.at("decided to sell").await;
+        self.stage.business_time().await;
+
+        sqlx::query(
+            "update sale
+                set stock = $2
+              where id = $1",
+        )
+        .bind(order.sale)
+        .bind(stock - 1)
+        .execute(&mut **tx)
+        .await?;
+        steps.at("stock written").saw(stock - 1).await;
+
+        let id = Uuid::now_v7();
+        sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, $2, $3, $4)",
+        )
+        .bind(id)
+        .bind(order.sale)
+        .bind(order.buyer)
+        .bind(order.key.as_str())
+        .execute(&mut **tx)
+        .await?;
+        steps.at("reservation written").await;
+        Ok(Outcome::Confirmed(Reservation { id }))
+    }
+}
+
+#[async_trait]
+impl Reserve for Spin {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        let name = format!("sale:{}", order.sale);
+        let owner = Owner::fresh();
+        let mut guard = match self.lock.try_acquire(&name, &owner).await? {
+            Some(guard) => guard,
+            None => {
+                steps.blocked("waits for the lock");
+                self.lock.acquire(&name, &owner, WAIT).await?
+            }
+        };
+        steps.at("lock taken").await;
+
+        let mut tx = self.stage.begin().await?;
+        steps.at("transaction begun").await;
+        let answer = self.sell(&mut tx, order, steps).await;
+        if answer.is_ok() {
+            guard.covers(tx.commit()).await?;
+            steps.at("committed").await;
+        }
+        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        let mut release = redis::cmd("EVALSHA");
+        release.arg((&self.release, 1, self.lock.connections().key(&name), guard.hold()));
+        let _: Result<i64, _> = self.lock.connections().send(release).await;
+        std::mem::forget(guard);
+        steps.at("lock released").await;
+        answer
+    }
+
+    async fn ready(&self) -> Result<(), No> {
+        Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
+    }
+}
