@@ -160,6 +160,7 @@ const fn level(strategies: &'static [Strategy]) -> Level {
         name: "lv0",
         package: "lv0-stub",
         summary: "accepts first, decides later",
+        lag: None,
         strategies,
     }
 }

@@ -1074,6 +1074,51 @@ async fn a_fault_that_does_not_strike_is_noticed() {
     is_away(&address_in(redis.url())).await;
 }
 
+/// Every partition that a server has is told of, and none that it has no longer: the sum over all servers is the group's lag.
+#[tokio::test]
+async fn the_metrics_tell_how_far_the_group_is_behind() {
+    const LAG: &str = "oversold_consumer_lag";
+    let place = Place::of("single-writer").await;
+    let acceptor = place.acceptor(10).await;
+    let first = place.instance(&[]).await;
+    until("nothing waits", async || metric(&first, LAG).await == 0).await;
+    // As long as somebody has the sale's row, nothing is decided.
+    let database = place.stand.database().pool(1).await.unwrap();
+    let mut lock = database.begin().await.unwrap();
+    sqlx::query("select from sale where id = $1 for update")
+        .bind(SALE)
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    let orders = accepted(&acceptor, SALE, 1..=5).await;
+    until("five wait", async || metric(&first, LAG).await == 5).await;
+    let second = place.instance(&[]).await;
+    place.shared_by(2).await;
+    let told = async || metric(&first, LAG).await + metric(&second, LAG).await;
+    until("both together tell of five", async || told().await == 5).await;
+    lock.rollback().await.unwrap();
+    database.close().await;
+    place.quiet().await;
+    until("nothing waits any more", async || told().await == 0).await;
+
+    place.hold(&orders, Kept).await;
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+}
+
+/// A figure of a server's metrics, summed over its labels.
+async fn metric(server: &Talk, name: &str) -> i64 {
+    let answer = server.get("/metrics").await.unwrap();
+    let text = String::from_utf8(answer.body.to_vec()).unwrap();
+    let named = text.lines().filter(|line| {
+        let rest = line.strip_prefix(name);
+        rest.is_some_and(|rest| rest.starts_with([' ', '{']))
+    });
+    named
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<i64>().unwrap())
+        .sum()
+}
+
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
@@ -1148,6 +1193,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     letters.sort_by(|one, other| one.origin.cmp(&other.origin));
     assert_eq!(letters.len(), poison.len());
     assert_eq!(place.written_to_dead_letters().await, 6, "each is buried once");
+    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, 6);
     for (number, (letter, (payload, reason))) in letters.iter().zip(poison).enumerate() {
         assert!(letter.reason.contains(reason), "{}", letter.reason);
         let number = offset + i64::try_from(number).unwrap();

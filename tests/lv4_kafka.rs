@@ -4,28 +4,25 @@
 
 use std::{
     path::Path,
-    time::{Duration, Instant},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
 };
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
-    Place, Promises, Strategy,
+    KafkaPlace, Level, Place, Promises, Strategy,
 };
-use lv4_kafka::{LEVEL, path::backlog};
+use lv4_kafka::{LEVEL, path::lag};
 use rstest::rstest;
 use suite::{
     backends::Stand,
     contract,
     crowd::bears_idle_and_slow_clients,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
-    restarts, rows,
+    restarts,
     rush::{Program, Rush, SALE},
     twins::differ_by_one_mistake,
 };
-use tokio::time::sleep;
-
-/// How long anything may take that is done at once, on a machine that has other things to do.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
@@ -109,39 +106,41 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
     assert_eq!(report.verdict.tally.sold, 4);
 }
 
-/// The judge reads rows when every buyer has an answer. Who decides what still lies in the topic then changes nothing: a late oversell would
-/// be one that nobody has seen.
-#[rstest]
-#[case::locked("locked")]
-#[case::single_writer("single-writer")]
+/// The rows are read once nothing can change them any more: what is decided later would be an oversell that nobody has seen.
 #[tokio::test]
-async fn what_waits_in_the_topic_after_a_rush_changes_nothing(#[case] name: &str) {
-    let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let rush = Rush {
-        buyers: 200,
-        ..Rush::for_strategy(strategy).instances(3)
-    };
-    rush.run_on(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let pool = stand.database().pool(1).await.unwrap();
-    let judged = rows::read(&pool, SALE).await.unwrap();
-
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let place = stand.kafka(0, PATIENCE).unwrap();
-    let gave_up = Instant::now() + PATIENCE;
-    loop {
-        let place = place.clone();
-        let waiting = tokio::task::spawn_blocking(move || backlog(&place, PATIENCE));
-        let waiting = waiting.await.unwrap().unwrap();
-        if waiting == 0 {
-            break;
-        }
-        assert!(Instant::now() < gave_up, "after {PATIENCE:?} {waiting} orders wait");
-        sleep(Duration::from_millis(50)).await;
+async fn a_rush_is_judged_when_no_order_waits_any_more() {
+    static WAITING: AtomicU64 = AtomicU64::new(3);
+    fn one_less(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
+        let waiting = WAITING.load(Relaxed);
+        WAITING.store(waiting.saturating_sub(1), Relaxed);
+        Ok(waiting + lag(place, patience)?)
     }
-    talk.stop().await.unwrap();
-    let later = rows::read(&pool, SALE).await.unwrap();
-    assert_eq!((later.stock, later.rows.len()), (judged.stock, judged.rows.len()));
+    let rush = Rush {
+        buyers: 10,
+        ..Rush::default()
+    };
+    let level = Level {
+        lag: Some(one_less),
+        ..LEVEL
+    };
+    rush.run(&program(), &level, strategy("single-writer")).await.unwrap();
+    assert_eq!(WAITING.load(Relaxed), 0);
+}
+
+#[tokio::test]
+async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
+    let rush = Rush {
+        buyers: 1,
+        patience: Duration::from_secs(2),
+        ..Rush::default()
+    };
+    let level = Level {
+        lag: Some(|_, _| Ok(7)),
+        ..LEVEL
+    };
+    let run = rush.run(&program(), &level, strategy("single-writer")).await;
+    let why = run.expect_err("it was judged").to_string();
+    assert!(why.contains("7 messages still wait"), "{why}");
 }
 
 #[test]

@@ -45,6 +45,7 @@ static LEVEL: Level = Level {
     name: "lv0",
     package: "lv0-nothing",
     summary: "does nothing",
+    lag: None,
     strategies: &[Strategy {
         name: "nothing",
         summary: "answers at once",

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use prometheus_client::metrics::counter::Counter;
 use sqlx::{
     Connection, PgPool, Transaction,
     migrate::Migrator,
@@ -13,7 +12,7 @@ use sqlx::{
 
 use uuid::Uuid;
 
-use crate::{Guarantee, No, Order, Outcome, RedisUrl, Steps, Watch, api};
+use crate::{Counts, Guarantee, No, Order, Outcome, RedisUrl, Steps, Watch, api};
 
 /// One way to sell a ticket.
 #[async_trait]
@@ -67,6 +66,8 @@ pub struct Level {
     pub package: &'static str,
     /// What it shows, in one line.
     pub summary: &'static str,
+    /// Asks Kafka, for so long at most, how many messages the group that decides has not passed. `None`: the level has no such group.
+    pub lag: Option<fn(&KafkaPlace, Duration) -> anyhow::Result<u64>>,
     /// Its strategies; the first is what a server sells with unless told otherwise.
     pub strategies: &'static [Strategy],
 }
@@ -149,8 +150,8 @@ pub struct Stage {
     pub database: PgPool,
     /// Business time that every reservation spends inside its critical section: `HOLD_MS`.
     pub hold: Duration,
-    /// What a strategy raises each time it starts again because somebody else was quicker. Shown as `oversold_retries_total`.
-    pub retries: Counter,
+    /// What a strategy counts beside what the server counts of every one.
+    pub counts: Counts,
     /// Where Redis is. There for every strategy that needs it.
     pub redis: Option<RedisPlace>,
     /// Where Kafka is. There for every strategy that needs it.

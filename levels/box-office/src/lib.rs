@@ -23,6 +23,7 @@ pub use domain::{
 };
 pub use guarantee::{Guarantee, Invariant, Promise, Promises};
 pub use level::{Event, KafkaPlace, Level, Opening, Place, RedisPlace, Reserve, Schema, Service, Stage, Strategy};
+pub use metrics::{Counts, Lag};
 pub use problem::ProblemKind;
 pub use run::{main, raise_open_files_limit, serve};
 pub use server::{CutOff, Server, StartError};

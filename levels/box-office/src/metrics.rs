@@ -5,18 +5,57 @@ use std::{fmt, time::Duration};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text},
-    metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram, info::Info},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+        info::Info,
+    },
     registry::Registry,
 };
 use sqlx::PgPool;
 use tokio_util::task::TaskTracker;
 
-use crate::{No, Outcome, ProblemKind};
+use crate::{No, Outcome, ProblemKind, Service};
 
 /// From a quick answer to the longest that a reservation can wait.
 const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0,
 ];
+
+/// What a strategy counts.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// Raised each time a reservation starts again because another was quicker: `oversold_retries_total`.
+    pub retries: Counter,
+    /// Raised with each message that is dead-lettered: `oversold_dead_letters_total`.
+    pub dead_letters: Counter,
+    /// How far its consumers are behind: `oversold_consumer_lag`.
+    pub lag: Lag,
+}
+
+/// How many messages of each partition the group has not passed, as far as the partitions are this server's. The sum over all servers is the
+/// group's lag.
+#[derive(Clone, Debug, Default)]
+pub struct Lag(Family<Partition, Gauge>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Partition {
+    partition: i32,
+}
+
+impl Lag {
+    /// So many wait in a partition.
+    pub fn is(&self, partition: i32, messages: i64) {
+        self.0.get_or_create(&Partition { partition }).set(messages);
+    }
+
+    /// A partition is another server's by now.
+    pub fn is_unknown(&self, partition: i32) {
+        self.0.remove(&Partition { partition });
+    }
+}
 
 /// Everything one server counts.
 pub(crate) struct Metrics {
@@ -39,11 +78,12 @@ struct ReservationLabels {
 }
 
 impl Metrics {
-    /// `strategy` is `lv1/read-then-write`; `retries` is the one that the strategy raises; `clients` holds the open connections, `in_flight` the reservations that run.
+    /// `strategy` is `lv1/read-then-write`; `counts` is what the strategy counts, and `needs` tells which of it can be more than nothing; `clients` holds the open connections, `in_flight` the reservations that run.
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
-        retries: Counter,
+        counts: Counts,
+        needs: &[Service],
         database: PgPool,
         clients: TaskTracker,
         in_flight: TaskTracker,
@@ -79,8 +119,16 @@ impl Metrics {
         registry.register(
             "retries",
             "How often a reservation started again because another was quicker",
-            retries,
+            counts.retries,
         );
+        if needs.contains(&Service::Kafka) {
+            registry.register("dead_letters", "Messages that were dead-lettered", counts.dead_letters);
+            registry.register(
+                "consumer_lag",
+                "Messages that the group has not passed, in those partitions that are this server's",
+                counts.lag.0,
+            );
+        }
 
         registry.register_collector(Box::new(Now {
             database,

@@ -7,7 +7,6 @@ use std::{io::ErrorKind, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use prometheus_client::metrics::counter::Counter;
 use rustix::process::{Resource, getrlimit};
 use sqlx::{ConnectOptions, Connection, migrate::MigrateError, postgres::PgConnectOptions};
 use tokio::{
@@ -26,7 +25,7 @@ use tracing::Instrument;
 use crate::{
     DatabaseUrl, KafkaPlace, Level, Limits, RedisPlace, RedisUrl, Service, Settings, Stage, Strategy, Watch,
     http::{self, App},
-    metrics::Metrics,
+    metrics::{Counts, Metrics},
     stop::Stopper,
     trace::Recorder,
 };
@@ -198,12 +197,12 @@ impl Server {
         let stage = Stage {
             database: database.clone(),
             hold: settings.hold,
-            retries: Counter::default(),
+            counts: Counts::default(),
             redis,
             kafka,
             watch: watch.clone(),
         };
-        let retries = stage.retries.clone();
+        let counts = stage.counts.clone();
         let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
             strategy: strategy.name,
             why,
@@ -220,7 +219,8 @@ impl Server {
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
-                retries,
+                counts,
+                strategy.needs,
                 database.clone(),
                 connections.clone(),
                 reservations.clone(),

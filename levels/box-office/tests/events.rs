@@ -27,6 +27,7 @@ static PATIENT: Level = Level {
     name: "lv0",
     package: "lv0-test-double",
     summary: "accepts, and waits for the test to decide",
+    lag: None,
     strategies: &[Strategy {
         name: "patient",
         summary: "accepts, and waits for the test to decide",

@@ -24,6 +24,7 @@ pub static LEVEL: Level = Level {
     name: "lv1",
     package: "lv1-race-condition",
     summary: "no lock: the sale breaks",
+    lag: None,
     strategies: &[
         Strategy {
             name: "read-then-write",

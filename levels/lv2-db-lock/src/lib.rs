@@ -54,6 +54,7 @@ pub static LEVEL: Level = Level {
     name: "lv2",
     package: "lv2-db-lock",
     summary: "the database keeps the guarantee",
+    lag: None,
     strategies: &[
         Strategy {
             name: "mutex",

@@ -143,7 +143,7 @@ impl Reserve for Optimistic {
             if started.elapsed() > DEADLINE {
                 break;
             }
-            self.stage.retries.inc();
+            self.stage.counts.retries.inc();
             // Full jitter, and no connection held: those who collided together do not come back together.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;

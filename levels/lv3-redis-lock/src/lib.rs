@@ -35,6 +35,7 @@ pub static LEVEL: Level = Level {
     name: "lv3",
     package: "lv3-redis-lock",
     summary: "a distributed lock in Redis",
+    lag: None,
     strategies: &[
         Strategy {
             name: "spin",

@@ -33,6 +33,7 @@ pub static LEVEL: Level = Level {
     name: "lv4",
     package: "lv4-kafka",
     summary: "accepted at once, decided later: orders in Kafka",
+    lag: Some(path::lag),
     strategies: &[
         Strategy {
             name: "locked",

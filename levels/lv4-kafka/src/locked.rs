@@ -62,7 +62,7 @@ impl Locked {
             let mut config = member(&locked.path.place);
             config.set("enable.auto.commit", "false");
             // ANCHOR_END: consumer
-            let inbox = Inbox::open(&locked.path.place, &config)?;
+            let inbox = Inbox::open(&locked.path, &config)?;
             let steps = locked.path.stage.watch.steps(&format!("consumer {number}"));
             locked
                 .path

@@ -12,7 +12,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 
 pub use buyers::{Understood, are_events, decided, jittered, look_again, retry_after, understand};
 pub use connection::{Answered, Connection};
@@ -180,6 +183,7 @@ impl Rush {
         let (faults, struck) = faults?.into_iter().unzip();
 
         let mut requests = released.requests;
+        nothing_waits(level, stand, self.patience).await?;
         let retries = servers.retries().await?;
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
@@ -206,6 +210,29 @@ impl Rush {
         report.sent_to = released.sent_to;
         report.struck = struck;
         Ok(report)
+    }
+}
+
+/// Waits until every message is passed by the group that decides. What is decided after the rows were read would be an oversell that nobody has seen.
+async fn nothing_waits(level: &Level, stand: &Stand, patience: Duration) -> anyhow::Result<()> {
+    const ANSWER: Duration = Duration::from_secs(5);
+    const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+    let (Some(lag), Some(place)) = (level.lag, stand.kafka(0, ANSWER)) else {
+        return Ok(());
+    };
+    let gave_up = Instant::now() + patience;
+    loop {
+        let place = place.clone();
+        let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await??;
+        if waiting == 0 {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < gave_up,
+            "{patience:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
+        );
+        sleep(LOOK_EVERY).await;
     }
 }
 

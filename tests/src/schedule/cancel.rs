@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, Watch, trace::now_monotonic_us,
+    BuyerId, Counts, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, Watch, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
@@ -86,7 +86,7 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         let stage = Stage {
             database: pool.clone(),
             hold: Duration::ZERO,
-            retries: Default::default(),
+            counts: Counts::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
             watch: Watch::default(),

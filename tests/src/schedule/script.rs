@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting, Stage,
-    Steps, Strategy, Watch, trace::now_monotonic_us,
+    BuyerId, Counts, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting,
+    Stage, Steps, Strategy, Watch, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -134,7 +134,7 @@ impl Rehearsal {
         let stage = Stage {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             hold: Duration::ZERO,
-            retries: Default::default(),
+            counts: Counts::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
             watch: Watch::default(),

@@ -29,6 +29,7 @@ pub(crate) static LEVEL: Level = Level {
     name: "lv0",
     package: "lv0-test-double",
     summary: "answers as it is asked to",
+    lag: None,
     strategies: &[
         Strategy {
             name: "obedient",

@@ -58,7 +58,7 @@ impl SingleWriter {
         for number in 1..=writer.path.place.consumers {
             let mut config = member(&writer.path.place);
             config.set("enable.auto.commit", "false");
-            let inbox = Inbox::open(&writer.path.place, &config)?;
+            let inbox = Inbox::open(&writer.path, &config)?;
             let steps = writer.path.stage.watch.steps(&format!("consumer {number}"));
             writer
                 .path

@@ -53,7 +53,7 @@ impl Locked {
             config
                 .set("enable.auto.commit", "true")
                 .set("auto.commit.interval.ms", "100");
-            let inbox = Inbox::open(&locked.path.place, &config)?;
+            let inbox = Inbox::open(&locked.path, &config)?;
             let steps = locked.path.stage.watch.steps(&format!("consumer {number}"));
             locked
                 .path

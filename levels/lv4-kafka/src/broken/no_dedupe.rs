@@ -51,7 +51,7 @@ impl Locked {
             // Offsets are committed by hand, once the rows are durable.
             let mut config = member(&locked.path.place);
             config.set("enable.auto.commit", "false");
-            let inbox = Inbox::open(&locked.path.place, &config)?;
+            let inbox = Inbox::open(&locked.path, &config)?;
             let steps = locked.path.stage.watch.steps(&format!("consumer {number}"));
             locked
                 .path

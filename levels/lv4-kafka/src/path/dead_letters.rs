@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use box_office::KafkaPlace;
+use box_office::{Counts, KafkaPlace};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
@@ -31,14 +31,16 @@ pub struct DeadLetters {
     topic: String,
     /// What is buried, and may be handed out again before its offset is committed.
     buried: Mutex<HashSet<(i32, i64)>>,
+    counts: Counts,
 }
 
 impl DeadLetters {
-    pub(super) fn new(producer: FutureProducer, place: &KafkaPlace) -> Self {
+    pub(super) fn new(producer: FutureProducer, place: &KafkaPlace, counts: Counts) -> Self {
         Self {
             producer,
             topic: dead_letter_topic(place),
             buried: Mutex::default(),
+            counts,
         }
     }
 
@@ -72,6 +74,7 @@ impl DeadLetters {
             .await
             .map_err(|(why, _)| Undelivered(why))?;
         self.buried().insert(origin);
+        self.counts.dead_letters.inc();
         tracing::warn!(partition = taken.partition, offset = taken.offset, %why, "dead-lettered");
         Ok(())
     }

@@ -164,7 +164,7 @@ impl Path {
         let producer = producer(&place)?;
         Ok(Arc::new(Self {
             topic: topic(&place),
-            dead_letters: DeadLetters::new(producer.clone(), &place),
+            dead_letters: DeadLetters::new(producer.clone(), &place, stage.counts.clone()),
             producer,
             ids: ids?,
             events: events?,
@@ -299,7 +299,7 @@ async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Kafka does not answer.
-pub fn backlog(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
+pub fn lag(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
     let consumer: BaseConsumer = client(place).set("group.id", group(place)).create()?;
     let topic = topic(place);
     let mut partitions = TopicPartitionList::new();
