@@ -13,9 +13,9 @@ trap 'rm -f "$log"' EXIT
 
 run() { OVERSOLD_RED=1 RUST_BACKTRACE=0 cargo test --quiet --package "$package" --test "$target" -- "$@"; }
 
-# A case of the contract's table gives the strategy its name: case NAME, strategy, instances, promises. On one instance: the same on three
-# adds nothing to see. The contract's test is called a_sale_keeps_its_guarantee; one that asks for it in one exact order, that and more.
-cases() { sed -n 's|^#\[case::\([a-z0-9_]*\)("\([a-z/-]*\)", 1, [A-Z].*|\1 \2|p' "tests/$target.rs"; }
+# A case of the contract's table gives the strategy its name: case NAME, strategy, instances, promises. The first of each: the same on another
+# number of instances adds nothing to see. The contract's test is called a_sale_keeps_its_guarantee; one that asks for it in one exact order, that and more.
+cases() { sed -n 's|^#\[case::\([a-z0-9_]*\)("\([a-z/-]*\)", [0-9]*, [A-Z].*|\1 \2|p' "tests/$target.rs" | awk '!seen[$2]++'; }
 
 listed=$(run --list --format terse) # builds it too, so errors of the compiler are seen here
 tests=$(cases | while read -r case name; do

@@ -56,6 +56,8 @@ const OVERSELLS: Promises = Promises::ALL_KEPT
     .breaks(&[NoOversell, Conservation])
     .leaves_open(&[NoDuplicate, OneAnswer]);
 
+const SEVERAL_WRITERS: Promises = Promises::ALL_KEPT.breaks(&[NoOversell, Conservation]);
+
 // ANCHOR: contract
 #[rstest]
 // ANCHOR: locked-cases
@@ -76,6 +78,24 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
     contract(&program(), &LEVEL, name, rush, expected).await;
 }
 // ANCHOR_END: contract
+
+/// Between its look and its write each batch takes a while, so that whoever else decides orders of the sale is in between.
+#[rstest]
+#[case::partition_by_buyer("broken/partition-by-buyer", 3, SEVERAL_WRITERS)]
+#[case::partition_by_buyer_alone("broken/partition-by-buyer", 1, KEEPS)]
+#[case::single_writer_on_three("single-writer", 3, KEEPS)]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee_when_batches_overlap(
+    #[case] name: &str,
+    #[case] instances: usize,
+    #[case] expected: Promises,
+) {
+    let rush = Rush {
+        hold: Duration::from_millis(100),
+        ..Rush::for_strategy(strategy(name)).instances(instances)
+    };
+    contract(&program(), &LEVEL, name, rush, expected).await;
+}
 
 /// Few buyers with little patience: they wait for nothing until it runs out.
 #[tokio::test]

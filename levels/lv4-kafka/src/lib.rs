@@ -24,6 +24,12 @@ const OVERSELLS: Guarantee = Guarantee::on_any_number(
         .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
 );
 
+/// On one instance there is one writer all the same.
+const SEVERAL_WRITERS: Guarantee = Guarantee {
+    alone: Promises::ALL_KEPT,
+    together: Promises::ALL_KEPT.breaks(&[Invariant::NoOversell, Invariant::Conservation]),
+};
+
 /// Nobody is ever told anything.
 const KEEPS_NOTHING: Guarantee =
     Guarantee::on_any_number(Promises::ALL_KEPT.breaks(&[Invariant::NothingLost, Invariant::Progress]));
@@ -78,6 +84,19 @@ pub static LEVEL: Level = Level {
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/lock_wrong_key.rs",
             open: |stage| Box::pin(async { Ok(Box::new(broken::lock_wrong_key::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
+            name: "broken/partition-by-buyer",
+            summary: "the buyer's partition instead of the sale's",
+            place: Place::Broken,
+            guarantee: SEVERAL_WRITERS,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/partition_by_buyer.rs",
+            open: |stage| {
+                Box::pin(async { Ok(Box::new(broken::partition_by_buyer::SingleWriter::open(stage).await?) as _) })
+            },
         },
         Strategy {
             name: "broken/answer-before-ack",

@@ -11,5 +11,6 @@ pub mod lock_wrong_key;
 pub mod no_dedupe;
 pub mod notify_outside;
 pub mod offset_not_in_transaction;
+pub mod partition_by_buyer;
 pub mod poison_skipped;
 pub mod produce_nothing;
