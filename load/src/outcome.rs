@@ -262,7 +262,7 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
             Invariant::Conservation,
             (stock + reserved - capacity).abs().max(-stock),
             format!("the sale says stock {stock} and {reserved} reserved, of {capacity} tickets"),
-            "Which write left no trace in the stock?",
+            "Is a write missing in the stock, or is there one that its check should have stopped?",
         ),
         (
             Invariant::NothingLost,

@@ -64,12 +64,12 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
         (
             NoOversell,
             oversell(index, &tally),
-            "How many had read the stock before the first of them wrote?",
+            "Had the second read the stock before the first had committed?",
         ),
         (
             Conservation,
             conservation(index, &tally),
-            "Which write left no trace in the stock?",
+            "Is a write missing in the stock, or is there one that its check should have stopped?",
         ),
         (
             NoDuplicate,
