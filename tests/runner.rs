@@ -72,6 +72,7 @@ fn err(output: &Output) -> String {
 #[case::a_lock_on_its_own_without_one(&["bench", "lv1", "--lock"], "only LV.3 has one")]
 #[case::no_waiters(&["bench", "lv3/rlock", "--waiters", "0"], "a number, 1 to 20000")]
 #[case::alone_and_in_a_crowd(&["bench", "lv3/rlock", "--lock", "--waiters", "9"], "'--lock' cannot be used with '--waiters <N>'")]
+#[case::a_session_that_kafka_does_not_take(&["serve", "lv4", "--kafka-session-ms", "300001"], "KAFKA_SESSION_MS (--kafka-session-ms) holds \"300001\"; it takes a number of milliseconds, 500 to 300000")]
 #[case::a_lease_that_is_none(&["serve", "lv3", "--lock-lease-ms", "9"], "LOCK_LEASE_MS (--lock-lease-ms) holds \"9\"; it takes a number of milliseconds, 10 to 600000")]
 #[case::a_prefix_of_two_words(&["serve", "lv3", "--redis-prefix", "two words"], "REDIS_PREFIX")]
 #[case::a_redis_that_is_none(&["serve", "lv3", "--redis-url", "http://localhost"], "REDIS_URL (--redis-url) holds something else (not shown: it is a secret)")]

@@ -348,7 +348,8 @@ fn consumers(text: &str) -> Result<u32, &'static str> {
 }
 
 fn session(text: &str) -> Result<Duration, &'static str> {
-    whole_number(text, 500..=600_000, "a number of milliseconds, 500 to 600000").map(Duration::from_millis)
+    // Kafka's client takes no session that is longer than it may be without asking for messages: `max.poll.interval.ms`.
+    whole_number(text, 500..=300_000, "a number of milliseconds, 500 to 300000").map(Duration::from_millis)
 }
 
 fn lease(text: &str) -> Result<Duration, &'static str> {
