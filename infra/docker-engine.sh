@@ -34,7 +34,8 @@ start() {
         install_engine
         # --exec-root and a pid file of its own keep it apart from an engine of the system.
         mkdir -p "$run" "$data"
-        iptables -S FORWARD 2>/dev/null | sed -n 's/^-P FORWARD //p' >"$run/forward" || true
+        # Of an engine that died here, the policy of before is there already.
+        [ -s "$run/forward" ] || iptables -S FORWARD 2>/dev/null | sed -n 's/^-P FORWARD //p' >"$run/forward" || true
         say "starting dockerd; its log is $run/log"
         setsid dockerd -H "$host" --data-root "$data" --exec-root "$run/exec" --pidfile "$run/dockerd.pid" \
             >"$run/log" 2>&1 </dev/null &
@@ -82,9 +83,11 @@ stop() {
     done
     # The network namespaces of its containers may still be mounted there.
     mount -t nsfs | awk -v run="$run/" 'index($3, run) == 1 { print $3 }' | xargs -r umount
-    # Its rules all name it. It had also set what becomes of a packet to forward that no rule names.
-    iptables-save | grep -vi docker | iptables-restore
-    iptables -P FORWARD "$(cat "$run/forward")"
+    # Its rules all name it, as those of another engine would. It had also set what becomes of a packet to forward that no rule names.
+    if ! pgrep -x dockerd >/dev/null; then
+        iptables-save | grep -vi docker | iptables-restore
+        [ ! -s "$run/forward" ] || iptables -P FORWARD "$(cat "$run/forward")"
+    fi
     rm -rf "$run"
 }
 

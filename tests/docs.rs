@@ -6,6 +6,8 @@
 
 #[path = "docs/commands.rs"]
 mod commands;
+#[path = "docs/exercises.rs"]
+mod exercises;
 #[path = "docs/html.rs"]
 mod html;
 #[path = "docs/pages.rs"]

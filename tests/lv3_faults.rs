@@ -19,8 +19,8 @@ use lv3_redis_lock::{
 };
 use redis::Script;
 use rstest::rstest;
-use sqlx::{PgPool, Postgres, pool::PoolConnection};
 use suite::{
+    HeldCommits,
     backends::{self, Private, Redis, Reply, Stand},
     history::{Answer, Refused},
     http_contract::Talk,
@@ -29,7 +29,6 @@ use suite::{
     rush::{Program, Rush, SALE},
 };
 use tokio::time::timeout;
-use url::Url;
 
 /// How long a lock outlives its holder in these tests. Long enough for a few looks from outside before it ends.
 const LEASE: Duration = Duration::from_secs(2);
@@ -150,18 +149,18 @@ async fn a_fault_that_does_not_strike_is_noticed() {
     let talk = instance(&stand, "rlock", LEASE).await;
     let lock = Lock::of(SALE, &stand, &redis);
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    let held = HeldCommits::on(&stand).await;
+    let held = HeldCommits::on(&stand).await.unwrap();
     let does_not = tokio::join!(
         panic_of(lock.ends()),
         panic_of(lock.is_seen_renewed()),
         panic_of(freezes(&talk, PATIENCE)),
         panic_of(strikes(&proxy, Cut::Everything)),
-        panic_of(held.strike()),
+        panic_of(held.strikes()),
     );
     for panic in <[String; 5]>::from(does_not) {
         assert!(panic.contains("did not strike"), "{panic}");
     }
-    held.go_on().await;
+    held.go_on().await.unwrap();
     talk.stop().await.unwrap();
 }
 
@@ -171,66 +170,6 @@ async fn panic_of(fault: impl Future<Output = ()>) -> String {
     let said = panic.downcast_ref::<String>().cloned();
     said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned()))
         .expect("a panic says why")
-}
-
-/// Commits of reservations in one database, which Postgres has taken and does not carry out before it is let. It does so to the end, whether or not
-/// the client is still there, as when a commit waits for a slow disk or a standby.
-struct HeldCommits {
-    database: PgPool,
-    holds: PoolConnection<Postgres>,
-}
-
-impl HeldCommits {
-    async fn on(stand: &Stand) -> Self {
-        let database = stand.database().pool(2).await.unwrap();
-        let mut holds = database.acquire().await.unwrap();
-        // A trigger that is put off runs inside of the commit. It waits for longer than any statement may.
-        sqlx::raw_sql(
-            "create function waits() returns trigger language plpgsql set lock_timeout = 0 as $$
-                 begin
-                     perform pg_advisory_xact_lock_shared(1);
-                     return null;
-                 end $$;
-             create constraint trigger waits after insert on reservation
-                 deferrable initially deferred for each row execute function waits();
-             select pg_advisory_lock(1);",
-        )
-        .execute(&mut *holds)
-        .await
-        .unwrap();
-        Self { database, holds }
-    }
-
-    /// How many backends wait for a lock of such a kind.
-    async fn waiting(&self, kinds: &str) -> i64 {
-        let waiting = sqlx::query_scalar(
-            "select count(*)
-               from pg_stat_activity
-              where datname = current_database()
-                and wait_event_type = 'Lock'
-                and wait_event = any(string_to_array($1, ' '))",
-        );
-        waiting.bind(kinds).fetch_one(&self.database).await.unwrap()
-    }
-
-    /// Waits until a commit is on its way.
-    async fn strike(&self) {
-        until("the fault did not strike: nobody commits", async || {
-            self.waiting("advisory").await > 0
-        })
-        .await;
-    }
-
-    /// Lets them.
-    async fn go_on(mut self) {
-        sqlx::query("select pg_advisory_unlock(1)")
-            .execute(&mut *self.holds)
-            .await
-            .unwrap();
-        until("all is committed", async || self.waiting("advisory").await == 0).await;
-        drop(self.holds);
-        self.database.close().await;
-    }
 }
 
 /// A Redis that nobody else uses, and a stand on it.
@@ -756,7 +695,7 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
         hold: LEASE * 3,
         ..Rush::default()
     };
-    let behind = program(LEASE).variable("REDIS_URL", through(&proxy, redis.url()));
+    let behind = program(LEASE).variable("REDIS_URL", proxy.instead_of(redis.url()));
     let (first, second) = tokio::join!(
         async {
             let first = Talk::during(&slow, &stand, &behind, &LEVEL, strategy(name));
@@ -800,14 +739,6 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
     }
 }
 
-/// The same server, through a proxy.
-fn through(proxy: &Proxy, url: &str) -> String {
-    let mut url = Url::parse(url).unwrap();
-    url.set_host(Some("127.0.0.1")).unwrap();
-    url.set_port(Some(proxy.port())).unwrap();
-    url.into()
-}
-
 /// When Postgres carries out the commit whose connection broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Carried {
@@ -843,7 +774,7 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
         Carried::Out => LEASE * 2,
         Carried::OutTooLate => LEASE,
     };
-    let behind = program(lease).variable("DATABASE_URL", through(&proxy, &stand.database().url()));
+    let behind = program(lease).variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
     let (first, second) = tokio::join!(
         async {
             let first = Talk::with(&stand, &behind, &LEVEL, strategy(name));
@@ -852,16 +783,16 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
         instance(&stand, name, lease)
     );
     second.opens_a_sale(1).await.unwrap();
-    let held = HeldCommits::on(&stand).await;
+    let held = HeldCommits::on(&stand).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        held.strike().await;
+        held.strikes().await;
         strikes(&proxy, Cut::Everything).await;
         ledger.struck("a commit has lost its connection");
     });
     assert_eq!(ann.unwrap(), Answer::Undecided);
     let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
-        let at_the_row = async || held.waiting("transactionid tuple").await > 0;
+        let at_the_row = async || held.waiting("transactionid tuple").await.unwrap() > 0;
         if carried == Carried::Out && keeps && name != "fenced" {
             // Nobody renews the lock, and nobody gives it back.
             until("half of the lease is over", async || {
@@ -876,7 +807,7 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
             // He has the lock, and comes as far as the row.
             until("Bob waits for the row", at_the_row).await;
         }
-        held.go_on().await;
+        held.go_on().await.unwrap();
     });
     let bob = bob.unwrap();
     proxy.cuts(Cut::Nothing);

@@ -31,8 +31,10 @@ use rdkafka::{
 use rstest::rstest;
 use sqlx::PgPool;
 use suite::{
+    HeldCommits,
     backends::{self, Durability, Kafka, Postgres, Redis, Reply, Stand},
     http_contract::Talk,
+    proxy::{Cut, Proxy},
     rush::{Program, Rush, SALE},
     until,
 };
@@ -551,6 +553,92 @@ async fn an_offset_is_not_committed_while_its_order_is_in_hand(#[case] name: &st
 
     place.hold(&orders, expected).await;
     second.stop().await.unwrap();
+}
+
+/// The connection to Postgres breaks with a commit on its way, and then its consumer dies. Who comes after it must not decide on what was there before.
+#[rstest]
+#[case::locked("locked", Kept)]
+#[case::commit_not_covered("broken/commit-not-covered", Broken)]
+#[tokio::test]
+async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] name: &str, #[case] expected: Expected) {
+    let place = Place::of(name).await.where_deaths_are_noticed();
+    let (redis, postgres) = tokio::join!(backends::redis(), backends::postgres());
+    let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let acceptor = place.acceptor(1).await;
+    let held = HeldCommits::on(&place.stand).await.unwrap();
+    let orders = accepted(&acceptor, SALE, 1..=2).await;
+    let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
+    let taken = async || redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(1);
+
+    let behind = proxy.instead_of(&place.stand.database().url());
+    // It ends when the test says so.
+    let lease = ("LOCK_LEASE_MS", "60000");
+    let first = place.instance(&[("DATABASE_URL", &*behind), lease]).await;
+    held.strikes().await;
+    proxy.cuts(Cut::Everything);
+    until("the fault did not strike: nobody came through the proxy", async || {
+        proxy.connections_cut() > 0
+    })
+    .await;
+    match expected {
+        Kept => assert!(!seen_within(TIME_FOR_A_MISTAKE, async || !taken().await).await),
+        Broken => until("the lock is given back", async || !taken().await).await,
+    }
+    killed(&first).await;
+    if expected == Broken {
+        // It may have died with the lock of its other order.
+        redis.command(&["DEL", &lock]).await.unwrap();
+    }
+    let second = place.instance(&[lease]).await;
+    match expected {
+        // Two orders at once, and one of them again: it got no lock.
+        Kept => place.is_tried(3).await,
+        Broken => {
+            until("the second waits for the row", async || {
+                held.waiting("transactionid tuple").await.unwrap() > 0
+            })
+            .await
+        }
+    }
+    held.go_on().await.unwrap();
+    redis.command(&["DEL", &lock]).await.unwrap();
+    place.quiet().await;
+
+    place.hold(&orders, expected).await;
+    acceptor.stop().await.unwrap();
+    second.stop().await.unwrap();
+}
+
+/// Redis carries out what it was asked once it goes on, and by then nobody waits for the answer.
+#[tokio::test]
+async fn a_lock_whose_answer_came_too_late_is_given_back() {
+    let strategy = strategy("locked");
+    let redis = Redis::private().await.unwrap();
+    let (postgres, kafka) = tokio::join!(backends::postgres(), backends::kafka());
+    let stand = Stand::on(&postgres.unwrap(), Some(&*redis), strategy.schema)
+        .await
+        .unwrap()
+        .and_kafka(Some(&*kafka.unwrap()));
+    let place = Place::on(strategy, stand).await;
+    let acceptor = place.acceptor(1).await;
+    // It would not end while anybody looks.
+    let decider = place.instance(&[("LOCK_LEASE_MS", "600000")]).await;
+    let says = async |words: &[&str]| {
+        let answer = redis.command(words).await.unwrap();
+        assert_eq!(answer, Reply::Status("OK".to_owned()));
+    };
+    says(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
+    let orders = accepted(&acceptor, SALE, 1..=1).await;
+    // More than once: the first time the answer did not come in time.
+    place.is_tried(2).await;
+    assert_eq!(place.rows().await, 0, "the fault did not strike: it got a lock");
+    says(&["CLIENT", "UNPAUSE"]).await;
+    place.quiet().await;
+
+    place.hold(&orders, Kept).await;
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
 }
 
 /// How an instance leaves its group.
@@ -1074,49 +1162,85 @@ async fn a_fault_that_does_not_strike_is_noticed() {
     is_away(&address_in(redis.url())).await;
 }
 
-/// Every partition that a server has is told of, and none that it has no longer: the sum over all servers is the group's lag.
+/// What came compressed may be larger than anything that the dead-letter topic takes.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
 #[tokio::test]
-async fn the_metrics_tell_how_far_the_group_is_behind() {
-    const LAG: &str = "oversold_consumer_lag";
-    let place = Place::of("single-writer").await;
-    let acceptor = place.acceptor(10).await;
-    let first = place.instance(&[]).await;
-    until("nothing waits", async || metric(&first, LAG).await == 0).await;
-    // As long as somebody has the sale's row, nothing is decided.
-    let database = place.stand.database().pool(1).await.unwrap();
-    let mut lock = database.begin().await.unwrap();
-    sqlx::query("select from sale where id = $1 for update")
-        .bind(SALE)
-        .execute(&mut *lock)
-        .await
+async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] name: &str) {
+    const LENGTH: usize = 2_000_000;
+    let place = Place::of(name).await;
+    let acceptor = place.acceptor(5).await;
+    let sender: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", &place.kafka().bootstrap_servers)
+        .set("message.max.bytes", "3000000")
+        .set("compression.type", "gzip")
+        .create()
         .unwrap();
-    let orders = accepted(&acceptor, SALE, 1..=5).await;
-    until("five wait", async || metric(&first, LAG).await == 5).await;
-    let second = place.instance(&[]).await;
-    place.shared_by(2).await;
-    let told = async || metric(&first, LAG).await + metric(&second, LAG).await;
-    until("both together tell of five", async || told().await == 5).await;
-    lock.rollback().await.unwrap();
-    database.close().await;
+    let (topic, bomb) = (topic(&place.kafka()), vec![b'x'; LENGTH]);
+    for partition in 0..PARTITIONS {
+        let record = FutureRecord::to(&topic).partition(partition).key("").payload(&bomb);
+        sender.send(record, PATIENCE).await.unwrap();
+    }
+    let orders = accepted(&acceptor, SALE, 1..=4).await;
+    let decider = place.instance(&[]).await;
     place.quiet().await;
-    until("nothing waits any more", async || told().await == 0).await;
-
     place.hold(&orders, Kept).await;
-    first.stop().await.unwrap();
-    second.stop().await.unwrap();
+
+    let kafka = place.kafka();
+    let letters = tokio::task::spawn_blocking(move || dead_letters(&kafka, PATIENCE));
+    let letters = letters.await.unwrap().unwrap();
+    assert_eq!(letters.len(), PARTITIONS as usize);
+    // None of them stands in the way of those that can be tried again.
+    place.puts(0, &[b"not an order, and small"]).await.unwrap();
+    place.quiet().await;
+    let kafka = place.kafka();
+    assert_eq!(replay_all(&kafka, PATIENCE).await.unwrap(), 1);
+    let refused = replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("larger than the topic of orders takes"),
+        "{refused}"
+    );
+    for letter in letters {
+        assert!(letter.reason.contains("not an order"), "{}", letter.reason);
+        assert!(bomb.starts_with(letter.payload.as_bytes()) && letter.payload.len() < LENGTH);
+    }
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
 }
 
-/// A figure of a server's metrics, summed over its labels.
-async fn metric(server: &Talk, name: &str) -> i64 {
+/// Every server tells it, also one that decides nothing.
+#[tokio::test]
+async fn the_metrics_tell_how_far_the_group_is_behind() {
+    let place = Place::of("single-writer").await;
+    let acceptor = place.acceptor(10).await;
+    let orders = accepted(&acceptor, SALE, 1..=5).await;
+    let told = async |talk: &Talk| metric(talk, "oversold_consumer_lag").await;
+    until("five wait", async || told(&acceptor).await == Some(5)).await;
+    let decider = place.instance(&[]).await;
+    place.quiet().await;
+    until("nothing waits any more", async || {
+        told(&acceptor).await == Some(0) && told(&decider).await == Some(0)
+    })
+    .await;
+
+    place.hold(&orders, Kept).await;
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
+/// A figure of a server's metrics, summed over its labels. `None`: it is not told.
+async fn metric(server: &Talk, name: &str) -> Option<i64> {
     let answer = server.get("/metrics").await.unwrap();
     let text = String::from_utf8(answer.body.to_vec()).unwrap();
     let named = text.lines().filter(|line| {
         let rest = line.strip_prefix(name);
         rest.is_some_and(|rest| rest.starts_with([' ', '{']))
     });
-    named
-        .map(|line| line.rsplit(' ').next().unwrap().parse::<i64>().unwrap())
-        .sum()
+    let figures: Vec<i64> = named
+        .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+        .collect();
+    (!figures.is_empty()).then(|| figures.iter().sum())
 }
 
 #[rstest]
@@ -1193,7 +1317,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     letters.sort_by(|one, other| one.origin.cmp(&other.origin));
     assert_eq!(letters.len(), poison.len());
     assert_eq!(place.written_to_dead_letters().await, 6, "each is buried once");
-    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, 6);
+    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(6));
     for (number, (letter, (payload, reason))) in letters.iter().zip(poison).enumerate() {
         assert!(letter.reason.contains(reason), "{}", letter.reason);
         let number = offset + i64::try_from(number).unwrap();

@@ -77,6 +77,9 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
                 "{replayed} are in {} again: each is decided, or it comes back here",
                 topic(&place)
             );
+            for letter in letters.iter().filter(|letter| !letter.can_be_sent_back()) {
+                println!("{} is larger than that topic takes, and stays", letter.origin);
+            }
         }
         Some(What::Replay {
             origin: Some(origin), ..

@@ -4,6 +4,7 @@ pub mod backends;
 mod contract;
 pub mod crowd;
 mod declares;
+mod held_commits;
 pub mod history;
 pub mod http_contract;
 pub mod judge;
@@ -18,4 +19,5 @@ mod until;
 
 pub use contract::{RED, contract, held_to};
 pub use declares::declares;
+pub use held_commits::HeldCommits;
 pub use until::until;

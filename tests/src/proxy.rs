@@ -75,6 +75,17 @@ impl Proxy {
         self.port
     }
 
+    /// The address of what it stands before, such as a `DATABASE_URL`, with its own place in it.
+    ///
+    /// # Panics
+    /// The address is no URL of a server.
+    pub fn instead_of(&self, url: &str) -> String {
+        let mut url = url::Url::parse(url).expect("a URL");
+        url.set_host(Some("127.0.0.1")).expect("a URL with a host");
+        url.set_port(Some(self.port)).expect("a URL with a port");
+        url.into()
+    }
+
     /// From here on this does not get through, also on the connections that are there. [`Cut::Nothing`] mends it.
     pub fn cuts(&self, cut: Cut) {
         self.cut.send_replace(cut);

@@ -66,7 +66,7 @@ pub struct Level {
     pub package: &'static str,
     /// What it shows, in one line.
     pub summary: &'static str,
-    /// Asks Kafka, for so long at most, how many messages the group that decides has not passed. `None`: the level has no such group.
+    /// Asks Kafka, each question for so long at most, how many messages the group that decides has not passed. `None`: the level has no such group.
     pub lag: Option<fn(&KafkaPlace, Duration) -> anyhow::Result<u64>>,
     /// Its strategies; the first is what a server sells with unless told otherwise.
     pub strategies: &'static [Strategy],

@@ -31,12 +31,12 @@ pub struct Counts {
     pub retries: Counter,
     /// Raised with each message that is dead-lettered: `oversold_dead_letters_total`.
     pub dead_letters: Counter,
-    /// How far its consumers are behind: `oversold_consumer_lag`.
+    /// How far the group that decides is behind: `oversold_consumer_lag`.
     pub lag: Lag,
 }
 
-/// How many messages of each partition the group has not passed, as far as the partitions are this server's. The sum over all servers is the
-/// group's lag.
+/// How many messages of each partition the group that decides has not passed. It is a figure of the group, and every server tells it, so that it is
+/// there when no consumer is.
 #[derive(Clone, Debug, Default)]
 pub struct Lag(Family<Partition, Gauge>);
 
@@ -51,9 +51,9 @@ impl Lag {
         self.0.get_or_create(&Partition { partition }).set(messages);
     }
 
-    /// A partition is another server's by now.
-    pub fn is_unknown(&self, partition: i32) {
-        self.0.remove(&Partition { partition });
+    /// Nobody can say.
+    pub fn is_unknown(&self) {
+        self.0.clear();
     }
 }
 
@@ -78,7 +78,8 @@ struct ReservationLabels {
 }
 
 impl Metrics {
-    /// `strategy` is `lv1/read-then-write`; `counts` is what the strategy counts, and `needs` tells which of it can be more than nothing; `clients` holds the open connections, `in_flight` the reservations that run.
+    /// `strategy` is `lv1/read-then-write`; `counts` is what the strategy counts, and `needs` tells which of it can be more than nothing;
+    /// `clients` holds the open connections, `in_flight` the reservations that run.
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
@@ -125,7 +126,7 @@ impl Metrics {
             registry.register("dead_letters", "Messages that were dead-lettered", counts.dead_letters);
             registry.register(
                 "consumer_lag",
-                "Messages that the group has not passed, in those partitions that are this server's",
+                "Messages that the group of all servers has not passed",
                 counts.lag.0,
             );
         }
@@ -134,6 +135,7 @@ impl Metrics {
             database,
             clients,
             in_flight,
+            decides_later: needs.contains(&Service::Kafka),
         }));
         Self {
             registry,
@@ -176,6 +178,8 @@ struct Now {
     database: PgPool,
     clients: TaskTracker,
     in_flight: TaskTracker,
+    /// Then a reservation waits for Kafka, and the connections are those of others.
+    decides_later: bool,
 }
 
 impl fmt::Debug for Now {
@@ -190,7 +194,7 @@ impl Collector for Now {
         let idle = (self.database.num_idle() as u64).min(open);
         let in_use = open - idle;
         let in_flight = self.in_flight.len() as u64;
-        let gauges = [
+        let mut gauges = vec![
             ("pool_connections_in_use", "Database connections in use", in_use),
             (
                 "pool_connections_idle",
@@ -203,12 +207,14 @@ impl Collector for Now {
                 self.clients.len() as u64,
             ),
             ("reservations_in_flight", "Reservations that run", in_flight),
-            (
+        ];
+        if !self.decides_later {
+            gauges.push((
                 "pool_waiting",
                 "Reservations that run and have no database connection: they wait for one, or for a lock elsewhere",
                 in_flight.saturating_sub(in_use),
-            ),
-        ];
+            ));
+        }
         for (name, help, value) in gauges {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;

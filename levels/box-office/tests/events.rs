@@ -227,6 +227,50 @@ async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
     assert!(over.starts_with("HTTP/1.1 204"), "{over}");
 }
 
+/// A client that is told 204 never comes back.
+#[tokio::test]
+async fn who_has_not_seen_the_end_is_not_sent_away_because_it_was_not_found_in_time() {
+    static LATE: Level = Level {
+        strategies: &[Strategy {
+            open: |stage| Box::pin(async { Ok(Box::new(Late(Patient { stage })) as Box<dyn Reserve>) }),
+            ..PATIENT.strategies[0]
+        }],
+        ..PATIENT
+    };
+    let database = database().await;
+    let server = Server::start(&LATE, &LATE.strategies[0], &on(&database.url()))
+        .await
+        .expect("it starts");
+    let (id, location) = accepted(&server).await;
+    let pool = PgPool::connect(&database.url()).await.expect("the database is there");
+    decide(&pool, id, "mine").await;
+    let (head, told) = events(&server, &location, "Last-Event-ID: 0\r\n").await;
+    assert!(head.starts_with("http/1.1 200"), "{head}");
+    assert_eq!(told.len(), 1, "{told:?}");
+    server.shut_down().await.expect("nothing is cut off");
+}
+
+/// Finds nothing on a short look, as when everybody asks at once.
+struct Late(Patient);
+
+#[async_trait]
+impl Reserve for Late {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+        self.0.reserve(order, steps).await
+    }
+
+    fn accepted(&self, id: Uuid) -> bool {
+        self.0.accepted(id)
+    }
+
+    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+        match patience {
+            short if short <= Duration::from_secs(1) => Ok(Some(vec![])),
+            long => self.0.events(id, after, long).await,
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_reservation_that_was_final_at_once_has_one_event() {
     let stand = house::stand().await;

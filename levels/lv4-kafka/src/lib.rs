@@ -86,6 +86,17 @@ pub static LEVEL: Level = Level {
             open: |stage| Box::pin(async { Ok(Box::new(broken::lock_wrong_key::Locked::open(stage).await?) as _) }),
         },
         Strategy {
+            name: "broken/commit-not-covered",
+            summary: "given back while the commit may still be on its way",
+            place: Place::Broken,
+            guarantee: ANYWHERE,
+            clicks: 2,
+            schema: BARE,
+            needs: &[Service::Redis, Service::Kafka],
+            source: "levels/lv4-kafka/src/broken/commit_not_covered.rs",
+            open: |stage| Box::pin(async { Ok(Box::new(broken::commit_not_covered::Locked::open(stage).await?) as _) }),
+        },
+        Strategy {
             name: "broken/partition-by-buyer",
             summary: "the buyer's partition instead of the sale's",
             place: Place::Broken,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use box_office::{No, Stage, Undecided};
 use redis::{
-    Client, Script,
+    Client, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
 use tokio::time::{Instant, sleep};
@@ -75,17 +75,21 @@ impl Locks {
         let give_up = Instant::now() + wait;
         let mut longest = FIRST_PAUSE;
         loop {
-            let taken: Option<String> = redis::cmd("SET")
+            let asked: Result<Option<String>, _> = redis::cmd("SET")
                 .arg(&held.key)
                 .arg(&held.owner)
                 .arg("NX")
                 .arg("PX")
                 .arg(u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX))
                 .query_async(&mut self.redis.clone())
-                .await
-                .map_err(away)?;
-            if taken.is_some() {
-                return Ok(held);
+                .await;
+            match asked {
+                Ok(None) => {}
+                Ok(Some(_)) => return Ok(held),
+                Err(why) => {
+                    tokio::spawn(self.clone().take_back(held));
+                    return Err(away(why));
+                }
             }
             if Instant::now() >= give_up {
                 return Err(Undecided::Overloaded.into());
@@ -97,15 +101,26 @@ impl Locks {
 
     /// Gives it back, if it still is the owner's.
     pub async fn release(&self, held: Held) {
+        if let Err(why) = self.give_back(&held).await {
+            tracing::warn!(%why, "a lock could not be given back; it ends with its lease");
+        }
+    }
+
+    async fn give_back(&self, held: &Held) -> RedisResult<i32> {
         let mut redis = self.redis.clone();
-        let released: Result<i32, _> = self
-            .release
+        self.release
             .key(&held.key)
             .arg(&held.owner)
             .invoke_async(&mut redis)
-            .await;
-        if let Err(why) = released {
-            tracing::warn!(%why, "a lock could not be given back; it ends with its lease");
+            .await
+    }
+
+    /// Gives back what may have been taken, or will be once Redis goes on: nobody would know whose it is. Commands of a connection are carried out
+    /// in their order, so once one of these is answered nothing is left.
+    async fn take_back(self, held: Held) {
+        let ends = Instant::now() + self.lease;
+        while self.give_back(&held).await.is_err() && Instant::now() < ends {
+            sleep(COMMAND).await;
         }
     }
 

@@ -224,14 +224,19 @@ async fn nothing_waits(level: &Level, stand: &Stand, patience: Duration) -> anyh
     let gave_up = Instant::now() + patience;
     loop {
         let place = place.clone();
-        let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await??;
-        if waiting == 0 {
-            return Ok(());
+        let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await?;
+        match waiting {
+            Ok(0) => return Ok(()),
+            // For a moment the broker may know nothing of a group or a topic that is new.
+            Err(why) if gave_up < Instant::now() => {
+                return Err(why.context("nobody can say whether messages wait to be decided"));
+            }
+            Ok(waiting) => ensure!(
+                Instant::now() < gave_up,
+                "{patience:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
+            ),
+            Err(_) => {}
         }
-        ensure!(
-            Instant::now() < gave_up,
-            "{patience:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
-        );
         sleep(LOOK_EVERY).await;
     }
 }

@@ -63,7 +63,8 @@ pub(super) async fn follow(
         // A strategy without events: its row was final from the start.
         next.push_back(Event { number: 1, reservation });
     }
-    if next.is_empty() && seen.is_some() && reservations::find(&app, id).await?.is_final() {
+    // Who has seen a stored event of an order that is final has seen the last. Who has not is still to be told, and if it was not found in time it comes.
+    if next.is_empty() && seen.is_some_and(|seen| seen > 0) && reservations::find(&app, id).await?.is_final() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
     let events = Sse::new(told(Following {

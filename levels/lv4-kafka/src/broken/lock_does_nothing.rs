@@ -51,7 +51,7 @@ impl Locked {
             // Offsets are committed by hand, once the rows are durable.
             let mut config = member(&locked.path.place);
             config.set("enable.auto.commit", "false");
-            let inbox = Inbox::open(&locked.path, &config)?;
+            let inbox = Inbox::open(&locked.path.place, &config)?;
             let steps = locked.path.stage.watch.steps(&format!("consumer {number}"));
             locked
                 .path
@@ -136,32 +136,37 @@ impl Locked {
     }
 
     /// Takes the sale's lock, and gives it back after the commit.
+    ///
+    /// If that fails, nobody can say whether it was carried out, or still is, and the next one would decide on what was there before it. So the lock is
+    /// not given back then, and ends with its lease.
     async fn decide_under_lock(&self, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
         // The connection first: with the lock in hand, a wait for one would run into its lease.
         let begun = self.path.stage.begin().await;
-        let tx = begun.map_err(|why| Undecided::BackendAway(why.into()))?;
+        let mut tx = begun.map_err(|why| Undecided::BackendAway(why.into()))?;
         let held = self.locks.acquire(&format!("order:{}", order.id), WAIT).await?;
         steps.at("lock taken").await;
-        let decided = self.decide_alone(tx, order, steps).await;
+        let written = self.decide_alone(&mut tx, order, steps).await;
+        if let Ok(true) = written {
+            tx.commit().await?;
+            steps.at("committed").await;
+        }
         self.locks.release(held).await;
-        decided
+        written.map(drop)
     }
 
-    /// LV.1's `read_then_write`, in a transaction with the outbox: right as long as nobody else is in it.
-    async fn decide_alone(&self, mut tx: PgTransaction<'_>, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
+    /// LV.1's `read_then_write`, in a transaction with the outbox: right as long as nobody else is in it. Tells whether anything was written.
+    async fn decide_alone(&self, tx: &mut PgTransaction<'_>, order: &OrderMessage, steps: &Steps) -> Result<bool, No> {
         let known: bool = sqlx::query_scalar("select exists (select from reservation where id = $1)")
             .bind(order.id)
-            .fetch_one(&mut *tx)
+            .fetch_one(&mut **tx)
             .await?;
         if known {
-            return Ok(()); // a replay, or the buyer's own repeat: decided once is decided
+            return Ok(false); // a replay, or the buyer's own repeat: decided once is decided
         }
-        let refused = self.sell(&mut tx, order, steps).await?;
-        write(&mut tx, order, refused).await?;
-        tell(&mut tx, order.id).await?;
-        tx.commit().await?;
-        steps.at("committed").await;
-        Ok(())
+        let refused = self.sell(tx, order, steps).await?;
+        write(tx, order, refused).await?;
+        tell(tx, order.id).await?;
+        Ok(true)
     }
 
     /// Takes a ticket, or says why not.

@@ -2,6 +2,7 @@
 
 pub mod answer_before_ack;
 pub mod auto_commit;
+pub mod commit_not_covered;
 pub mod dead_letter_on_fault;
 pub mod endless_retry;
 pub mod errors_swallowed;

@@ -59,7 +59,7 @@ impl SingleWriter {
         for number in 1..=writer.path.place.consumers {
             let mut config = member(&writer.path.place);
             config.set("enable.auto.commit", "false");
-            let inbox = Inbox::open(&writer.path, &config)?;
+            let inbox = Inbox::open(&writer.path.place, &config)?;
             let steps = writer.path.stage.watch.steps(&format!("consumer {number}"));
             writer
                 .path
@@ -78,6 +78,9 @@ impl SingleWriter {
             }
             let mut again = BTreeMap::new();
             for (partition, batch) in batches {
+                if self.path.stop.is_cancelled() {
+                    break; // what is not begun is for others
+                }
                 let (first, next) = (batch[0].offset, batch[batch.len() - 1].offset + 1);
                 match self.decide(partition, batch, &inbox, &steps).await {
                     Ok(done) if done == next => {

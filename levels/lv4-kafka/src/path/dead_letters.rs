@@ -18,10 +18,20 @@ use serde::Serialize;
 
 use super::{Poison, Taken, Undelivered, client, dead_letter_topic, message, producer, topic};
 
+/// So many bytes of a key and of a payload are kept, and so many characters of a reason: the topic has a limit on messages. What is larger came
+/// compressed, and few bytes of the topic of orders can be any number here.
+const KEPT: usize = 400_000;
+const REASON_KEPT: usize = 1_000;
+
+/// So many bytes can be sent back: with what travels around them the topic of orders takes no more.
+const SENT_BACK: usize = 64_000;
+
 const REASON: &str = "reason";
 const ORIGIN_TOPIC: &str = "origin-topic";
 const ORIGIN_PARTITION: &str = "origin-partition";
 const ORIGIN_OFFSET: &str = "origin-offset";
+/// How long the payload was, in bytes, before it was cut short.
+const LENGTH: &str = "length";
 /// Stands on a note that a dead letter was replayed: such a note is no dead letter itself.
 const REPLAYED: &str = "replayed";
 
@@ -56,18 +66,22 @@ impl DeadLetters {
         if self.buried().contains(&origin) {
             return Ok(());
         }
-        let headers = [
-            (REASON, why.to_string()),
+        let (key, payload) = (taken.message.key(), taken.message.payload().unwrap_or_default());
+        let mut headers = vec![
+            (REASON, why.to_string().chars().take(REASON_KEPT).collect()),
             (ORIGIN_TOPIC, taken.message.topic().to_owned()),
             (ORIGIN_PARTITION, taken.partition.to_string()),
             (ORIGIN_OFFSET, taken.offset.to_string()),
             (message::ATTEMPTS, (taken.attempts() + 1).to_string()),
         ];
+        if payload.len() > KEPT {
+            headers.push((LENGTH, payload.len().to_string()));
+        }
         self.producer
             .send(
                 FutureRecord::to(&self.topic)
-                    .key(taken.message.key().unwrap_or_default())
-                    .payload(taken.message.payload().unwrap_or_default())
+                    .key(kept(key.unwrap_or_default()))
+                    .payload(kept(payload))
                     .headers(with(&headers)),
                 Duration::ZERO,
             )
@@ -89,6 +103,10 @@ impl DeadLetters {
     fn buried(&self) -> std::sync::MutexGuard<'_, HashSet<(i32, i64)>> {
         self.buried.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn kept(bytes: &[u8]) -> &[u8] {
+    &bytes[..bytes.len().min(KEPT)]
 }
 
 fn with(headers: &[(&str, String)]) -> OwnedHeaders {
@@ -113,6 +131,14 @@ pub struct DeadLetter {
     pub payload: String,
     #[serde(skip)]
     message: OwnedMessage,
+}
+
+impl DeadLetter {
+    /// Whether it can be sent back. What came compressed may be larger than the topic of orders takes, and is perhaps not all here.
+    pub fn can_be_sent_back(&self) -> bool {
+        let length = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
+        length(self.message.key()) + length(self.message.payload()) <= SENT_BACK
+    }
 }
 
 /// The dead letters that were not replayed, each once, in the order in which they came.
@@ -191,11 +217,16 @@ pub async fn replay(place: &KafkaPlace, origin: &str, patience: Duration) -> any
         .into_iter()
         .find(|letter| letter.origin == origin)
         .with_context(|| format!("there is no dead letter {origin}, or it was replayed"))?;
+    if !letter.can_be_sent_back() {
+        bail!(
+            "the dead letter {origin} is larger than the topic of orders takes: it came compressed, and it stays where it is"
+        );
+    }
     send_back(place, &producer(place)?, &letter, patience).await?;
     Ok(())
 }
 
-/// The same with every letter there is. Returns how many.
+/// The same with every letter that can be sent back. Returns how many.
 ///
 /// # Errors
 /// Kafka does not answer, or does not take one: those before it are replayed.
@@ -203,10 +234,12 @@ pub async fn replay_all(place: &KafkaPlace, patience: Duration) -> anyhow::Resul
     let looked = place.clone();
     let letters = tokio::task::spawn_blocking(move || list(&looked, patience)).await??;
     let producer = producer(place)?;
-    for letter in &letters {
+    let mut replayed = 0;
+    for letter in letters.iter().filter(|letter| letter.can_be_sent_back()) {
         send_back(place, &producer, letter, patience).await?;
+        replayed += 1;
     }
-    Ok(letters.len())
+    Ok(replayed)
 }
 
 async fn send_back(

@@ -6,13 +6,12 @@ use std::{
     time::Duration,
 };
 
-use box_office::{KafkaPlace, Lag, Undecided};
+use box_office::{KafkaPlace, Undecided};
 use futures_util::FutureExt;
 use rdkafka::{
-    ClientConfig, ClientContext, Offset, Statistics, TopicPartitionList,
+    ClientConfig, ClientContext, Offset, TopicPartitionList,
     consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer},
     error::KafkaResult,
-    statistics,
     topic_partition_list::TopicPartitionListElem,
 };
 use tokio::{
@@ -21,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Path, Taken, client, group, topic};
+use super::{Taken, client, group, topic};
 
 /// A consumer in the group, and its place in it.
 pub struct Inbox {
@@ -33,9 +32,6 @@ pub struct Inbox {
 /// How long after a commit it is looked whether the group took it.
 const LOOK_AFTER: Duration = Duration::from_secs(1);
 
-/// How often the metrics are told how far this consumer is behind.
-const LAG_EVERY: Duration = Duration::from_secs(1);
-
 /// How long it is waited for a way back to an earlier message, each time.
 const BACK_WITHIN: Duration = Duration::from_secs(1);
 
@@ -43,8 +39,6 @@ const BACK_WITHIN: Duration = Duration::from_secs(1);
 struct Membership {
     joined: watch::Sender<bool>,
     hand: Mutex<Hand>,
-    topic: String,
-    lag: Lag,
 }
 
 /// What this consumer has in hand: its partitions, and how far it is done with them.
@@ -101,41 +95,12 @@ impl Membership {
     }
 }
 
-impl ClientContext for Membership {
-    fn stats(&self, statistics: Statistics) {
-        let partitions = statistics.topics.get(&self.topic).map(|topic| &topic.partitions);
-        let hand = self.hand();
-        for (&partition, known) in partitions.into_iter().flatten() {
-            if hand.mine.contains(&partition)
-                && let Some(behind) = behind(known)
-            {
-                self.lag.is(partition, behind);
-            }
-        }
-    }
-}
-
-/// How many messages of a partition the group has not passed, as soon as it is known.
-fn behind(partition: &statistics::Partition) -> Option<i64> {
-    match partition {
-        known if known.consumer_lag >= 0 => Some(known.consumer_lag),
-        // Once it fetches it knows what the group has committed: nothing.
-        known if known.fetch_state == "active" && known.lo_offset >= 0 && known.hi_offset >= 0 => {
-            Some(known.hi_offset - known.lo_offset)
-        }
-        _ => None,
-    }
-}
+impl ClientContext for Membership {}
 
 impl ConsumerContext for Membership {
     fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Revoke(partitions) = rebalance {
-            let partitions = numbers(partitions);
-            let mut hand = self.hand();
-            for &partition in &partitions {
-                self.lag.is_unknown(partition);
-            }
-            hand.give_away(partitions);
+            self.hand().give_away(numbers(partitions));
         }
     }
 
@@ -187,17 +152,13 @@ impl Inbox {
     ///
     /// # Errors
     /// The configuration is none that Kafka's client takes.
-    pub fn open(path: &Path, config: &ClientConfig) -> KafkaResult<Self> {
+    pub fn open(place: &KafkaPlace, config: &ClientConfig) -> KafkaResult<Self> {
         let (sender, joined) = watch::channel(false);
-        let topic = topic(&path.place);
-        let mut config = config.clone();
-        config.set("statistics.interval.ms", LAG_EVERY.as_millis().to_string());
         let consumer: StreamConsumer<Membership> = config.create_with_context(Membership {
             joined: sender,
             hand: Mutex::default(),
-            topic: topic.clone(),
-            lag: path.stage.counts.lag.clone(),
         })?;
+        let topic = topic(place);
         consumer.subscribe(&[&topic])?;
         Ok(Self {
             consumer: Arc::new(consumer),

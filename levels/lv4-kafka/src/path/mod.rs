@@ -13,13 +13,13 @@ mod inbox;
 mod message;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
-use box_office::{KafkaPlace, No, Refusal, SaleId, Stage, Undecided};
+use box_office::{KafkaPlace, Lag, No, Refusal, SaleId, Stage, Undecided};
 use rdkafka::{
     ClientConfig, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -28,7 +28,7 @@ use rdkafka::{
     error::{KafkaError, KafkaResult, RDKafkaErrorCode},
     producer::{FutureProducer, Producer},
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
@@ -55,6 +55,9 @@ const START: Duration = Duration::from_secs(10);
 
 /// How long it may take to answer a server that asks whether it is there.
 const ANSWER: Duration = Duration::from_secs(2);
+
+/// How long it is waited between two looks at how far the group is behind, for the metrics, and for each answer.
+const LAG_EVERY: Duration = Duration::from_secs(1);
 
 /// How long a topic keeps an order at least. By default Kafka forgets after seven days what nobody has read, and an order that waits for longer
 /// was accepted all the same. What is decided need not be kept: thirty days are for who looks back.
@@ -162,12 +165,19 @@ impl Path {
             format!("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): Kafka at {servers} does not do as asked")
         })?;
         let producer = producer(&place)?;
+        let (ids, events) = (ids?, events?);
+        tokio::spawn(tell_lag(
+            onlooker(&place)?,
+            place.clone(),
+            stage.counts.lag.clone(),
+            stop.clone(),
+        ));
         Ok(Arc::new(Self {
             topic: topic(&place),
             dead_letters: DeadLetters::new(producer.clone(), &place, stage.counts.clone()),
             producer,
-            ids: ids?,
-            events: events?,
+            ids,
+            events,
             stop,
             workers: TaskTracker::new(),
             not_joined: Mutex::default(),
@@ -300,21 +310,44 @@ async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
 /// # Errors
 /// Kafka does not answer.
 pub fn lag(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
-    let consumer: BaseConsumer = client(place).set("group.id", group(place)).create()?;
+    let behind = behind(&onlooker(place)?, place, patience)?;
+    Ok(u64::try_from(behind.values().sum::<i64>())?)
+}
+
+/// Somebody who knows of the group, and is none of it.
+fn onlooker(place: &KafkaPlace) -> KafkaResult<BaseConsumer> {
+    client(place).set("group.id", group(place)).create()
+}
+
+/// The same for each partition.
+fn behind(onlooker: &BaseConsumer, place: &KafkaPlace, patience: Duration) -> KafkaResult<BTreeMap<i32, i64>> {
     let topic = topic(place);
     let mut partitions = TopicPartitionList::new();
     partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
-    let mut lag = 0;
-    for passed in consumer.committed_offsets(partitions, patience)?.elements() {
-        let (first, end) = consumer.fetch_watermarks(&topic, passed.partition(), patience)?;
-        lag += end
-            - passed
-                .offset()
-                .to_raw()
-                .filter(|&passed| passed >= first)
-                .unwrap_or(first);
+    let mut behind = BTreeMap::new();
+    for passed in onlooker.committed_offsets(partitions, patience)?.elements() {
+        let (first, end) = onlooker.fetch_watermarks(&topic, passed.partition(), patience)?;
+        let passed_before = passed.offset().to_raw().filter(|&passed| passed >= first);
+        behind.insert(passed.partition(), end - passed_before.unwrap_or(first));
     }
-    Ok(u64::try_from(lag)?)
+    Ok(behind)
+}
+
+/// Tells the metrics how far the group is behind, again and again. It asks the broker: a consumer that stands still would tell nothing.
+async fn tell_lag(onlooker: BaseConsumer, place: KafkaPlace, lag: Lag, stop: CancellationToken) {
+    let onlooker = Arc::new(onlooker);
+    while stop.run_until_cancelled(sleep(LAG_EVERY)).await.is_some() {
+        let (onlooker, place) = (Arc::clone(&onlooker), place.clone());
+        match tokio::task::spawn_blocking(move || behind(&onlooker, &place, LAG_EVERY)).await {
+            Ok(Ok(behind)) => behind
+                .into_iter()
+                .for_each(|(partition, behind)| lag.is(partition, behind)),
+            // The broker is away, or this process ends.
+            _ => lag.is_unknown(),
+        }
+    }
+    // To drop a client takes a while, and must not take it on a thread that others need.
+    tokio::task::spawn_blocking(move || drop(onlooker));
 }
 
 /// The pause before a batch is tried again after a fault: longer each time, so that what comes back is not trampled down.
