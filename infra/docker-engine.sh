@@ -84,7 +84,8 @@ stop() {
     # The network namespaces of its containers may still be mounted there.
     mount -t nsfs | awk -v run="$run/" 'index($3, run) == 1 { print $3 }' | xargs -r umount
     # Its rules all name it, as those of another engine would. It had also set what becomes of a packet to forward that no rule names.
-    if ! pgrep -x dockerd >/dev/null; then
+    # (The one that has just ended may still be a zombie.)
+    if ! ps -eo stat=,comm= | grep -q '^[^Z].* dockerd$'; then
         iptables-save | grep -vi docker | iptables-restore
         [ ! -s "$run/forward" ] || iptables -P FORWARD "$(cat "$run/forward")"
     fi
