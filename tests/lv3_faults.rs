@@ -136,7 +136,15 @@ async fn is_killed(talk: &Talk) {
 async fn strikes(proxy: &Proxy, cut: Cut) {
     proxy.cuts(cut);
     until("the fault did not strike: nobody came through the proxy", async || {
-        proxy.connections_cut() + proxy.connections_silenced() > 0
+        proxy.has_struck()
+    })
+    .await;
+}
+
+/// Waits until a commit is on its way.
+async fn strike(held: &HeldCommits) {
+    until("the fault did not strike: nobody commits", async || {
+        held.have_struck().await.unwrap()
     })
     .await;
 }
@@ -155,7 +163,7 @@ async fn a_fault_that_does_not_strike_is_noticed() {
         panic_of(lock.is_seen_renewed()),
         panic_of(freezes(&talk, PATIENCE)),
         panic_of(strikes(&proxy, Cut::Everything)),
-        panic_of(held.strikes()),
+        panic_of(strike(&held)),
     );
     for panic in <[String; 5]>::from(does_not) {
         assert!(panic.contains("did not strike"), "{panic}");
@@ -786,7 +794,7 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     let held = HeldCommits::on(&stand).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        held.strikes().await;
+        strike(&held).await;
         strikes(&proxy, Cut::Everything).await;
         ledger.struck("a commit has lost its connection");
     });

@@ -575,10 +575,13 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] na
     // It ends when the test says so.
     let lease = ("LOCK_LEASE_MS", "60000");
     let first = place.instance(&[("DATABASE_URL", &*behind), lease]).await;
-    held.strikes().await;
+    until("the fault did not strike: nobody commits", async || {
+        held.have_struck().await.unwrap()
+    })
+    .await;
     proxy.cuts(Cut::Everything);
     until("the fault did not strike: nobody came through the proxy", async || {
-        proxy.connections_cut() > 0
+        proxy.has_struck()
     })
     .await;
     match expected {

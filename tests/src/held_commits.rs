@@ -50,15 +50,12 @@ impl HeldCommits {
         waiting.bind(kinds).fetch_one(&self.database).await
     }
 
-    /// Waits until a commit is on its way.
+    /// Whether a commit is on its way.
     ///
-    /// # Panics
-    /// None is: the fault did not strike.
-    pub async fn strikes(&self) {
-        until("the fault did not strike: nobody commits", async || {
-            self.waiting("advisory").await.is_ok_and(|waiting| waiting > 0)
-        })
-        .await;
+    /// # Errors
+    /// The database does not answer.
+    pub async fn have_struck(&self) -> sqlx::Result<bool> {
+        Ok(self.waiting("advisory").await? > 0)
     }
 
     /// Lets them, and waits until all are carried out.

@@ -86,6 +86,11 @@ impl Proxy {
         url.into()
     }
 
+    /// Whether somebody's connection was cut or fell silent.
+    pub fn has_struck(&self) -> bool {
+        self.connections_cut() + self.connections_silenced() > 0
+    }
+
     /// From here on this does not get through, also on the connections that are there. [`Cut::Nothing`] mends it.
     pub fn cuts(&self, cut: Cut) {
         self.cut.send_replace(cut);

@@ -122,7 +122,8 @@ impl Metrics {
             "How often a reservation started again because another was quicker",
             counts.retries,
         );
-        if needs.contains(&Service::Kafka) {
+        let decides_later = needs.contains(&Service::Kafka);
+        if decides_later {
             registry.register("dead_letters", "Messages that were dead-lettered", counts.dead_letters);
             registry.register(
                 "consumer_lag",
@@ -135,7 +136,7 @@ impl Metrics {
             database,
             clients,
             in_flight,
-            decides_later: needs.contains(&Service::Kafka),
+            decides_later,
         }));
         Self {
             registry,

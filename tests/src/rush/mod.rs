@@ -10,7 +10,7 @@ mod servers;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
 use tokio::{
     sync::watch,
@@ -225,17 +225,15 @@ async fn nothing_waits(level: &Level, stand: &Stand, patience: Duration) -> anyh
     loop {
         let place = place.clone();
         let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await?;
-        match waiting {
-            Ok(0) => return Ok(()),
-            // For a moment the broker may know nothing of a group or a topic that is new.
-            Err(why) if gave_up < Instant::now() => {
-                return Err(why.context("nobody can say whether messages wait to be decided"));
-            }
-            Ok(waiting) => ensure!(
-                Instant::now() < gave_up,
+        if let Ok(0) = waiting {
+            return Ok(());
+        }
+        // An error may pass: for a moment the broker knows nothing of a group or a topic that is new.
+        if gave_up <= Instant::now() {
+            let waiting = waiting.context("nobody can say whether messages wait to be decided")?;
+            bail!(
                 "{patience:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
-            ),
-            Err(_) => {}
+            );
         }
         sleep(LOOK_EVERY).await;
     }
