@@ -57,6 +57,19 @@ fn main() -> ExitCode {
             Ok(())
         },
     )];
+    for (name, run) in [
+        (
+            "a_server_that_should_oversell_and_does_not_is_inconclusive",
+            inconclusive as fn(&Runtime),
+        ),
+        ("a_declaration_that_is_not_the_tables_is_refused", declared_otherwise),
+    ] {
+        let on = Arc::clone(&runtime);
+        trials.push(Trial::test(name, move || {
+            run(&on);
+            Ok(())
+        }));
+    }
     trials.extend(LIES.iter().map(|lie| {
         let on = Arc::clone(&runtime);
         Trial::test(format!("{}_is_caught", lie.name), move || {
@@ -91,9 +104,7 @@ async fn honest() {
 async fn caught(lie: &'static Lie) {
     held_to(&DECLARED, lie.name, FEW, lie.breaks).await;
 
-    let denied = AssertUnwindSafe(held_to(&KEPT, lie.name, FEW, Promises::ALL_KEPT));
-    let panic = denied.catch_unwind().await.expect_err("the contract was kept");
-    let said = panic.downcast_ref::<String>().expect("a message");
+    let said = denied(held_to(&KEPT, lie.name, FEW, Promises::ALL_KEPT)).await;
     for invariant in lie.breaks.those(Promise::Breaks) {
         assert!(
             said.contains(invariant.code()),
@@ -101,6 +112,25 @@ async fn caught(lie: &'static Lie) {
             invariant.code()
         );
     }
+}
+
+/// A run that did not show what a strategy is there to show has tried nothing.
+fn inconclusive(on: &Runtime) {
+    let said = on.block_on(denied(held_to(&OVERSELLS, "honest", FEW, OVERSOLD)));
+    assert!(said.contains("inconclusive: I1, I2"), "{said}");
+}
+
+/// What a strategy says of itself is not what it is held to.
+fn declared_otherwise(on: &Runtime) {
+    let said = on.block_on(denied(held_to(&OVERSELLS, "honest", FEW, Promises::ALL_KEPT)));
+    assert!(said.contains("declares another guarantee"), "{said}");
+}
+
+/// What the contract says against it.
+async fn denied(held: impl Future<Output = Report>) -> String {
+    let panic = AssertUnwindSafe(held).catch_unwind().await;
+    let panic = panic.expect_err("the contract was kept");
+    panic.downcast_ref::<String>().expect("a message").clone()
 }
 
 async fn held_to(level: &Level, name: &str, rush: Rush, expected: Promises) -> Report {
@@ -154,6 +184,11 @@ static KEPT: Level = level(&[
     strategy(CHANGES_ITS_MIND.name, Promises::ALL_KEPT),
     strategy(OVERSELLS_LATE.name, Promises::ALL_KEPT),
 ]);
+
+/// An honest stub that says it oversells.
+static OVERSELLS: Level = level(&[strategy("honest", OVERSOLD)]);
+
+const OVERSOLD: Promises = Promises::ALL_KEPT.breaks(&[NoOversell, Conservation]);
 
 const fn level(strategies: &'static [Strategy]) -> Level {
     Level {

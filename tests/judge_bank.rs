@@ -211,11 +211,16 @@ impl Sale {
     }
 
     fn fault(mut self, struck_us: Micros, healed_us: Option<Micros>) -> Self {
-        self.0.faults = vec![Fault {
+        self.0.faults.clear();
+        self.and_fault(struck_us, healed_us)
+    }
+
+    fn and_fault(mut self, struck_us: Micros, healed_us: Option<Micros>) -> Self {
+        self.0.faults.push(Fault {
             fault: "planted".to_owned(),
             struck_us,
             healed_us,
-        }];
+        });
         self
     }
 
@@ -408,6 +413,10 @@ fn undecided() -> Sale {
 #[case::never_told_in_the_end(
     undecided().ask(2, "2", 11, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.answer(Undecided), &[Progress])]
 #[case::undecided_after_the_healing(undecided().fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
+#[case::undecided_after_the_last_healing(
+    undecided().fault(5, Some(10)).and_fault(2, Some(3)).sent(10), |s: Sale| s.sent(11), &[Progress])]
+#[case::undecided_after_the_last_healing_in_the_order_of_the_faults(
+    undecided().fault(2, Some(3)).and_fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
 #[case::undecided_after_it_was_healed_after_all(
     undecided().fault(5, None).sent(10), |s: Sale| s.fault(5, Some(9)), &[Progress])]
 #[case::no_answer_and_nothing_to_excuse_it(
@@ -420,6 +429,53 @@ fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> 
     let verdict = judge(&changed.0);
     let found: Vec<Invariant> = verdict.findings.iter().map(|finding| finding.invariant).collect();
     assert_eq!(found, broken, "{verdict}");
+}
+
+/// The numbers that a verdict gives, and that books and tables repeat: sold, oversold by, duplicates, and how often each invariant was broken.
+#[rstest]
+#[case::nothing_sold(sale(2), (0, 0, 0), &[])]
+#[case::all_sold(sale(2).takes(1, 0, 9).takes(2, 0, 9), (2, 0, 0), &[])]
+#[case::three_too_many(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9).takes(3, 0, 9).takes(4, 0, 9).takes(5, 0, 9),
+    (5, 3, 0), &[(NoOversell, 3), (Conservation, 1)])]
+#[case::and_the_stock_looks_right(
+    sale(2).takes(1, 0, 9).takes(2, 0, 9).takes(3, 0, 9).takes(4, 0, 9).stock(0),
+    (4, 2, 0), &[(NoOversell, 2), (Conservation, 2)])]
+#[case::three_for_one_buyer(
+    sale(9).takes(1, 0, 9).ask(1, "b", 0, 9, confirmed(2)).row(1, "b", 2).ask(1, "c", 0, 9, confirmed(3)).row(1, "c", 3),
+    (3, 0, 2), &[(NoDuplicate, 2)])]
+#[case::two_each_for_two_buyers(
+    sale(9).takes(1, 0, 9).ask(1, "b", 0, 9, confirmed(11)).row(1, "b", 11)
+        .takes(2, 0, 9).ask(2, "c", 0, 9, confirmed(12)).row(2, "c", 12),
+    (4, 0, 2), &[(NoDuplicate, 2)])]
+#[case::two_lost(
+    sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, accepted(2)).ask(3, "3", 0, 9, accepted(3)),
+    (1, 0, 0), &[(NothingLost, 2), (Progress, 2)])]
+#[case::two_told_no_while_there_were_tickets(
+    sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, No(SoldOut)).ask(3, "3", 0, 9, No(SoldOut)),
+    (1, 0, 0), &[(NoFalseRefusal, 2), (NoUndersell, 2)])]
+#[case::given_back_is_not_sold(sold_again(), (1, 0, 0), &[])]
+#[case::told_by_a_foreign_server(
+    sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).ask(2, "2", 0, 9, confirmed(2)).ask(3, "3", 0, 9, confirmed(3)),
+    (3, 2, 0), &[(NoOversell, 2), (Conservation, 2)])]
+fn a_verdict_counts_right(
+    #[case] sale: Sale,
+    #[case] (sold, oversold_by, duplicates): (u64, u64, u64),
+    #[case] found: &[(Invariant, u64)],
+) {
+    let verdict = judge(&sale.0);
+    let tally = &verdict.tally;
+    assert_eq!(
+        (tally.sold, tally.oversold_by, tally.duplicates),
+        (sold, oversold_by, duplicates),
+        "{verdict}"
+    );
+    let counted: Vec<_> = verdict
+        .findings
+        .iter()
+        .map(|finding| (finding.invariant, finding.count))
+        .collect();
+    assert_eq!(counted, found, "{verdict}");
 }
 
 /// What is found, and what is shown for it, does not hang on the order of the lines.
