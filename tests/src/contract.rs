@@ -3,7 +3,6 @@
 use std::env;
 
 use box_office::{Level, Promise, Promises};
-use tokio::sync::Mutex;
 
 use crate::{
     judge::Conclusion,
@@ -12,10 +11,6 @@ use crate::{
 
 /// Set by `make red`: the contract then asks of every strategy what only a right one can keep, and shows how it fails.
 pub const RED: &str = "OVERSOLD_RED";
-
-/// A rush has the machine to itself, as far as this process goes: two at once would be each other's load, and where a lock is waited for by a
-/// thousand buyers, the patience of the last would end with it.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// Runs a rush against a strategy and holds what happened against `expected`, the suite's own table of promises.
 ///
@@ -37,11 +32,10 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
         in_words(&expected),
     );
 
-    let _alone = ONE_AT_A_TIME.lock().await;
     // ANCHOR: heart
     let report = rush
         .traced()
-        .run(program, level, strategy)
+        .run_alone(program, level, strategy)
         .await
         .unwrap_or_else(|error| {
             panic!(

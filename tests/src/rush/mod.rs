@@ -13,7 +13,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context, bail, ensure};
 use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
 use tokio::{
-    sync::watch,
+    sync::{Mutex, watch},
     time::{Instant, sleep},
 };
 
@@ -27,6 +27,9 @@ use crate::{
     history::{FORMAT_VERSION, Fault, Header, History, Micros},
     rows,
 };
+
+/// Two rushes at once would be each other's load, and where a lock is waited for by a thousand buyers, the patience of the last would end with it.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// The sale that a rush opens.
 pub const SALE: SaleId = 1;
@@ -144,12 +147,33 @@ impl Rush {
         self.run_on(&stand, program, level, strategy).await
     }
 
+    /// The same, and from when its buyers come it has the machine to itself, as far as other rushes of this process go that are run like this.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub async fn run_alone(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
+        let stand = Stand::shared(strategy).await?;
+        self.run_in_turn(Some(&ONE_AT_A_TIME), &stand, program, level, strategy)
+            .await
+    }
+
     /// The same, on backends of the caller's.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn run_on(
         &self,
+        stand: &Stand,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Report> {
+        self.run_in_turn(None, stand, program, level, strategy).await
+    }
+
+    async fn run_in_turn(
+        &self,
+        turns: Option<&Mutex<()>>,
         stand: &Stand,
         program: &Program,
         level: &Level,
@@ -170,6 +194,10 @@ impl Rush {
             slow_commits_down(stand.database(), self.commit).await?;
         }
 
+        let turn = match turns {
+            Some(turns) => Some(turns.lock().await),
+            None => None,
+        };
         let gate = buyers::Gate::new(self, &servers)
             .await
             .context("connecting the buyers")?;
@@ -185,6 +213,7 @@ impl Rush {
         let mut requests = released.requests;
         nothing_waits(level, stand, self.patience).await?;
         let retries = servers.retries().await?;
+        drop(turn);
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
 
