@@ -129,6 +129,7 @@ results: ## Measure again what the book says in figures
 	$(measure) rush lv1 --rounds 5 --json results/lv1-rush.json
 	$(measure) rush lv2 --rounds 5 --json results/lv2-rush.json
 	$(measure) rush lv2 --instances 3 --rounds 5 --json results/lv2-rush-3.json
+	$(measure) rush lv2 --clicks 1 --rounds 5 --json results/lv2-rush-once.json
 	@infra/bench-tools.sh
 	for strategy in mutex pessimistic optimistic conditional-update; do \
 		$(measure) bench lv2/$$strategy --seconds 5 --json results/lv2-bench-$$strategy.json || exit; \
@@ -138,6 +139,7 @@ results: ## Measure again what the book says in figures
 	done
 	$(measure) rush lv3 --rounds 5 --json results/lv3-rush.json
 	$(measure) rush lv3 --instances 3 --rounds 5 --json results/lv3-rush-3.json
+	$(measure) rush lv3 --instances 3 --clicks 1 --rounds 5 --json results/lv3-rush-3-once.json
 	$(measure) rush lv2 lv3 --rounds 5 --json results/lv2-and-lv3-rush.json
 	$(measure) rush lv2 lv3 --instances 3 --rounds 5 --json results/lv2-and-lv3-rush-3.json
 	for strategy in spin rlock fenced; do \
@@ -147,6 +149,7 @@ results: ## Measure again what the book says in figures
 	$(measure) bench lv3/rlock --lock --seconds 5 --json results/lv3-lock.json
 	$(measure) rush lv4 --rounds 5 --json results/lv4-rush.json
 	$(measure) rush lv4 --instances 3 --rounds 5 --json results/lv4-rush-3.json
+	$(measure) rush lv4 --clicks 1 --rounds 5 --json results/lv4-rush-once.json
 	for strategy in locked single-writer; do \
 		$(measure) bench lv4/$$strategy --seconds 5 --json results/lv4-accept-$$strategy.json || exit; \
 		$(measure) bench lv4/$$strategy --drain --json results/lv4-drain-$$strategy.json || exit; \

@@ -6,18 +6,21 @@ use std::{collections::HashSet, net::SocketAddr, path::Path, time::Duration};
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
-    Place, Promises, Strategy,
+    Place, ProblemKind, Promises, Strategy,
 };
 use lv2_db_lock::{BARE, LEVEL};
 use rstest::rstest;
 use suite::{
-    backends::{Database, Durability, Postgres, Stand},
+    HeldCommits, after_its_fault,
+    backends::{self, Database, Durability, Postgres, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
     declares, held_to,
     history::{Answer, Refused, Request},
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::{Conclusion, judge},
+    ledger::Ledger,
+    proxy::{Cut, Proxy},
     restarts,
     rush::{Program, Report, Rush, SALE},
     schedule::{
@@ -330,11 +333,7 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str, #[case] in
 #[case::on_three(3)]
 #[tokio::test]
 async fn fifty_clicks_at_once_are_too_many_for_a_look_up_before_the_lock(#[case] instances: usize) {
-    let rush = Rush {
-        // While the first click sells, the others have long looked.
-        hold: Duration::from_millis(50),
-        ..fifty_clicks(instances)
-    };
+    let rush = fifty_clicks(instances);
     contract(&program(), &LEVEL, "broken/look-up-before-lock", rush, DUPLICATES).await;
 }
 
@@ -343,6 +342,8 @@ fn fifty_clicks(instances: usize) -> Rush {
         buyers: 4,
         clicks: 50,
         instances,
+        // While the first click sells, the others have long looked, where they are let.
+        hold: Duration::from_millis(50),
         ..Rush::default()
     }
 }
@@ -524,6 +525,124 @@ async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_
 
     postgres.start().await.unwrap();
     assert_eq!(talk.reserve(SALE, 1, Some("again")).await.unwrap().status, 201);
+    talk.stop().await.unwrap();
+}
+
+/// Postgres takes a commit back in the very end. Nobody may have been told that it was carried out, and who asks again gets the ticket.
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    let held = HeldCommits::on(&stand).await.unwrap();
+    let ledger = Ledger::new(strategy);
+
+    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+        until("the fault did not strike: nobody commits", async || {
+            held.have_struck().await.unwrap()
+        })
+        .await;
+        ledger.struck("a commit taken back");
+        assert_eq!(held.fail().await.unwrap(), 1, "the fault did not strike");
+        held.go_on().await.unwrap();
+        ledger.healed();
+    });
+    assert_eq!(ann, Answer::Undecided);
+    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
+    assert_eq!(ledger.ask(&talk, 2).await, Answer::Refused(Refused::SoldOut));
+    talk.stop().await.unwrap();
+    after_its_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
+}
+
+/// The connection breaks with Ann's commit on its way, and with it ends her hold of the mutex. Bob reads what was there before her, and Postgres
+/// carries out both.
+#[tokio::test]
+async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
+    let strategy = strategy("mutex");
+    let stand = Stand::shared(strategy).await.unwrap();
+    let postgres = backends::postgres().await.unwrap();
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let behind = program().variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
+    let talk = Talk::with(&stand, &behind, &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    let held = HeldCommits::on(&stand).await.unwrap();
+    let ledger = Ledger::new(strategy);
+
+    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+        until("the fault did not strike: nobody commits", async || {
+            held.have_struck().await.unwrap()
+        })
+        .await;
+        proxy.cuts(Cut::Everything);
+        until("the fault did not strike: nobody came through the proxy", async || {
+            proxy.has_struck()
+        })
+        .await;
+        ledger.struck("a commit has lost its connection");
+    });
+    assert_eq!(ann, Answer::Undecided);
+    proxy.cuts(Cut::Nothing);
+    ledger.healed();
+    let bob = async {
+        // He may get a connection of the pool that was cut as well, and asks again.
+        loop {
+            match ledger.ask(&talk, 2).await {
+                Answer::Undecided => {}
+                told => break told,
+            }
+        }
+    };
+    let (bob, ()) = tokio::join!(bob, async {
+        until("Bob waits for the row", async || {
+            held.waiting("transactionid tuple").await.unwrap() > 0
+        })
+        .await;
+        held.go_on().await.unwrap();
+    });
+    assert!(matches!(bob, Answer::Confirmed { .. }), "{bob:?}");
+    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
+    talk.stop().await.unwrap();
+    after_its_fault(
+        strategy,
+        &ledger.verdict(&stand).await.unwrap(),
+        &[NoOversell, Conservation],
+    );
+}
+
+/// "Sold out" is a statement about the sale. Whoever could not look at it may not make it.
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn a_row_that_somebody_else_holds_for_too_long_leaves_a_buyer_undecided(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = Stand::shared(strategy).await.unwrap();
+    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    let observer = stand.database().pool(1).await.unwrap();
+    let mut somebody = observer.begin().await.unwrap();
+    sqlx::query("select from sale where id = $1 for update")
+        .bind(SALE)
+        .execute(&mut *somebody)
+        .await
+        .unwrap();
+
+    talk.reserve(SALE, 1, Some("a"))
+        .await
+        .unwrap()
+        .is(ProblemKind::Overloaded)
+        .unwrap();
+    somebody.rollback().await.unwrap();
+    let again = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+    talk.confirms(&again).await.unwrap();
     talk.stop().await.unwrap();
 }
 

@@ -18,7 +18,7 @@ use suite::{
     backends::{self, Redis, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
-    held_to,
+    declares_limit, held_to,
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::{Conclusion, judge},
     restarts,
@@ -181,6 +181,9 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
     let conclusion = verdict.conclude(&held_to(expected));
     let kept = matches!(conclusion, Conclusion::AsPromised);
     assert!(kept, "lv3/{name}: {conclusion}\n\n{}\n{verdict}", script.trace());
+    if expected == OVERSELLS {
+        declares_limit(strategy(name), &[NoOversell, Conservation]);
+    }
 }
 // ANCHOR_END: late-release
 
@@ -191,14 +194,28 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
-    let rush = Rush {
+    let report = contract(&program(), &LEVEL, name, fifty_clicks(), KEEPS).await;
+    assert_eq!(report.verdict.tally.sold, 4);
+}
+
+#[tokio::test]
+async fn fifty_clicks_at_once_are_too_many_for_a_lock_that_does_nothing() {
+    let report = fifty_clicks()
+        .run(&program(), &LEVEL, strategy("broken/does-nothing"))
+        .await
+        .unwrap();
+    assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
+}
+
+fn fifty_clicks() -> Rush {
+    Rush {
         buyers: 4,
         clicks: 50,
         instances: 3,
+        // While the first click sells, the others have long looked, where they are let.
+        hold: Duration::from_millis(50),
         ..Rush::default()
-    };
-    let report = contract(&program(), &LEVEL, name, rush, KEEPS).await;
-    assert_eq!(report.verdict.tally.sold, 4);
+    }
 }
 
 #[rstest]

@@ -116,14 +116,28 @@ async fn an_order_that_is_not_even_sent_is_lost() {
 #[case::single_writer("single-writer")]
 #[tokio::test]
 async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
-    let rush = Rush {
+    let report = contract(&program(), &LEVEL, name, fifty_clicks(), KEEPS).await;
+    assert_eq!(report.verdict.tally.sold, 4);
+}
+
+#[tokio::test]
+async fn fifty_clicks_at_once_are_too_many_for_a_lock_that_does_nothing() {
+    let report = fifty_clicks()
+        .run(&program(), &LEVEL, strategy("broken/lock-does-nothing"))
+        .await
+        .unwrap();
+    assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
+}
+
+fn fifty_clicks() -> Rush {
+    Rush {
         buyers: 4,
         clicks: 50,
         instances: 3,
+        // While the first click sells, the others have long looked, where they are let.
+        hold: Duration::from_millis(50),
         ..Rush::default()
-    };
-    let report = contract(&program(), &LEVEL, name, rush, KEEPS).await;
-    assert_eq!(report.verdict.tally.sold, 4);
+    }
 }
 
 /// The rows are read once nothing can change them any more: what is decided later would be an oversell that nobody has seen.

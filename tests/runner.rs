@@ -565,8 +565,8 @@ fn a_reader_chooses_the_order(#[case] strategy: &str, #[case] order: &str, #[cas
 
 #[rstest]
 #[case::all("", 0, &["postgres", "redis", "kafka"], "")]
-#[case::no_redis("OVERSOLD_REDIS_BIN", 3, &["postgres", "kafka"], "lv3, lv4 can't run, the other levels can: there is no redis:")]
-#[case::no_kafka("OVERSOLD_KAFKA_JARS", 3, &["postgres", "redis"], "lv4 can't run, the other levels can: there is no kafka:")]
+#[case::no_redis("OVERSOLD_REDIS_BIN", 3, &["postgres", "kafka"], "lv3/fenced, lv4/locked can't run, the other strategies can: there is no redis:")]
+#[case::no_kafka("OVERSOLD_KAFKA_JARS", 3, &["postgres", "redis"], "lv4/locked, lv4/single-writer can't run, the other strategies can: there is no kafka:")]
 #[case::no_postgres("OVERSOLD_POSTGRES_BIN", 3, &["redis", "kafka"], "there is no postgres:")]
 fn doctor_tells_where_each_backend_comes_from(
     #[case] nowhere: &str,
@@ -589,4 +589,41 @@ fn doctor_tells_where_each_backend_comes_from(
     let services: Vec<&str> = said.lines().filter_map(|line| Some(line.split_once(": ")?.0)).collect();
     assert_eq!(services, there, "{said}");
     assert!(err(&output).contains(missing), "{}", err(&output));
+}
+
+/// Whoever sets a machine up wants to hear of everything at once.
+#[test]
+fn doctor_tells_of_all_that_is_missing() {
+    let mut doctor = command(&["doctor"]);
+    for service in ["DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS"] {
+        doctor.env_remove(service);
+    }
+    doctor.env("OVERSOLD_BACKENDS", "native");
+    for nowhere in ["OVERSOLD_POSTGRES_BIN", "OVERSOLD_REDIS_BIN", "OVERSOLD_KAFKA_JARS"] {
+        doctor.env(nowhere, "/nowhere");
+    }
+    let output = doctor.output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    for service in ["postgres", "redis", "kafka"] {
+        assert!(
+            err(&output).contains(&format!("there is no {service}:")),
+            "{}",
+            err(&output)
+        );
+    }
+}
+
+/// A strategy that is wrong on purpose says what is wrong with it: in a rush, or when something befalls it.
+#[test]
+fn every_broken_strategy_says_what_it_breaks() {
+    let output = oversold(&["list", "--json"]);
+    let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let is_empty = |value: &Value| value.as_array().unwrap().is_empty();
+    for strategy in listed.as_array().unwrap() {
+        let says = ["alone", "together"]
+            .into_iter()
+            .any(|instances| !is_empty(&strategy[instances]["breaks"]))
+            || !is_empty(&strategy["limits"]);
+        assert!(strategy["place"] != "broken" || says, "{strategy}");
+    }
 }

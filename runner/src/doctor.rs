@@ -1,7 +1,6 @@
 //! `oversold doctor`.
 
-use anyhow::Context;
-use box_office::Service;
+use box_office::{Place, Service};
 use suite::backends;
 
 use crate::{Ended, levels::LEVELS};
@@ -27,21 +26,32 @@ pub(crate) async fn doctor() -> anyhow::Result<Ended> {
             Err(_) => {}
         }
     }
-    postgres?;
+    let mut missing = vec![];
+    if let Err(why) = postgres {
+        missing.push(anyhow::Error::new(why).context("nothing can run"));
+    }
     for (service, found) in besides {
-        let levels = in_need_of(service);
-        if !levels.is_empty() {
-            found.with_context(|| format!("{} can't run, the other levels can", levels.join(", ")))?;
+        let strategies = in_need_of(service);
+        if let (Err(why), false) = (found, strategies.is_empty()) {
+            let cannot = format!("{} can't run, the other strategies can", strategies.join(", "));
+            missing.push(anyhow::Error::new(why).context(cannot));
         }
     }
-    Ok(Ended::AsPromised)
+    let Some(last) = missing.pop() else {
+        return Ok(Ended::AsPromised);
+    };
+    for other in missing {
+        eprintln!("oversold: {other:#}");
+    }
+    Err(last)
 }
 
-/// The levels that need this service besides Postgres.
-fn in_need_of(service: Service) -> Vec<&'static str> {
-    let levels = LEVELS.iter().filter(|level| {
-        let mut needs = level.strategies.iter().flat_map(|strategy| strategy.needs);
-        needs.any(|needed| *needed == service)
+/// The strategies on the trail that need this service besides Postgres.
+fn in_need_of(service: Service) -> Vec<String> {
+    let of_a_level = LEVELS.iter().flat_map(|level| {
+        let strategies = level.strategies.iter();
+        let in_need = strategies.filter(|it| it.place == Place::Trail && it.needs.contains(&service));
+        in_need.map(|strategy| format!("{}/{}", level.name, strategy.name))
     });
-    levels.map(|level| level.name).collect()
+    of_a_level.collect()
 }

@@ -1,6 +1,6 @@
 //! `oversold list`.
 
-use box_office::{Invariant, Place, Promise, Promises};
+use box_office::{Invariant, Limit, Place, Promise, Promises};
 use serde::Serialize;
 
 use crate::{Ended, levels::LEVELS};
@@ -16,6 +16,14 @@ struct Listed {
     needs: Vec<&'static str>,
     alone: Codes,
     together: Codes,
+    limits: Vec<Limited>,
+}
+
+/// What it does not survive, and what breaks then.
+#[derive(Serialize)]
+struct Limited {
+    when: &'static str,
+    breaks: &'static [Invariant],
 }
 
 /// The invariants by what is promised about them.
@@ -60,6 +68,12 @@ fn listed() -> Vec<Listed> {
             needs: strategy.needs.iter().map(|service| service.name()).collect(),
             alone: strategy.guarantee.alone.into(),
             together: strategy.guarantee.together.into(),
+            limits: strategy
+                .guarantee
+                .limits
+                .iter()
+                .map(|&Limit { when, breaks }| Limited { when, breaks })
+                .collect(),
         };
         level.strategies.iter().map(listed)
     });
@@ -78,6 +92,12 @@ fn print_for_people() {
                 println!("      on one instance: {}", in_words(&alone));
                 println!("      on several:      {}", in_words(&together));
             }
+            for Limit { when, breaks } in strategy.guarantee.limits {
+                match breaks {
+                    [] => println!("      until {when}"),
+                    _ => println!("      until {when}: breaks {}", codes(breaks.iter().copied())),
+                }
+            }
         }
     }
     println!();
@@ -88,16 +108,13 @@ fn print_for_people() {
 
 /// What a strategy keeps and breaks, as short as it can be said.
 pub(crate) fn in_words(promises: &Promises) -> String {
-    let codes = |promise| {
-        promises
-            .those(promise)
-            .map(Invariant::code)
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
-    let (broken, open) = (codes(Promise::Breaks), codes(Promise::NotPromised));
+    let [broken, open] = [Promise::Breaks, Promise::NotPromised].map(|promise| codes(promises.those(promise)));
     match (broken.as_str(), promises.about(Invariant::Order)) {
         ("", _) => format!("keeps all but {open}"),
         _ => format!("breaks {broken}; promises nothing about {open}"),
     }
+}
+
+fn codes(invariants: impl Iterator<Item = Invariant>) -> String {
+    invariants.map(Invariant::code).collect::<Vec<_>>().join(", ")
 }

@@ -182,7 +182,7 @@ impl Ended {
     }
 }
 
-/// The exit code for a command line that can't be understood, or a file that can't be read.
+/// The exit code for a command line that can't be understood, a file that can't be read, or a run that could not be carried out.
 const USAGE: u8 = 2;
 /// The exit code for a backend or a tool that is not there.
 const BACKEND_MISSING: u8 = 3;

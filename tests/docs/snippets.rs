@@ -488,14 +488,10 @@ fn holds_on(strategy: &Strategy) -> &'static str {
     match (breaks(guarantee.alone), breaks(guarantee.together)) {
         (true, _) => "none",
         (false, true) => "one instance",
-        (false, false) if ends_with_a_lease(strategy) => "any number, within the lease",
+        // What ends it, on the trail, is the end of a lease.
+        (false, false) if !guarantee.limits.is_empty() => "any number, within the lease",
         (false, false) => "any number",
     }
-}
-
-/// Whether its guarantee does: a lock in Redis has a lease, and nothing else keeps the sale right unless its row checks a token, too.
-fn ends_with_a_lease(strategy: &Strategy) -> bool {
-    strategy.needs.contains(&Service::Redis) && strategy.schema.name != "fenced"
 }
 
 /// Lines of a file that are neither empty nor a comment.

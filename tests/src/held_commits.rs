@@ -58,6 +58,22 @@ impl HeldCommits {
         Ok(self.waiting("advisory").await? > 0)
     }
 
+    /// Ends the connections of those that are on their way: Postgres takes them back. Tells how many.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn fail(&self) -> sqlx::Result<i64> {
+        sqlx::query_scalar(
+            "select count(*) filter (where pg_terminate_backend(pid))
+               from pg_stat_activity
+              where datname = current_database()
+                and wait_event_type = 'Lock'
+                and wait_event = 'advisory'",
+        )
+        .fetch_one(&self.database)
+        .await
+    }
+
     /// Lets them, and waits until all are carried out.
     ///
     /// # Errors

@@ -421,6 +421,7 @@ pub async fn sells_refuses_and_repeats(talk: &Talk) -> anyhow::Result<()> {
     let other_buyer = talk.reserve(SALE, 2, Some("a")).await?;
     talk.refuses(&other_buyer, KeyOfAnotherBuyer).await?;
     talk.reserve(99, 1, None).await?.is(UnknownSale)?;
+    sells_elsewhere(talk, &reservation).await?;
 
     let without_key = talk.reserve(SALE, 2, None).await?;
     talk.confirms(&without_key).await.context("a key is optional")?;
@@ -437,6 +438,29 @@ pub async fn sells_refuses_and_repeats(talk: &Talk) -> anyhow::Result<()> {
     talk.get(&format!("/api/reservations/{}", Uuid::new_v4()))
         .await?
         .is(UnknownReservation)?;
+    Ok(())
+}
+
+/// While one sale is open, so is another, to the same buyers, under the same keys: neither knows of the other.
+async fn sells_elsewhere(talk: &Talk, here: &api::Reservation) -> anyhow::Result<()> {
+    const ELSEWHERE: SaleId = 2;
+
+    let before = talk.sale(SALE).await?;
+    talk.opens(ELSEWHERE, 5).await?;
+    let first = talk
+        .confirms(&talk.reserve(ELSEWHERE, 1, Some("a")).await?)
+        .await
+        .context("a ticket for one sale is none for another")?;
+    ensure!(first.id != here.id, "one reservation for two sales");
+    let second = talk.confirms(&talk.reserve(ELSEWHERE, 2, Some("c")).await?).await?;
+    // Whoever has a ticket is told more of the key than of the ticket.
+    let others_key = talk.reserve(ELSEWHERE, 1, Some("c")).await?;
+    talk.refuses(&others_key, ProblemKind::KeyOfAnotherBuyer).await?;
+    ensure!(talk.confirms(&talk.reserve(ELSEWHERE, 2, Some("c")).await?).await? == second);
+
+    let sale = talk.sale(ELSEWHERE).await?;
+    ensure!((sale.capacity, sale.stock, sale.reserved) == (5, 3, 2), "{sale:?}");
+    ensure!(talk.sale(SALE).await? == before, "another sale has changed this one");
     Ok(())
 }
 
@@ -483,6 +507,7 @@ pub async fn refuses_bad_input(talk: &Talk) -> anyhow::Result<()> {
     for (path, problem) in [
         ("/api/sales/one", MalformedPath),
         ("/api/sales/-1", MalformedPath),
+        ("/api/sales/01", MalformedPath),
         ("/api/reservations/17", UnknownReservation),
         ("/api/nothing", NotFound),
         ("/api/sales/1/reservations", MethodNotAllowed),

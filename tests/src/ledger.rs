@@ -1,23 +1,26 @@
 //! A few buyers that a test sends one by one, each to a server of its choice; what they are told is written down for the judge.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use anyhow::bail;
 use box_office::{BuyerId, Strategy, trace::now_monotonic_us};
+use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::{
     backends::Stand,
-    history::{Answer, FORMAT_VERSION, Fault, Header, History, Micros, Request},
+    history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Request},
     http_contract::Talk,
     judge::{Verdict, judge},
     rows,
-    rush::{SALE, Understood, understand},
+    rush::{SALE, Understood, decided, understand},
 };
 
 /// What the buyers of [`SALE`] were told, and what befell the servers.
 pub struct Ledger {
     strategy: &'static str,
-    capacity: u32,
     started_us: Micros,
     written: Mutex<Written>,
 }
@@ -29,22 +32,19 @@ struct Written {
 }
 
 impl Ledger {
-    /// An empty one, for a sale with so many tickets.
-    pub fn new(strategy: &Strategy, capacity: u32) -> Self {
+    /// An empty one.
+    pub fn new(strategy: &Strategy) -> Self {
         Self {
             strategy: strategy.name,
-            capacity,
             started_us: now_monotonic_us(),
             written: Mutex::default(),
         }
     }
 
-    /// A buyer asks this server for a ticket. Whoever asks again carries the same key. A connection that breaks is an answer too: undecided.
-    ///
-    /// # Errors
-    /// The server answers as none does that has no order in hand.
-    pub async fn ask(&self, talk: &Talk, buyer: BuyerId) -> anyhow::Result<Answer> {
-        let key = format!("buyer-{buyer}");
+    /// A buyer asks this server for a ticket. Whoever asks again carries the same key. A connection that breaks is an answer too: undecided. An
+    /// order that is accepted has no ending yet.
+    pub async fn ask(&self, talk: &Talk, buyer: BuyerId) -> Answer {
+        let key = key_of(buyer);
         let number = {
             let mut written = self.written();
             let number = written.requests.len();
@@ -60,15 +60,86 @@ impl Ledger {
             number
         };
         let Ok(answered) = talk.reserve(SALE, buyer, Some(&key)).await else {
-            return Ok(Answer::Undecided);
+            return Answer::Undecided;
         };
-        let Understood::Final(answer) = understand(&answered) else {
-            bail!("buyer {buyer} is to come again for the answer");
+        let answer = match understand(&answered) {
+            Understood::Final(answer) => answer,
+            Understood::Accepted { reservation, .. } => Answer::Accepted {
+                reservation,
+                ending: None,
+            },
         };
         let request = &mut self.written().requests[number];
         request.answered_us = Some(self.now());
         request.answer = answer.clone();
-        Ok(answer)
+        answer
+    }
+
+    /// An order of this buyer was put into the topic by hand, as if a server had accepted it.
+    pub fn accepted_by_hand(&self, buyer: BuyerId, reservation: Uuid) {
+        let now = self.now();
+        let mut written = self.written();
+        let request = Request {
+            request: written.requests.len() as u64,
+            buyer,
+            key: key_of(buyer),
+            sent_us: now,
+            answered_us: Some(now),
+            answer: Answer::Accepted {
+                reservation,
+                ending: None,
+            },
+            steps: vec![],
+        };
+        written.requests.push(request);
+    }
+
+    /// Whoever has an order accepted asks this server what became of it, and hears it once more from the events, within `patience`. An order
+    /// whose state is not final, or whose events do not tell so, has no ending.
+    ///
+    /// # Errors
+    /// The server gives no answer.
+    pub async fn ask_how_they_ended(&self, talk: &Talk, patience: Duration) -> anyhow::Result<()> {
+        let accepted: Vec<(usize, Uuid)> = {
+            let written = self.written();
+            let accepted = written.requests.iter().enumerate();
+            accepted
+                .filter_map(|(number, request)| match request.answer {
+                    Answer::Accepted { reservation, .. } => Some((number, reservation)),
+                    _ => None,
+                })
+                .collect()
+        };
+        for (number, reservation) in accepted {
+            let state = talk.get(&format!("/api/reservations/{reservation}")).await?;
+            let Some(refused) = decided(&state) else { continue };
+            if !matches!(timeout(patience, talk.final_state(reservation)).await, Ok(Ok(_))) {
+                continue;
+            }
+            let at_us = self.now();
+            let mut written = self.written();
+            let Answer::Accepted { ending, .. } = &mut written.requests[number].answer else {
+                continue;
+            };
+            match ending {
+                None => {
+                    *ending = Some(Ending {
+                        at_us,
+                        refused,
+                        changed_to: None,
+                    });
+                }
+                Some(before) if before.refused != refused => {
+                    before.changed_to = Some(Box::new(Ending {
+                        at_us,
+                        refused,
+                        changed_to: None,
+                    }));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Something struck, and is not mended yet.
@@ -103,7 +174,7 @@ impl Ledger {
                 version: FORMAT_VERSION,
                 strategy: self.strategy.to_owned(),
                 sale: SALE,
-                capacity: self.capacity.into(),
+                capacity: sold.capacity,
                 // How long anybody waits is the test's own business.
                 deadline_us: Micros::MAX / 2,
                 expiry_us: None,
@@ -122,4 +193,9 @@ impl Ledger {
     fn written(&self) -> MutexGuard<'_, Written> {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Every buyer has one key.
+fn key_of(buyer: BuyerId) -> String {
+    format!("buyer-{buyer}")
 }

@@ -18,6 +18,6 @@ pub mod twins;
 mod until;
 
 pub use contract::{RED, contract, held_to};
-pub use declares::declares;
+pub use declares::{after_its_fault, declares, declares_limit};
 pub use held_commits::HeldCommits;
 pub use until::until;

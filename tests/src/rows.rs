@@ -9,6 +9,8 @@ use crate::history::{Row, Status};
 /// What the database says of one sale.
 #[derive(Clone, Debug)]
 pub struct Sold {
+    /// The tickets that were on sale.
+    pub capacity: u64,
     /// The tickets that are left; negative where a strategy let it.
     pub stock: i64,
     /// Every reservation.
@@ -20,7 +22,7 @@ pub struct Sold {
 /// # Errors
 /// The views can't be read, or the sale is not there.
 pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
-    let stock = sqlx::query_scalar("select stock from sale_now where sale_id = $1")
+    let (capacity, stock): (i64, i64) = sqlx::query_as("select capacity, stock from sale_now where sale_id = $1")
         .bind(sale)
         .fetch_one(pool)
         .await?;
@@ -52,6 +54,7 @@ pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
             })
         });
     Ok(Sold {
+        capacity: capacity.try_into()?,
         stock,
         rows: rows.collect::<anyhow::Result<_>>()?,
     })

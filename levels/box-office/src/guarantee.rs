@@ -137,13 +137,24 @@ impl Promises {
     }
 }
 
-/// What a strategy keeps and what it breaks, on one instance and on any number of them.
+/// What a strategy keeps and what it breaks, on one instance and on any number of them, and what ends that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guarantee {
     /// With one instance of the server.
     pub alone: Promises,
     /// With several.
     pub together: Promises,
+    /// What the strategy does not survive. No rush shows it: a test brings it about, on purpose.
+    pub limits: &'static [Limit],
+}
+
+/// An event that a strategy does not survive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// What happens, such as "a holder stands still for longer than its lease".
+    pub when: &'static str,
+    /// What it breaks then, at least, in the order of the codes. Nothing, where the damage is beside the sale.
+    pub breaks: &'static [Invariant],
 }
 
 impl Guarantee {
@@ -152,7 +163,13 @@ impl Guarantee {
         Self {
             alone: promises,
             together: promises,
+            limits: &[],
         }
+    }
+
+    /// The same, up to these limits.
+    pub const fn up_to(self, limits: &'static [Limit]) -> Self {
+        Self { limits, ..self }
     }
 
     /// The promises for so many instances.

@@ -21,7 +21,7 @@ mod watch;
 pub use domain::{
     BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation, SaleId, Undecided,
 };
-pub use guarantee::{Guarantee, Invariant, Promise, Promises};
+pub use guarantee::{Guarantee, Invariant, Limit, Promise, Promises};
 pub use level::{Event, KafkaPlace, Level, Opening, Place, RedisPlace, Reserve, Schema, Service, Stage, Strategy};
 pub use metrics::{Counts, Lag};
 pub use problem::ProblemKind;

@@ -7,6 +7,8 @@ use std::{io::ErrorKind, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+#[cfg(target_os = "linux")]
+use rustix::net::sockopt::set_tcp_user_timeout;
 use rustix::process::{Resource, getrlimit};
 use sqlx::{ConnectOptions, Connection, migrate::MigrateError, postgres::PgConnectOptions};
 use tokio::{
@@ -228,6 +230,7 @@ impl Server {
             database,
             watch,
             reservations,
+            room: Arc::new(Semaphore::new(settings.limits.reservations)),
             admin_token: settings.admin_token.clone(),
             limits: settings.limits,
             stop: stop.clone(),
@@ -402,6 +405,12 @@ async fn converse(
     }
     // An answer is one small write: waiting for more to send would only delay it.
     let _ = stream.set_nodelay(true);
+    // Nothing else ends a connection whose client asks and never reads the answers.
+    #[cfg(target_os = "linux")]
+    let _ = set_tcp_user_timeout(
+        &stream,
+        u32::try_from(limits.untaken_time.as_millis()).unwrap_or(u32::MAX),
+    );
     let answering = TaskTracker::new();
     let service = service_fn(|request| answering.track_future(routes.clone().oneshot(request)));
     let connection = http1::Builder::new()

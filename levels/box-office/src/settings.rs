@@ -130,6 +130,10 @@ pub struct Limits {
     /// How many clients may be connected at once; more wait until one leaves. Never more than half of the files that the
     /// process may open.
     pub connections: usize,
+    /// How many reservations may be under way at once, those included whose buyers have hung up; who comes then is told to come again.
+    pub reservations: usize,
+    /// How long a client may leave what it is sent untaken (Linux only).
+    pub untaken_time: Duration,
     /// How long the headers of a request may take. A connection that is idle for so long is closed as well.
     pub header_time: Duration,
     /// How long the body of a request may take.
@@ -148,6 +152,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 8192,
+            reservations: 8192,
+            untaken_time: Duration::from_secs(30),
             header_time: Duration::from_secs(30),
             body_time: Duration::from_secs(10),
             body_bytes: 16 * 1024,

@@ -277,6 +277,48 @@ async fn over_the_limit_of_connections_the_next_waits_until_one_leaves() {
     assert_eq!(within("the third", third).await.expect("no panic").status, 201);
 }
 
+/// Who hangs up leaves a reservation that waits, and comes again: without a bound they would be more and more.
+#[tokio::test]
+async fn over_the_limit_of_reservations_the_next_is_told_to_come_again() {
+    let one = Limits {
+        reservations: 1,
+        ..Limits::default()
+    };
+    let (server, holder, buyer) = with_one_in_flight(one).await;
+    drop(buyer);
+    reserve(server.address(), 1, "fine").await.is_problem(503, "overloaded");
+    holder.let_go().await;
+    until("there is room again", async || {
+        reserve(server.address(), 1, "fine").await.status == 201
+    })
+    .await;
+}
+
+/// It asks again and again, and takes none of the answers.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn who_does_not_take_what_it_asked_for_is_cut_off() {
+    let server = with_limits(Limits {
+        connections: 1,
+        untaken_time: SHORT,
+        ..Limits::default()
+    })
+    .await;
+    let mut greedy = TcpStream::connect(server.address()).await.expect("it listens");
+    let asks = async {
+        while greedy
+            .write_all(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .is_ok()
+        {}
+    };
+    let full = tokio::time::timeout(SHORT, asks).await;
+    assert!(full.is_err(), "the fault did not strike: somebody takes it");
+    let next = within("the next client", reserve(server.address(), 1, "fine")).await;
+    assert_eq!(next.status, 201);
+    drop(greedy);
+}
+
 #[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let server = stand().await;

@@ -6,7 +6,7 @@ pub mod mutex;
 pub mod optimistic;
 pub mod pessimistic;
 
-use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Strategy};
+use box_office::{Guarantee, Invariant, Level, Limit, Place, Promises, Schema, Strategy};
 
 /// Tables without a constraint that could keep a guarantee in a strategy's place.
 pub const BARE: Schema = Schema {
@@ -32,6 +32,10 @@ const OVERSOLD: Promises = Promises::ALL_KEPT
 const ONE_INSTANCE: Guarantee = Guarantee {
     alone: Promises::ALL_KEPT,
     together: OVERSOLD,
+    limits: &[Limit {
+        when: "a connection breaks with a commit on its way",
+        breaks: &[Invariant::NoOversell, Invariant::Conservation],
+    }],
 };
 
 const OVERSELLS: Guarantee = Guarantee::on_any_number(OVERSOLD);

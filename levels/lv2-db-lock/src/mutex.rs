@@ -4,7 +4,8 @@
 //! The mutex lives in the memory of one process. A second instance has another, and knows nothing of this one.
 //!
 //! Guarantee: keeps everything but an order of service on one instance. On two it oversells, and sells one buyer two tickets.
-//! Where it ends: at the process. Autoscaling, and even a rolling restart that lets the old and the new instance overlap, is a second one.
+//! Where it ends: at the process. Autoscaling, and even a rolling restart that lets the old and the new instance overlap, is a second one. And
+//! where a connection breaks with a commit on its way: the mutex is free then, and the commit may still be carried out.
 //! Costs: no connection while waiting; one buyer at a time for each sale. Who waits too long is told "undecided".
 //!
 //! Tokio's documentation of `Mutex`: it queues first in, first out. Book: LV.2, "mutex".

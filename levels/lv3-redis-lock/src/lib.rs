@@ -6,7 +6,7 @@ pub mod lock;
 pub mod rlock;
 pub mod spin;
 
-use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Service, Strategy};
+use box_office::{Guarantee, Invariant, Level, Limit, Place, Promises, Schema, Service, Strategy};
 
 /// Tables without a constraint that could keep a guarantee in a strategy's place.
 pub const BARE: Schema = Schema {
@@ -20,9 +20,21 @@ pub const FENCED: Schema = Schema {
     migrations: &sqlx::migrate!("migrations/fenced"),
 };
 
-/// What LV.1 broke, kept, on any number of instances. Where a lease ends under its holder, or under a commit that is still on its way, `spin` and
-/// `rlock` keep it no longer.
+/// What LV.1 broke, kept, on any number of instances.
 const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
+
+/// The same, as long as the lock lives as long as the work under it.
+const WITHIN_THE_LEASE: Guarantee = ANYWHERE.up_to(&[LEASE_ENDS]);
+
+const LEASE_ENDS: Limit = Limit {
+    when: "a lease ends under its holder, or under a commit that is still on its way",
+    breaks: OVERSOLD,
+};
+
+const OVERSOLD: &[Invariant] = &[Invariant::NoOversell, Invariant::Conservation];
+
+/// Nobody gets the lock any more.
+const STUCK: &[Invariant] = &[Invariant::Progress];
 
 const OVERSELLS: Guarantee = Guarantee::on_any_number(
     Promises::ALL_KEPT
@@ -41,7 +53,7 @@ pub static LEVEL: Level = Level {
             name: "spin",
             summary: "`set nx px`, asked for again and again, with a fixed lease",
             place: Place::Trail,
-            guarantee: ANYWHERE,
+            guarantee: WITHIN_THE_LEASE,
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -52,7 +64,7 @@ pub static LEVEL: Level = Level {
             name: "rlock",
             summary: "a reentrant lock like Redisson's: woken by a message, renewed by a watchdog",
             place: Place::Trail,
-            guarantee: ANYWHERE,
+            guarantee: WITHIN_THE_LEASE,
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -96,7 +108,10 @@ pub static LEVEL: Level = Level {
             name: "broken/no-lease",
             summary: "a lock that does not end by itself",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a holder is killed",
+                breaks: STUCK,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -107,7 +122,10 @@ pub static LEVEL: Level = Level {
             name: "broken/del-without-owner",
             summary: "given back with `del`, whoever has it by now",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a holder gives its lock back when the lease is over and somebody else has it",
+                breaks: OVERSOLD,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -118,7 +136,10 @@ pub static LEVEL: Level = Level {
             name: "broken/get-then-del",
             summary: "the owner is compared in one command, the lock deleted in the next",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a lease ends between the comparison and the delete, and somebody else has the lock",
+                breaks: OVERSOLD,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -129,7 +150,10 @@ pub static LEVEL: Level = Level {
             name: "broken/bare-evalsha",
             summary: "given back by a script's hash, which Redis may have forgotten",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "Redis forgets its scripts",
+                breaks: STUCK,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -140,7 +164,10 @@ pub static LEVEL: Level = Level {
             name: "broken/commit-not-covered",
             summary: "given back while the commit may still be on its way",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a connection breaks with a commit on its way",
+                breaks: OVERSOLD,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -151,7 +178,10 @@ pub static LEVEL: Level = Level {
             name: "broken/message-alone",
             summary: "waits for the message of a release, and for nothing else",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "the message of a release is lost, or its sender is killed",
+                breaks: STUCK,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -162,7 +192,10 @@ pub static LEVEL: Level = Level {
             name: "broken/watchdog-not-tied",
             summary: "a watchdog that outlives the holder",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a holder is killed, and its watchdog lives on",
+                breaks: STUCK,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis],
@@ -173,7 +206,10 @@ pub static LEVEL: Level = Level {
             name: "broken/token-not-checked",
             summary: "the row does not compare the token",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a lease ends under its holder",
+                breaks: OVERSOLD,
+            }]),
             clicks: 2,
             schema: FENCED,
             needs: &[Service::Redis],
@@ -184,7 +220,10 @@ pub static LEVEL: Level = Level {
             name: "broken/token-from-incr",
             summary: "the token comes from a counter alone",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "Redis starts again empty",
+                breaks: STUCK,
+            }]),
             clicks: 2,
             schema: FENCED,
             needs: &[Service::Redis],

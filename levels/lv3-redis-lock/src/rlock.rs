@@ -3,9 +3,10 @@
 //! The lock lives in Redis, so all instances know of it. It is what Redisson's `RLock` is to Java: who waits is woken by a message, and a
 //! watchdog renews the lease for as long as the holder's process runs. Under it runs LV.1's `read_then_write`, alone, and so it is right.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances, as long as nobody stands still for a whole lease.
+//! Guarantee: keeps everything but an order of service, on any number of instances, as long as no lease ends under its holder.
 //! Where it ends: a process that is frozen while it holds the lock (a long garbage collection, a virtual machine that is moved, SIGSTOP)
 //! renews nothing. The lease ends, somebody else gets the lock, and when the first goes on it sells on what it read before: an oversell.
+//! The same comes of a holder that can't reach Redis for a lease, and of a Redis that forgets the lock.
 //! So does a commit whose connection broke and that Postgres still carries out when the lease has ended.
 //! Costs: two round trips to Redis for each buyer, one after another; a service more to run.
 //!

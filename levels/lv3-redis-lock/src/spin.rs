@@ -6,7 +6,7 @@
 //!
 //! Guarantee: keeps everything but an order of service, on any number of instances, as long as nobody holds the lock longer than its lease.
 //! Where it ends: the lease is fixed. Whoever is slower, or frozen, or waits for the database, goes on with a lock that is somebody else's.
-//! So does a commit whose connection broke and that Postgres still carries out when the lease has ended.
+//! So does a commit whose connection broke and that Postgres still carries out when the lease has ended, and whoever holds a lock that Redis forgot.
 //! Costs: commands. Every waiter asks, and while a lock is free nobody knows it until the next one asks.
 //!
 //! Redis documentation, `SET`, "Patterns". Book: LV.3, "spin".

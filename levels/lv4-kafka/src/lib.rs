@@ -7,7 +7,7 @@ pub mod path;
 mod reason;
 pub mod single_writer;
 
-use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Service, Strategy};
+use box_office::{Guarantee, Invariant, Level, Limit, Place, Promises, Schema, Service, Strategy};
 
 /// Tables without a constraint that could keep a guarantee in a strategy's place.
 pub const BARE: Schema = Schema {
@@ -17,6 +17,26 @@ pub const BARE: Schema = Schema {
 
 /// What LV.1 broke, kept, on any number of instances.
 const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
+
+/// The same, as long as the lock lives as long as the work under it.
+const WITHIN_THE_LEASE: Guarantee = ANYWHERE.up_to(&[
+    Limit {
+        when: "a lease ends under its holder, or under a commit that is still on its way",
+        breaks: OVERSOLD,
+    },
+    Limit {
+        when: "a holder stands still for longer than its session, too, so that its order is given to somebody else",
+        breaks: &[Invariant::Conservation, Invariant::NoDuplicate, Invariant::NothingLost],
+    },
+]);
+
+const OVERSOLD: &[Invariant] = &[Invariant::NoOversell, Invariant::Conservation];
+
+/// An order is accepted and never decided.
+const LOST: &[Invariant] = &[Invariant::NothingLost, Invariant::Progress];
+
+/// A buyer has the same ticket twice.
+const TWICE: &[Invariant] = &[Invariant::NoDuplicate, Invariant::NothingLost];
 
 const OVERSELLS: Guarantee = Guarantee::on_any_number(
     Promises::ALL_KEPT
@@ -28,6 +48,7 @@ const OVERSELLS: Guarantee = Guarantee::on_any_number(
 const SEVERAL_WRITERS: Guarantee = Guarantee {
     alone: Promises::ALL_KEPT,
     together: Promises::ALL_KEPT.breaks(&[Invariant::NoOversell, Invariant::Conservation]),
+    limits: &[],
 };
 
 /// Nobody is ever told anything.
@@ -45,7 +66,7 @@ pub static LEVEL: Level = Level {
             name: "locked",
             summary: "each order alone, under a lock in Redis; the orders of a sale are spread over all consumers",
             place: Place::Trail,
-            guarantee: ANYWHERE,
+            guarantee: WITHIN_THE_LEASE,
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -89,7 +110,10 @@ pub static LEVEL: Level = Level {
             name: "broken/commit-not-covered",
             summary: "given back while the commit may still be on its way",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a connection breaks with a commit on its way",
+                breaks: OVERSOLD,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -113,7 +137,10 @@ pub static LEVEL: Level = Level {
             name: "broken/answer-before-ack",
             summary: "202 before the broker has acknowledged the message",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "the broker is away when an order comes, and its instance is killed",
+                breaks: LOST,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Kafka],
@@ -126,7 +153,10 @@ pub static LEVEL: Level = Level {
             name: "broken/auto-commit",
             summary: "the client commits offsets by itself",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a consumer is killed with an order in hand",
+                breaks: LOST,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -137,7 +167,10 @@ pub static LEVEL: Level = Level {
             name: "broken/highest-offset",
             summary: "commits the highest offset that is done, not the done prefix",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a consumer goes while an order is put off",
+                breaks: LOST,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -148,7 +181,10 @@ pub static LEVEL: Level = Level {
             name: "broken/no-dedupe",
             summary: "decides every message, also one that it has decided already",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "an order comes a second time: it has two final states, and it is luck which one its buyer is told",
+                breaks: &[],
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -159,7 +195,10 @@ pub static LEVEL: Level = Level {
             name: "broken/errors-swallowed",
             summary: "an error goes into the log, and the message with it",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "Redis or Postgres is away for a moment",
+                breaks: LOST,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -170,7 +209,10 @@ pub static LEVEL: Level = Level {
             name: "broken/dead-letter-on-fault",
             summary: "dead-letters what it could not decide, whatever the reason",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "Postgres is away for a moment",
+                breaks: LOST,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -183,7 +225,10 @@ pub static LEVEL: Level = Level {
             name: "broken/endless-retry",
             summary: "tries again for ever what nobody can decide",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a message is no order: nobody gets past it",
+                breaks: &[],
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -194,7 +239,10 @@ pub static LEVEL: Level = Level {
             name: "broken/poison-skipped",
             summary: "passes what is no order, and says nothing",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a message is no order: nobody ever hears of it",
+                breaks: &[],
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
@@ -205,7 +253,10 @@ pub static LEVEL: Level = Level {
             name: "broken/offset-not-in-transaction",
             summary: "moves the offset beside the transaction",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a consumer stands still for longer than its session",
+                breaks: TWICE,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Kafka],
@@ -220,7 +271,10 @@ pub static LEVEL: Level = Level {
             name: "broken/notify-outside",
             summary: "puts the news into the outbox once the rows are committed",
             place: Place::Broken,
-            guarantee: ANYWHERE,
+            guarantee: ANYWHERE.up_to(&[Limit {
+                when: "a consumer is killed between its commit and the news",
+                breaks: LOST,
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Kafka],

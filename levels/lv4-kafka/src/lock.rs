@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use box_office::{No, Stage, Undecided};
 use redis::{
-    Client, RedisResult, Script,
+    Client, ConnectionInfo, IntoConnectionInfo, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
 use tokio::time::{Instant, sleep};
@@ -47,7 +47,8 @@ impl Locks {
             .set_response_timeout(Some(COMMAND))
             .set_connection_timeout(Some(COMMAND))
             .set_max_delay(Duration::from_millis(500));
-        let redis = ConnectionManager::new_with_config(Client::open(place.url.expose())?, config)
+        let client = Client::open(missed_soon(place.url.expose().into_connection_info()?))?;
+        let redis = ConnectionManager::new_with_config(client, config)
             .await
             .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", place.url))?;
         Ok(Self {
@@ -132,6 +133,16 @@ impl Locks {
         let pong: Result<String, _> = redis::cmd("PING").query_async(&mut self.redis.clone()).await;
         pong.map(drop).map_err(away)
     }
+}
+
+/// A connection whose other end is gone without a word breaks when nothing was acknowledged for so long.
+fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
+    #[cfg(target_os = "linux")]
+    let redis = {
+        let tcp = redis.tcp_settings().clone();
+        redis.set_tcp_settings(tcp.set_user_timeout(4 * COMMAND))
+    };
+    redis
 }
 
 fn away(why: redis::RedisError) -> No {

@@ -33,8 +33,8 @@ impl FromRequestParts<Arc<App>> for SaleInPath {
         let Path(text) = Path::<String>::from_request_parts(parts, app)
             .await
             .map_err(|_| malformed())?;
-        // `parse` alone would take "+7" and "-0" as well: one sale, one path.
-        if !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // `parse` alone would take "+7", "-0" and "007" as well: one sale, one path.
+        if !text.bytes().all(|byte| byte.is_ascii_digit()) || text.len() > 1 && text.starts_with('0') {
             return Err(malformed());
         }
         text.parse().map(Self).map_err(|_| malformed())

@@ -17,6 +17,7 @@ use axum::{
     routing::{MethodRouter, get, post},
 };
 use sqlx::PgPool;
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -34,6 +35,8 @@ pub(crate) struct App {
     pub(crate) watch: Watch,
     /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
     pub(crate) reservations: TaskTracker,
+    /// How many more may run.
+    pub(crate) room: Arc<Semaphore>,
     pub(crate) admin_token: Option<AdminToken>,
     pub(crate) limits: Limits,
     /// Told when the server ends.

@@ -87,11 +87,15 @@ pub(super) async fn reserve(
 }
 
 // ANCHOR: task
-/// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped.
+/// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped. So there has to be room for it:
+/// those who hang up and come again would be without number.
 async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, No> {
+    let room = Arc::clone(&app.room).try_acquire_owned();
+    let room = room.map_err(|_| Undecided::Overloaded)?;
     let steps = app.watch.steps(&request.0);
     let tracker = app.reservations.clone();
     let task = async move {
+        let _room = room;
         let result = AssertUnwindSafe(app.seller.reserve(&order, &steps))
             .catch_unwind()
             .await;

@@ -130,11 +130,11 @@ impl Reserve for Optimistic {
         let started = Instant::now();
         let mut longest = FIRST_PAUSE;
         let mut first_read = None;
-        for _ in 0..ATTEMPTS {
+        for attempt in 1..=ATTEMPTS {
             if let Attempt::Sold(outcome) = self.attempt(&mut first_read, order, steps).await? {
                 return Ok(outcome);
             }
-            if started.elapsed() > DEADLINE {
+            if attempt == ATTEMPTS || started.elapsed() > DEADLINE {
                 break;
             }
             self.stage.counts.retries.inc();

@@ -126,11 +126,11 @@ impl Reserve for Optimistic {
         // ANCHOR: retry
         let started = Instant::now();
         let mut longest = FIRST_PAUSE;
-        for _ in 0..ATTEMPTS {
+        for attempt in 1..=ATTEMPTS {
             if let Attempt::Sold(outcome) = self.attempt(order, steps).await? {
                 return Ok(outcome);
             }
-            if started.elapsed() > DEADLINE {
+            if attempt == ATTEMPTS || started.elapsed() > DEADLINE {
                 break;
             }
             self.stage.counts.retries.inc();

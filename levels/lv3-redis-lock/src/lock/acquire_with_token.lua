@@ -13,7 +13,8 @@ if not own or token == 0 then
     local time = redis.call('time')
     local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
     token = math.max(now, token + 1)
-    redis.call('set', KEYS[2], string.format('%.0f', token))
+    -- For a day: names that nobody uses any more, made-up ones among them, must not stay for ever. After it the clock alone is enough.
+    redis.call('set', KEYS[2], string.format('%.0f', token), 'EX', 86400)
 end
 redis.call('hset', KEYS[1], 'owner', ARGV[1], ARGV[3], 1)
 redis.call('pexpire', KEYS[1], ARGV[2])

@@ -70,7 +70,7 @@ impl Events {
     /// Every event of an order after the one with this number. Where there is none yet, waits for one for so long; then there are none.
     ///
     /// # Errors
-    /// This instance is about to end.
+    /// This instance is about to end, or can't read what is stored.
     pub async fn after(&self, id: Uuid, after: i64, patience: Duration) -> Result<Vec<Event>, No> {
         let (tell, told) = oneshot::channel();
         let waiting = async {
@@ -151,7 +151,12 @@ async fn watch(database: PgPool, mut news: mpsc::Receiver<Heard>, mut door: mpsc
         if !look.is_empty() {
             match stored(&database, &look).await {
                 Ok(events) => tell(&mut waiting, events),
-                Err(why) => tracing::warn!(%why, "the outbox can't be read; those who wait go on waiting"),
+                Err(why) => {
+                    tracing::warn!(%why, "the outbox can't be read: those who wait are sent to ask elsewhere");
+                    for id in look {
+                        waiting.remove(&id);
+                    }
+                }
             }
         }
     }

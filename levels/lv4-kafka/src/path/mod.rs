@@ -14,7 +14,10 @@ mod message;
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -140,6 +143,7 @@ pub struct Path {
     /// Told when it is time to stop.
     pub stop: CancellationToken,
     workers: TaskTracker,
+    begun: AtomicUsize,
     not_joined: Mutex<Vec<watch::Receiver<bool>>>,
     known_sales: Mutex<HashSet<SaleId>>,
 }
@@ -180,6 +184,7 @@ impl Path {
             events,
             stop,
             workers: TaskTracker::new(),
+            begun: AtomicUsize::new(0),
             not_joined: Mutex::default(),
             known_sales: Mutex::default(),
             stage,
@@ -190,6 +195,7 @@ impl Path {
     /// Lets a consumer of this server work, in a task of its own. The server is not ready before it has joined its group.
     pub fn work(&self, joined: watch::Receiver<bool>, work: impl Future<Output = ()> + Send + 'static) {
         self.not_joined().push(joined);
+        self.begun.fetch_add(1, Relaxed);
         self.workers.spawn(work);
     }
 
@@ -237,12 +243,15 @@ impl Path {
         Ok(())
     }
 
-    /// Whether orders can be taken: Kafka answers, and every consumer has its part of the partitions.
+    /// Whether orders can be taken: Kafka answers, and every consumer lives and has its part of the partitions.
     ///
     /// # Errors
     /// They can't.
     pub async fn ready(&self) -> Result<(), No> {
         let away = |why: anyhow::Error| No::from(Undecided::BackendAway(why));
+        if self.workers.len() < self.begun.load(Relaxed) {
+            return Err(away(anyhow::anyhow!("a consumer has ended")));
+        }
         if self.waits_for_partitions().await.map_err(away)? {
             return Err(away(anyhow::anyhow!("a consumer has no part of the partitions yet")));
         }
