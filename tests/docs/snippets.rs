@@ -27,6 +27,7 @@ const FIGURES: &[(&str, Figures)] = &[
     ("lv1-rush", |name| figures(&[name], rush_table)),
     ("lv2-rush", |name| figures(&[name], rush_table)),
     ("lv2-rush-3", |name| figures(&[name], rush_table)),
+    ("lv2-rush-once", |name| figures(&[name], rush_table)),
     ("lv2-bench", |_| {
         let strategies = ["mutex", "pessimistic", "optimistic", "conditional-update"];
         figures(&strategies.map(|it| format!("lv2-bench-{it}")), bench_table)
@@ -37,6 +38,7 @@ const FIGURES: &[(&str, Figures)] = &[
     }),
     ("lv3-rush", |name| figures(&[name], rush_table)),
     ("lv3-rush-3", |name| figures(&[name], rush_table)),
+    ("lv3-rush-3-once", |name| figures(&[name], rush_table)),
     ("lv3-and-lv2", |_| {
         // Of one run each: what else the machine does meets all of them.
         let runs = ["lv2-and-lv3-rush", "lv2-and-lv3-rush-3"];
@@ -51,6 +53,7 @@ const FIGURES: &[(&str, Figures)] = &[
     ("lv3-lock", |name| figures(&[name], lock_table)),
     ("lv4-rush", |name| figures(&[name], two_clocks_table)),
     ("lv4-rush-3", |name| figures(&[name], two_clocks_table)),
+    ("lv4-rush-once", |name| figures(&[name], two_clocks_table)),
     ("lv4-accept", |_| {
         figures(&PATHS.map(|it| format!("lv4-accept-{it}")), accept_table)
     }),
@@ -476,7 +479,7 @@ fn road_table(runs: &[RushRun]) -> String {
     }
     table += "
 *Within the lease*: as long as no holder of the lock stands still for longer than its lease. The lines are those of the strategy's own file, \
-without comments, and without `lock/` and `path/`, which it may stand on.
+without comments, and without `lock/`, `lock.rs` and `path/`, which it may stand on.
 ";
     table + &rounds_note(runs)
 }
