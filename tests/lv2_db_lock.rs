@@ -15,7 +15,7 @@ use suite::{
     backends::{self, Database, Durability, Postgres, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
-    declares, held_to,
+    declares, declares_limit, held_to,
     history::{Answer, Refused, Request},
     http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
     judge::{Conclusion, judge},
@@ -700,13 +700,13 @@ async fn a_reservation_that_nobody_cancels_says_nothing() {
 
 #[tokio::test]
 async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled() {
-    let error = cancelled_after_every_poll(strategy("broken/transaction-left-open"))
-        .await
-        .unwrap_err();
+    let strategy = strategy("broken/transaction-left-open");
+    let error = cancelled_after_every_poll(strategy).await.unwrap_err();
     assert!(
         format!("{error:#}").contains("a transaction is still open"),
         "{error:#}"
     );
+    declares_limit(strategy, &[Progress]);
 }
 
 #[rstest]

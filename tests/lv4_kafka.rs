@@ -123,7 +123,7 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
 #[tokio::test]
 async fn fifty_clicks_at_once_are_too_many_for_a_lock_that_does_nothing() {
     let report = fifty_clicks()
-        .run(&program(), &LEVEL, strategy("broken/lock-does-nothing"))
+        .run_alone(&program(), &LEVEL, strategy("broken/lock-does-nothing"))
         .await
         .unwrap();
     assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);

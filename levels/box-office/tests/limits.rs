@@ -287,6 +287,9 @@ async fn over_the_limit_of_reservations_the_next_is_told_to_come_again() {
     let (server, holder, buyer) = with_one_in_flight(one).await;
     drop(buyer);
     reserve(server.address(), 1, "fine").await.is_problem(503, "overloaded");
+    let metrics = ask(server.address(), "GET", "/metrics", &[], "").await;
+    let counted = r#"oversold_reservations_total{answer="overloaded"} 1"#;
+    assert!(metrics.text().contains(counted), "{}", metrics.text());
     holder.let_go().await;
     until("there is room again", async || {
         reserve(server.address(), 1, "fine").await.status == 201

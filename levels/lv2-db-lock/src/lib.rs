@@ -187,7 +187,10 @@ pub static LEVEL: Level = Level {
             name: "broken/transaction-left-open",
             summary: "nobody rolls back when the request is cancelled",
             place: Place::Broken,
-            guarantee: ONE_INSTANCE,
+            guarantee: ONE_INSTANCE.up_to(&[Limit {
+                when: "a request is cancelled in mid-transaction, which stays open with its locks",
+                breaks: &[Invariant::Progress],
+            }]),
             clicks: 2,
             schema: BARE,
             needs: &[],

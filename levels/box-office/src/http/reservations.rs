@@ -90,8 +90,11 @@ pub(super) async fn reserve(
 /// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped. So there has to be room for it:
 /// those who hang up and come again would be without number.
 async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, No> {
-    let room = Arc::clone(&app.room).try_acquire_owned();
-    let room = room.map_err(|_| Undecided::Overloaded)?;
+    let Ok(room) = Arc::clone(&app.room).try_acquire_owned() else {
+        let refused = Err(Undecided::Overloaded.into());
+        app.metrics.reserved(Some(&refused));
+        return refused;
+    };
     let steps = app.watch.steps(&request.0);
     let tracker = app.reservations.clone();
     let task = async move {
