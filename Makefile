@@ -106,8 +106,8 @@ bench: ## Measure one strategy beside the database's own ceiling: make bench LEV
 
 benchmarks: ## Hold the suite's own costs to their bounds: a rush against a server that does nothing, and the judge
 	@infra/setup.sh postgres
-	cargo run --quiet --release --package suite --example rush_of_nothing -- --bound
-	cargo run --quiet --release --package suite --example judge_benchmark -- --bound
+	cargo run --quiet --release --package harness --example rush_of_nothing -- --bound
+	cargo run --quiet --release --package harness --example judge_benchmark -- --bound
 
 up: ## Start the backends in containers, for those who prefer compose
 	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach

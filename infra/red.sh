@@ -7,7 +7,9 @@ set -eu
 cd "$(dirname "$0")/.."
 
 package=$1 strategy=${2:-}
-target=$(echo "$package" | tr - _)
+target=${package%%-*}
+file=tests/$target/contract.rs
+[ -e "$file" ] || file=tests/$target/main.rs
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -15,12 +17,12 @@ run() { OVERSOLD_RED=1 RUST_BACKTRACE=0 cargo test --quiet --package "$package" 
 
 # A case of the contract's table gives the strategy its name: case NAME, strategy, instances, promises. The first of each: the same on another
 # number of instances adds nothing to see. The contract's test is called a_sale_keeps_its_guarantee; one that asks for it in one exact order, that and more.
-cases() { sed -n 's|^#\[case::\([a-z0-9_]*\)("\([a-z/-]*\)", [0-9]*, [A-Z].*|\1 \2|p' "tests/$target.rs" | awk '!seen[$2]++'; }
+cases() { sed -n 's|^#\[case::\([a-z0-9_]*\)("\([a-z/-]*\)", [0-9]*, [A-Z].*|\1 \2|p' "$file" | awk '!seen[$2]++'; }
 
 listed=$(run --list --format terse) # builds it too, so errors of the compiler are seen here
 tests=$(cases | while read -r case name; do
     [ -n "$strategy" ] && [ "$name" != "$strategy" ] ||
-        echo "$listed" | sed -n "s/^\(a_sale_keeps_its_guarantee[a-z_]*::case_[0-9]*_$case\): test\$/\1/p"
+        echo "$listed" | sed -n "s/^\(\(contract::\)\{0,1\}a_sale_keeps_its_guarantee[a-z_]*::case_[0-9]*_$case\): test\$/\1/p"
 done)
 if [ -z "$tests" ]; then
     echo "The contract of $package has no case for the strategy $strategy. It has:" >&2

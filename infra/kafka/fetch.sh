@@ -7,7 +7,7 @@
 set -eu
 cd "$(dirname "$0")"
 
-# As in tests/src/backends/kafka/native.rs. A broker that root starts runs as another user, who may not look into root's home.
+# As in tests/harness/src/backends/kafka/native.rs. A broker that root starts runs as another user, who may not look into root's home.
 if [ "$(id -u)" = 0 ]; then cache=/var/cache; else cache=${XDG_CACHE_HOME:-$HOME/.cache}; fi
 jars=$cache/oversold/kafka
 

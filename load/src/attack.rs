@@ -21,7 +21,7 @@ use goose::{
     config::GooseConfiguration,
     goose::{GooseMethod, GooseRequest, GooseUser, Scenario, Transaction, TransactionFunction},
 };
-use suite::{
+use harness::{
     history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
     rush::{Answered, Clock, Report, Understood, are_events, decided, jittered, look_again, retry_after, understand},
 };

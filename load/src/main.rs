@@ -12,8 +12,8 @@ use std::{fmt, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Dura
 use anyhow::Context;
 use box_office::{BuyerId, Invariant, Promises, SaleId, explain};
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use harness::backends::Missing;
 use outcome::{Ended, Outcome};
-use suite::backends::Missing;
 
 /// The rush as a Goose scenario and as a k6 script. Both fail when a guarantee that should hold broke.
 ///

@@ -5,12 +5,12 @@ use std::{collections::HashSet, path::Path};
 use anyhow::Context;
 use box_office::{Invariant, Promises, api::Sale};
 use comfy_table::{ContentArrangement, Table, presets};
-use serde::Deserialize;
-use suite::{
+use harness::{
     history::{Answer, History},
     judge::{Conclusion, Finding, Verdict},
     rush::{Answers, Latency, Report},
 };
+use serde::Deserialize;
 
 use crate::Rush;
 

@@ -4,9 +4,9 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use anyhow::{Context, bail, ensure};
 use box_office::{SaleId, api};
+use harness::rush::{Answered, Connection};
 use http_body_util::Full;
 use hyper::{Request, StatusCode, Uri, header};
-use suite::rush::{Answered, Connection};
 
 /// Where a server listens, such as `http://127.0.0.1:8080`.
 #[derive(Clone, Debug)]

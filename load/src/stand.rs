@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use box_office::{Invariant, Promise, SaleId, Schema, Service};
-use serde::Deserialize;
-use sqlx::migrate::Migrator;
-use suite::{
+use harness::{
     backends::{Durability, Services, keeper},
     rush::{Program, Servers},
 };
+use serde::Deserialize;
+use sqlx::migrate::Migrator;
 
 use crate::{
     Crowd, Rush, RushArgs, attack,
@@ -143,8 +143,8 @@ async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyho
 
 /// How the server is set up. Where two clicks of one buyer have to meet in it, more requests are let to the database at once than by default,
 /// and each takes its time there, as one that asks for a payment does.
-fn setting(strategy: &Strategy) -> suite::rush::Rush {
-    let mut setting = suite::rush::Rush::default();
+fn setting(strategy: &Strategy) -> harness::rush::Rush {
+    let mut setting = harness::rush::Rush::default();
     if strategy.alone.breaks.contains(&Invariant::NoDuplicate) {
         setting.pool_size = Some(32);
         setting.hold = Duration::from_millis(5);
@@ -204,7 +204,7 @@ async fn k6(args: &RushArgs, rush: &Rush) -> anyhow::Result<Outcome> {
         _ => bail!("it left with {}\n{}", output.status, printed()),
     }
     let outcome = Outcome::of_k6(rush, &summary)?;
-    let kept = outcome.conclusion() == suite::judge::Conclusion::AsPromised;
+    let kept = outcome.conclusion() == harness::judge::Conclusion::AsPromised;
     ensure!(
         kept == output.status.success(),
         "its thresholds and its summary disagree\n{}",

@@ -1,7 +1,7 @@
 //! `oversold doctor`.
 
 use box_office::{Place, Service};
-use suite::backends;
+use harness::backends;
 
 use crate::{Ended, levels::LEVELS};
 

@@ -3,7 +3,7 @@
 use std::{fs::File, io::BufReader, path::Path};
 
 use anyhow::Context;
-use suite::{history::History, judge::judge};
+use harness::{history::History, judge::judge};
 
 use crate::Ended;
 

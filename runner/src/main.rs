@@ -16,8 +16,8 @@ use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode};
 use bench::ToolMissing;
 use box_office::{Settings, explain};
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
+use harness::backends::Missing;
 use levels::Choice;
-use suite::backends::Missing;
 
 /// What happens when 1,000 buyers go for 100 tickets in the same instant?
 #[derive(Parser)]

@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context, ensure};
 use box_office::{Invariant, Limits, Promise, Promises, Service};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
-use indicatif::ProgressBar;
-use serde::Serialize;
-use suite::{
+use harness::{
     backends::{self, Durability, Services},
     judge::Conclusion,
     rush::{Answers, Latency, Program, Report, Rush},
 };
+use indicatif::ProgressBar;
+use serde::Serialize;
 
 use crate::{
     Ended, RushArgs,

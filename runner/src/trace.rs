@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::ensure;
 use box_office::Service;
-use suite::{
+use harness::{
     judge::judge,
     schedule::{Lane, Rehearsal, Script},
 };

@@ -276,7 +276,7 @@ fn every_command_is_there() {
 #[case::flag_after_cargo_run("`cargo run -p oversold -- rush --byers=50`", "takes no `--byers`")]
 #[case::package("`cargo test -p lv1`", "no package `lv1`")]
 #[case::test(
-    "`make test && cargo test -p suite no_such_thing`",
+    "`make test && cargo test -p harness no_such_thing`",
     "no test is called `no_such_thing`"
 )]
 fn a_command_that_is_not_there_is_found(#[case] text: &str, #[case] expected: &str) {

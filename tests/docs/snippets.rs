@@ -9,10 +9,10 @@ use std::{
 };
 
 use box_office::{Level, Place, Promise, Promises, Service, Strategy};
+use harness::twins::{code, twin_of};
 use regex::Regex;
 use serde::Deserialize;
 use similar::TextDiff;
-use suite::twins::{code, twin_of};
 
 use crate::{Problem, none, only, pages, root, strategies};
 

@@ -10,9 +10,9 @@ use box_office::{
     Event, Guarantee, Level, No, Opening, Order, Outcome, Place, Promises, Reservation, Reserve, Server, Stage, Steps,
     Strategy, api,
 };
+use harness::{backends::Database, until};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
-use suite::{backends::Database, until};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},

@@ -8,15 +8,15 @@ use std::{
 };
 
 use box_office::{ProblemKind, trace::Record};
+use harness::{
+    backends::{Durability, Postgres},
+    until,
+};
 use house::{
     EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start, within,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
-use suite::{
-    backends::{Durability, Postgres},
-    until,
-};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");

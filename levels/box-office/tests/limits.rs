@@ -8,9 +8,9 @@ use std::{
 };
 
 use box_office::Limits;
+use harness::until;
 use house::{Holder, Stand, ask, nobody_listens, read_answer, reservations, reserve, send, stand, stand_with, within};
 use rstest::rstest;
-use suite::until;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

@@ -14,11 +14,11 @@ use std::{
 };
 
 use box_office::{Limits, Settings};
+use harness::until;
 use house::{LEVEL, Stand, ask, nobody_listens, on, reserve, stand};
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use suite::until;
 use tokio::{io::AsyncWriteExt, net::TcpStream, runtime::Runtime};
 
 const ACT_AS_SERVER: &str = "BOX_OFFICE_TEST_ACTS_AS_SERVER";

@@ -6,13 +6,13 @@ use std::{fs::File, time::Duration};
 use anyhow::{Context, ensure};
 use box_office::{KafkaPlace, Order, RequestKey, Strategy};
 use comfy_table::{Table, presets};
+use harness::rush::{Program, SALE};
 use lv4_kafka::path::{OrderMessage, PARTITIONS, topic};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},
 };
 use serde::Serialize;
-use suite::rush::{Program, SALE};
 
 use super::{
     Bench, FIRST_MEASURED_BUYER, Measured, STOCK, WARM_UP, figures,

@@ -12,14 +12,14 @@ use anyhow::{Context, bail, ensure};
 use box_office::{BuyerId, api::NewReservation};
 use comfy_table::{Table, presets};
 use futures_util::future::try_join_all;
-use hyper::{Request, StatusCode, header};
-use serde::Serialize;
-use sqlx::PgPool;
-use suite::{
+use harness::{
     backends::Stand,
     rows,
     rush::{Connection, Program, SALE, Servers},
 };
+use hyper::{Request, StatusCode, header};
+use serde::Serialize;
+use sqlx::PgPool;
 use tokio::time::sleep;
 
 use super::{

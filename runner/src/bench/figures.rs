@@ -10,8 +10,8 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use harness::{backends::keeper, rush::Connection};
 use serde::Serialize;
-use suite::{backends::keeper, rush::Connection};
 
 /// The middle of several measurements, and how far they lie apart.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -15,9 +15,9 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use comfy_table::{Table, presets};
+use harness::backends::{Redis, Reply, Report};
 use lv3_redis_lock::lock::{Connections, Guard, Lease, Owner, Pauses, RLock, Released, SpinLock, Tokens};
 use serde::Serialize;
-use suite::backends::{Redis, Reply, Report};
 use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{figures::Spread, redis_benchmark::RedisBenchmark, say};

@@ -28,14 +28,14 @@ use std::{
 use anyhow::{Context, ensure};
 use box_office::{Invariant, Service, Strategy};
 use comfy_table::{Table, presets};
-use serde::Serialize;
-use suite::{
+use harness::{
     backends::{self, Database, Durability, Services, Source, Stand},
     history::{FORMAT_VERSION, Header, History},
     judge::judge,
     rows,
     rush::{Program, Rush, SALE, Servers},
 };
+use serde::Serialize;
 
 use crate::{
     BenchArgs, Ended,

@@ -8,11 +8,11 @@ use std::{
 
 use anyhow::Context;
 use box_office::Strategy;
-use serde::Serialize;
-use suite::{
+use harness::{
     backends::{Database, postgres_program},
     rush::SALE,
 };
+use serde::Serialize;
 
 use super::tool::{self, ToolMissing};
 

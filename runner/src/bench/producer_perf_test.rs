@@ -1,8 +1,8 @@
 //! For scale: `kafka-producer-perf-test`, Kafka's own producer, with records as large as an order's and as well acknowledged.
 
 use anyhow::Context;
+use harness::backends::{Kafka, kafka_programs};
 use serde::Serialize;
-use suite::backends::{Kafka, kafka_programs};
 
 use super::tool;
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use suite::backends::on_path;
+use harness::backends::on_path;
 
 use super::tool::{self, ToolMissing};
 

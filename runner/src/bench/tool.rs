@@ -3,7 +3,7 @@
 use std::{fmt, path::PathBuf, process::Stdio};
 
 use anyhow::{Context, bail};
-use suite::backends::keeper;
+use harness::backends::keeper;
 
 /// A program that is not on this machine.
 #[derive(Debug)]

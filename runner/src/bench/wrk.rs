@@ -3,11 +3,11 @@
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
-use serde::{Deserialize, Serialize};
-use suite::{
+use harness::{
     backends::{keeper, on_path},
     rush::SALE,
 };
+use serde::{Deserialize, Serialize};
 
 use super::tool::{self, ToolMissing};
 

@@ -11,12 +11,12 @@ use box_office::{
     DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, ProblemKind, Promises, Refusal, Reservation, Reserve,
     Schema, Server, Settings, Stage, Steps, Strategy, Undecided,
 };
-use serde_json::Value;
-use sqlx::{Connection, PgConnection, migrate::Migrator};
-use suite::{
+use harness::{
     backends::{self, Database},
     until,
 };
+use serde_json::Value;
+use sqlx::{Connection, PgConnection, migrate::Migrator};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

@@ -24,13 +24,13 @@ use box_office::{
     Level, Place, Promise, Promises, SaleId, Schema, Strategy, api,
 };
 use futures_util::FutureExt;
-use libtest_mimic::{Arguments, Trial};
-use serde_json::{Value, json};
-use sqlx::{PgPool, migrate::Migrator};
-use suite::{
+use harness::{
     contract,
     rush::{Program, Report, Rush},
 };
+use libtest_mimic::{Arguments, Trial};
+use serde_json::{Value, json};
+use sqlx::{PgPool, migrate::Migrator};
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
@@ -165,7 +165,7 @@ const OVERSELLS_LATE: Lie = Lie {
     breaks: Promises::ALL_KEPT.breaks(&[NoOversell, Conservation]),
 };
 
-static MIGRATIONS: Migrator = sqlx::migrate!("../levels/box-office/tests/migrations");
+static MIGRATIONS: Migrator = sqlx::migrate!("../../levels/box-office/tests/migrations");
 
 /// The stubs, as what they are.
 static DECLARED: Level = level(&[
@@ -212,7 +212,7 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
             migrations: &MIGRATIONS,
         },
         needs: &[],
-        source: "tests/contract.rs",
+        source: "tests/harness/tests/contract.rs",
         open: |_| Box::pin(async { anyhow::bail!("the stub is a program of its own") }),
     }
 }

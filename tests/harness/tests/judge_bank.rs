@@ -9,8 +9,7 @@ use box_office::{
         OneAnswer, Progress,
     },
 };
-use rstest::rstest;
-use suite::{
+use harness::{
     history::{
         Answer::{self, Refused as No, Undecided},
         Ending, FORMAT_VERSION, Fault, Header, History, Micros,
@@ -20,6 +19,7 @@ use suite::{
     },
     judge::judge,
 };
+use rstest::rstest;
 use uuid::Uuid;
 
 const DEADLINE_US: Micros = 1000;

@@ -14,18 +14,18 @@ use box_office::{
         OneAnswer, Progress,
     },
 };
-use proptest::{
-    collection::vec,
-    prelude::*,
-    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
-};
-use suite::{
+use harness::{
     history::{
         Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros,
         Refused::{self, AlreadyReserved, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale},
         Request, Row, Status,
     },
     judge::{Verdict, judge},
+};
+use proptest::{
+    collection::vec,
+    prelude::*,
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
 use uuid::Uuid;
 

@@ -1,6 +1,6 @@
 //! A thousand buyers against a server that does nothing: what a rush costs by itself. Its clients must not be the bottleneck of what they measure.
 //!
-//! `cargo run --release --package suite --example rush_of_nothing`; with `-- --bound` it fails where a rush costs more than it may.
+//! `cargo run --release --package harness --example rush_of_nothing`; with `-- --bound` it fails where a rush costs more than it may.
 //!
 //! This program is that server as well: told by a variable, it answers the first hundred orders with a 201 and all others with "sold out".
 
@@ -23,8 +23,8 @@ use axum::{
     routing::{get, post, put},
 };
 use box_office::{Guarantee, Level, Place, ProblemKind, Promises, Schema, Strategy, api};
+use harness::rush::{Program, Rush};
 use sqlx::{PgPool, migrate::Migrator};
-use suite::rush::{Program, Rush};
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
@@ -39,7 +39,7 @@ const RUNS: usize = 10;
 /// What the middle one of them may take, where it is built in release and nothing else runs.
 const BOUND: Duration = Duration::from_millis(150);
 
-static MIGRATIONS: Migrator = sqlx::migrate!("../levels/box-office/tests/migrations");
+static MIGRATIONS: Migrator = sqlx::migrate!("../../levels/box-office/tests/migrations");
 
 static LEVEL: Level = Level {
     name: "lv0",
@@ -57,7 +57,7 @@ static LEVEL: Level = Level {
             migrations: &MIGRATIONS,
         },
         needs: &[],
-        source: "tests/examples/rush_of_nothing.rs",
+        source: "tests/harness/examples/rush_of_nothing.rs",
         open: |_| Box::pin(async { anyhow::bail!("this server is a program of its own") }),
     }],
 };

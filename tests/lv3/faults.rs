@@ -1,7 +1,5 @@
 //! LV.3: what befalls a lock in Redis, its holders and those who wait for it. Every fault is real, and seen from outside to have struck.
 
-#![allow(clippy::unwrap_used)]
-
 use std::{
     cell::Cell,
     panic::AssertUnwindSafe,
@@ -14,13 +12,7 @@ use box_office::{
     Order, RequestKey, SaleId, Stage, Steps, Strategy, Watch,
 };
 use futures_util::FutureExt;
-use lv3_redis_lock::{
-    LEVEL,
-    lock::{Connections, Guard, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens},
-};
-use redis::Script;
-use rstest::rstest;
-use suite::{
+use harness::{
     HeldCommits, after_its_fault,
     backends::{self, Private, Redis, Reply, Stand},
     history::{Answer, Refused},
@@ -29,6 +21,12 @@ use suite::{
     proxy::{Cut, Proxy},
     rush::{Program, Rush, SALE},
 };
+use lv3_redis_lock::{
+    LEVEL,
+    lock::{Connections, Guard, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens},
+};
+use redis::Script;
+use rstest::rstest;
 use tokio::time::timeout;
 
 /// How long a lock outlives its holder in these tests. Long enough for a few looks from outside before it ends.
@@ -563,10 +561,10 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
 }
 
 #[rstest]
-#[case::spin("spin", include_str!("../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
-#[case::rlock("rlock", include_str!("../levels/lv3-redis-lock/src/lock/release.lua"))]
-#[case::fenced("fenced", include_str!("../levels/lv3-redis-lock/src/lock/release.lua"))]
-#[case::bare_evalsha("broken/bare-evalsha", include_str!("../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
+#[case::spin("spin", include_str!("../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
+#[case::rlock("rlock", include_str!("../../levels/lv3-redis-lock/src/lock/release.lua"))]
+#[case::fenced("fenced", include_str!("../../levels/lv3-redis-lock/src/lock/release.lua"))]
+#[case::bare_evalsha("broken/bare-evalsha", include_str!("../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[tokio::test]
 async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #[case] release: &str) {
     // So long that only a release opens the lock.

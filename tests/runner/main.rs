@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use harness::rush::{Program, Rush, SALE, Servers};
 use rdkafka::producer::FutureRecord;
 use rstest::rstest;
 use serde_json::Value;
-use suite::rush::{Program, Rush, SALE, Servers};
 use tempfile::tempdir;
 
 /// Runs the command in an environment without settings of its own.
@@ -239,8 +239,8 @@ fn a_server_of_lv3_needs_redis() {
 #[case::no_such_database("redis://me:s3cret@127.0.0.1:1/zero", "127.0.0.1:1")]
 #[tokio::test]
 async fn a_redis_that_is_not_there_is_exit_code_3_and_never_a_password(#[case] url: &str, #[case] says: &str) {
-    let postgres = suite::backends::postgres().await.unwrap();
-    let stand = suite::backends::Stand::on(&postgres, None, lv3_redis_lock::BARE)
+    let postgres = harness::backends::postgres().await.unwrap();
+    let stand = harness::backends::Stand::on(&postgres, None, lv3_redis_lock::BARE)
         .await
         .unwrap();
     let mut serve = command(&["serve", "lv3/rlock", "--port", "0"]);
@@ -265,7 +265,7 @@ fn dead_letters_where_nobody_answers_are_exit_code_3() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
     let strategy = lv4_kafka::LEVEL.strategy("single-writer").unwrap();
-    let stand = suite::backends::Stand::shared(strategy).await.unwrap();
+    let stand = harness::backends::Stand::shared(strategy).await.unwrap();
     let letters = |arguments: &[&str]| {
         let mut letters = command(&[&["dead-letters"], arguments].concat());
         letters.envs(stand.environment()).output().unwrap()

@@ -4,19 +4,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-#[path = "docs/commands.rs"]
 mod commands;
-#[path = "docs/exercises.rs"]
 mod exercises;
-#[path = "docs/html.rs"]
 mod html;
-#[path = "docs/pages.rs"]
 mod pages;
-#[path = "docs/readme.rs"]
 mod readme;
-#[path = "docs/rules.rs"]
 mod rules;
-#[path = "docs/snippets.rs"]
 mod snippets;
 
 use std::{

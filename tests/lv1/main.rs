@@ -6,9 +6,7 @@ use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
     ProblemKind, Promise, Promises, Strategy,
 };
-use lv1_race_condition::{BARE, LEVEL};
-use rstest::rstest;
-use suite::{
+use harness::{
     backends::{Durability, Postgres, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
@@ -21,6 +19,8 @@ use suite::{
     schedule::Rehearsal,
     until,
 };
+use lv1_race_condition::{BARE, LEVEL};
+use rstest::rstest;
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv1-race-condition"))

@@ -6,9 +6,9 @@
 
 use std::{fs, process::Command};
 
+use harness::backends::{on_path, postgres_program};
 use libtest_mimic::{Arguments, Completion, Trial};
 use serde_json::Value;
-use suite::backends::{on_path, postgres_program};
 use tempfile::tempdir;
 
 fn main() {

@@ -18,9 +18,7 @@
 //! 10. a refusal for somebody who gives back a lock he never had: only a guard gives back, and only who took the lock has one;
 //! 11. a lease of zero or less that means "renewed": whether a lease is renewed is a type of its own, and one of nothing is refused;
 //! 12. keys of one slot on a server that is a cluster: the connections here are to a single server. That the keys share a tag is tested;
-//! 13. a write that a newer token shuts out: the row refuses it, not the lock. `lv3_faults` tests it with the strategy `fenced`.
-
-#![allow(clippy::unwrap_used)]
+//! 13. a write that a newer token shuts out: the row refuses it, not the lock. `faults` tests it with the strategy `fenced`.
 
 use std::{
     future::poll_fn,
@@ -35,16 +33,16 @@ use std::{
 };
 
 use futures_util::StreamExt;
+use harness::{
+    backends::{self, Prefix, Redis, keeper},
+    proxy::{Cut, Proxy},
+};
 use lv3_redis_lock::lock::{
     Connections, Guard, HANDED_ON_AT_MOST, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens,
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use redis::{Client, FromRedisValue, aio::MultiplexedConnection};
 use rstest::rstest;
-use suite::{
-    backends::{self, Prefix, Redis, keeper},
-    proxy::{Cut, Proxy},
-};
 use tokio::task::{AbortHandle, JoinHandle};
 
 /// The locks of this level.
@@ -1593,7 +1591,7 @@ fn process(role: &str, kind: Kind, ground: &Ground) -> tokio::process::Command {
     let command = keeper::command(std::env::current_exe().unwrap()).unwrap();
     let mut command = tokio::process::Command::from(command);
     command
-        .args(["--exact", "plays_a_part_in_another_test", "--nocapture"])
+        .args(["--exact", "lock::plays_a_part_in_another_test", "--nocapture"])
         .env(ROLE, role)
         .env("LV3_LOCK_KIND", format!("{kind:?}"))
         .env("LV3_LOCK_URL", &ground.url)

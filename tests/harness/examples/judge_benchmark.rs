@@ -1,4 +1,4 @@
-//! How long the judge takes for 1,000,000 requests, and how much memory: `cargo run --release -p suite --example judge_benchmark`.
+//! How long the judge takes for 1,000,000 requests, and how much memory: `cargo run --release -p harness --example judge_benchmark`.
 //! With `-- --bound` it fails where that is more than it may be.
 //!
 //! The history is a right one, so that every rule looks at all of it: a third of a million tickets, sold at once or accepted first, with repeats of
@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::ensure;
-use suite::{
+use harness::{
     history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Refused, Request, Row, Status},
     judge::judge,
 };

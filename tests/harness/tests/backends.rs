@@ -23,15 +23,15 @@ use std::{
 };
 
 use box_office::Schema;
+use harness::backends::{
+    self, Database, Durability, Kafka, Missing, Postgres, Private, Redis, Reply, Report, Source, keeper,
+};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
 use sqlx::{
     Connection, PgConnection, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
-};
-use suite::backends::{
-    self, Database, Durability, Kafka, Missing, Postgres, Private, Redis, Reply, Report, Source, keeper,
 };
 use tempfile::TempDir;
 
@@ -1737,7 +1737,7 @@ fn a_book_stays_while_something_of_it_does() {
     let clear = |engine_is: &str| {
         fs::write(programs.join("docker.is"), engine_is).unwrap();
         let mut command = Command::new("sh");
-        command.arg(repository().join("tests/src/backends/keeper.sh"));
+        command.arg(repository().join("tests/harness/src/backends/keeper.sh"));
         command.arg("clear").arg(&book).env("PATH", &path);
         let cleared = command.stdin(Stdio::null()).output().unwrap().status.success();
         assert_eq!(cleared, !book.exists());
@@ -1783,7 +1783,7 @@ fn a_program_that_starts_after_the_end_gives_up() {
     // Not this process's own book: other tests sign there at the same time.
     let folder = keeper::folder("probe").unwrap();
     let proof = folder.join("it-ran");
-    let script = repository().join("tests/src/backends/keeper.sh");
+    let script = repository().join("tests/harness/src/backends/keeper.sh");
     let run = || {
         let mut command = Command::new("sh");
         command.arg(&script).arg("run").arg(&folder).arg("touch-0").arg("touch");
@@ -1817,7 +1817,7 @@ fn setup(services: &[&str]) -> Command {
 }
 
 fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap()
 }
 
 fn setup_is_silent(service: Service) {
@@ -1919,7 +1919,7 @@ fn the_image_is_the_same_everywhere(service: Service) {
             .unwrap();
         tag[..end].to_owned()
     };
-    let suite = image(&format!("tests/src/backends/{}/docker.rs", service.name()));
+    let suite = image(&format!("tests/harness/src/backends/{}/docker.rs", service.name()));
     assert_eq!(image("infra/setup.sh"), suite);
     assert_eq!(image("docker-compose.yml"), suite);
 }

@@ -1,7 +1,5 @@
 //! LV.4: the contract kept by orders that are accepted first and decided later, on any number of instances.
 
-#![allow(clippy::unwrap_used)]
-
 use std::{
     path::Path,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -12,9 +10,7 @@ use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
     KafkaPlace, Level, Place, Promises, Strategy,
 };
-use lv4_kafka::{LEVEL, path::lag};
-use rstest::rstest;
-use suite::{
+use harness::{
     backends::Stand,
     contract,
     crowd::bears_idle_and_slow_clients,
@@ -23,6 +19,8 @@ use suite::{
     rush::{Program, Rush, SALE},
     twins::differ_by_one_mistake,
 };
+use lv4_kafka::{LEVEL, path::lag};
+use rstest::rstest;
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))

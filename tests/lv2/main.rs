@@ -8,9 +8,7 @@ use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
     Place, ProblemKind, Promises, Strategy,
 };
-use lv2_db_lock::{BARE, LEVEL};
-use rstest::rstest;
-use suite::{
+use harness::{
     HeldCommits, after_its_fault,
     backends::{self, Database, Durability, Postgres, Stand},
     contract,
@@ -30,6 +28,8 @@ use suite::{
     twins::differ_by_one_mistake,
     until,
 };
+use lv2_db_lock::{BARE, LEVEL};
+use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

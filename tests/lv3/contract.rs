@@ -1,7 +1,5 @@
 //! LV.3: the contract kept by a lock in Redis, on any number of instances; and what happens where its lease ends under its holder.
 
-#![allow(clippy::unwrap_used)]
-
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -11,10 +9,7 @@ use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
     Place, ProblemKind, Promises, Strategy,
 };
-use lv3_redis_lock::{LEVEL, lock::Connections};
-use redis::Cmd;
-use rstest::rstest;
-use suite::{
+use harness::{
     backends::{self, Redis, Stand},
     contract,
     crowd::bears_idle_and_slow_clients,
@@ -26,6 +21,9 @@ use suite::{
     schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
     twins::differ_by_one_mistake,
 };
+use lv3_redis_lock::{LEVEL, lock::Connections};
+use redis::Cmd;
+use rstest::rstest;
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv3-redis-lock"))

@@ -1,7 +1,5 @@
 //! LV.4: what befalls an order on its way. Every fault is real, and seen from outside to have struck.
 
-#![allow(clippy::unwrap_used)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
@@ -17,6 +15,18 @@ use box_office::{
     KafkaPlace, Order, ProblemKind, RequestKey, SaleId, Stage, Strategy, Watch,
 };
 use futures_util::future::join_all;
+use harness::{
+    HeldCommits, after_its_fault,
+    backends::{self, Durability, Kafka, Postgres, Redis, Reply, Stand},
+    declares_limit,
+    history::Answer,
+    http_contract::Talk,
+    judge::Verdict,
+    ledger::Ledger,
+    proxy::{Cut, Proxy},
+    rush::{Program, Rush, SALE},
+    until,
+};
 use lv4_kafka::{
     LEVEL,
     path::{
@@ -34,18 +44,6 @@ use rdkafka::{
 };
 use rstest::rstest;
 use sqlx::PgPool;
-use suite::{
-    HeldCommits, after_its_fault,
-    backends::{self, Durability, Kafka, Postgres, Redis, Reply, Stand},
-    declares_limit,
-    history::Answer,
-    http_contract::Talk,
-    judge::Verdict,
-    ledger::Ledger,
-    proxy::{Cut, Proxy},
-    rush::{Program, Rush, SALE},
-    until,
-};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

@@ -1,0 +1,7 @@
+//! LV.3: a distributed lock in Redis.
+
+#![allow(clippy::unwrap_used)]
+
+mod contract;
+mod faults;
+mod lock;
