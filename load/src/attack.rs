@@ -191,7 +191,7 @@ impl Shop {
                 key: key.clone(),
                 sent_us,
                 answered_us: None,
-                answer: Answer::Undecided,
+                answer: Answer::Indeterminate,
                 steps: vec![],
             };
             let mut pause = PAUSE;
@@ -208,7 +208,7 @@ impl Shop {
                     },
                 };
             }
-            let undecided = request.answer == Answer::Undecided;
+            let undecided = request.answer == Answer::Indeterminate;
             requests.push(request);
             let spent = Duration::from_micros(now_monotonic_us() - opened_us - requests[0].sent_us);
             let left = self.patience.saturating_sub(spent);

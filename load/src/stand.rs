@@ -43,7 +43,7 @@ struct Strategy {
     place: String,
     clicks: u32,
     needs: Vec<String>,
-    alone: Promised,
+    single_instance: Promised,
 }
 
 #[derive(Deserialize)]
@@ -115,7 +115,7 @@ async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyho
     let servers = Servers::start_named(&setting(strategy), &stand, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;
     let (crowd, clicks) = stress(args.crowd, strategy);
-    let Promised { breaks, leaves_open } = &strategy.alone;
+    let Promised { breaks, leaves_open } = &strategy.single_instance;
     let goose_rush = Rush {
         name: strategy.name.clone(),
         host: address.into(),
@@ -145,9 +145,9 @@ async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyho
 /// and each takes its time there, as one that asks for a payment does.
 fn setting(strategy: &Strategy) -> harness::rush::Rush {
     let mut setting = harness::rush::Rush::default();
-    if strategy.alone.breaks.contains(&Invariant::NoDuplicate) {
+    if strategy.single_instance.breaks.contains(&Invariant::NoDuplicate) {
         setting.pool_size = Some(32);
-        setting.hold = Duration::from_millis(5);
+        setting.work = Duration::from_millis(5);
     }
     setting
 }
@@ -159,7 +159,7 @@ fn setting(strategy: &Strategy) -> harness::rush::Rush {
 fn stress(crowd: Crowd, strategy: &Strategy) -> (Crowd, u32) {
     const FEWER: u32 = 25;
 
-    if strategy.alone.breaks.contains(&Invariant::NoDuplicate) {
+    if strategy.single_instance.breaks.contains(&Invariant::NoDuplicate) {
         let buyers = crowd.buyers.div_ceil(FEWER);
         (Crowd { buyers, ..crowd }, strategy.clicks * FEWER)
     } else {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use box_office::{KafkaPlace, kafka_bootstrap_servers, kafka_prefix};
+use box_office::{KafkaConfig, kafka_bootstrap_servers, kafka_prefix};
 use clap::{Args, Subcommand};
 use lv4_kafka::path::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
 use rdkafka::error::KafkaError;
@@ -56,7 +56,7 @@ pub(crate) fn is_away(error: &anyhow::Error) -> bool {
 
 /// Does what is asked of the dead letters.
 pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
-    let place = KafkaPlace {
+    let place = KafkaConfig {
         bootstrap_servers: args
             .kafka_bootstrap_servers
             .clone()
@@ -101,7 +101,7 @@ fn find<'a>(letters: &'a [DeadLetter], origin: &str) -> anyhow::Result<&'a DeadL
     })
 }
 
-fn list(letters: &[DeadLetter], place: &KafkaPlace, json: bool) -> anyhow::Result<()> {
+fn list(letters: &[DeadLetter], place: &KafkaConfig, json: bool) -> anyhow::Result<()> {
     if json {
         println!("{}", serde_json::to_string_pretty(letters)?);
         return Ok(());

@@ -17,14 +17,14 @@ pub(crate) static LEVELS: &[&Level] = &[
 
 /// A strategy and the level that it belongs to.
 #[derive(Clone, Copy)]
-pub(crate) struct Choice {
+pub(crate) struct SelectedStrategy {
     /// The level.
     pub(crate) level: &'static Level,
     /// One of its strategies.
     pub(crate) strategy: &'static Strategy,
 }
 
-impl Choice {
+impl SelectedStrategy {
     /// `lv1/read-then-write`.
     pub(crate) fn name(&self) -> String {
         format!("{}/{}", self.level.name, self.strategy.name)
@@ -54,15 +54,17 @@ impl Choice {
     }
 }
 
-fn trail_of(level: &'static Level) -> Vec<Choice> {
+fn trail_of(level: &'static Level) -> Vec<SelectedStrategy> {
     let on_the_trail = level
         .strategies
         .iter()
         .filter(|strategy| strategy.place == Place::Trail);
-    on_the_trail.map(|strategy| Choice { level, strategy }).collect()
+    on_the_trail
+        .map(|strategy| SelectedStrategy { level, strategy })
+        .collect()
 }
 
-fn split(text: &str) -> anyhow::Result<(&'static Level, Option<Choice>)> {
+fn split(text: &str) -> anyhow::Result<(&'static Level, Option<SelectedStrategy>)> {
     let (level_name, strategy_name) = text
         .split_once('/')
         .map_or((text, None), |(level, name)| (level, Some(name)));
@@ -80,5 +82,5 @@ fn split(text: &str) -> anyhow::Result<(&'static Level, Option<Choice>)> {
             known.join(", ")
         );
     };
-    Ok((level, Some(Choice { level, strategy })))
+    Ok((level, Some(SelectedStrategy { level, strategy })))
 }

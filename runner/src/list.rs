@@ -1,6 +1,6 @@
 //! `oversold list`.
 
-use box_office::{Invariant, Limit, Place, Promise, Promises};
+use box_office::{FailureMode, Invariant, Place, Promise, Promises};
 use serde::Serialize;
 
 use crate::{Ended, levels::LEVELS};
@@ -14,16 +14,16 @@ struct Listed {
     clicks: u32,
     /// The services besides Postgres.
     needs: Vec<&'static str>,
-    alone: Codes,
-    together: Codes,
-    limits: Vec<Limited>,
+    single_instance: Codes,
+    multi_instance: Codes,
+    failure_modes: Vec<ListedFailureMode>,
 }
 
-/// What it does not survive, and what breaks then.
+/// A failure mode of the strategy, and the invariants that it violates.
 #[derive(Serialize)]
-struct Limited {
-    when: &'static str,
-    breaks: &'static [Invariant],
+struct ListedFailureMode {
+    trigger: &'static str,
+    violates: &'static [Invariant],
 }
 
 /// The invariants by what is promised about them.
@@ -66,13 +66,13 @@ fn listed() -> Vec<Listed> {
             },
             clicks: strategy.clicks,
             needs: strategy.needs.iter().map(|service| service.name()).collect(),
-            alone: strategy.guarantee.alone.into(),
-            together: strategy.guarantee.together.into(),
-            limits: strategy
+            single_instance: strategy.guarantee.single_instance.into(),
+            multi_instance: strategy.guarantee.multi_instance.into(),
+            failure_modes: strategy
                 .guarantee
-                .limits
+                .failure_modes
                 .iter()
-                .map(|&Limit { when, breaks }| Limited { when, breaks })
+                .map(|&FailureMode { trigger, violates }| ListedFailureMode { trigger, violates })
                 .collect(),
         };
         level.strategies.iter().map(listed)
@@ -85,17 +85,17 @@ fn print_for_people() {
         println!("{}  {}", level.name, level.summary);
         for strategy in level.strategies {
             println!("  {}/{}: {}", level.name, strategy.name, strategy.summary);
-            let (alone, together) = (strategy.guarantee.alone, strategy.guarantee.together);
+            let (alone, together) = (strategy.guarantee.single_instance, strategy.guarantee.multi_instance);
             if alone == together {
                 println!("      on any number of instances: {}", in_words(&alone));
             } else {
                 println!("      on one instance: {}", in_words(&alone));
                 println!("      on several:      {}", in_words(&together));
             }
-            for Limit { when, breaks } in strategy.guarantee.limits {
-                match breaks {
-                    [] => println!("      until {when}"),
-                    _ => println!("      until {when}: breaks {}", codes(breaks.iter().copied())),
+            for FailureMode { trigger, violates } in strategy.guarantee.failure_modes {
+                match violates {
+                    [] => println!("      until {trigger}"),
+                    _ => println!("      until {trigger}: breaks {}", codes(violates.iter().copied())),
                 }
             }
         }

@@ -17,7 +17,7 @@ use bench::ToolMissing;
 use box_office::{Settings, explain};
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 use harness::backends::Missing;
-use levels::Choice;
+use levels::SelectedStrategy;
 
 /// What happens when 1,000 buyers go for 100 tickets in the same instant?
 #[derive(Parser)]
@@ -83,7 +83,7 @@ pub(crate) struct RushArgs {
     instances: u32,
     /// Business time inside the critical section, in milliseconds.
     #[arg(long, default_value_t = 0, value_parser = number(0..=10_000))]
-    hold_ms: u32,
+    work_ms: u32,
     /// How often it is repeated, each time on a fresh sale. What is shown is then the round in the middle, with the range of all beside it;
     /// a round that did not end as promised goes before.
     #[arg(long, default_value_t = 1, value_parser = number(1..=100))]
@@ -237,8 +237,8 @@ fn in_runtime(command: impl Future<Output = anyhow::Result<Ended>>) -> anyhow::R
 /// Serves what the name says; a level alone leaves the choice to `STRATEGY`.
 fn serve(name: &str, settings: &Settings) -> ExitCode {
     let chosen = match (name.contains('/'), &settings.strategy) {
-        (false, Some(strategy)) => Choice::one(&format!("{name}/{strategy}")),
-        _ => Choice::one(name),
+        (false, Some(strategy)) => SelectedStrategy::one(&format!("{name}/{strategy}")),
+        _ => SelectedStrategy::one(name),
     };
     match chosen {
         Ok(chosen) => box_office::serve(chosen.level, chosen.strategy, settings),

@@ -21,8 +21,8 @@ use serde::Serialize;
 
 use crate::{
     Ended, RushArgs,
-    bench::Spread,
-    levels::Choice,
+    bench::MedianRange,
+    levels::SelectedStrategy,
     machine::{Machine, commit, this_command},
 };
 
@@ -30,10 +30,10 @@ use crate::{
 pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
     let mut chosen = vec![];
     for name in &args.levels {
-        chosen.extend(Choice::trail(name)?);
+        chosen.extend(SelectedStrategy::trail(name)?);
     }
     if chosen.is_empty() {
-        chosen = Choice::whole_trail();
+        chosen = SelectedStrategy::whole_trail();
     }
     for choice in &chosen {
         fits(args, choice)?;
@@ -135,7 +135,7 @@ pub(crate) async fn rush(args: &RushArgs) -> anyhow::Result<Ended> {
             capacity: args.capacity,
             buyers: args.buyers,
             instances: args.instances,
-            hold_ms: args.hold_ms,
+            work_ms: args.work_ms,
             strategies: &results,
         };
         let mut json = BufWriter::new(json);
@@ -151,7 +151,7 @@ pub(crate) fn create(path: &Path) -> anyhow::Result<File> {
 }
 
 /// Whether the servers take as many connections as there are requests at once. Whoever has none would wait for one, with the gate closed.
-fn fits(args: &RushArgs, choice: &Choice) -> anyhow::Result<()> {
+fn fits(args: &RushArgs, choice: &SelectedStrategy) -> anyhow::Result<()> {
     /// For what is asked beside the rush, such as for the metrics.
     const SPARE: usize = 8;
 
@@ -169,7 +169,7 @@ fn fits(args: &RushArgs, choice: &Choice) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn clicks(args: &RushArgs, choice: &Choice) -> u32 {
+fn clicks(args: &RushArgs, choice: &SelectedStrategy) -> u32 {
     args.clicks.unwrap_or(choice.strategy.clicks)
 }
 
@@ -183,13 +183,13 @@ fn in_the_middle(mut outcomes: Vec<Outcome>) -> Option<Outcome> {
     Some(Outcome { rounds, ..middle })
 }
 
-async fn one(args: &RushArgs, choice: &Choice, services: &Services, round: u32) -> anyhow::Result<Outcome> {
+async fn one(args: &RushArgs, choice: &SelectedStrategy, services: &Services, round: u32) -> anyhow::Result<Outcome> {
     let rush = Rush {
         capacity: args.capacity,
         buyers: args.buyers,
         clicks: clicks(args, choice),
         instances: args.instances as usize,
-        hold: Duration::from_millis(args.hold_ms.into()),
+        work: Duration::from_millis(args.work_ms.into()),
         ..Rush::default()
     };
     let program = Program::new(env::current_exe()?)
@@ -237,7 +237,7 @@ struct Figures<'a> {
     capacity: u32,
     buyers: u32,
     instances: u32,
-    hold_ms: u32,
+    work_ms: u32,
     strategies: &'a [Outcome],
 }
 
@@ -287,22 +287,22 @@ struct Outcome {
 #[derive(Serialize)]
 struct Rounds {
     times: usize,
-    requests_a_second: Spread,
-    p99_ms: Spread,
-    all_answered_ms: Spread,
-    all_completed_ms: Option<Spread>,
+    requests_a_second: MedianRange,
+    p99_ms: MedianRange,
+    all_answered_ms: MedianRange,
+    all_completed_ms: Option<MedianRange>,
 }
 
 impl Rounds {
     fn of(outcomes: &[Outcome]) -> Option<Self> {
-        let spread = |figure: fn(&Outcome) -> f64| Spread::of(outcomes.iter().map(figure));
+        let spread = |figure: fn(&Outcome) -> f64| MedianRange::of(outcomes.iter().map(figure));
         (outcomes.len() > 1).then_some(())?;
         Some(Self {
             times: outcomes.len(),
             requests_a_second: spread(|outcome| outcome.requests_a_second)?,
             p99_ms: spread(|outcome| outcome.answered.p99_ms)?,
             all_answered_ms: spread(|outcome| outcome.all_answered_ms)?,
-            all_completed_ms: Spread::of(outcomes.iter().filter_map(|outcome| outcome.all_completed_ms)),
+            all_completed_ms: MedianRange::of(outcomes.iter().filter_map(|outcome| outcome.all_completed_ms)),
         })
     }
 }
@@ -343,7 +343,7 @@ const ALL_COLUMNS: u16 = 170;
 const WHERE_THERE_IS_ROOM: [&str; 3] = ["stock", "overlap", "client"];
 
 impl Outcome {
-    fn new(choice: &Choice, rush: &Rush, report: &Report) -> Self {
+    fn new(choice: &SelectedStrategy, rush: &Rush, report: &Report) -> Self {
         let promises = choice.strategy.guarantee.on(rush.instances);
         let verdict = &report.verdict;
         let conclusion = verdict.conclude(&promises);

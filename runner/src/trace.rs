@@ -6,20 +6,20 @@ use anyhow::ensure;
 use box_office::Service;
 use harness::{
     judge::judge,
-    schedule::{Lane, Rehearsal, Script},
+    schedule::{RequestHandle, ScheduleRunner, Script},
 };
 
-use crate::{Ended, TraceArgs, levels::Choice};
+use crate::{Ended, TraceArgs, levels::SelectedStrategy};
 
 /// Forces one exact order of steps, and prints it and what came of it.
 pub(crate) async fn trace(args: &TraceArgs) -> anyhow::Result<Ended> {
-    let chosen = Choice::one(&args.level)?;
+    let chosen = SelectedStrategy::one(&args.level)?;
     ensure!(
         !chosen.strategy.needs.contains(&Service::Kafka),
         "there is no trace of {}: its orders are decided by consumers, beside the requests whose steps a trace puts in order",
         chosen.name()
     );
-    let rehearsal = Rehearsal::of(chosen.strategy).await?;
+    let rehearsal = ScheduleRunner::of(chosen.strategy).await?;
     let (script, title) = match &args.order {
         None => (
             rehearsal.both_look_before_either_writes().await?,
@@ -89,7 +89,7 @@ impl Order {
 
     /// Moves the requests letter by letter, then everybody to an answer.
     async fn run(&self, script: &mut Script<'_>) -> anyhow::Result<()> {
-        let mut lanes: Vec<(char, Lane)> = vec![];
+        let mut lanes: Vec<(char, RequestHandle)> = vec![];
         for (letter, name) in NAMES {
             let again = letter.to_ascii_lowercase();
             if !self.0.contains([letter, again]) {

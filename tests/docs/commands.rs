@@ -294,7 +294,7 @@ fn a_command_that_is_there_is_let_pass() {
     let text = r#"
 `make rush LEVEL=lv2 STRATEGY=mutex ARGS="--instances 3"`, `oversold by`, `oversold trace lv1/read-then-write --markdown`
 ```console
-$ HOLD_MS=5 oversold serve lv2 --port 8080
+$ WORK_MS=5 oversold serve lv2 --port 8080
 $ make test && cargo test -p lv1-race-condition a_sale_keeps   # the contract
 ```"#;
     none(unknown_commands(&[Page::new("page.md", text)], &Known::here()));

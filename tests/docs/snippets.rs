@@ -155,8 +155,8 @@ fn diff(twin: (&str, &str), broken: (&str, &str)) -> String {
 
 /// What the contract test is red about, strategy by strategy: those of the trail that break something on a single instance.
 fn red_ones() -> impl Iterator<Item = (&'static Level, &'static Strategy, PathBuf)> {
-    let breaking =
-        strategies(Place::Trail).filter(|(_, strategy)| strategy.guarantee.alone.those(Promise::Breaks).count() > 0);
+    let breaking = strategies(Place::Trail)
+        .filter(|(_, strategy)| strategy.guarantee.single_instance.those(Promise::Breaks).count() > 0);
     breaking.map(|(level, strategy)| {
         let file = PathBuf::from(format!("red/{}-{}.md", level.name, strategy.name));
         (level, strategy, file)
@@ -343,9 +343,9 @@ struct Rush {
 #[derive(Deserialize)]
 struct Rounds {
     times: u32,
-    requests_a_second: Spread,
-    all_answered_ms: Spread,
-    all_completed_ms: Option<Spread>,
+    requests_a_second: MedianRange,
+    all_answered_ms: MedianRange,
+    all_completed_ms: Option<MedianRange>,
 }
 
 impl Rush {
@@ -364,9 +364,9 @@ impl Rush {
     }
 
     /// With the range, where there were several rounds.
-    fn figure(&self, of_this_one: f64, of_all: fn(&Rounds) -> Option<&Spread>) -> String {
+    fn figure(&self, of_this_one: f64, of_all: fn(&Rounds) -> Option<&MedianRange>) -> String {
         let of_all = self.rounds.as_ref().and_then(of_all);
-        of_all.map_or_else(|| format!("{of_this_one:.0}"), Spread::to_string)
+        of_all.map_or_else(|| format!("{of_this_one:.0}"), MedianRange::to_string)
     }
 }
 
@@ -488,11 +488,11 @@ without comments, and without `lock/`, `lock.rs` and `path/`, which it may stand
 fn holds_on(strategy: &Strategy) -> &'static str {
     let breaks = |promises: Promises| promises.those(Promise::Breaks).count() > 0;
     let guarantee = strategy.guarantee;
-    match (breaks(guarantee.alone), breaks(guarantee.together)) {
+    match (breaks(guarantee.single_instance), breaks(guarantee.multi_instance)) {
         (true, _) => "none",
         (false, true) => "one instance",
         // What ends it, on the trail, is the end of a lease.
-        (false, false) if !guarantee.limits.is_empty() => "any number, within the lease",
+        (false, false) if !guarantee.failure_modes.is_empty() => "any number, within the lease",
         (false, false) => "any number",
     }
 }
@@ -532,16 +532,16 @@ fn two_clocks_table(runs: &[RushRun]) -> String {
 struct Accept {
     strategy: String,
     clients: u32,
-    orders_a_second: Spread,
-    p95_ms: Spread,
+    orders_a_second: MedianRange,
+    p95_ms: MedianRange,
     without_produce: WithoutProduce,
     producer_perf_test: Option<Produced>,
 }
 
 #[derive(Deserialize)]
 struct WithoutProduce {
-    orders_a_second: Spread,
-    ratio: Spread,
+    orders_a_second: MedianRange,
+    ratio: MedianRange,
 }
 
 #[derive(Deserialize)]
@@ -576,16 +576,16 @@ fn accept_table(runs: &[Accept]) -> String {
 struct Drain {
     strategy: String,
     orders: u32,
-    orders_a_second: Spread,
+    orders_a_second: MedianRange,
     ceiling: Option<Batches>,
-    most_mib: Spread,
+    most_mib: MedianRange,
 }
 
 #[derive(Deserialize)]
 struct Batches {
     orders_in_a_transaction: u32,
-    orders_a_second: Spread,
-    ratio: Spread,
+    orders_a_second: MedianRange,
+    ratio: MedianRange,
 }
 
 fn drain_table(runs: &[Drain]) -> String {
@@ -615,26 +615,26 @@ fn drain_table(runs: &[Drain]) -> String {
 #[derive(Deserialize)]
 struct Bench {
     strategy: String,
-    reservations_a_second: Spread,
-    p50_ms: Spread,
-    p99_ms: Spread,
+    reservations_a_second: MedianRange,
+    p50_ms: MedianRange,
+    p99_ms: MedianRange,
     ceiling: Option<Ceiling>,
 }
 
 #[derive(Deserialize)]
 struct Ceiling {
-    transactions_a_second: Spread,
-    ratio: Spread,
+    transactions_a_second: MedianRange,
+    ratio: MedianRange,
 }
 
 #[derive(Deserialize)]
-struct Spread {
+struct MedianRange {
     median: f64,
     least: f64,
     most: f64,
 }
 
-impl fmt::Display for Spread {
+impl fmt::Display for MedianRange {
     /// With as many digits as were asked for: `{:.2}`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = f.precision().unwrap_or(0);
@@ -686,9 +686,9 @@ fn rates_table(runs: &[Bench]) -> String {
 struct Waiters {
     strategy: String,
     waiters: u32,
-    took_ms: Spread,
-    commands_sent_each: Spread,
-    commands_in_scripts_each: Spread,
+    took_ms: MedianRange,
+    commands_sent_each: MedianRange,
+    commands_in_scripts_each: MedianRange,
 }
 
 fn waiters_table(runs: &[Waiters]) -> String {
@@ -711,15 +711,15 @@ fn waiters_table(runs: &[Waiters]) -> String {
 struct Lock {
     strategy: String,
     clients: u32,
-    pairs_a_second: Spread,
+    pairs_a_second: MedianRange,
     redis_benchmark: Pairs,
     redis_benchmark_on_one_connection: Pairs,
 }
 
 #[derive(Deserialize)]
 struct Pairs {
-    pairs_a_second: Spread,
-    ratio: Spread,
+    pairs_a_second: MedianRange,
+    ratio: MedianRange,
 }
 
 fn lock_table(runs: &[Lock]) -> String {
@@ -757,9 +757,9 @@ struct Curve {
 #[derive(Deserialize)]
 struct Pool {
     pool_size: u32,
-    reservations_a_second: Spread,
-    p50_ms: Spread,
-    p99_ms: Spread,
+    reservations_a_second: MedianRange,
+    p50_ms: MedianRange,
+    p99_ms: MedianRange,
 }
 
 fn pools_table(runs: &[Curve]) -> String {
@@ -856,7 +856,7 @@ fn the_generated_snippets_are_up_to_date() {
         problems.extend(misnamed(
             &Path::new(FOLDER).join(file),
             &recorded,
-            &strategy.guarantee.alone,
+            &strategy.guarantee.single_instance,
         ));
     }
     problems.extend(differences(&snippets, &committed));

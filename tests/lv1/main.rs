@@ -7,16 +7,16 @@ use box_office::{
     ProblemKind, Promise, Promises, Strategy,
 };
 use harness::{
-    backends::{Durability, Postgres, Stand},
+    assert_declared,
+    backends::{Durability, Postgres, TestEnvironment},
     contract,
-    crowd::bears_idle_and_slow_clients,
-    declares,
     history::{Answer, Refused},
-    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
     judge::judge,
     restarts,
     rush::{Program, Rush, SALE},
-    schedule::Rehearsal,
+    schedule::ScheduleRunner,
+    slow_clients::bears_idle_and_slow_clients,
     until,
 };
 use lv1_race_condition::{BARE, LEVEL};
@@ -60,7 +60,7 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 
 #[test]
 fn every_strategy_declares_what_the_table_says() {
-    declares(
+    assert_declared(
         &LEVEL,
         &[
             ("read-then-write", OVERSELLS, OVERSELLS),
@@ -79,7 +79,7 @@ const RUNS: usize = 100;
 #[case::check_then_decrement("check-then-decrement", 2, -1)]
 #[tokio::test]
 async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold: usize, #[case] stock: i64) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     for _ in 0..RUNS {
         let script = rehearsal.both_look_before_either_writes().await.unwrap();
         let history = script.history().await.unwrap();
@@ -94,7 +94,7 @@ async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold:
 // ANCHOR: clicks
 #[tokio::test]
 async fn two_clicks_of_one_buyer_take_two_tickets_in_every_run() {
-    let rehearsal = Rehearsal::of(strategy("check-then-insert")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("check-then-insert")).await.unwrap();
     for _ in 0..RUNS {
         let script = rehearsal.both_look_before_either_writes().await.unwrap();
         let verdict = judge(&script.history().await.unwrap());
@@ -115,7 +115,7 @@ async fn one_key_gets_two_reservations_when_both_look_before_either_writes(
     #[case] name: &str,
     #[values(true, false)] same_buyer: bool,
 ) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     for at_once in [false, true] {
         let mut script = rehearsal.sale(2).await.unwrap();
         let first = script.buyer("Ann");
@@ -147,7 +147,7 @@ async fn one_key_gets_two_reservations_when_both_look_before_either_writes(
 /// The update waits for the row's lock, the check before it does not: that is why no update is lost, and the stock is negative all the same.
 #[tokio::test]
 async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
-    let rehearsal = Rehearsal::of(strategy("check-then-decrement")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("check-then-decrement")).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
@@ -175,7 +175,7 @@ async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
 #[case::check_then_insert("check-then-insert")]
 #[tokio::test]
 async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &str) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     let mut script = rehearsal.sale(2).await.unwrap();
     let ann = script.buyer("Ann");
     let again = script.click(ann);
@@ -195,8 +195,8 @@ async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &st
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -208,8 +208,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 #[tokio::test]
 async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = Stand::on(&postgres, None, BARE).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy("read-then-write"))
+    let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy("read-then-write"))
         .await
         .unwrap();
     talk.opens_a_sale(1).await.unwrap();
@@ -232,8 +232,8 @@ async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
 #[tokio::test]
 async fn a_connection_that_was_closed_while_it_rested_is_handed_to_nobody() {
     let strategy = strategy("read-then-write");
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let pool = stand.database().pool(1).await.unwrap();
     talk.opens_a_sale(1).await.unwrap();
 
@@ -277,8 +277,8 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("read-then-write");
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();

@@ -9,22 +9,21 @@ use box_office::{
     Place, ProblemKind, Promises, Strategy,
 };
 use harness::{
-    HeldCommits, after_its_fault,
-    backends::{self, Database, Durability, Postgres, Stand},
+    DelayedCommits, assert_after_fault, assert_declared, assert_failure_mode,
+    backends::{self, Database, Durability, Postgres, TestEnvironment},
     contract,
-    crowd::bears_idle_and_slow_clients,
-    declares, declares_limit, held_to,
     history::{Answer, Refused, Request},
-    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    history_recorder::HistoryRecorder,
+    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
     judge::{Conclusion, judge},
-    ledger::Ledger,
     proxy::{Cut, Proxy},
-    restarts,
+    required, restarts,
     rush::{Program, Report, Rush, SALE},
     schedule::{
-        Explored, Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point, never_cancelled,
+        Explored, Scenario, ScheduleRunner, cancelled_after_every_poll, hung_up_at_every_point, never_cancelled,
         never_hung_up,
     },
+    slow_clients::bears_idle_and_slow_clients,
     twins::differ_by_one_mistake,
     until,
 };
@@ -96,7 +95,7 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 
 #[test]
 fn every_strategy_declares_what_the_table_says() {
-    declares(
+    assert_declared(
         &LEVEL,
         &[
             ("mutex", KEEPS, OVERSELLS),
@@ -151,7 +150,7 @@ const THREE: Scenario = Scenario {
 #[case::conditional_update("conditional-update", false, 2)]
 #[tokio::test]
 async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[case] at_least: usize) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     for scenario in [TWO_BUYERS, TWO_CLICKS, THREE] {
         let explored = rehearsal.explore(scenario).await.unwrap();
         println!(
@@ -184,7 +183,7 @@ fn none_broken(explored: &Explored) {
 #[case::conditional_update("conditional-update")]
 #[tokio::test]
 async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] name: &str) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
 
     let explored = rehearsal.explore_under_one_key(TWO_CLICKS).await.unwrap();
     println!("{name}, one buyer: {} orders", explored.orders);
@@ -215,7 +214,9 @@ async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] 
 
 #[tokio::test]
 async fn some_order_of_two_requests_under_one_key_breaks_a_look_up_before_the_lock() {
-    let rehearsal = Rehearsal::of(strategy("broken/look-up-before-lock")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("broken/look-up-before-lock"))
+        .await
+        .unwrap();
     for scenario in [
         TWO_CLICKS,
         Scenario {
@@ -240,7 +241,7 @@ async fn some_order_of_two_requests_under_one_key_breaks_a_look_up_before_the_lo
 #[case::retry_reuses_the_read("broken/retry-reuses-the-read", TWO_BUYERS)]
 #[tokio::test]
 async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] scenario: Scenario) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     let explored = rehearsal.explore(scenario).await.unwrap();
     println!(
         "{name}: {} of {} orders break it",
@@ -257,7 +258,9 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] 
 // ANCHOR: guard
 #[tokio::test]
 async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
-    let rehearsal = Rehearsal::of(strategy("broken/guard-before-commit")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("broken/guard-before-commit"))
+        .await
+        .unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
@@ -273,7 +276,7 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
 // ANCHOR_END: guard
 
 /// Somebody's transaction is open while its request is held, as Postgres sees it.
-async fn a_transaction_is_open(rehearsal: &Rehearsal) {
+async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
     let pool = rehearsal.stand().database().pool(1).await.unwrap();
     let open: i64 = sqlx::query_scalar(
         "select count(*)
@@ -290,7 +293,7 @@ async fn a_transaction_is_open(rehearsal: &Rehearsal) {
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_guard_dropped_after_the_commit_leaves_nothing_to_strike() {
-    let rehearsal = Rehearsal::of(strategy("mutex")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("mutex")).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let ann = script.buyer("Ann");
 
@@ -301,7 +304,7 @@ async fn a_guard_dropped_after_the_commit_leaves_nothing_to_strike() {
 // ANCHOR: guard-kept
 #[tokio::test]
 async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
-    let rehearsal = Rehearsal::of(strategy("mutex")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("mutex")).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
@@ -343,7 +346,7 @@ fn fifty_clicks(instances: usize) -> Rush {
         clicks: 50,
         instances,
         // While the first click sells, the others have long looked, where they are let.
-        hold: Duration::from_millis(50),
+        work: Duration::from_millis(50),
         ..Rush::default()
     }
 }
@@ -368,7 +371,7 @@ async fn one_buyer_clicks_at(instances: usize) -> Report {
         clicks: 50,
         instances,
         // Both instances are in their first reservation at the same time, even if one gets its click late.
-        hold: Duration::from_millis(100),
+        work: Duration::from_millis(100),
         ..Rush::default()
     };
     let report = rush.run(&program(), &LEVEL, strategy("mutex")).await.unwrap();
@@ -385,7 +388,7 @@ const POOL_OF_EIGHT: Rush = Rush {
     buyers: 1000,
     clicks: 1,
     instances: 1,
-    hold: Duration::ZERO,
+    work: Duration::ZERO,
     commit: Duration::from_millis(1),
     pool_size: Some(8),
     patience: Duration::from_secs(20),
@@ -424,7 +427,7 @@ async fn eight_callers_leave_a_pool_of_eight_with_nobody_waiting() {
 /// Runs the rush and keeps the contract, and the callers wait for the pool: there are many more of them than Postgres sees connections.
 async fn kept_over_a_pool_of_eight(rush: Rush) -> Report {
     let strategy = strategy("pessimistic");
-    let stand = Stand::shared(strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
     let (over, is_over) = oneshot::channel();
     let selling = async {
         let report = rush.run_on(&stand, &program(), &LEVEL, strategy).await.unwrap();
@@ -433,7 +436,7 @@ async fn kept_over_a_pool_of_eight(rush: Rush) -> Report {
     };
     let (report, seen) = tokio::join!(selling, most_connections(stand.database(), is_over));
     assert_eq!(
-        report.verdict.conclude(&held_to(KEEPS)),
+        report.verdict.conclude(&required(KEEPS)),
         Conclusion::AsPromised,
         "{}",
         report.verdict
@@ -476,7 +479,7 @@ async fn who_waits_for_the_pool_beyond_its_deadline_is_undecided_and_does_not_ha
     let rush = Rush {
         capacity: 24,
         buyers: 200,
-        hold: Duration::from_millis(300),
+        work: Duration::from_millis(300),
         commit: Duration::ZERO,
         ..POOL_OF_EIGHT
     };
@@ -487,7 +490,9 @@ async fn who_waits_for_the_pool_beyond_its_deadline_is_undecided_and_does_not_ha
         Duration::from_micros(answered_us - request.sent_us)
     };
     let requests = &report.history.requests;
-    let undecided = requests.iter().filter(|request| request.answer == Answer::Undecided);
+    let undecided = requests
+        .iter()
+        .filter(|request| request.answer == Answer::Indeterminate);
     let undecided: Vec<Duration> = undecided.map(waited_of).collect();
     println!("{} were undecided, after {:?}", undecided.len(), undecided.iter().max());
     assert!(
@@ -510,8 +515,10 @@ async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_
     const BESIDES: Duration = Duration::from_secs(5);
 
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = Stand::on(&postgres, None, BARE).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy("mutex")).await.unwrap();
+    let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy("mutex"))
+        .await
+        .unwrap();
     talk.opens_a_sale(1).await.unwrap();
 
     postgres.stop().await.unwrap();
@@ -537,11 +544,11 @@ async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_
 #[tokio::test]
 async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     talk.opens_a_sale(1).await.unwrap();
-    let held = HeldCommits::on(&stand).await.unwrap();
-    let ledger = Ledger::new(strategy);
+    let held = DelayedCommits::on(&stand).await.unwrap();
+    let ledger = HistoryRecorder::new(strategy);
 
     let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
         until("the fault did not strike: nobody commits", async || {
@@ -553,11 +560,11 @@ async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
         held.go_on().await.unwrap();
         ledger.healed();
     });
-    assert_eq!(ann, Answer::Undecided);
+    assert_eq!(ann, Answer::Indeterminate);
     assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
     assert_eq!(ledger.ask(&talk, 2).await, Answer::Refused(Refused::SoldOut));
     talk.stop().await.unwrap();
-    after_its_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
+    assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
 }
 
 /// The connection breaks with Ann's commit on its way, and with it ends her hold of the mutex. Bob reads what was there before her, and Postgres
@@ -565,14 +572,14 @@ async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
 #[tokio::test]
 async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let strategy = strategy("mutex");
-    let stand = Stand::shared(strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let behind = program().variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
-    let talk = Talk::with(&stand, &behind, &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &behind, &LEVEL, strategy).await.unwrap();
     talk.opens_a_sale(1).await.unwrap();
-    let held = HeldCommits::on(&stand).await.unwrap();
-    let ledger = Ledger::new(strategy);
+    let held = DelayedCommits::on(&stand).await.unwrap();
+    let ledger = HistoryRecorder::new(strategy);
 
     let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
         until("the fault did not strike: nobody commits", async || {
@@ -586,14 +593,14 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
         .await;
         ledger.struck("a commit has lost its connection");
     });
-    assert_eq!(ann, Answer::Undecided);
+    assert_eq!(ann, Answer::Indeterminate);
     proxy.cuts(Cut::Nothing);
     ledger.healed();
     let bob = async {
         // He may get a connection of the pool that was cut as well, and asks again.
         loop {
             match ledger.ask(&talk, 2).await {
-                Answer::Undecided => {}
+                Answer::Indeterminate => {}
                 told => break told,
             }
         }
@@ -608,7 +615,7 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     assert!(matches!(bob, Answer::Confirmed { .. }), "{bob:?}");
     assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
     talk.stop().await.unwrap();
-    after_its_fault(
+    assert_after_fault(
         strategy,
         &ledger.verdict(&stand).await.unwrap(),
         &[NoOversell, Conservation],
@@ -624,8 +631,8 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
 #[tokio::test]
 async fn a_row_that_somebody_else_holds_for_too_long_leaves_a_buyer_undecided(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     talk.opens_a_sale(1).await.unwrap();
     let observer = stand.database().pool(1).await.unwrap();
     let mut somebody = observer.begin().await.unwrap();
@@ -672,7 +679,7 @@ async fn a_second_connection_taken_while_one_is_held_starves_the_pool() {
     };
     let strategy = strategy("broken/second-connection");
     let report = rush.run(&program(), &LEVEL, strategy).await.unwrap();
-    let conclusion = report.verdict.conclude(&held_to(STARVES));
+    let conclusion = report.verdict.conclude(&required(STARVES));
     assert_eq!(conclusion, Conclusion::AsPromised, "{}", report.verdict);
 }
 // ANCHOR_END: second-connection
@@ -706,7 +713,7 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
         format!("{error:#}").contains("a transaction is still open"),
         "{error:#}"
     );
-    declares_limit(strategy, &[Progress]);
+    assert_failure_mode(strategy, &[Progress]);
 }
 
 #[rstest]
@@ -751,8 +758,8 @@ fn every_broken_twin_differs_by_its_one_mistake() {
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -764,8 +771,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("pessimistic");
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();
@@ -809,7 +816,7 @@ const STORM: Rush = Rush {
     buyers: 64,
     clicks: 1,
     instances: 1,
-    hold: Duration::from_millis(1),
+    work: Duration::from_millis(1),
     commit: Duration::ZERO,
     pool_size: Some(64),
     patience: Duration::from_secs(20),
@@ -841,10 +848,10 @@ async fn a_buyer_alone_is_no_version_storm() {
 /// Keeps the contract, and somebody was overtaken: Postgres has rolled back more transactions than there are buyers who were refused.
 async fn sold_in_a_version_storm(rush: Rush) -> Report {
     let strategy = strategy("optimistic");
-    let stand = Stand::shared(strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
     let report = rush.run_on(&stand, &program(), &LEVEL, strategy).await.unwrap();
     assert_eq!(
-        report.verdict.conclude(&held_to(KEEPS)),
+        report.verdict.conclude(&required(KEEPS)),
         Conclusion::AsPromised,
         "{}",
         report.verdict
@@ -887,7 +894,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
 
 #[tokio::test]
 async fn who_is_overtaken_too_often_is_undecided_and_never_told_that_all_is_sold() {
-    let rehearsal = Rehearsal::of(strategy("optimistic")).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy("optimistic")).await.unwrap();
     let pool = rehearsal.stand().database().pool(1).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let ann = script.buyer("Ann");
@@ -908,7 +915,7 @@ async fn who_is_overtaken_too_often_is_undecided_and_never_told_that_all_is_sold
 
     println!("overtaken {overtaken} times");
     let history = script.history().await.unwrap();
-    assert_eq!(history.requests[0].answer, Answer::Undecided, "{}", script.trace());
+    assert_eq!(history.requests[0].answer, Answer::Indeterminate, "{}", script.trace());
     assert_eq!(history.rows.as_deref(), Some(&[][..]), "{}", script.trace());
     assert_eq!(history.header.stock, Some(1));
     assert!(overtaken > 1, "it tried only once");

@@ -10,15 +10,15 @@ use box_office::{
     Place, ProblemKind, Promises, Strategy,
 };
 use harness::{
-    backends::{self, Redis, Stand},
+    assert_failure_mode,
+    backends::{self, Redis, TestEnvironment},
     contract,
-    crowd::bears_idle_and_slow_clients,
-    declares_limit, held_to,
-    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
     judge::{Conclusion, judge},
-    restarts,
+    required, restarts,
     rush::{Program, Rush, SALE},
-    schedule::{Rehearsal, Scenario, cancelled_after_every_poll, hung_up_at_every_point},
+    schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, hung_up_at_every_point},
+    slow_clients::bears_idle_and_slow_clients,
     twins::differ_by_one_mistake,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};
@@ -106,7 +106,7 @@ const THREE: Scenario = Scenario {
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn no_order_of_steps_breaks_it(#[case] name: &str) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     for scenario in [TWO_BUYERS, TWO_CLICKS, THREE] {
         let explored = rehearsal.explore(scenario).await.unwrap();
         println!(
@@ -131,7 +131,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
 #[case::wrong_key("broken/wrong-key")]
 #[tokio::test]
 async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     let explored = rehearsal.explore(TWO_BUYERS).await.unwrap();
     println!(
         "{name}: {} of {} orders break it",
@@ -158,7 +158,7 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
     #[case] expected: Promises,
     #[case] late: &'static str,
 ) {
-    let rehearsal = Rehearsal::of(strategy(name)).await.unwrap();
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     let redis = rehearsal.stand().redis(Duration::ZERO).unwrap().unwrap();
     let redis = Connections::open(redis.url.expose(), &redis.prefix).await.unwrap();
     let mut script = rehearsal.sale(2).await.unwrap();
@@ -176,11 +176,11 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
     script.run_everybody_to_an_answer().await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
-    let conclusion = verdict.conclude(&held_to(expected));
+    let conclusion = verdict.conclude(&required(expected));
     let kept = matches!(conclusion, Conclusion::AsPromised);
     assert!(kept, "lv3/{name}: {conclusion}\n\n{}\n{verdict}", script.trace());
     if expected == OVERSELLS {
-        declares_limit(strategy(name), &[NoOversell, Conservation]);
+        assert_failure_mode(strategy(name), &[NoOversell, Conservation]);
     }
 }
 // ANCHOR_END: late-release
@@ -211,7 +211,7 @@ fn fifty_clicks() -> Rush {
         clicks: 50,
         instances: 3,
         // While the first click sells, the others have long looked, where they are let.
-        hold: Duration::from_millis(50),
+        work: Duration::from_millis(50),
         ..Rush::default()
     }
 }
@@ -257,8 +257,8 @@ fn every_broken_twin_differs_by_its_one_mistake() {
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -271,8 +271,10 @@ async fn the_http_contract_holds(#[case] name: &str) {
 async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
     let (strategy, redis) = (strategy("rlock"), Redis::private().await.unwrap());
     let postgres = backends::postgres().await.unwrap();
-    let stand = Stand::on(&postgres, Some(&redis), strategy.schema).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
+        .await
+        .unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     talk.opens_a_sale(1).await.unwrap();
     assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
 
@@ -300,8 +302,8 @@ async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("rlock");
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();

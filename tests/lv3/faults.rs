@@ -7,17 +7,17 @@ use std::{
 };
 
 use box_office::{
-    Counts,
+    Instrumentation,
     Invariant::{self, Conservation, NoOversell, Progress},
-    Order, RequestKey, SaleId, Stage, Steps, Strategy, Watch,
+    Order, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics,
 };
 use futures_util::FutureExt;
 use harness::{
-    HeldCommits, after_its_fault,
-    backends::{self, Private, Redis, Reply, Stand},
+    DelayedCommits, assert_after_fault,
+    backends::{self, Private, Redis, Reply, TestEnvironment},
     history::{Answer, Refused},
-    http_contract::Talk,
-    ledger::Ledger,
+    history_recorder::HistoryRecorder,
+    http_contract::TestServer,
     proxy::{Cut, Proxy},
     rush::{Program, Rush, SALE},
 };
@@ -49,16 +49,16 @@ fn program(lease: Duration) -> Program {
 }
 
 /// Starts one instance.
-async fn instance(stand: &Stand, name: &str, lease: Duration) -> Talk {
-    Talk::with(stand, &program(lease), &LEVEL, strategy(name))
+async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
+    TestServer::with(stand, &program(lease), &LEVEL, strategy(name))
         .await
         .unwrap()
 }
 
 /// Starts one that freezes when a reservation comes to this point for the first time.
-async fn freezes_at(point: &str, stand: &Stand, name: &str, lease: Duration) -> Talk {
+async fn freezes_at(point: &str, stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
     let program = program(lease).variable("OVERSOLD_STOP_AT", format!("{point}#1"));
-    Talk::with(stand, &program, &LEVEL, strategy(name)).await.unwrap()
+    TestServer::with(stand, &program, &LEVEL, strategy(name)).await.unwrap()
 }
 
 /// The lock of a sale, as Redis tells of it.
@@ -68,7 +68,7 @@ struct Lock<'a> {
 }
 
 impl<'a> Lock<'a> {
-    fn of(sale: SaleId, stand: &Stand, redis: &'a Redis) -> Self {
+    fn of(sale: SaleId, stand: &TestEnvironment, redis: &'a Redis) -> Self {
         let prefix = stand.prefix().expect("a strategy of this level has a place in Redis");
         Self {
             redis,
@@ -120,13 +120,13 @@ impl<'a> Lock<'a> {
 }
 
 /// Waits until a process stands still at its point.
-async fn freezes(talk: &Talk, patience: Duration) {
+async fn freezes(talk: &TestServer, patience: Duration) {
     let frozen = talk.stands_still(patience).await;
     frozen.expect("the fault did not strike: the process runs on");
 }
 
 /// Kills a process that stands still.
-async fn is_killed(talk: &Talk) {
+async fn is_killed(talk: &TestServer) {
     let left = talk.kill().await.unwrap().to_string();
     assert!(left.contains("signal: 9"), "the fault did not strike: {left}");
 }
@@ -141,7 +141,7 @@ async fn strikes(proxy: &Proxy, cut: Cut) {
 }
 
 /// Waits until a commit is on its way.
-async fn strike(held: &HeldCommits) {
+async fn strike(held: &DelayedCommits) {
     until("the fault did not strike: nobody commits", async || {
         held.have_struck().await.unwrap()
     })
@@ -151,12 +151,12 @@ async fn strike(held: &HeldCommits) {
 /// The faults above are only faults if a test can tell that they did not strike.
 #[tokio::test]
 async fn a_fault_that_does_not_strike_is_noticed() {
-    let stand = Stand::shared(strategy("rlock")).await.unwrap();
+    let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let talk = instance(&stand, "rlock", LEASE).await;
     let lock = Lock::of(SALE, &stand, &redis);
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    let held = HeldCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&stand).await.unwrap();
     let does_not = tokio::join!(
         panic_of(lock.ends()),
         panic_of(lock.is_seen_renewed()),
@@ -180,10 +180,10 @@ async fn panic_of(fault: impl Future<Output = ()>) -> String {
 }
 
 /// A Redis that nobody else uses, and a stand on it.
-async fn alone(name: &str) -> (Private<Redis>, Stand) {
+async fn alone(name: &str) -> (Private<Redis>, TestEnvironment) {
     let redis = Redis::private().await.unwrap();
     let postgres = backends::postgres().await.unwrap();
-    let stand = Stand::on(&postgres, Some(&*redis), strategy(name).schema)
+    let stand = TestEnvironment::on(&postgres, Some(&*redis), strategy(name).schema)
         .await
         .unwrap();
     (redis, stand)
@@ -249,10 +249,10 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
     #[case] late: Late,
 ) {
     let lease = Duration::from_millis(500);
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
     first.opens_a_sale(1).await.unwrap();
 
@@ -268,14 +268,14 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
     match late {
         Late::Oversells => assert!(is_confirmed(&ann), "{ann:?}"),
         Late::IsRefused => {
-            assert_eq!(ann, Answer::Undecided);
+            assert_eq!(ann, Answer::Indeterminate);
             assert_eq!(ledger.ask(&first, 1).await, SOLD_OUT);
         }
     }
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, late.breaks());
+    assert_after_fault(strategy(name), &verdict, late.breaks());
 }
 
 /// Others get in within a lease, and so much time as a busy machine takes for it. The mistakes of the broken ones cost them at least as much more.
@@ -290,10 +290,10 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
 async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &str, #[case] others_get_in: bool) {
     // Time to freeze, to kill and to look twice.
     let lease = LEASE * 2;
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
     first.opens_a_sale(3).await.unwrap();
     // Somebody has had the lock before, on the instance that lives on.
@@ -310,7 +310,7 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
         );
         ledger.healed();
     });
-    assert_eq!(ann, Answer::Undecided);
+    assert_eq!(ann, Answer::Indeterminate);
 
     // Where it is right, the wait is over when the lease is: long before a buyer gives up.
     let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
@@ -321,7 +321,7 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
         }
         is_killed(&second).await;
         let verdict = ledger.verdict(&stand).await.unwrap();
-        after_its_fault(strategy(name), &verdict, STUCK);
+        assert_after_fault(strategy(name), &verdict, STUCK);
         return;
     }
     let bob = bob.expect("the lock outlived its holder by more than a lease");
@@ -333,7 +333,7 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, &[]);
+    assert_after_fault(strategy(name), &verdict, &[]);
 }
 
 /// Either of the two locks, through connections of its own, as another process would have them.
@@ -343,7 +343,7 @@ enum Any {
 }
 
 impl Any {
-    async fn on(stand: &Stand, name: &str, lease: Duration) -> Self {
+    async fn on(stand: &TestEnvironment, name: &str, lease: Duration) -> Self {
         let place = stand.redis(lease).unwrap().unwrap();
         let connections = Connections::open(place.url.expose(), &place.prefix).await.unwrap();
         match name {
@@ -366,7 +366,7 @@ impl Any {
 #[case::rlock("rlock")]
 #[tokio::test]
 async fn a_release_by_one_who_is_not_the_owner_is_refused_and_the_owner_keeps_the_lock(#[case] name: &str) {
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let lease = Duration::from_secs(60);
@@ -390,10 +390,10 @@ async fn a_release_by_one_who_is_not_the_owner_is_refused_and_the_owner_keeps_th
 async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[case] name: &str, #[case] gets_in: bool) {
     // So long that the lock is surely given back before.
     let lease = Duration::from_secs(4);
-    let mut stand = Stand::shared(strategy(name)).await.unwrap();
+    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let first = freezes_at(DECIDED, &stand, name, lease).await;
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     stand.redis_at(proxy.port()).unwrap();
@@ -447,7 +447,7 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, &[]);
+    assert_after_fault(strategy(name), &verdict, &[]);
 }
 
 #[rstest]
@@ -456,9 +456,9 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case] name: &str) {
-    let mut stand = Stand::shared(strategy(name)).await.unwrap();
+    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     stand.redis_at(proxy.port()).unwrap();
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
@@ -470,12 +470,12 @@ async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case]
         ledger.struck("Redis is cut");
         let sent = proxy.bytes_to_server();
         let bob = ledger.ask(&second, 2).await;
-        assert_eq!(bob, Answer::Undecided);
+        assert_eq!(bob, Answer::Indeterminate);
         assert_eq!(proxy.bytes_to_server(), sent, "the fault did not strike");
         first.goes_on().await.unwrap();
     });
-    assert!(is_confirmed(&ann) || ann == Answer::Undecided, "{ann:?}");
-    assert_eq!(ledger.ask(&second, 3).await, Answer::Undecided);
+    assert!(is_confirmed(&ann) || ann == Answer::Indeterminate, "{ann:?}");
+    assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
     proxy.cuts(Cut::Nothing);
     ledger.healed();
 
@@ -490,7 +490,7 @@ async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case]
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, &[]);
+    assert_after_fault(strategy(name), &verdict, &[]);
 }
 
 #[rstest]
@@ -507,7 +507,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
         let fence = sqlx::query_scalar("select fence from sale where id = $1").bind(SALE);
         fence.fetch_one(&database).await.unwrap()
     };
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
     second.opens_a_sale(BEFORE + 1).await.unwrap();
     for buyer in 1..=BEFORE {
@@ -541,14 +541,14 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
             assert!(after > before, "the token went back from {before} to {after}");
         } else {
             // The tokens begin again at 1, and the row has seen greater ones.
-            assert_eq!(told, Answer::Undecided);
-            assert_eq!(ledger.ask(&second, early).await, Answer::Undecided);
+            assert_eq!(told, Answer::Indeterminate);
+            assert_eq!(ledger.ask(&second, early).await, Answer::Indeterminate);
             assert_eq!(after, before);
         }
         first.goes_on().await.unwrap();
     });
     if grow {
-        assert_eq!(told_late, Answer::Undecided, "the late holder's write");
+        assert_eq!(told_late, Answer::Indeterminate, "the late holder's write");
         assert_eq!(ledger.ask(&second, late).await, SOLD_OUT);
     } else {
         assert!(is_confirmed(&told_late), "{told_late:?}");
@@ -557,7 +557,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
     second.stop().await.unwrap();
     database.close().await;
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, if grow { &[] } else { STUCK });
+    assert_after_fault(strategy(name), &verdict, if grow { &[] } else { STUCK });
 }
 
 #[rstest]
@@ -571,7 +571,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     let lease = Duration::from_secs(60);
     let (redis, stand) = alone(name).await;
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
     first.opens_a_sale(3).await.unwrap();
     assert!(is_confirmed(&ledger.ask(&second, 1).await));
@@ -590,11 +590,11 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     assert!(is_confirmed(&ledger.ask(&second, 2).await));
     if name == "broken/bare-evalsha" {
         assert!(lock.is_taken().await, "it was given back all the same");
-        assert_eq!(ledger.ask(&second, 3).await, Answer::Undecided);
+        assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
         second.stop().await.unwrap();
         let verdict = ledger.verdict(&stand).await.unwrap();
-        after_its_fault(strategy(name), &verdict, STUCK);
+        assert_after_fault(strategy(name), &verdict, STUCK);
         return;
     }
     // While somebody holds the lock, too.
@@ -610,7 +610,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, &[]);
+    assert_after_fault(strategy(name), &verdict, &[]);
 }
 
 fn is_noscript(reply: &Reply) -> bool {
@@ -630,13 +630,17 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     let (lease, outlives) = (LEASE, name == "broken/watchdog-not-tied");
     let (redis, stand) = alone(name).await;
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let rush = Rush {
-        hold: lease * 2,
+        work: lease * 2,
         ..Rush::default()
     };
     let (program, strategy) = (program(lease), strategy(name));
-    let slow = async || Talk::during(&rush, &stand, &program, &LEVEL, strategy).await.unwrap();
+    let slow = async || {
+        TestServer::during(&rush, &stand, &program, &LEVEL, strategy)
+            .await
+            .unwrap()
+    };
     let (first, second) = tokio::join!(slow(), slow());
     first.opens_a_sale(1).await.unwrap();
 
@@ -652,7 +656,7 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
         false => assert!(is_confirmed(&bob), "{bob:?}"),
     }
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy, &verdict, if renewed { &[] } else { OVERSOLD });
+    assert_after_fault(strategy, &verdict, if renewed { &[] } else { OVERSOLD });
 
     // Both are done, and so is their watchdog: somebody else's lock lives for its lease, and nobody asks Redis for anything.
     until("the lock is given back", async || !lock.is_taken().await).await;
@@ -683,7 +687,7 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
 fn is_told(told: &Answer, late: Late) {
     match late {
         Late::Oversells => assert!(is_confirmed(told), "{told:?}"),
-        Late::IsRefused => assert_eq!(*told, Answer::Undecided),
+        Late::IsRefused => assert_eq!(*told, Answer::Indeterminate),
     }
 }
 
@@ -693,19 +697,19 @@ fn is_told(told: &Answer, late: Late) {
 #[case::fenced("fenced", Late::IsRefused)]
 #[tokio::test]
 async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#[case] name: &str, #[case] late: Late) {
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     let slow = Rush {
-        hold: LEASE * 3,
+        work: LEASE * 3,
         ..Rush::default()
     };
     let behind = program(LEASE).variable("REDIS_URL", proxy.instead_of(redis.url()));
     let (first, second) = tokio::join!(
         async {
-            let first = Talk::during(&slow, &stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::during(&slow, &stand, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
         instance(&stand, name, LEASE)
@@ -740,7 +744,7 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, late.breaks());
+    assert_after_fault(strategy(name), &verdict, late.breaks());
 }
 
 /// When Postgres carries out the commit whose connection broke.
@@ -767,11 +771,11 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     #[case] carried: Carried,
     #[case] keeps: bool,
 ) {
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let (redis, postgres) = tokio::join!(backends::redis(), backends::postgres());
     let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let lease = match carried {
         // Bob waits for it to end, and hears of nothing before that.
@@ -781,20 +785,20 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     let behind = program(lease).variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
     let (first, second) = tokio::join!(
         async {
-            let first = Talk::with(&stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::with(&stand, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
         instance(&stand, name, lease)
     );
     second.opens_a_sale(1).await.unwrap();
-    let held = HeldCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&stand).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
         strike(&held).await;
         strikes(&proxy, Cut::Everything).await;
         ledger.struck("a commit has lost its connection");
     });
-    assert_eq!(ann, Answer::Undecided);
+    assert_eq!(ann, Answer::Indeterminate);
     let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
         let at_the_row = async || held.waiting("transactionid tuple").await.unwrap() > 0;
         if carried == Carried::Out && keeps && name != "fenced" {
@@ -826,7 +830,7 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
-    after_its_fault(strategy(name), &verdict, if keeps { &[] } else { OVERSOLD });
+    assert_after_fault(strategy(name), &verdict, if keeps { &[] } else { OVERSOLD });
 }
 
 /// Her first request has lost its lock, and its write is still being committed when she asks again, elsewhere. What is behind the fence is looked at
@@ -834,13 +838,13 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
 #[tokio::test]
 async fn a_buyer_who_repeats_while_her_write_is_being_committed_has_one_reservation() {
     let name = "fenced";
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(instance(&stand, name, LEASE), instance(&stand, name, LEASE));
     first.opens_a_sale(2).await.unwrap();
-    let held = HeldCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&stand).await.unwrap();
 
     let (once, again) = tokio::join!(ledger.ask(&first, 1), async {
         strike(&held).await;
@@ -858,14 +862,14 @@ async fn a_buyer_who_repeats_while_her_write_is_being_committed_has_one_reservat
     assert_eq!(again, once);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    after_its_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
+    assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
 }
 
 /// She has a token and has not shown it to the row. By the time that she does, somebody with a later one has been there.
 #[tokio::test]
 async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
     let (name, lease) = ("fenced", Duration::from_millis(500));
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let database = stand.database().pool(1).await.unwrap();
@@ -873,7 +877,7 @@ async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
         let fence = sqlx::query_scalar("select fence from sale where id = $1").bind(SALE);
         fence.fetch_one(&database).await.unwrap()
     };
-    let ledger = Ledger::new(strategy(name));
+    let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(
         freezes_at("lock taken", &stand, name, lease),
         instance(&stand, name, lease)
@@ -890,13 +894,13 @@ async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
         ledger.healed();
         raised
     });
-    assert_eq!(ann, Answer::Undecided);
+    assert_eq!(ann, Answer::Indeterminate);
     assert_eq!(fence().await, raised);
     assert!(is_confirmed(&ledger.ask(&first, 1).await));
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     database.close().await;
-    after_its_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
+    assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
 }
 
 /// The commit is under way, and nobody awaits it any more. Its lock stays until it is carried out.
@@ -906,21 +910,24 @@ async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
 #[tokio::test]
 async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let second = instance(&stand, name, LEASE * 10).await;
     second.opens_a_sale(1).await.unwrap();
-    let held = HeldCommits::on(&stand).await.unwrap();
-    let stage = Stage {
-        database: Stage::pool_options(1).connect(&stand.database().url()).await.unwrap(),
-        hold: Duration::ZERO,
-        counts: Counts::default(),
+    let held = DelayedCommits::on(&stand).await.unwrap();
+    let context = StrategyContext {
+        database: StrategyContext::pool_options(1)
+            .connect(&stand.database().url())
+            .await
+            .unwrap(),
+        work: Duration::ZERO,
+        counts: StrategyMetrics::default(),
         redis: stand.redis(LEASE * 10).unwrap(),
         kafka: None,
-        watch: Watch::default(),
+        watch: Instrumentation::default(),
     };
-    let here = (strategy.open)(stage).await.unwrap();
+    let here = (strategy.open)(context).await.unwrap();
     let order = Order {
         sale: SALE,
         buyer: 1,
@@ -935,7 +942,7 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
             () = strike(&held) => {}
         }
     }
-    let ledger = Ledger::new(strategy);
+    let ledger = HistoryRecorder::new(strategy);
     let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
         // Far longer than it takes to come as far as the row, where the lock lets him.
         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -955,7 +962,7 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
 #[case::rlock("rlock", 1)]
 #[tokio::test]
 async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] name: &str, #[case] listens: i64) {
-    let stand = Stand::shared(strategy(name)).await.unwrap();
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     // Nobody gets in because a lease has ended.
@@ -999,7 +1006,7 @@ async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] n
 /// The test above would see it: a wait in a task of its own goes on when whoever began it has left.
 #[tokio::test]
 async fn a_waiter_that_outlives_its_caller_is_noticed() {
-    let stand = Stand::shared(strategy("rlock")).await.unwrap();
+    let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let (here, there) = tokio::join!(Any::on(&stand, "rlock", LEASE), Any::on(&stand, "rlock", LEASE));

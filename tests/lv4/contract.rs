@@ -8,15 +8,15 @@ use std::{
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
-    KafkaPlace, Level, Place, Promises, Strategy,
+    KafkaConfig, Level, Place, Promises, Strategy,
 };
 use harness::{
-    backends::Stand,
+    backends::TestEnvironment,
     contract,
-    crowd::bears_idle_and_slow_clients,
-    http_contract::{Talk, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
     restarts,
     rush::{Program, Rush, SALE},
+    slow_clients::bears_idle_and_slow_clients,
     twins::differ_by_one_mistake,
 };
 use lv4_kafka::{LEVEL, path::lag};
@@ -38,7 +38,7 @@ fn program_that_is_struck(name: &str) -> Program {
     let program = program_that_is_missed_soon();
     match name {
         // The whole of a wave would be decided in a few milliseconds, as two batches. Each takes this time.
-        "single-writer" => program.variable("HOLD_MS", "200"),
+        "single-writer" => program.variable("WORK_MS", "200"),
         _ => program,
     }
 }
@@ -89,7 +89,7 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
     #[case] expected: Promises,
 ) {
     let rush = Rush {
-        hold: Duration::from_millis(100),
+        work: Duration::from_millis(100),
         ..Rush::for_strategy(strategy(name)).instances(instances)
     };
     contract(&program(), &LEVEL, name, rush, expected).await;
@@ -133,7 +133,7 @@ fn fifty_clicks() -> Rush {
         clicks: 50,
         instances: 3,
         // While the first click sells, the others have long looked, where they are let.
-        hold: Duration::from_millis(50),
+        work: Duration::from_millis(50),
         ..Rush::default()
     }
 }
@@ -142,7 +142,7 @@ fn fifty_clicks() -> Rush {
 #[tokio::test]
 async fn a_rush_is_judged_when_no_order_waits_any_more() {
     static WAITING: AtomicU64 = AtomicU64::new(3);
-    fn one_less(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
+    fn one_less(place: &KafkaConfig, patience: Duration) -> anyhow::Result<u64> {
         let waiting = WAITING.load(Relaxed);
         WAITING.store(waiting.saturating_sub(1), Relaxed);
         Ok(waiting + lag(place, patience)?)
@@ -192,8 +192,8 @@ fn every_broken_twin_differs_by_its_one_mistake() {
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -205,8 +205,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("single-writer");
-    let stand = Stand::shared(strategy).await.unwrap();
-    let talk = Talk::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();

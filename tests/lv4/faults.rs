@@ -10,19 +10,18 @@ use std::{
 };
 
 use box_office::{
-    Counts,
+    Instrumentation,
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, Progress},
-    KafkaPlace, Order, ProblemKind, RequestKey, SaleId, Stage, Strategy, Watch,
+    KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics,
 };
 use futures_util::future::join_all;
 use harness::{
-    HeldCommits, after_its_fault,
-    backends::{self, Durability, Kafka, Postgres, Redis, Reply, Stand},
-    declares_limit,
+    DelayedCommits, assert_after_fault, assert_failure_mode,
+    backends::{self, Durability, Kafka, Postgres, Redis, Reply, TestEnvironment},
     history::Answer,
-    http_contract::Talk,
+    history_recorder::HistoryRecorder,
+    http_contract::TestServer,
     judge::Verdict,
-    ledger::Ledger,
     proxy::{Cut, Proxy},
     rush::{Program, Rush, SALE},
     until,
@@ -77,11 +76,11 @@ fn strategy(name: &str) -> &'static Strategy {
 /// A place to sell at: a strategy on its backends.
 struct Place {
     strategy: &'static Strategy,
-    stand: Stand,
+    stand: TestEnvironment,
     pool: PgPool,
     session: Duration,
     /// What the buyers of [`SALE`] were told.
-    ledger: Ledger,
+    ledger: HistoryRecorder,
     /// Asks the broker, as anybody could.
     asks: Arc<BaseConsumer>,
 }
@@ -89,10 +88,10 @@ struct Place {
 impl Place {
     async fn of(name: &str) -> Self {
         let strategy = strategy(name);
-        Self::on(strategy, Stand::shared(strategy).await.unwrap()).await
+        Self::on(strategy, TestEnvironment::shared(strategy).await.unwrap()).await
     }
 
-    async fn on(strategy: &'static Strategy, stand: Stand) -> Self {
+    async fn on(strategy: &'static Strategy, stand: TestEnvironment) -> Self {
         let pool = stand.database().pool(1).await.unwrap();
         let kafka = stand
             .kafka(0, SESSION)
@@ -107,7 +106,7 @@ impl Place {
             stand,
             pool,
             session: SESSION,
-            ledger: Ledger::new(strategy),
+            ledger: HistoryRecorder::new(strategy),
             asks: Arc::new(asks),
         }
     }
@@ -121,31 +120,33 @@ impl Place {
     }
 
     /// Starts an instance.
-    async fn instance(&self, settings: &[(&'static str, &str)]) -> Talk {
+    async fn instance(&self, settings: &[(&'static str, &str)]) -> TestServer {
         let program = Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
             .variable("KAFKA_SESSION_MS", self.session.as_millis().to_string())
             .variable("LOCK_LEASE_MS", "1000");
         let program = settings
             .iter()
             .fold(program, |program, &(name, value)| program.variable(name, value));
-        Talk::with(&self.stand, &program, &LEVEL, self.strategy).await.unwrap()
+        TestServer::with(&self.stand, &program, &LEVEL, self.strategy)
+            .await
+            .unwrap()
     }
 
     /// One that accepts orders and decides none, with a sale.
-    async fn acceptor(&self, capacity: u32) -> Talk {
+    async fn acceptor(&self, capacity: u32) -> TestServer {
         let talk = self.instance(&[("KAFKA_CONSUMERS", "0")]).await;
         talk.opens_a_sale(capacity).await.unwrap();
         talk
     }
 
     /// One that stops (SIGSTOP) when its consumer comes to this point for the first time.
-    async fn stops_at(&self, point: &str) -> Talk {
+    async fn stops_at(&self, point: &str) -> TestServer {
         let stopping = self.instance(&[("OVERSOLD_STOP_AT", &format!("{point}#1"))]).await;
         stopping.stands_still(PATIENCE).await.expect("the fault did not strike");
         stopping
     }
 
-    fn kafka(&self) -> KafkaPlace {
+    fn kafka(&self) -> KafkaConfig {
         self.stand
             .kafka(0, self.session)
             .expect("a strategy of this level has a place in Kafka")
@@ -314,7 +315,7 @@ impl Place {
     }
 
     /// Orders of these buyers, all accepted.
-    async fn accepted(&self, talk: &Talk, buyers: impl Iterator<Item = i64>) -> Vec<Uuid> {
+    async fn accepted(&self, talk: &TestServer, buyers: impl Iterator<Item = i64>) -> Vec<Uuid> {
         let mut orders = vec![];
         for buyer in buyers {
             orders.push(self.accepts(talk, buyer).await);
@@ -322,7 +323,7 @@ impl Place {
         orders
     }
 
-    async fn accepts(&self, talk: &Talk, buyer: i64) -> Uuid {
+    async fn accepts(&self, talk: &TestServer, buyer: i64) -> Uuid {
         match self.ledger.ask(talk, buyer).await {
             Answer::Accepted { reservation, .. } => reservation,
             other => panic!("buyer {buyer} is told {other:?}"),
@@ -367,27 +368,27 @@ impl Place {
     }
 
     /// What the judge finds, once every buyer has asked this server what became of the order.
-    async fn verdict(&self, talk: &Talk, patience: Duration) -> Verdict {
+    async fn verdict(&self, talk: &TestServer, patience: Duration) -> Verdict {
         self.ledger.ask_how_they_ended(talk, patience).await.unwrap();
         self.ledger.verdict(&self.stand).await.unwrap()
     }
 
     /// Holds the outcome against what is expected of this strategy, as its rows and events tell it, and as this server tells those who ask.
-    async fn hold(&self, talk: &Talk, orders: &[Uuid], expected: Expected) {
+    async fn hold(&self, talk: &TestServer, orders: &[Uuid], expected: Expected) {
         let wrong = self.not_decided_and_told_once(orders).await;
         match expected {
             Kept => {
                 assert!(wrong.is_empty(), "{wrong:#?}");
-                after_its_fault(self.strategy, &self.verdict(talk, PATIENCE).await, &[]);
+                assert_after_fault(self.strategy, &self.verdict(talk, PATIENCE).await, &[]);
             }
             // Then there is nothing that a judge could say of the sale.
             Breaks([]) => {
                 assert!(!wrong.is_empty(), "the mistake of {} was not seen", self.strategy.name);
                 println!("{}: {wrong:?}", self.strategy.name);
-                declares_limit(self.strategy, &[]);
+                assert_failure_mode(self.strategy, &[]);
             }
             Breaks(invariants) => {
-                after_its_fault(self.strategy, &self.verdict(talk, TIME_FOR_A_MISTAKE).await, invariants);
+                assert_after_fault(self.strategy, &self.verdict(talk, TIME_FOR_A_MISTAKE).await, invariants);
             }
         }
     }
@@ -464,7 +465,7 @@ fn address_in(url: &str) -> String {
 }
 
 /// Orders, and is told that nobody knows: whatever it was that took too long.
-async fn is_told_undecided(talk: &Talk, buyer: i64) {
+async fn is_told_undecided(talk: &TestServer, buyer: i64) {
     let answered = talk
         .reserve(SALE, buyer, Some(&format!("buyer-{buyer}")))
         .await
@@ -476,7 +477,7 @@ async fn is_told_undecided(talk: &Talk, buyer: i64) {
 }
 
 /// A client that follows an order and has been told that it is accepted.
-async fn follows(talk: &Talk, order: Uuid) -> TcpStream {
+async fn follows(talk: &TestServer, order: Uuid) -> TcpStream {
     let mut stream = TcpStream::connect(talk.address()).await.unwrap();
     let request = format!("GET /api/reservations/{order}/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -490,7 +491,7 @@ async fn follows(talk: &Talk, order: Uuid) -> TcpStream {
     stream
 }
 
-async fn killed(talk: &Talk) {
+async fn killed(talk: &TestServer) {
     let status = talk.kill().await.unwrap();
     assert!(
         status.to_string().contains("signal: 9"),
@@ -584,7 +585,7 @@ async fn an_offset_is_not_committed_while_its_order_is_in_hand(#[case] name: &st
     let acceptor = place.acceptor(2).await;
     let orders = place.accepted(&acceptor, 1..=1).await;
 
-    let first = place.instance(&[("HOLD_MS", "10000")]).await;
+    let first = place.instance(&[("WORK_MS", "10000")]).await;
     place.an_order_is_in_hand().await;
     let committed = async || place.committed().await > 0;
     match expected {
@@ -611,7 +612,7 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] na
     let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let acceptor = place.acceptor(1).await;
-    let held = HeldCommits::on(&place.stand).await.unwrap();
+    let held = DelayedCommits::on(&place.stand).await.unwrap();
     let orders = place.accepted(&acceptor, 1..=2).await;
     let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
     let taken = async || redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(1);
@@ -664,7 +665,7 @@ async fn a_lock_whose_answer_came_too_late_is_given_back() {
     let strategy = strategy("locked");
     let redis = Redis::private().await.unwrap();
     let (postgres, kafka) = tokio::join!(backends::postgres(), backends::kafka());
-    let stand = Stand::on(&postgres.unwrap(), Some(&*redis), strategy.schema)
+    let stand = TestEnvironment::on(&postgres.unwrap(), Some(&*redis), strategy.schema)
         .await
         .unwrap()
         .and_kafka(Some(&*kafka.unwrap()));
@@ -726,7 +727,7 @@ async fn a_commit_that_fails_loses_no_order(#[case] name: &str) {
     let place = Place::of(name).await;
     let acceptor = place.acceptor(2).await;
     let orders = place.accepted(&acceptor, 1..=3).await;
-    let held = HeldCommits::on(&place.stand).await.unwrap();
+    let held = DelayedCommits::on(&place.stand).await.unwrap();
     let decider = place.instance(&[]).await;
     until("the fault did not strike: nobody commits", async || {
         held.have_struck().await.unwrap()
@@ -877,7 +878,7 @@ async fn a_server_that_is_told_to_stop_finishes_what_it_has_in_hand(#[case] name
     let place = Place::of(name).await;
     let acceptor = place.acceptor(2).await;
     let orders = place.accepted(&acceptor, 1..=1).await;
-    let decider = place.instance(&[("HOLD_MS", "3000")]).await;
+    let decider = place.instance(&[("WORK_MS", "3000")]).await;
     place.an_order_is_in_hand().await;
     let told = std::process::Command::new("kill")
         .arg(decider.pid().await.unwrap().to_string())
@@ -900,7 +901,7 @@ async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
-    let stand = Stand::on(&postgres, Some(&redis), strategy.schema)
+    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
@@ -937,7 +938,7 @@ async fn an_order_that_a_broker_took_and_did_not_acknowledge_is_not_accepted(#[c
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
-    let stand = Stand::on(&postgres, Some(&redis), strategy.schema)
+    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
@@ -992,7 +993,7 @@ async fn an_instance_finds_the_broker_again(#[case] name: &str) {
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
-    let stand = Stand::on(&postgres, Some(&redis), strategy.schema)
+    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
@@ -1195,7 +1196,7 @@ async fn a_server_is_ready_once_each_of_its_consumers_has_partitions() {
 async fn who_asks_is_answered_while_orders_take_their_time() {
     let place = Place::of("locked").await;
     let talk = place
-        .instance(&[("DATABASE_POOL_SIZE", "2"), ("HOLD_MS", "10000")])
+        .instance(&[("DATABASE_POOL_SIZE", "2"), ("WORK_MS", "10000")])
         .await;
     talk.opens_a_sale(10).await.unwrap();
     let orders = place.accepted(&talk, 1..=8).await;
@@ -1222,7 +1223,7 @@ async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
     let strategy = strategy("locked");
     let (postgres, kafka) = (backends::postgres().await.unwrap(), backends::kafka().await.unwrap());
     let redis = Redis::private().await.unwrap();
-    let stand = Stand::on(&postgres, Some(&redis), strategy.schema)
+    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
@@ -1231,7 +1232,7 @@ async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
     let orders = place.accepted(&acceptor, 1..=60).await;
     let trace = std::env::temp_dir().join(format!("oversold-trace-{}", Uuid::new_v4()));
     let decider = place
-        .instance(&[("OVERSOLD_TRACE_FILE", trace.to_str().unwrap()), ("HOLD_MS", "50")])
+        .instance(&[("OVERSOLD_TRACE_FILE", trace.to_str().unwrap()), ("WORK_MS", "50")])
         .await;
     until("some are decided", async || place.rows().await > 0).await;
     redis.stop().await.unwrap();
@@ -1362,15 +1363,15 @@ async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] nam
 #[tokio::test]
 async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
     let place = Place::of("single-writer").await;
-    let stage = Stage {
+    let context = StrategyContext {
         database: place.stand.database().pool(2).await.unwrap(),
-        hold: Duration::ZERO,
-        counts: Counts::default(),
+        work: Duration::ZERO,
+        counts: StrategyMetrics::default(),
         redis: None,
         kafka: Some(place.kafka()),
-        watch: Watch::default(),
+        watch: Instrumentation::default(),
     };
-    let path = Path::open(stage).await.unwrap();
+    let path = Path::open(context).await.unwrap();
     let (_joins, joined) = watch::channel(true);
     let (ends, end) = oneshot::channel::<()>();
     path.work(joined, async move { drop(end.await) });
@@ -1417,7 +1418,7 @@ async fn the_metrics_tell_how_far_the_group_is_behind() {
     let place = Place::of("single-writer").await;
     let acceptor = place.acceptor(10).await;
     let orders = place.accepted(&acceptor, 1..=5).await;
-    let told = async |talk: &Talk| metric(talk, "oversold_consumer_lag").await;
+    let told = async |talk: &TestServer| metric(talk, "oversold_consumer_lag").await;
     until("five wait", async || told(&acceptor).await == Some(5)).await;
     let decider = place.instance(&[]).await;
     place.quiet().await;
@@ -1432,7 +1433,7 @@ async fn the_metrics_tell_how_far_the_group_is_behind() {
 }
 
 /// A figure of a server's metrics, summed over its labels. `None`: it is not told.
-async fn metric(server: &Talk, name: &str) -> Option<i64> {
+async fn metric(server: &TestServer, name: &str) -> Option<i64> {
     let answer = server.get("/metrics").await.unwrap();
     let text = String::from_utf8(answer.body.to_vec()).unwrap();
     let named = text.lines().filter(|line| {
@@ -1513,7 +1514,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
         .await;
         let passed = seen_within(TIME_FOR_A_MISTAKE, async || place.offsets().await[&first].0 > offset).await;
         assert!(!passed, "the mistake of {name} was not seen");
-        declares_limit(place.strategy, &[]);
+        assert_failure_mode(place.strategy, &[]);
         return killed(&decider).await;
     }
     place.quiet().await;
@@ -1522,7 +1523,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     let mut letters = list().await;
     if expected != Kept {
         assert_eq!(letters.len(), 1, "the mistake of {name} was not seen");
-        declares_limit(place.strategy, &[]);
+        assert_failure_mode(place.strategy, &[]);
         return decider.stop().await.unwrap();
     }
     // Orders of one partition that are decided at the same time may be buried in any order.
@@ -1613,7 +1614,7 @@ async fn a_fault_that_passes_loses_no_order_and_buries_none(
     let kafka = backends::kafka().await.unwrap();
     let redis = Redis::private().await.unwrap();
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = Stand::on(&postgres, Some(&redis), strategy.schema)
+    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
@@ -1831,7 +1832,7 @@ async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
 
     assert_eq!(place.members().await, members, "nobody was missed");
     let Breaks(limit) = OVERSOLD else { unreachable!() };
-    after_its_fault(place.strategy, &place.verdict(&acceptor, PATIENCE).await, limit);
+    assert_after_fault(place.strategy, &place.verdict(&acceptor, PATIENCE).await, limit);
     acceptor.stop().await.unwrap();
     first.stop().await.unwrap();
     second.stop().await.unwrap();
@@ -1841,7 +1842,7 @@ async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
 #[tokio::test]
 async fn orders_of_one_sale_are_decided_by_several_instances() {
     let strategy = strategy("locked");
-    let stand = Stand::shared(strategy).await.unwrap();
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
     let rush = Rush {
         buyers: 60,
         instances: 3,

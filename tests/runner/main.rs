@@ -27,7 +27,7 @@ fn command(arguments: &[&str]) -> Command {
         "STRATEGY",
         "PORT",
         "DATABASE_POOL_SIZE",
-        "HOLD_MS",
+        "WORK_MS",
         "OVERSOLD_TRACE_FILE",
         "REDIS_PREFIX",
         "LOCK_LEASE_MS",
@@ -240,7 +240,7 @@ fn a_server_of_lv3_needs_redis() {
 #[tokio::test]
 async fn a_redis_that_is_not_there_is_exit_code_3_and_never_a_password(#[case] url: &str, #[case] says: &str) {
     let postgres = harness::backends::postgres().await.unwrap();
-    let stand = harness::backends::Stand::on(&postgres, None, lv3_redis_lock::BARE)
+    let stand = harness::backends::TestEnvironment::on(&postgres, None, lv3_redis_lock::BARE)
         .await
         .unwrap();
     let mut serve = command(&["serve", "lv3/rlock", "--port", "0"]);
@@ -265,7 +265,7 @@ fn dead_letters_where_nobody_answers_are_exit_code_3() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
     let strategy = lv4_kafka::LEVEL.strategy("single-writer").unwrap();
-    let stand = harness::backends::Stand::shared(strategy).await.unwrap();
+    let stand = harness::backends::TestEnvironment::shared(strategy).await.unwrap();
     let letters = |arguments: &[&str]| {
         let mut letters = command(&[&["dead-letters"], arguments].concat());
         letters.envs(stand.environment()).output().unwrap()
@@ -423,7 +423,7 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_name
         "capacity",
         "buyers",
         "instances",
-        "hold_ms",
+        "work_ms",
         "strategies",
     ] {
         assert!(
@@ -620,10 +620,10 @@ fn every_broken_strategy_says_what_it_breaks() {
     let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
     let is_empty = |value: &Value| value.as_array().unwrap().is_empty();
     for strategy in listed.as_array().unwrap() {
-        let says = ["alone", "together"]
+        let says = ["single_instance", "multi_instance"]
             .into_iter()
             .any(|instances| !is_empty(&strategy[instances]["breaks"]))
-            || !is_empty(&strategy["limits"]);
+            || !is_empty(&strategy["failure_modes"]);
         assert!(strategy["place"] != "broken" || says, "{strategy}");
     }
 }

@@ -109,7 +109,7 @@ pub enum Refusal {
 
 /// The system can't say: it may or may not have happened. The buyer repeats with the same key.
 #[derive(Debug, thiserror::Error)]
-pub enum Undecided {
+pub enum Indeterminate {
     /// No connection or lock could be had in time.
     #[error("too many requests are waiting")]
     Overloaded,
@@ -123,16 +123,16 @@ pub enum Undecided {
 
 /// Every answer that is not a yes. The two kinds never turn into each other.
 #[derive(Debug, thiserror::Error)]
-pub enum No {
+pub enum ReserveError {
     /// A correct no.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// Nobody can say yet.
     #[error(transparent)]
-    Undecided(#[from] Undecided),
+    Indeterminate(#[from] Indeterminate),
 }
 
-impl From<sqlx::Error> for No {
+impl From<sqlx::Error> for ReserveError {
     /// A database error never refuses anybody: whatever went wrong, the answer is "undecided".
     fn from(error: sqlx::Error) -> Self {
         /// Postgres: the lock could not be had within `lock_timeout`.
@@ -141,21 +141,21 @@ impl From<sqlx::Error> for No {
         const QUERY_CANCELED: &str = "57014";
 
         let undecided = match &error {
-            sqlx::Error::PoolTimedOut => Undecided::Overloaded,
+            sqlx::Error::PoolTimedOut => Indeterminate::Overloaded,
             sqlx::Error::Database(refused) => match refused.code().as_deref() {
-                Some(LOCK_NOT_AVAILABLE) => Undecided::Overloaded,
-                Some(QUERY_CANCELED) => Undecided::TimedOut,
-                _ => Undecided::BackendAway(error.into()),
+                Some(LOCK_NOT_AVAILABLE) => Indeterminate::Overloaded,
+                Some(QUERY_CANCELED) => Indeterminate::TimedOut,
+                _ => Indeterminate::BackendAway(error.into()),
             },
-            _ => Undecided::BackendAway(error.into()),
+            _ => Indeterminate::BackendAway(error.into()),
         };
-        Self::Undecided(undecided)
+        Self::Indeterminate(undecided)
     }
 }
 
 /// A reservation that was there before the order came: the buyer's own, or one under the order's key.
 #[derive(Clone, Debug, sqlx::FromRow)]
-pub struct Earlier {
+pub struct ExistingReservation {
     /// The reservation.
     pub id: Uuid,
     /// Whose it is.
@@ -164,7 +164,7 @@ pub struct Earlier {
     pub request_key: String,
 }
 
-impl Earlier {
+impl ExistingReservation {
     /// What to tell the buyer of `order`: a repeat is answered as the first time, anything else is refused.
     pub fn answer(&self, order: &Order) -> Result<Outcome, Refusal> {
         let reservation = Reservation { id: self.id };

@@ -141,39 +141,43 @@ impl Promises {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guarantee {
     /// With one instance of the server.
-    pub alone: Promises,
+    pub single_instance: Promises,
     /// With several.
-    pub together: Promises,
+    pub multi_instance: Promises,
     /// What the strategy does not survive. No rush shows it: a test brings it about, on purpose.
-    pub limits: &'static [Limit],
+    pub failure_modes: &'static [FailureMode],
 }
 
 /// An event that a strategy does not survive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limit {
+pub struct FailureMode {
     /// What happens, such as "a holder stands still for longer than its lease".
-    pub when: &'static str,
+    pub trigger: &'static str,
     /// What it breaks then, at least, in the order of the codes. Nothing, where the damage is beside the sale.
-    pub breaks: &'static [Invariant],
+    pub violates: &'static [Invariant],
 }
 
 impl Guarantee {
     /// The same promises however many instances there are.
-    pub const fn on_any_number(promises: Promises) -> Self {
+    pub const fn uniform(promises: Promises) -> Self {
         Self {
-            alone: promises,
-            together: promises,
-            limits: &[],
+            single_instance: promises,
+            multi_instance: promises,
+            failure_modes: &[],
         }
     }
 
-    /// The same, up to these limits.
-    pub const fn up_to(self, limits: &'static [Limit]) -> Self {
-        Self { limits, ..self }
+    /// The same, except in these failure modes.
+    pub const fn except(self, failure_modes: &'static [FailureMode]) -> Self {
+        Self { failure_modes, ..self }
     }
 
     /// The promises for so many instances.
     pub const fn on(&self, instances: usize) -> Promises {
-        if instances == 1 { self.alone } else { self.together }
+        if instances == 1 {
+            self.single_instance
+        } else {
+            self.multi_instance
+        }
     }
 }

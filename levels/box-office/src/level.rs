@@ -12,7 +12,7 @@ use sqlx::{
 
 use uuid::Uuid;
 
-use crate::{Counts, Guarantee, No, Order, Outcome, RedisUrl, Steps, Watch, api};
+use crate::{Guarantee, Instrumentation, Order, Outcome, RedisUrl, ReserveError, Steps, StrategyMetrics, api};
 
 /// One way to sell a ticket.
 #[async_trait]
@@ -20,14 +20,14 @@ pub trait Reserve: Send + Sync {
     /// Sells one ticket to the buyer of `order`, or says why not. `steps` marks the places where a test can hold it.
     ///
     /// # Errors
-    /// A [`Refusal`](crate::Refusal) where "no" is the truth, [`Undecided`](crate::Undecided) where nobody can say.
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No>;
+    /// A [`Refusal`](crate::Refusal) where "no" is the truth, [`Indeterminate`](crate::Undecided) where nobody can say.
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError>;
 
     /// Whether the services that it needs besides Postgres answer. Part of the server's readiness.
     ///
     /// # Errors
     /// One does not.
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         Ok(())
     }
 
@@ -41,7 +41,7 @@ pub trait Reserve: Send + Sync {
     ///
     /// # Errors
     /// Nobody can say, as the database is away.
-    async fn events(&self, _id: Uuid, _after: i64, _patience: Duration) -> Result<Option<Vec<Event>>, No> {
+    async fn events(&self, _id: Uuid, _after: i64, _patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         Ok(None)
     }
 
@@ -67,7 +67,7 @@ pub struct Level {
     /// What it shows, in one line.
     pub summary: &'static str,
     /// Asks Kafka, each question for so long at most, how many messages the group that decides has not passed. `None`: the level has no such group.
-    pub lag: Option<fn(&KafkaPlace, Duration) -> anyhow::Result<u64>>,
+    pub lag: Option<fn(&KafkaConfig, Duration) -> anyhow::Result<u64>>,
     /// Its strategies; the first is what a server sells with unless told otherwise.
     pub strategies: &'static [Strategy],
 }
@@ -98,7 +98,7 @@ pub struct Strategy {
     /// The path of its source file, from the root of the repository.
     pub source: &'static str,
     /// Makes it ready to sell.
-    pub open: fn(Stage) -> Opening,
+    pub open: fn(StrategyContext) -> Opening,
 }
 
 /// A strategy that is made ready to sell.
@@ -145,24 +145,24 @@ pub struct Schema {
 
 /// What a strategy is opened with.
 #[derive(Clone)]
-pub struct Stage {
+pub struct StrategyContext {
     /// Connections to the level's own database, which is migrated already.
     pub database: PgPool,
-    /// Business time that every reservation spends inside its critical section: `HOLD_MS`.
-    pub hold: Duration,
+    /// Business time that every reservation spends inside its critical section: `WORK_MS`.
+    pub work: Duration,
     /// What a strategy counts beside what the server counts of every one.
-    pub counts: Counts,
+    pub counts: StrategyMetrics,
     /// Where Redis is. There for every strategy that needs it.
-    pub redis: Option<RedisPlace>,
+    pub redis: Option<RedisConfig>,
     /// Where Kafka is. There for every strategy that needs it.
-    pub kafka: Option<KafkaPlace>,
+    pub kafka: Option<KafkaConfig>,
     /// Who watches what the strategy does beside the requests.
-    pub watch: Watch,
+    pub watch: Instrumentation,
 }
 
 /// Where Kafka is, and how this server takes part.
 #[derive(Clone, Debug)]
-pub struct KafkaPlace {
+pub struct KafkaConfig {
     /// `host:port`, or several with commas between them.
     pub bootstrap_servers: String,
     /// What the name of every topic and group begins with.
@@ -175,7 +175,7 @@ pub struct KafkaPlace {
 
 /// Where Redis is, and how a lock in it is to be taken.
 #[derive(Clone, Debug)]
-pub struct RedisPlace {
+pub struct RedisConfig {
     /// Its URL. The password in it shows nowhere.
     pub url: RedisUrl,
     /// What stands before every key and channel.
@@ -184,7 +184,7 @@ pub struct RedisPlace {
     pub lease: Duration,
 }
 
-impl Stage {
+impl StrategyContext {
     /// How a server opens its connections to the database, so many at most.
     ///
     /// sqlx would ask every connection whether it is still there before it hands it out: a round trip for each reservation. One that was in
@@ -221,10 +221,10 @@ impl Stage {
 
     /// Spends the business time. A strategy awaits it where a real one would call the payment or the seat map: between
     /// its first look and its last write.
-    pub async fn business_time(&self) {
+    pub async fn simulate_work(&self) {
         // Even a sleep of nothing would give up the processor, and so change who comes first.
-        if !self.hold.is_zero() {
-            tokio::time::sleep(self.hold).await;
+        if !self.work.is_zero() {
+            tokio::time::sleep(self.work).await;
         }
     }
 }

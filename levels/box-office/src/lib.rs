@@ -3,9 +3,11 @@
 //! No lock, no retry and no queue lives here: those are what the levels teach, and each stands in its strategy's own file.
 
 pub mod api;
+mod breakpoint;
 mod domain;
 mod guarantee;
 mod http;
+mod instrumentation;
 mod level;
 mod metrics;
 mod problem;
@@ -13,23 +15,24 @@ mod run;
 mod server;
 mod settings;
 mod steps;
-mod stop;
 mod telemetry;
 pub mod trace;
-mod watch;
 
+pub use breakpoint::BreakpointSpec;
 pub use domain::{
-    BuyerId, Earlier, InvalidRequestKey, No, Order, Outcome, Refusal, RequestKey, Reservation, SaleId, Undecided,
+    BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, Refusal, RequestKey, Reservation,
+    ReserveError, SaleId,
 };
-pub use guarantee::{Guarantee, Invariant, Limit, Promise, Promises};
-pub use level::{Event, KafkaPlace, Level, Opening, Place, RedisPlace, Reserve, Schema, Service, Stage, Strategy};
-pub use metrics::{Counts, Lag};
+pub use guarantee::{FailureMode, Guarantee, Invariant, Promise, Promises};
+pub use instrumentation::Instrumentation;
+pub use level::{
+    Event, KafkaConfig, Level, Opening, Place, RedisConfig, Reserve, Schema, Service, Strategy, StrategyContext,
+};
+pub use metrics::{ConsumerLag, StrategyMetrics};
 pub use problem::ProblemKind;
 pub use run::{main, raise_open_files_limit, serve};
-pub use server::{CutOff, Server, StartError};
+pub use server::{DrainTimeout, Server, StartError};
 pub use settings::{
     AdminToken, DatabaseUrl, Limits, LogFormat, RedisUrl, Settings, explain, kafka_bootstrap_servers, kafka_prefix,
 };
 pub use steps::{Observer, Point, Sighting, Steps};
-pub use stop::StopAt;
-pub use watch::Watch;

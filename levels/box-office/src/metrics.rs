@@ -17,7 +17,7 @@ use prometheus_client::{
 use sqlx::PgPool;
 use tokio_util::task::TaskTracker;
 
-use crate::{No, Outcome, ProblemKind, Service};
+use crate::{Outcome, ProblemKind, ReserveError, Service};
 
 /// From a quick answer to the longest that a reservation can wait.
 const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
@@ -26,26 +26,26 @@ const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
 
 /// What a strategy counts.
 #[derive(Clone, Debug, Default)]
-pub struct Counts {
+pub struct StrategyMetrics {
     /// Raised each time a reservation starts again because another was quicker: `oversold_retries_total`.
     pub retries: Counter,
     /// Raised with each message that is dead-lettered: `oversold_dead_letters_total`.
     pub dead_letters: Counter,
     /// How far the group that decides is behind: `oversold_consumer_lag`.
-    pub lag: Lag,
+    pub lag: ConsumerLag,
 }
 
 /// How many messages of each partition the group that decides has not passed. It is a figure of the group, and every server tells it, so that it is
 /// there when no consumer is.
 #[derive(Clone, Debug, Default)]
-pub struct Lag(Family<Partition, Gauge>);
+pub struct ConsumerLag(Family<Partition, Gauge>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Partition {
     partition: i32,
 }
 
-impl Lag {
+impl ConsumerLag {
     /// So many wait in a partition.
     pub fn is(&self, partition: i32, messages: i64) {
         self.0.get_or_create(&Partition { partition }).set(messages);
@@ -83,7 +83,7 @@ impl Metrics {
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
-        counts: Counts,
+        counts: StrategyMetrics,
         needs: &[Service],
         database: PgPool,
         clients: TaskTracker,
@@ -156,7 +156,7 @@ impl Metrics {
     }
 
     /// A reservation came to its end; `None`: it panicked.
-    pub(crate) fn reserved(&self, result: Option<&Result<Outcome, No>>) {
+    pub(crate) fn reserved(&self, result: Option<&Result<Outcome, ReserveError>>) {
         let answer = match result {
             Some(Ok(Outcome::Confirmed(_))) => "confirmed",
             Some(Ok(Outcome::Accepted(_))) => "accepted",

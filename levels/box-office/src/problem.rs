@@ -8,7 +8,7 @@ use axum::{
 };
 use uuid::Uuid;
 
-use crate::{No, Refusal, Undecided, api};
+use crate::{Indeterminate, Refusal, ReserveError, api};
 
 /// What can be wrong. The `type` of each is stable: clients tell problems apart by it, never by the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,11 +21,11 @@ pub enum ProblemKind {
     KeyOfAnotherBuyer,
     /// [`Refusal::UnknownSale`], and every other call about a sale that nobody opened.
     UnknownSale,
-    /// [`Undecided::Overloaded`].
+    /// [`Indeterminate::Overloaded`].
     Overloaded,
-    /// [`Undecided::TimedOut`].
+    /// [`Indeterminate::TimedOut`].
     TimedOut,
-    /// [`Undecided::BackendAway`].
+    /// [`Indeterminate::BackendAway`].
     BackendAway,
     /// There is no reservation with this id.
     UnknownReservation,
@@ -326,41 +326,41 @@ impl From<ProblemKind> for Problem {
 }
 
 /// The one table that turns a "no" into its answer.
-impl From<&No> for ProblemKind {
-    fn from(no: &No) -> Self {
+impl From<&ReserveError> for ProblemKind {
+    fn from(no: &ReserveError) -> Self {
         match no {
-            No::Refused(Refusal::SoldOut) => Self::SoldOut,
-            No::Refused(Refusal::AlreadyReserved { .. }) => Self::AlreadyReserved,
-            No::Refused(Refusal::KeyOfAnotherBuyer) => Self::KeyOfAnotherBuyer,
-            No::Refused(Refusal::UnknownSale) => Self::UnknownSale,
-            No::Undecided(Undecided::Overloaded) => Self::Overloaded,
-            No::Undecided(Undecided::TimedOut) => Self::TimedOut,
-            No::Undecided(Undecided::BackendAway(_)) => Self::BackendAway,
+            ReserveError::Refused(Refusal::SoldOut) => Self::SoldOut,
+            ReserveError::Refused(Refusal::AlreadyReserved { .. }) => Self::AlreadyReserved,
+            ReserveError::Refused(Refusal::KeyOfAnotherBuyer) => Self::KeyOfAnotherBuyer,
+            ReserveError::Refused(Refusal::UnknownSale) => Self::UnknownSale,
+            ReserveError::Indeterminate(Indeterminate::Overloaded) => Self::Overloaded,
+            ReserveError::Indeterminate(Indeterminate::TimedOut) => Self::TimedOut,
+            ReserveError::Indeterminate(Indeterminate::BackendAway(_)) => Self::BackendAway,
         }
     }
 }
 
-impl From<No> for Problem {
-    fn from(no: No) -> Self {
+impl From<ReserveError> for Problem {
+    fn from(no: ReserveError) -> Self {
         let problem = Self::from(ProblemKind::from(&no));
         match no {
-            No::Refused(Refusal::AlreadyReserved { earlier }) => Self {
+            ReserveError::Refused(Refusal::AlreadyReserved { earlier }) => Self {
                 reservation: Some(earlier.id),
                 ..problem
             },
-            No::Undecided(Undecided::BackendAway(why)) => {
+            ReserveError::Indeterminate(Indeterminate::BackendAway(why)) => {
                 // For the operator only: a backend's own words are none of the buyer's business.
                 tracing::warn!(error = format!("{why:#}"), "undecided: a backend is away");
                 problem
             }
-            No::Refused(_) | No::Undecided(_) => problem,
+            ReserveError::Refused(_) | ReserveError::Indeterminate(_) => problem,
         }
     }
 }
 
 impl From<sqlx::Error> for Problem {
     fn from(error: sqlx::Error) -> Self {
-        No::from(error).into()
+        ReserveError::from(error).into()
     }
 }
 

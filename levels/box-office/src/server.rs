@@ -25,10 +25,11 @@ use tower::ServiceExt;
 use tracing::Instrument;
 
 use crate::{
-    DatabaseUrl, KafkaPlace, Level, Limits, RedisPlace, RedisUrl, Service, Settings, Stage, Strategy, Watch,
+    DatabaseUrl, Instrumentation, KafkaConfig, Level, Limits, RedisConfig, RedisUrl, Service, Settings, Strategy,
+    StrategyContext,
+    breakpoint::Breakpoint,
     http::{self, App},
-    metrics::{Counts, Metrics},
-    stop::Stopper,
+    metrics::{Metrics, StrategyMetrics},
     trace::Recorder,
 };
 
@@ -40,7 +41,7 @@ const CONNECT_TIME: Duration = Duration::from_secs(5);
 const ACQUIRE_TIME: Duration = Duration::from_secs(5);
 
 /// What Postgres itself gives up, so that nobody has to cut a transaction from outside. The order matters: who waits for
-/// a lock gives up before its statement does, and a holder may be idle for as long as the longest `HOLD_MS`.
+/// a lock gives up before its statement does, and a holder may be idle for as long as the longest `WORK_MS`.
 const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
     ("lock_timeout", "5s"),
     ("statement_timeout", "10s"),
@@ -136,7 +137,7 @@ impl StartError {
 /// What had to be left behind at the end of a server.
 #[derive(Debug, thiserror::Error)]
 #[error("not drained in {after:?}: {connections} connections and {reservations} reservations were cut off")]
-pub struct CutOff {
+pub struct DrainTimeout {
     /// How long the server waited.
     pub after: Duration,
     /// Clients that were still sending or reading.
@@ -159,7 +160,7 @@ impl Server {
         let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
         let redis = match &settings.redis_url {
             None if strategy.needs.contains(&Service::Redis) => return Err(StartError::NoRedisUrl),
-            url => url.clone().map(|url| RedisPlace {
+            url => url.clone().map(|url| RedisConfig {
                 url,
                 prefix: settings.redis_prefix.clone(),
                 lease: settings.lock_lease,
@@ -167,7 +168,7 @@ impl Server {
         };
         let kafka = match &settings.kafka_bootstrap_servers {
             None if strategy.needs.contains(&Service::Kafka) => return Err(StartError::NoKafka),
-            servers => servers.clone().map(|bootstrap_servers| KafkaPlace {
+            servers => servers.clone().map(|bootstrap_servers| KafkaConfig {
                 bootstrap_servers,
                 prefix: settings.kafka_prefix.clone(),
                 consumers: settings.kafka_consumers,
@@ -182,9 +183,9 @@ impl Server {
             })?),
         };
 
-        let watch = Watch {
+        let watch = Instrumentation {
             recorder,
-            stopper: settings.stop_at.clone().map(Stopper::new),
+            stopper: settings.stop_at.clone().map(Breakpoint::new),
         };
 
         let connect = url
@@ -193,19 +194,19 @@ impl Server {
             .application_name(&format!("{name} {}", settings.instance))
             .disable_statement_logging();
         migrate(&connect, url, strategy).await?;
-        let database = Stage::pool_options(settings.database_pool_size)
+        let database = StrategyContext::pool_options(settings.database_pool_size)
             .acquire_timeout(ACQUIRE_TIME)
             .connect_lazy_with(connect.options(DATABASE_TIMEOUTS));
-        let stage = Stage {
+        let context = StrategyContext {
             database: database.clone(),
-            hold: settings.hold,
-            counts: Counts::default(),
+            work: settings.work,
+            counts: StrategyMetrics::default(),
             redis,
             kafka,
             watch: watch.clone(),
         };
-        let counts = stage.counts.clone();
-        let seller = (strategy.open)(stage).await.map_err(|why| StartError::Strategy {
+        let counts = context.counts.clone();
+        let seller = (strategy.open)(context).await.map_err(|why| StartError::Strategy {
             strategy: strategy.name,
             why,
         })?;
@@ -257,7 +258,7 @@ impl Server {
     ///
     /// # Errors
     /// Something was not done after [`Limits::drain_time`] and is cut off.
-    pub async fn shut_down(self) -> Result<(), CutOff> {
+    pub async fn shut_down(self) -> Result<(), DrainTimeout> {
         let after = self.app.limits.drain_time;
         let deadline = Instant::now() + after;
         self.stop.cancel();
@@ -279,7 +280,7 @@ impl Server {
         {
             tracing::error!(%why, "the trace could not be written");
         }
-        drained.map_err(|_| CutOff {
+        drained.map_err(|_| DrainTimeout {
             after,
             connections: self.connections.len(),
             reservations: self.app.reservations.len(),

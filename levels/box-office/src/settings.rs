@@ -19,7 +19,7 @@ use sqlx::postgres::PgConnectOptions;
 use subtle::ConstantTimeEq;
 use tracing_subscriber::EnvFilter;
 
-use crate::StopAt;
+use crate::BreakpointSpec;
 
 /// The log lines that are written unless told otherwise. sqlx passes on Postgres's notices, which say nothing to an operator.
 const LOG: &str = "info,sqlx=warn";
@@ -68,8 +68,8 @@ pub struct Settings {
     #[arg(long, env = "INSTANCE", value_name = "NAME", default_value = "1", value_parser = instance)]
     pub instance: String,
     /// Business time that every reservation spends inside its critical section, in milliseconds
-    #[arg(long = "hold-ms", env = "HOLD_MS", value_name = "MS", default_value = "0", value_parser = hold)]
-    pub hold: Duration,
+    #[arg(long = "work-ms", env = "WORK_MS", value_name = "MS", default_value = "0", value_parser = work)]
+    pub work: Duration,
     /// Who knows it may open sales; without one nobody may
     #[arg(
         long = "admin-token",
@@ -89,7 +89,7 @@ pub struct Settings {
     pub trace_file: Option<PathBuf>,
     /// Where to stop this process (SIGSTOP), as if it froze there: for tests of what then happens
     #[arg(long = "stop-at", env = "OVERSOLD_STOP_AT", value_name = "POINT#TIME")]
-    pub stop_at: Option<StopAt>,
+    pub stop_at: Option<BreakpointSpec>,
     /// How long and how big things may get.
     #[arg(skip)]
     pub limits: Limits,
@@ -113,7 +113,7 @@ impl Default for Settings {
             port: 8080,
             strategy: None,
             instance: "1".to_owned(),
-            hold: Duration::ZERO,
+            work: Duration::ZERO,
             admin_token: None,
             log_format: LogFormat::Pretty,
             log: LOG.to_owned(),
@@ -313,7 +313,7 @@ fn port(text: &str) -> Result<u16, &'static str> {
 }
 
 /// A reservation that holds longer than this would be cut off by the database's own time-outs.
-fn hold(text: &str) -> Result<Duration, &'static str> {
+fn work(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
 }
 

@@ -7,8 +7,8 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    Event, Guarantee, Level, No, Opening, Order, Outcome, Place, Promises, Reservation, Reserve, Server, Stage, Steps,
-    Strategy, api,
+    Event, Guarantee, Level, Opening, Order, Outcome, Place, Promises, Reservation, Reserve, ReserveError, Server,
+    Steps, Strategy, StrategyContext, api,
 };
 use harness::{backends::Database, until};
 use serde_json::{Value, json};
@@ -32,12 +32,12 @@ static PATIENT: Level = Level {
         name: "patient",
         summary: "accepts, and waits for the test to decide",
         place: Place::Broken,
-        guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+        guarantee: Guarantee::uniform(Promises::ALL_KEPT),
         clicks: 1,
         schema: house::LEVEL.strategies[0].schema,
         needs: &[],
         source: "levels/box-office/tests/events.rs",
-        open: |stage| Box::pin(async { Ok(Box::new(Patient { stage }) as Box<dyn Reserve>) }),
+        open: |context| Box::pin(async { Ok(Box::new(Patient { context }) as Box<dyn Reserve>) }),
     }],
 };
 
@@ -54,16 +54,16 @@ const ANSWERED: &str = "answered";
 const FINAL: i64 = 7;
 
 struct Patient {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 #[async_trait]
 impl Reserve for Patient {
-    async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, No> {
-        if !self.stage.hold.is_zero() {
-            decide(&self.stage.database, Uuid::new_v4(), ASKED).await;
-            self.stage.business_time().await;
-            decide(&self.stage.database, Uuid::new_v4(), ANSWERED).await;
+    async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, ReserveError> {
+        if !self.context.work.is_zero() {
+            decide(&self.context.database, Uuid::new_v4(), ASKED).await;
+            self.context.simulate_work().await;
+            decide(&self.context.database, Uuid::new_v4(), ANSWERED).await;
         }
         let id = Uuid::new_v8(Uuid::new_v4().into_bytes());
         Ok(Outcome::Accepted(Reservation { id }))
@@ -73,13 +73,13 @@ impl Reserve for Patient {
         id.get_version_num() == 8
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         let give_up = Instant::now() + patience;
         while after < FINAL && Instant::now() < give_up {
             let row: Option<api::Reservation> =
                 sqlx::query_as("select id, sale_id, buyer_id, status from reservation where id = $1")
                     .bind(id)
-                    .fetch_optional(&self.stage.database)
+                    .fetch_optional(&self.context.database)
                     .await?;
             if let Some(reservation) = row {
                 return Ok(Some(vec![Event {
@@ -93,9 +93,9 @@ impl Reserve for Patient {
     }
 
     async fn close(&self) {
-        let mut connection = self.stage.database.acquire().await.expect("a connection");
+        let mut connection = self.context.database.acquire().await.expect("a connection");
         if written(&mut connection, ASKED).await == written(&mut connection, ANSWERED).await {
-            decide(&self.stage.database, Uuid::new_v4(), CLOSED).await;
+            decide(&self.context.database, Uuid::new_v4(), CLOSED).await;
         }
     }
 }
@@ -111,7 +111,7 @@ async fn decide(database: &PgPool, id: Uuid, key: &str) {
 
 async fn start(database: &Database, hold: Duration) -> Server {
     let mut settings = on(&database.url());
-    settings.hold = hold;
+    settings.work = hold;
     Server::start(&PATIENT, &PATIENT.strategies[0], &settings)
         .await
         .expect("it starts")
@@ -232,7 +232,7 @@ async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
 async fn who_has_not_seen_the_end_is_not_sent_away_because_it_was_not_found_in_time() {
     static LATE: Level = Level {
         strategies: &[Strategy {
-            open: |stage| Box::pin(async { Ok(Box::new(Late(Patient { stage })) as Box<dyn Reserve>) }),
+            open: |context| Box::pin(async { Ok(Box::new(Late(Patient { context })) as Box<dyn Reserve>) }),
             ..PATIENT.strategies[0]
         }],
         ..PATIENT
@@ -255,7 +255,7 @@ struct Late(Patient);
 
 #[async_trait]
 impl Reserve for Late {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         self.0.reserve(order, steps).await
     }
 
@@ -263,7 +263,7 @@ impl Reserve for Late {
         self.0.accepted(id)
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         match patience {
             short if short <= Duration::from_secs(1) => Ok(Some(vec![])),
             long => self.0.events(id, after, long).await,
@@ -369,7 +369,7 @@ fn unsent(port: u16) -> u64 {
     waiting.sum()
 }
 
-fn crier(open: fn(Stage) -> Opening) -> &'static Strategy {
+fn crier(open: fn(StrategyContext) -> Opening) -> &'static Strategy {
     Box::leak(Box::new(Strategy {
         name: "crier",
         summary: "has a great deal to tell",
@@ -408,7 +408,7 @@ fn news_item(made: &AtomicI64, number: i64) -> Event {
 
 #[async_trait]
 impl Reserve for Crier {
-    async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, ReserveError> {
         unreachable!("nobody orders")
     }
 
@@ -416,7 +416,7 @@ impl Reserve for Crier {
         true
     }
 
-    async fn events(&self, _: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+    async fn events(&self, _: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         Ok(Some(match &self.pushed {
             Some(queue) => queue.lock().await.recv().await.into_iter().collect(),
             None if after < NEWS => vec![news_item(self.made, after + 1)],

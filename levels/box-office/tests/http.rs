@@ -13,7 +13,8 @@ use harness::{
     until,
 };
 use house::{
-    EARLIER, LEVEL, Stand, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start, within,
+    EARLIER, LEVEL, TestEnvironment, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start,
+    within,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
@@ -520,7 +521,7 @@ async fn a_reservation_outlives_the_buyer_who_hangs_up() {
     );
 }
 
-async fn metric(server: &Stand, line: &str) -> f64 {
+async fn metric(server: &TestEnvironment, line: &str) -> f64 {
     let metrics = ask(server.address(), "GET", "/metrics", &[], "").await;
     let value = metrics
         .text()
@@ -688,7 +689,7 @@ async fn a_trace_holds_every_step_with_request_time_and_place() {
     let file = folder.path().join("trace.jsonl");
     let server = stand_with(|settings| {
         settings.trace_file = Some(file.clone());
-        settings.hold = Duration::from_millis(20);
+        settings.work = Duration::from_millis(20);
     })
     .await;
     let before_us = box_office::trace::now_monotonic_us();
@@ -733,5 +734,5 @@ async fn a_trace_holds_every_step_with_request_time_and_place() {
         last_us = record.at_us;
     }
     let spent_us = trace[1].at_us - trace[0].at_us;
-    assert!(spent_us >= 20_000, "HOLD_MS is 20, but {spent_us} µs were spent");
+    assert!(spent_us >= 20_000, "WORK_MS is 20, but {spent_us} µs were spent");
 }

@@ -9,7 +9,9 @@ use std::{
 
 use box_office::Limits;
 use harness::until;
-use house::{Holder, Stand, ask, nobody_listens, read_answer, reservations, reserve, send, stand, stand_with, within};
+use house::{
+    Holder, TestEnvironment, ask, nobody_listens, read_answer, reservations, reserve, send, stand, stand_with, within,
+};
 use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -21,7 +23,7 @@ const SHORT: Duration = Duration::from_millis(300);
 
 const HEAD: &str = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
 
-async fn with_limits(limits: Limits) -> Stand {
+async fn with_limits(limits: Limits) -> TestEnvironment {
     stand_with(|settings| settings.limits = limits).await
 }
 
@@ -352,7 +354,7 @@ async fn http_1_0_is_answered_and_closed() {
 }
 
 /// A server with one reservation in flight, which waits for a lock.
-async fn with_one_in_flight(limits: Limits) -> (Stand, Holder, TcpStream) {
+async fn with_one_in_flight(limits: Limits) -> (TestEnvironment, Holder, TcpStream) {
     let server = with_limits(limits).await;
     let holder = server.hold_up_buyer_42().await;
     let mut buyer = TcpStream::connect(server.address()).await.expect("it listens");
@@ -380,7 +382,7 @@ async fn with_one_in_flight(limits: Limits) -> (Stand, Holder, TcpStream) {
 #[tokio::test]
 async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
     let (
-        Stand {
+        TestEnvironment {
             server,
             database: _database,
         },
@@ -413,7 +415,7 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
 /// The client had no way to know: its request may have been on its way when the stop came.
 #[tokio::test]
 async fn who_asks_on_a_connection_that_is_kept_alive_when_the_end_has_come_is_answered_for_the_last_time() {
-    let Stand {
+    let TestEnvironment {
         server,
         database: _database,
     } = with_limits(Limits {
@@ -442,7 +444,7 @@ async fn who_asks_on_a_connection_that_is_kept_alive_when_the_end_has_come_is_an
 async fn who_was_connected_before_the_end_is_answered_however_many_they_are() {
     const CROWD: usize = 500;
 
-    let Stand {
+    let TestEnvironment {
         server,
         database: _database,
     } = stand().await;
@@ -477,7 +479,7 @@ async fn who_waits_for_a_place_when_the_end_comes_gets_one_as_others_leave() {
         ..Limits::default()
     };
     let (
-        Stand {
+        TestEnvironment {
             server,
             database: _database,
         },
@@ -499,7 +501,7 @@ async fn who_waits_for_a_place_when_the_end_comes_gets_one_as_others_leave() {
 
 #[tokio::test]
 async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
-    let (Stand { server, database }, holder, buyer) = with_one_in_flight(Limits::default()).await;
+    let (TestEnvironment { server, database }, holder, buyer) = with_one_in_flight(Limits::default()).await;
     drop(buyer);
     let (end, ()) = tokio::join!(within("the end", server.shut_down()), holder.let_go());
     end.expect("all was drained");
@@ -533,7 +535,7 @@ async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
 
 #[tokio::test]
 async fn a_server_that_is_dropped_stops_to_listen() {
-    let Stand {
+    let TestEnvironment {
         server,
         database: _database,
     } = stand().await;

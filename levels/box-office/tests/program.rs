@@ -15,7 +15,7 @@ use std::{
 
 use box_office::{Limits, Settings};
 use harness::until;
-use house::{LEVEL, Stand, ask, nobody_listens, on, reserve, stand};
+use house::{LEVEL, TestEnvironment, ask, nobody_listens, on, reserve, stand};
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -165,9 +165,9 @@ const WRONG: &[Wrong] = &[
     },
     Wrong {
         name: "a_negative_hold_is_named",
-        variables: &[NOBODY, ("HOLD_MS", "-1")],
+        variables: &[NOBODY, ("WORK_MS", "-1")],
         flags: &[],
-        line: r#"HOLD_MS (--hold-ms) holds "-1"; it takes a number of milliseconds, 0 to 10000"#,
+        line: r#"WORK_MS (--work-ms) holds "-1"; it takes a number of milliseconds, 0 to 10000"#,
     },
     Wrong {
         name: "a_place_to_stop_at_without_its_time_is_named",
@@ -177,9 +177,9 @@ const WRONG: &[Wrong] = &[
     },
     Wrong {
         name: "a_hold_over_the_time_outs_is_named",
-        variables: &[NOBODY, ("HOLD_MS", "10001")],
+        variables: &[NOBODY, ("WORK_MS", "10001")],
         flags: &[],
-        line: r#"HOLD_MS (--hold-ms) holds "10001"; it takes a number of milliseconds, 0 to 10000"#,
+        line: r#"WORK_MS (--work-ms) holds "10001"; it takes a number of milliseconds, 0 to 10000"#,
     },
     Wrong {
         name: "an_instance_of_two_words_is_named",
@@ -363,7 +363,7 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
         "PORT",
         "STRATEGY",
         "INSTANCE",
-        "HOLD_MS",
+        "WORK_MS",
         "REDIS_URL",
         "REDIS_PREFIX",
         "LOCK_LEASE_MS",
@@ -390,7 +390,7 @@ struct Process {
 
 impl Process {
     /// Starts it, and reads where it listens.
-    fn start(stand: &Stand, variables: &[(&str, &str)]) -> Self {
+    fn start(stand: &TestEnvironment, variables: &[(&str, &str)]) -> Self {
         let url = stand.database.url();
         let mut program = program(variables, &["--port", "0"]);
         let mut child = program.env("DATABASE_URL", url).spawn().expect("it starts");

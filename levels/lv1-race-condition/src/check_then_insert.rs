@@ -9,29 +9,31 @@
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert: two clicks, two tickets".
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use uuid::Uuid;
 
 /// Sells by looking for an earlier reservation before inserting one.
 pub struct CheckThenInsert {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 impl CheckThenInsert {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
-        Self { stage }
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
+        Self { context }
     }
 }
 
 #[async_trait]
 impl Reserve for CheckThenInsert {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.begin().await?;
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: look
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -53,7 +55,7 @@ impl Reserve for CheckThenInsert {
             return Ok(earlier.answer(order)?);
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         let stock_left: Option<i64> = sqlx::query_scalar(
             "   update sale

@@ -30,7 +30,7 @@ pub static LEVEL: Level = Level {
             name: "read-then-write",
             summary: "read the stock, check it, write it back less one: updates are lost",
             place: Place::Trail,
-            guarantee: Guarantee::on_any_number(
+            guarantee: Guarantee::uniform(
                 Promises::ALL_KEPT
                     .breaks(&[Invariant::NoOversell, Invariant::Conservation])
                     .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
@@ -39,13 +39,13 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv1-race-condition/src/read_then_write.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(ReadThenWrite::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(ReadThenWrite::new(context)) as _) }),
         },
         Strategy {
             name: "check-then-decrement",
             summary: "read the stock, check it, let the database subtract: the stock goes negative",
             place: Place::Trail,
-            guarantee: Guarantee::on_any_number(
+            guarantee: Guarantee::uniform(
                 Promises::ALL_KEPT
                     .breaks(&[Invariant::NoOversell, Invariant::Conservation])
                     .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
@@ -54,13 +54,13 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv1-race-condition/src/check_then_decrement.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(CheckThenDecrement::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(CheckThenDecrement::new(context)) as _) }),
         },
         Strategy {
             name: "check-then-insert",
             summary: "look for the buyer's reservation, then insert one: two clicks, two tickets",
             place: Place::Trail,
-            guarantee: Guarantee::on_any_number(
+            guarantee: Guarantee::uniform(
                 Promises::ALL_KEPT
                     .breaks(&[Invariant::NoDuplicate])
                     .leaves_open(&[Invariant::OneAnswer]),
@@ -69,7 +69,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv1-race-condition/src/check_then_insert.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(CheckThenInsert::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(CheckThenInsert::new(context)) as _) }),
         },
     ],
 };

@@ -10,25 +10,27 @@
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write: the lost update".
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use uuid::Uuid;
 
 /// Sells by reading the stock and writing it back.
 pub struct ReadThenWrite {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 impl ReadThenWrite {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
-        Self { stage }
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
+        Self { context }
     }
 }
 
 #[async_trait]
 impl Reserve for ReadThenWrite {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
-        let mut tx = self.stage.begin().await?;
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: read
@@ -44,7 +46,7 @@ impl Reserve for ReadThenWrite {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -64,7 +66,7 @@ impl Reserve for ReadThenWrite {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         // ANCHOR: write
         sqlx::query(

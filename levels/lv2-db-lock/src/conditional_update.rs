@@ -10,24 +10,26 @@
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level" (the re-check) and 7.8 "WITH Queries". Book: LV.2, "conditional-update".
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use uuid::Uuid;
 
 /// Sells in one statement.
 pub struct ConditionalUpdate {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 impl ConditionalUpdate {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
-        Self { stage }
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
+        Self { context }
     }
 
     // ANCHOR: refusal
     /// Why the statement took no ticket. Whatever was there first is committed: the statement has waited for it.
-    async fn refusal(&self, order: &Order) -> Result<Outcome, No> {
-        let earlier: Option<Earlier> = sqlx::query_as(
+    async fn refusal(&self, order: &Order) -> Result<Outcome, ReserveError> {
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -38,14 +40,14 @@ impl ConditionalUpdate {
         .bind(order.sale)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .fetch_optional(&self.stage.database)
+        .fetch_optional(&self.context.database)
         .await?;
         if let Some(earlier) = earlier {
             return Ok(earlier.answer(order)?);
         }
         let known: bool = sqlx::query_scalar("select exists (select from sale where id = $1)")
             .bind(order.sale)
-            .fetch_one(&self.stage.database)
+            .fetch_one(&self.context.database)
             .await?;
         Err(if known { Refusal::SoldOut } else { Refusal::UnknownSale }.into())
     }
@@ -54,7 +56,7 @@ impl ConditionalUpdate {
 
 #[async_trait]
 impl Reserve for ConditionalUpdate {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: statement
         let sold: Result<Option<Uuid>, sqlx::Error> = sqlx::query_scalar(
             "with taken as (
@@ -73,7 +75,7 @@ impl Reserve for ConditionalUpdate {
         .bind(order.sale)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .fetch_optional(&self.stage.database)
+        .fetch_optional(&self.context.database)
         .await;
         // ANCHOR_END: statement
         // ANCHOR: answers

@@ -6,7 +6,7 @@ pub mod mutex;
 pub mod optimistic;
 pub mod pessimistic;
 
-use box_office::{Guarantee, Invariant, Level, Limit, Place, Promises, Schema, Strategy};
+use box_office::{FailureMode, Guarantee, Invariant, Level, Place, Promises, Schema, Strategy};
 
 /// Tables without a constraint that could keep a guarantee in a strategy's place.
 pub const BARE: Schema = Schema {
@@ -21,7 +21,7 @@ pub const GUARDED: Schema = Schema {
 };
 
 /// What LV.1 broke, kept, on any number of instances.
-const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
+const ANYWHERE: Guarantee = Guarantee::uniform(Promises::ALL_KEPT);
 
 /// More tickets than there are, and a stock that does not tell.
 const OVERSOLD: Promises = Promises::ALL_KEPT
@@ -30,24 +30,24 @@ const OVERSOLD: Promises = Promises::ALL_KEPT
 
 /// A lock in the process ends at the process.
 const ONE_INSTANCE: Guarantee = Guarantee {
-    alone: Promises::ALL_KEPT,
-    together: OVERSOLD,
-    limits: &[Limit {
-        when: "a connection breaks with a commit on its way",
-        breaks: &[Invariant::NoOversell, Invariant::Conservation],
+    single_instance: Promises::ALL_KEPT,
+    multi_instance: OVERSOLD,
+    failure_modes: &[FailureMode {
+        trigger: "a connection breaks with a commit on its way",
+        violates: &[Invariant::NoOversell, Invariant::Conservation],
     }],
 };
 
-const OVERSELLS: Guarantee = Guarantee::on_any_number(OVERSOLD);
+const OVERSELLS: Guarantee = Guarantee::uniform(OVERSOLD);
 
-const DUPLICATES: Guarantee = Guarantee::on_any_number(
+const DUPLICATES: Guarantee = Guarantee::uniform(
     Promises::ALL_KEPT
         .breaks(&[Invariant::NoDuplicate])
         .leaves_open(&[Invariant::OneAnswer]),
 );
 
 /// Nobody gets anywhere: buyers give up while tickets are left.
-const STARVES: Guarantee = Guarantee::on_any_number(
+const STARVES: Guarantee = Guarantee::uniform(
     Promises::ALL_KEPT
         .breaks(&[Invariant::Progress])
         .leaves_open(&[Invariant::NoUndersell]),
@@ -69,7 +69,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/mutex.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(mutex::Mutex::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(mutex::Mutex::new(context)) as _) }),
         },
         Strategy {
             name: "pessimistic",
@@ -80,7 +80,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/pessimistic.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(pessimistic::Pessimistic::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(pessimistic::Pessimistic::new(context)) as _) }),
         },
         Strategy {
             name: "optimistic",
@@ -91,7 +91,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/optimistic.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(optimistic::Optimistic::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(optimistic::Optimistic::new(context)) as _) }),
         },
         Strategy {
             name: "conditional-update",
@@ -102,7 +102,7 @@ pub static LEVEL: Level = Level {
             schema: GUARDED,
             needs: &[],
             source: "levels/lv2-db-lock/src/conditional_update.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(conditional_update::ConditionalUpdate::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(conditional_update::ConditionalUpdate::new(context)) as _) }),
         },
         Strategy {
             name: "broken/mutex-does-nothing",
@@ -113,7 +113,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/mutex_does_nothing.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::mutex_does_nothing::Mutex::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::mutex_does_nothing::Mutex::new(context)) as _) }),
         },
         Strategy {
             name: "broken/mutex-wrong-key",
@@ -124,7 +124,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/mutex_wrong_key.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::mutex_wrong_key::Mutex::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::mutex_wrong_key::Mutex::new(context)) as _) }),
         },
         Strategy {
             name: "broken/guard-before-commit",
@@ -135,7 +135,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/guard_before_commit.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::guard_before_commit::Mutex::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::guard_before_commit::Mutex::new(context)) as _) }),
         },
         Strategy {
             name: "broken/for-update-does-nothing",
@@ -146,8 +146,8 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/for_update_does_nothing.rs",
-            open: |stage| {
-                Box::pin(async { Ok(Box::new(broken::for_update_does_nothing::Pessimistic::new(stage)) as _) })
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::for_update_does_nothing::Pessimistic::new(context)) as _) })
             },
         },
         Strategy {
@@ -159,7 +159,9 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/for_update_wrong_key.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::for_update_wrong_key::Pessimistic::new(stage)) as _) }),
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::for_update_wrong_key::Pessimistic::new(context)) as _) })
+            },
         },
         Strategy {
             name: "broken/look-up-before-lock",
@@ -170,7 +172,9 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/look_up_before_lock.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::look_up_before_lock::Pessimistic::new(stage)) as _) }),
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::look_up_before_lock::Pessimistic::new(context)) as _) })
+            },
         },
         Strategy {
             name: "broken/second-connection",
@@ -181,21 +185,21 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/second_connection.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::second_connection::Pessimistic::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::second_connection::Pessimistic::new(context)) as _) }),
         },
         Strategy {
             name: "broken/transaction-left-open",
             summary: "nobody rolls back when the request is cancelled",
             place: Place::Broken,
-            guarantee: ONE_INSTANCE.up_to(&[Limit {
-                when: "a request is cancelled in mid-transaction, which stays open with its locks",
-                breaks: &[Invariant::Progress],
+            guarantee: ONE_INSTANCE.except(&[FailureMode {
+                trigger: "a request is cancelled in mid-transaction, which stays open with its locks",
+                violates: &[Invariant::Progress],
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/transaction_left_open.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::transaction_left_open::Mutex::new(stage)) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::transaction_left_open::Mutex::new(context)) as _) }),
         },
         Strategy {
             name: "broken/version-not-compared",
@@ -206,7 +210,9 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/version_not_compared.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::version_not_compared::Optimistic::new(stage)) as _) }),
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::version_not_compared::Optimistic::new(context)) as _) })
+            },
         },
         Strategy {
             name: "broken/retry-reuses-the-read",
@@ -217,7 +223,9 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[],
             source: "levels/lv2-db-lock/src/broken/retry_reuses_the_read.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::retry_reuses_the_read::Optimistic::new(stage)) as _) }),
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::retry_reuses_the_read::Optimistic::new(context)) as _) })
+            },
         },
     ],
 };

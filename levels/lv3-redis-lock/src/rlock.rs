@@ -13,7 +13,9 @@
 //! Redis documentation, "Distributed Locks with Redis". Book: LV.3, "rlock".
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
@@ -21,25 +23,25 @@ use crate::lock::{Connections, Lease, Owner, RLock, Tokens, WAIT};
 
 /// Sells under a reentrant lock in Redis.
 pub struct Rlock {
-    stage: Stage,
+    context: StrategyContext,
     lock: RLock,
 }
 
 impl Rlock {
-    /// Sells on this stage.
+    /// Sells on this context.
     ///
     /// # Errors
     /// Redis does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         // ANCHOR: open
-        let (connections, lease) = Connections::on(&stage).await?;
+        let (connections, lease) = Connections::on(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::None)?;
-        Ok(Self { stage, lock })
+        Ok(Self { context, lock })
         // ANCHOR_END: open
     }
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
-    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
@@ -51,7 +53,7 @@ impl Rlock {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -71,7 +73,7 @@ impl Rlock {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         sqlx::query(
             "update sale
@@ -102,7 +104,7 @@ impl Rlock {
 
 #[async_trait]
 impl Reserve for Rlock {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: lock
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
@@ -115,7 +117,7 @@ impl Reserve for Rlock {
         };
         steps.at("lock taken").await;
 
-        let mut tx = self.stage.begin().await?;
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
@@ -129,7 +131,7 @@ impl Reserve for Rlock {
         // ANCHOR_END: lock
     }
 
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
     }
 }

@@ -7,7 +7,7 @@ pub mod path;
 mod reason;
 pub mod single_writer;
 
-use box_office::{Guarantee, Invariant, Level, Limit, Place, Promises, Schema, Service, Strategy};
+use box_office::{FailureMode, Guarantee, Invariant, Level, Place, Promises, Schema, Service, Strategy};
 
 /// Tables without a constraint that could keep a guarantee in a strategy's place.
 pub const BARE: Schema = Schema {
@@ -16,17 +16,17 @@ pub const BARE: Schema = Schema {
 };
 
 /// What LV.1 broke, kept, on any number of instances.
-const ANYWHERE: Guarantee = Guarantee::on_any_number(Promises::ALL_KEPT);
+const ANYWHERE: Guarantee = Guarantee::uniform(Promises::ALL_KEPT);
 
 /// The same, as long as the lock lives as long as the work under it.
-const WITHIN_THE_LEASE: Guarantee = ANYWHERE.up_to(&[
-    Limit {
-        when: "a lease ends under its holder, or under a commit that is still on its way",
-        breaks: OVERSOLD,
+const WITHIN_THE_LEASE: Guarantee = ANYWHERE.except(&[
+    FailureMode {
+        trigger: "a lease ends under its holder, or under a commit that is still on its way",
+        violates: OVERSOLD,
     },
-    Limit {
-        when: "a holder stands still for longer than its session, too, so that its order is given to somebody else",
-        breaks: &[Invariant::Conservation, Invariant::NoDuplicate, Invariant::NothingLost],
+    FailureMode {
+        trigger: "a holder stands still for longer than its session, too, so that its order is given to somebody else",
+        violates: &[Invariant::Conservation, Invariant::NoDuplicate, Invariant::NothingLost],
     },
 ]);
 
@@ -38,7 +38,7 @@ const LOST: &[Invariant] = &[Invariant::NothingLost, Invariant::Progress];
 /// A buyer has the same ticket twice.
 const TWICE: &[Invariant] = &[Invariant::NoDuplicate, Invariant::NothingLost];
 
-const OVERSELLS: Guarantee = Guarantee::on_any_number(
+const OVERSELLS: Guarantee = Guarantee::uniform(
     Promises::ALL_KEPT
         .breaks(&[Invariant::NoOversell, Invariant::Conservation])
         .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
@@ -46,14 +46,14 @@ const OVERSELLS: Guarantee = Guarantee::on_any_number(
 
 /// On one instance there is one writer all the same.
 const SEVERAL_WRITERS: Guarantee = Guarantee {
-    alone: Promises::ALL_KEPT,
-    together: Promises::ALL_KEPT.breaks(&[Invariant::NoOversell, Invariant::Conservation]),
-    limits: &[],
+    single_instance: Promises::ALL_KEPT,
+    multi_instance: Promises::ALL_KEPT.breaks(&[Invariant::NoOversell, Invariant::Conservation]),
+    failure_modes: &[],
 };
 
 /// Nobody is ever told anything.
 const KEEPS_NOTHING: Guarantee =
-    Guarantee::on_any_number(Promises::ALL_KEPT.breaks(&[Invariant::NothingLost, Invariant::Progress]));
+    Guarantee::uniform(Promises::ALL_KEPT.breaks(&[Invariant::NothingLost, Invariant::Progress]));
 
 /// The level, as the server, the suite and the runner use it.
 pub static LEVEL: Level = Level {
@@ -71,7 +71,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/locked.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(locked::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(locked::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "single-writer",
@@ -82,7 +82,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[Service::Kafka],
             source: "levels/lv4-kafka/src/single_writer.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(single_writer::SingleWriter::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(single_writer::SingleWriter::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/lock-does-nothing",
@@ -93,7 +93,7 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/lock_does_nothing.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::lock_does_nothing::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::lock_does_nothing::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/lock-wrong-key",
@@ -104,21 +104,21 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/lock_wrong_key.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::lock_wrong_key::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::lock_wrong_key::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/commit-not-covered",
             summary: "given back while the commit may still be on its way",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a connection breaks with a commit on its way",
-                breaks: OVERSOLD,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a connection breaks with a commit on its way",
+                violates: OVERSOLD,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/commit_not_covered.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::commit_not_covered::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::commit_not_covered::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/partition-by-buyer",
@@ -129,141 +129,141 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[Service::Kafka],
             source: "levels/lv4-kafka/src/broken/partition_by_buyer.rs",
-            open: |stage| {
-                Box::pin(async { Ok(Box::new(broken::partition_by_buyer::SingleWriter::open(stage).await?) as _) })
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::partition_by_buyer::SingleWriter::open(context).await?) as _) })
             },
         },
         Strategy {
             name: "broken/answer-before-ack",
             summary: "202 before the broker has acknowledged the message",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "the broker is away when an order comes, and its instance is killed",
-                breaks: LOST,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "the broker is away when an order comes, and its instance is killed",
+                violates: LOST,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Kafka],
             source: "levels/lv4-kafka/src/broken/answer_before_ack.rs",
-            open: |stage| {
-                Box::pin(async { Ok(Box::new(broken::answer_before_ack::SingleWriter::open(stage).await?) as _) })
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::answer_before_ack::SingleWriter::open(context).await?) as _) })
             },
         },
         Strategy {
             name: "broken/auto-commit",
             summary: "the client commits offsets by itself",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a consumer is killed with an order in hand",
-                breaks: LOST,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer is killed with an order in hand",
+                violates: LOST,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/auto_commit.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::auto_commit::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::auto_commit::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/highest-offset",
             summary: "commits the highest offset that is done, not the done prefix",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a consumer goes while an order is put off",
-                breaks: LOST,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer goes while an order is put off",
+                violates: LOST,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/highest_offset.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::highest_offset::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::highest_offset::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/no-dedupe",
             summary: "decides every message, also one that it has decided already",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "an order comes a second time: it has two final states, and it is luck which one its buyer is told",
-                breaks: &[],
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "an order comes a second time: it has two final states, and it is luck which one its buyer is told",
+                violates: &[],
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/no_dedupe.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::no_dedupe::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::no_dedupe::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/errors-swallowed",
             summary: "an error goes into the log, and the message with it",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "Redis or Postgres is away for a moment",
-                breaks: LOST,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "Redis or Postgres is away for a moment",
+                violates: LOST,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/errors_swallowed.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::errors_swallowed::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::errors_swallowed::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/dead-letter-on-fault",
             summary: "dead-letters what it could not decide, whatever the reason",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "Postgres is away for a moment",
-                breaks: LOST,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "Postgres is away for a moment",
+                violates: LOST,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/dead_letter_on_fault.rs",
-            open: |stage| {
-                Box::pin(async { Ok(Box::new(broken::dead_letter_on_fault::Locked::open(stage).await?) as _) })
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::dead_letter_on_fault::Locked::open(context).await?) as _) })
             },
         },
         Strategy {
             name: "broken/endless-retry",
             summary: "tries again for ever what nobody can decide",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a message is no order: nobody gets past it",
-                breaks: &[],
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a message is no order: nobody gets past it",
+                violates: &[],
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/endless_retry.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::endless_retry::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::endless_retry::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/poison-skipped",
             summary: "passes what is no order, and says nothing",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a message is no order: nobody ever hears of it",
-                breaks: &[],
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a message is no order: nobody ever hears of it",
+                violates: &[],
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Redis, Service::Kafka],
             source: "levels/lv4-kafka/src/broken/poison_skipped.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(broken::poison_skipped::Locked::open(stage).await?) as _) }),
+            open: |context| Box::pin(async { Ok(Box::new(broken::poison_skipped::Locked::open(context).await?) as _) }),
         },
         Strategy {
             name: "broken/offset-not-in-transaction",
             summary: "moves the offset beside the transaction",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a consumer stands still for longer than its session",
-                breaks: TWICE,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer stands still for longer than its session",
+                violates: TWICE,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Kafka],
             source: "levels/lv4-kafka/src/broken/offset_not_in_transaction.rs",
-            open: |stage| {
+            open: |context| {
                 Box::pin(async {
-                    Ok(Box::new(broken::offset_not_in_transaction::SingleWriter::open(stage).await?) as _)
+                    Ok(Box::new(broken::offset_not_in_transaction::SingleWriter::open(context).await?) as _)
                 })
             },
         },
@@ -271,16 +271,16 @@ pub static LEVEL: Level = Level {
             name: "broken/notify-outside",
             summary: "puts the news into the outbox once the rows are committed",
             place: Place::Broken,
-            guarantee: ANYWHERE.up_to(&[Limit {
-                when: "a consumer is killed between its commit and the news",
-                breaks: LOST,
+            guarantee: ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer is killed between its commit and the news",
+                violates: LOST,
             }]),
             clicks: 2,
             schema: BARE,
             needs: &[Service::Kafka],
             source: "levels/lv4-kafka/src/broken/notify_outside.rs",
-            open: |stage| {
-                Box::pin(async { Ok(Box::new(broken::notify_outside::SingleWriter::open(stage).await?) as _) })
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::notify_outside::SingleWriter::open(context).await?) as _) })
             },
         },
         Strategy {
@@ -292,8 +292,8 @@ pub static LEVEL: Level = Level {
             schema: BARE,
             needs: &[Service::Kafka],
             source: "levels/lv4-kafka/src/broken/produce_nothing.rs",
-            open: |stage| {
-                Box::pin(async { Ok(Box::new(broken::produce_nothing::SingleWriter::open(stage).await?) as _) })
+            open: |context| {
+                Box::pin(async { Ok(Box::new(broken::produce_nothing::SingleWriter::open(context).await?) as _) })
             },
         },
     ],

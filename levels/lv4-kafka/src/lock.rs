@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use box_office::{No, Stage, Undecided};
+use box_office::{Indeterminate, ReserveError, StrategyContext};
 use redis::{
     Client, ConnectionInfo, IntoConnectionInfo, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
@@ -37,12 +37,12 @@ pub struct Held {
 }
 
 impl Locks {
-    /// In the Redis of this stage.
+    /// In the Redis of this context.
     ///
     /// # Errors
     /// There is none, or it does not answer.
-    pub async fn on(stage: &Stage) -> anyhow::Result<Self> {
-        let place = stage.redis.as_ref().context("this strategy needs REDIS_URL")?;
+    pub async fn on(context: &StrategyContext) -> anyhow::Result<Self> {
+        let place = context.redis.as_ref().context("this strategy needs REDIS_URL")?;
         let config = ConnectionManagerConfig::new()
             .set_response_timeout(Some(COMMAND))
             .set_connection_timeout(Some(COMMAND))
@@ -68,7 +68,7 @@ impl Locks {
     ///
     /// # Errors
     /// It stayed somebody else's, or Redis does not answer.
-    pub async fn acquire(&self, name: &str, wait: Duration) -> Result<Held, No> {
+    pub async fn acquire(&self, name: &str, wait: Duration) -> Result<Held, ReserveError> {
         let held = Held {
             key: format!("{}lock:{name}", self.prefix),
             owner: Uuid::new_v4().simple().to_string(),
@@ -93,7 +93,7 @@ impl Locks {
                 }
             }
             if Instant::now() >= give_up {
-                return Err(Undecided::Overloaded.into());
+                return Err(Indeterminate::Overloaded.into());
             }
             sleep(longest.mul_f64(rand::random_range(0.0..1.0))).await;
             longest = (longest * 2).min(LONGEST_PAUSE);
@@ -129,7 +129,7 @@ impl Locks {
     ///
     /// # Errors
     /// It does not.
-    pub async fn ready(&self) -> Result<(), No> {
+    pub async fn ready(&self) -> Result<(), ReserveError> {
         let pong: Result<String, _> = redis::cmd("PING").query_async(&mut self.redis.clone()).await;
         pong.map(drop).map_err(away)
     }
@@ -145,6 +145,6 @@ fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
     redis
 }
 
-fn away(why: redis::RedisError) -> No {
-    Undecided::BackendAway(why.into()).into()
+fn away(why: redis::RedisError) -> ReserveError {
+    Indeterminate::BackendAway(why.into()).into()
 }

@@ -4,7 +4,7 @@
 use std::{fs::File, time::Duration};
 
 use anyhow::{Context, ensure};
-use box_office::{KafkaPlace, Order, RequestKey, Strategy};
+use box_office::{KafkaConfig, Order, RequestKey, Strategy};
 use comfy_table::{Table, presets};
 use harness::rush::{Program, SALE};
 use lv4_kafka::path::{OrderMessage, PARTITIONS, topic};
@@ -16,12 +16,12 @@ use serde::Serialize;
 
 use super::{
     Bench, FIRST_MEASURED_BUYER, Measured, STOCK, WARM_UP, figures,
-    figures::Spread,
+    figures::MedianRange,
     producer_perf_test::{self, Produced},
     say,
     wrk::{Load, Wrk},
 };
-use crate::{BenchArgs, Ended, levels::Choice};
+use crate::{BenchArgs, Ended, levels::SelectedStrategy};
 
 /// So many buyers are connected, unless told otherwise.
 const CLIENTS: u32 = 1000;
@@ -36,19 +36,19 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Serialize)]
 pub(super) struct Accept {
     pool_size: u32,
-    orders_a_second: Spread,
-    p50_ms: Spread,
-    p95_ms: Spread,
-    p99_ms: Spread,
+    orders_a_second: MedianRange,
+    p50_ms: MedianRange,
+    p95_ms: MedianRange,
+    p99_ms: MedianRange,
     refused: u64,
     cut_off: u64,
     without_produce: WithoutProduce,
     /// `null` where its programs are not on this machine.
     producer_perf_test: Option<Produced>,
-    ready_ms: Spread,
+    ready_ms: MedianRange,
     idle_mib: f64,
     mib_with_1000_connections: f64,
-    most_mib: Spread,
+    most_mib: MedianRange,
     messages_counted: i64,
     rounds: Vec<Load>,
 }
@@ -57,10 +57,10 @@ pub(super) struct Accept {
 #[derive(Serialize)]
 struct WithoutProduce {
     strategy: String,
-    orders_a_second: Spread,
-    p95_ms: Spread,
+    orders_a_second: MedianRange,
+    p95_ms: MedianRange,
     /// Of ours to it, in the two rounds beside each other.
-    ratio: Spread,
+    ratio: MedianRange,
     rounds: Vec<Load>,
 }
 
@@ -76,7 +76,7 @@ struct Round {
 }
 
 /// Measures how fast orders are accepted.
-pub(super) async fn bench(choice: Choice, args: &BenchArgs) -> anyhow::Result<Ended> {
+pub(super) async fn bench(choice: SelectedStrategy, args: &BenchArgs) -> anyhow::Result<Ended> {
     let nothing = choice.level.strategy(NOTHING).context("the level sends everything")?;
     ensure!(
         choice.strategy.name != NOTHING,
@@ -133,7 +133,7 @@ impl Bench {
         }
 
         let of = |rounds: &[Round], figure: fn(&Round) -> f64| {
-            Spread::of(rounds.iter().map(figure)).context("there was no round")
+            MedianRange::of(rounds.iter().map(figure)).context("there was no round")
         };
         let ratios = ours.iter().zip(&others);
         let ratios = ratios.map(|(ours, other)| ours.load.confirmed_a_second() / other.load.confirmed_a_second());
@@ -149,7 +149,7 @@ impl Bench {
                 strategy: format!("{}/{NOTHING}", self.choice.level.name),
                 orders_a_second: of(&others, |round| round.load.confirmed_a_second())?,
                 p95_ms: of(&others, |round| round.load.p95_us as f64 / 1e3)?,
-                ratio: Spread::of(ratios).context("there was no round")?,
+                ratio: MedianRange::of(ratios).context("there was no round")?,
                 rounds: others.iter().map(|round| round.load).collect(),
             },
             producer_perf_test: produced.ok(),
@@ -246,7 +246,7 @@ impl Bench {
 }
 
 /// How many messages are in each partition of the orders.
-fn messages(place: &KafkaPlace) -> anyhow::Result<Vec<i64>> {
+fn messages(place: &KafkaConfig) -> anyhow::Result<Vec<i64>> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", &place.bootstrap_servers)
         .create()?;

@@ -13,7 +13,7 @@ use box_office::{BuyerId, api::NewReservation};
 use comfy_table::{Table, presets};
 use futures_util::future::try_join_all;
 use harness::{
-    backends::Stand,
+    backends::TestEnvironment,
     rows,
     rush::{Connection, Program, SALE, Servers},
 };
@@ -26,11 +26,11 @@ use super::{
     Bench, Measured, STOCK,
     accept::accepting,
     figures,
-    figures::Spread,
+    figures::MedianRange,
     pgbench::{Length, Pgbench},
     say,
 };
-use crate::{BenchArgs, Ended, levels::Choice};
+use crate::{BenchArgs, Ended, levels::SelectedStrategy};
 
 /// Orders that wait, unless told otherwise; fewer where each is decided alone.
 const ORDERS: u32 = 100_000;
@@ -49,13 +49,13 @@ pub(super) struct Drain {
     orders: u32,
     consumers: u32,
     /// From the start of the process: its start-up is part of it.
-    orders_a_second: Spread,
-    took_ms: Spread,
+    orders_a_second: MedianRange,
+    took_ms: MedianRange,
     #[serde(skip_serializing_if = "Option::is_none")]
     ceiling: Option<CeilingRate>,
-    ready_ms: Spread,
+    ready_ms: MedianRange,
     /// The most memory that the server held meanwhile.
-    most_mib: Spread,
+    most_mib: MedianRange,
     rows_judged: usize,
     rounds: Vec<Round>,
 }
@@ -63,9 +63,9 @@ pub(super) struct Drain {
 #[derive(Serialize)]
 struct CeilingRate {
     orders_in_a_transaction: u32,
-    orders_a_second: Spread,
+    orders_a_second: MedianRange,
     /// Of the two rounds beside each other.
-    ratio: Spread,
+    ratio: MedianRange,
 }
 
 /// One backlog, decided.
@@ -78,7 +78,7 @@ struct Round {
 }
 
 /// Measures how fast a backlog is decided; without a number, one of the usual size.
-pub(super) async fn bench(choice: Choice, args: &BenchArgs, orders: Option<u32>) -> anyhow::Result<Ended> {
+pub(super) async fn bench(choice: SelectedStrategy, args: &BenchArgs, orders: Option<u32>) -> anyhow::Result<Ended> {
     // Before the run: nobody should wait for figures that can't be taken or written.
     let pgbench = Pgbench::find_batches(choice.strategy)?;
     let one_by_one = pgbench.as_ref().is_none_or(|&(_, batch)| batch == 1);
@@ -111,7 +111,7 @@ impl Bench {
         }
         say("");
 
-        let of = |figure: fn(&Round) -> f64| Spread::of(ours.iter().map(figure)).context("there was no round");
+        let of = |figure: fn(&Round) -> f64| MedianRange::of(ours.iter().map(figure)).context("there was no round");
         let a_second = |round: &Round| f64::from(orders) / (round.took_ms / 1e3);
         let ratios = ours
             .iter()
@@ -121,9 +121,13 @@ impl Bench {
             pool_size: args.pool,
             orders,
             consumers: 1,
-            orders_a_second: Spread::of(ours.iter().map(a_second)).context("there was no round")?,
+            orders_a_second: MedianRange::of(ours.iter().map(a_second)).context("there was no round")?,
             took_ms: of(|round| round.took_ms)?,
-            ceiling: match (pgbench, Spread::of(ceiling.iter().copied()), Spread::of(ratios)) {
+            ceiling: match (
+                pgbench,
+                MedianRange::of(ceiling.iter().copied()),
+                MedianRange::of(ratios),
+            ) {
                 (Some(&(_, orders_in_a_transaction)), Some(orders_a_second), Some(ratio)) => Some(CeilingRate {
                     orders_in_a_transaction,
                     orders_a_second,
@@ -174,7 +178,12 @@ impl Bench {
         })
     }
 
-    async fn started(&self, program: &Program, stand: &Stand, pool: u32) -> anyhow::Result<(Servers, Duration)> {
+    async fn started(
+        &self,
+        program: &Program,
+        stand: &TestEnvironment,
+        pool: u32,
+    ) -> anyhow::Result<(Servers, Duration)> {
         self.start_as(program, self.choice.strategy, stand, pool).await
     }
 
@@ -207,7 +216,7 @@ impl Bench {
     /// The rows: as many as there were orders, each order once, and each told once.
     async fn judge_decided(
         &self,
-        stand: &Stand,
+        stand: &TestEnvironment,
         database: &PgPool,
         orders: u32,
         void: &mut Vec<String>,

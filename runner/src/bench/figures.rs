@@ -15,13 +15,13 @@ use serde::Serialize;
 
 /// The middle of several measurements, and how far they lie apart.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Spread {
+pub(crate) struct MedianRange {
     pub(super) median: f64,
     pub(super) least: f64,
     pub(super) most: f64,
 }
 
-impl Spread {
+impl MedianRange {
     /// `None` without a measurement.
     pub(crate) fn of(measured: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = measured.into_iter().collect();
@@ -37,7 +37,7 @@ impl Spread {
     }
 }
 
-impl fmt::Display for Spread {
+impl fmt::Display for MedianRange {
     /// With as many digits as were asked for: `{:.2}`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = f.precision().unwrap_or(0);
@@ -65,7 +65,7 @@ pub(super) fn fdatasync() -> anyhow::Result<Duration> {
         took.push(began.elapsed().as_secs_f64());
     }
     std::fs::remove_dir_all(folder)?;
-    let median = Spread::of(took).context("nothing was measured")?.median;
+    let median = MedianRange::of(took).context("nothing was measured")?.median;
     Ok(Duration::from_secs_f64(median))
 }
 
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_spread_is_the_middle_and_both_ends() {
-        let of = |measured: &[f64]| Spread::of(measured.iter().copied());
+        let of = |measured: &[f64]| MedianRange::of(measured.iter().copied());
         assert_eq!(of(&[]), None);
         assert_eq!(
             format!("{:.1}", of(&[3.0, 1.0, 2.0]).expect("three")),

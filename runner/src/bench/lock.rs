@@ -20,7 +20,7 @@ use lv3_redis_lock::lock::{Connections, Guard, Lease, Owner, Pauses, RLock, Rele
 use serde::Serialize;
 use tokio::{sync::Barrier, task::JoinSet};
 
-use super::{figures::Spread, redis_benchmark::RedisBenchmark, say};
+use super::{figures::MedianRange, redis_benchmark::RedisBenchmark, say};
 use crate::{
     BenchArgs, Ended,
     machine::{Machine, commit, this_command},
@@ -233,7 +233,7 @@ enum Measured<'a> {
 struct Alone {
     clients: u32,
     connections: u32,
-    pairs_a_second: Spread,
+    pairs_a_second: MedianRange,
     /// A connection for each client, as most clients of Redis do it.
     redis_benchmark: Ceiling,
     /// One connection for all, as ours.
@@ -244,11 +244,11 @@ struct Alone {
 struct Ceiling {
     connections: u32,
     pipeline: u32,
-    pairs_a_second: Spread,
-    acquire_a_second: Spread,
-    release_a_second: Spread,
+    pairs_a_second: MedianRange,
+    acquire_a_second: MedianRange,
+    release_a_second: MedianRange,
     /// Of ours to this, of the two rounds beside each other.
-    ratio: Spread,
+    ratio: MedianRange,
 }
 
 /// What redis-benchmark counted in a second.
@@ -267,8 +267,8 @@ impl Counted {
 
 impl Ceiling {
     fn of((connections, pipeline): (u32, u32), ours: &[f64], counted: &[Counted]) -> anyhow::Result<Self> {
-        let of = |figure: fn(Counted) -> f64| Spread::of(counted.iter().copied().map(figure));
-        let ratio = Spread::of(ours.iter().zip(counted).map(|(ours, it)| ours / it.pairs()));
+        let of = |figure: fn(Counted) -> f64| MedianRange::of(counted.iter().copied().map(figure));
+        let ratio = MedianRange::of(ours.iter().zip(counted).map(|(ours, it)| ours / it.pairs()));
         let spreads = (of(Counted::pairs), of(|it| it.acquire), of(|it| it.release), ratio);
         let (Some(pairs_a_second), Some(acquire_a_second), Some(release_a_second), Some(ratio)) = spreads else {
             bail!("there was no round");
@@ -288,11 +288,11 @@ impl Ceiling {
 #[derive(Serialize)]
 struct Crowd {
     waiters: u32,
-    took_ms: Spread,
+    took_ms: MedianRange,
     /// What Redis was asked for, by each.
-    commands_sent_each: Spread,
+    commands_sent_each: MedianRange,
     /// What it did besides, in the scripts.
-    commands_in_scripts_each: Spread,
+    commands_in_scripts_each: MedianRange,
     rounds: Vec<OneCrowd>,
 }
 
@@ -356,7 +356,7 @@ async fn alone(
         connections: 1,
         redis_benchmark: Ceiling::of(many, &ours, &ceilings[0])?,
         redis_benchmark_on_one_connection: Ceiling::of(one, &ours, &ceilings[1])?,
-        pairs_a_second: Spread::of(ours).context("there was no round")?,
+        pairs_a_second: MedianRange::of(ours).context("there was no round")?,
     };
     alone.print(strategy, rounds);
     end(strategy, redis.report(), Measured::Alone(&alone), &[], json)
@@ -476,11 +476,11 @@ async fn crowd(
                 .filter(|(name, _)| is_in_a_script(strategy, name) == inside);
             those.map(|(_, &count)| count).sum::<u64>() as f64 / f64::from(waiters)
         });
-        Spread::of(all).context("there was no round")
+        MedianRange::of(all).context("there was no round")
     };
     let crowd = Crowd {
         waiters,
-        took_ms: Spread::of(measured.iter().map(|round| round.took_ms)).context("there was no round")?,
+        took_ms: MedianRange::of(measured.iter().map(|round| round.took_ms)).context("there was no round")?,
         commands_sent_each: each(false)?,
         commands_in_scripts_each: each(true)?,
         rounds: measured,

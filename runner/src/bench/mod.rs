@@ -29,7 +29,7 @@ use anyhow::{Context, ensure};
 use box_office::{Invariant, Service, Strategy};
 use comfy_table::{Table, presets};
 use harness::{
-    backends::{self, Database, Durability, Services, Source, Stand},
+    backends::{self, Database, Durability, Services, Source, TestEnvironment},
     history::{FORMAT_VERSION, Header, History},
     judge::judge,
     rows,
@@ -39,10 +39,10 @@ use serde::Serialize;
 
 use crate::{
     BenchArgs, Ended,
-    levels::Choice,
+    levels::SelectedStrategy,
     machine::{Machine, commit, this_command},
 };
-pub(crate) use figures::Spread;
+pub(crate) use figures::MedianRange;
 use pgbench::{Ceiling, Length, Pgbench};
 pub(crate) use tool::ToolMissing;
 use wrk::{Load, Wrk};
@@ -65,7 +65,7 @@ const CLIENTS: u32 = 64;
 
 /// Measures one strategy.
 pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
-    let choice = Choice::one(&args.strategy)?;
+    let choice = SelectedStrategy::one(&args.strategy)?;
     if args.lock || args.waiters.is_some() {
         return lock_alone(choice, args).await;
     }
@@ -92,7 +92,7 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
 
 /// What is asked of orders that are accepted first and decided later.
 #[cfg(feature = "lv4")]
-async fn path_of_an_order(choice: Choice, args: &BenchArgs) -> anyhow::Result<Ended> {
+async fn path_of_an_order(choice: SelectedStrategy, args: &BenchArgs) -> anyhow::Result<Ended> {
     ensure!(
         args.pools.is_empty(),
         "--pools is about answers that wait for the database, and those of LV.4 do not"
@@ -105,7 +105,7 @@ async fn path_of_an_order(choice: Choice, args: &BenchArgs) -> anyhow::Result<En
 
 /// Without LV.4 in the build, nothing needs Kafka.
 #[cfg(not(feature = "lv4"))]
-async fn path_of_an_order(_choice: Choice, _args: &BenchArgs) -> anyhow::Result<Ended> {
+async fn path_of_an_order(_choice: SelectedStrategy, _args: &BenchArgs) -> anyhow::Result<Ended> {
     anyhow::bail!("{}", ONLY_LV4)
 }
 
@@ -114,7 +114,7 @@ const ONLY_LV4: &str =
 
 /// What is asked of a lock and not of a sale.
 #[cfg(feature = "lv3")]
-async fn lock_alone(choice: Choice, args: &BenchArgs) -> anyhow::Result<Ended> {
+async fn lock_alone(choice: SelectedStrategy, args: &BenchArgs) -> anyhow::Result<Ended> {
     if choice.level.name != lv3_redis_lock::LEVEL.name {
         anyhow::bail!("{}", ONLY_LV3);
     }
@@ -123,7 +123,7 @@ async fn lock_alone(choice: Choice, args: &BenchArgs) -> anyhow::Result<Ended> {
 
 /// What is asked of a lock and not of a sale.
 #[cfg(not(feature = "lv3"))]
-async fn lock_alone(_choice: Choice, _args: &BenchArgs) -> anyhow::Result<Ended> {
+async fn lock_alone(_choice: SelectedStrategy, _args: &BenchArgs) -> anyhow::Result<Ended> {
     anyhow::bail!("{}", ONLY_LV3)
 }
 
@@ -142,7 +142,7 @@ fn warn_of_debug() {
 const JUDGED: &str = "I1, I2 and I3 hold, and every confirmed reservation has its row";
 
 struct Bench {
-    choice: Choice,
+    choice: SelectedStrategy,
     program: Program,
     services: Services,
     fdatasync_ms: Option<f64>,
@@ -200,14 +200,14 @@ enum Measured<'a> {
 #[derive(Serialize)]
 struct Rate {
     pool_size: u32,
-    reservations_a_second: Spread,
-    p50_ms: Spread,
-    p99_ms: Spread,
+    reservations_a_second: MedianRange,
+    p50_ms: MedianRange,
+    p99_ms: MedianRange,
     refused: u64,
     cut_off: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     ceiling: Option<CeilingRate>,
-    ready_ms: Spread,
+    ready_ms: MedianRange,
     idle_mib: f64,
     mib_with_1000_connections: f64,
     rows_judged: usize,
@@ -217,9 +217,9 @@ struct Rate {
 #[derive(Serialize)]
 struct CeilingRate {
     clients: u32,
-    transactions_a_second: Spread,
+    transactions_a_second: MedianRange,
     /// Of the two rounds beside each other.
-    ratio: Spread,
+    ratio: MedianRange,
     probed: Vec<(u32, f64)>,
     rounds: Vec<Ceiling>,
 }
@@ -228,14 +228,14 @@ struct CeilingRate {
 #[derive(Serialize)]
 struct OnePool {
     pool_size: u32,
-    reservations_a_second: Spread,
-    p50_ms: Spread,
-    p99_ms: Spread,
+    reservations_a_second: MedianRange,
+    p50_ms: MedianRange,
+    p99_ms: MedianRange,
 }
 
 impl Bench {
     /// What every measurement needs.
-    async fn find(choice: Choice, args: &BenchArgs, clients: u32) -> anyhow::Result<Self> {
+    async fn find(choice: SelectedStrategy, args: &BenchArgs, clients: u32) -> anyhow::Result<Self> {
         warn_of_debug();
         let services = Services::find(Durability::Durable, choice.strategy.needs).await?;
         Ok(Self {
@@ -295,7 +295,7 @@ impl Bench {
         }
         say("");
 
-        let of = |figure: fn(&Round) -> f64| Spread::of(ours.iter().map(figure)).context("there was no round");
+        let of = |figure: fn(&Round) -> f64| MedianRange::of(ours.iter().map(figure)).context("there was no round");
         let ratios = ours
             .iter()
             .zip(&ceiling)
@@ -309,8 +309,8 @@ impl Bench {
             cut_off: ours.iter().map(|round| round.load.cut_off).sum(),
             ceiling: match (
                 best,
-                Spread::of(ceiling.iter().map(|round| round.a_second)),
-                Spread::of(ratios),
+                MedianRange::of(ceiling.iter().map(|round| round.a_second)),
+                MedianRange::of(ratios),
             ) {
                 (Some(clients), Some(transactions_a_second), Some(ratio)) => Some(CeilingRate {
                     clients,
@@ -399,7 +399,7 @@ impl Bench {
         ]);
         let mut curve = vec![];
         for (&pool_size, loads) in args.pools.iter().zip(&measured) {
-            let of = |figure: fn(&Load) -> f64| Spread::of(loads.iter().map(figure)).context("there was no round");
+            let of = |figure: fn(&Load) -> f64| MedianRange::of(loads.iter().map(figure)).context("there was no round");
             let one = OnePool {
                 pool_size,
                 reservations_a_second: of(Load::confirmed_a_second)?,
@@ -465,7 +465,7 @@ impl Bench {
     }
 
     /// Starts a server on a database, and tells how long it took until it was ready.
-    async fn start(&self, stand: &Stand, pool: u32) -> anyhow::Result<(Servers, Duration)> {
+    async fn start(&self, stand: &TestEnvironment, pool: u32) -> anyhow::Result<(Servers, Duration)> {
         self.start_as(&self.program, self.choice.strategy, stand, pool).await
     }
 
@@ -474,7 +474,7 @@ impl Bench {
         &self,
         program: &Program,
         strategy: &Strategy,
-        stand: &Stand,
+        stand: &TestEnvironment,
         pool: u32,
     ) -> anyhow::Result<(Servers, Duration)> {
         let rush = Rush {

@@ -220,7 +220,7 @@ mod tests {
             let mut rest = &source[source.find("async fn reserve(").expect("it sells")..];
             for statement in statements_of(&std::fs::read_to_string(&file).expect("it is there")) {
                 let written = match statement.as_str() {
-                    "begin" => "stage.begin()".to_owned(),
+                    "begin" => "context.begin()".to_owned(),
                     "commit" => "tx.commit()".to_owned(),
                     _ => format!("\"{statement}\""),
                 };

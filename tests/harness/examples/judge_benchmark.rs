@@ -111,7 +111,7 @@ fn history() -> History {
             });
         };
         if kind == 3 {
-            ask(&key, &|_| Answer::Undecided);
+            ask(&key, &|_| Answer::Indeterminate);
         }
         ask(&key, &answer);
         if !is_sold {

@@ -50,7 +50,7 @@ static LEVEL: Level = Level {
         name: "nothing",
         summary: "answers at once",
         place: Place::Broken,
-        guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+        guarantee: Guarantee::uniform(Promises::ALL_KEPT),
         clicks: 1,
         schema: Schema {
             name: "nothing",

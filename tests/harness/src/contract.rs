@@ -43,7 +43,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
                 level.name, strategy.name
             )
         });
-    let conclusion = report.verdict.conclude(&held_to(expected));
+    let conclusion = report.verdict.conclude(&required(expected));
     assert!(
         matches!(conclusion, Conclusion::AsPromised),
         "{}/{} on {} instance(s): {conclusion}\n\n{}",
@@ -57,7 +57,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
 }
 
 /// What a test of the contract asks for: what it expects, or all there is under `make red`.
-pub fn held_to(expected: Promises) -> Promises {
+pub fn required(expected: Promises) -> Promises {
     if env::var_os(RED).is_some() {
         Promises::ALL_KEPT
     } else {

@@ -93,7 +93,7 @@ pub enum Answer {
     /// A correct no, if the judge finds it true.
     Refused(Refused),
     /// 503, a dead connection, or no answer at all: it may or may not have happened.
-    Undecided,
+    Indeterminate,
     /// An answer that the HTTP contract does not know.
     Unexpected {
         /// The HTTP status, and the start of the body.

@@ -16,7 +16,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    backends::Stand,
+    backends::TestEnvironment,
     rush::{Answered, Connection, Program, Rush, SALE, Servers, Steps},
 };
 
@@ -24,7 +24,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A level's server that a test talks to.
-pub struct Talk {
+pub struct TestServer {
     servers: Servers,
     address: SocketAddr,
 }
@@ -38,12 +38,17 @@ struct Call<'a> {
     body: Option<Vec<u8>>,
 }
 
-impl Talk {
+impl TestServer {
     /// Starts one server.
     ///
     /// # Errors
     /// It does not start.
-    pub async fn with(stand: &Stand, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Self> {
+    pub async fn with(
+        stand: &TestEnvironment,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Self> {
         Self::during(&Rush::default(), stand, program, level, strategy).await
     }
 
@@ -53,7 +58,7 @@ impl Talk {
     /// It does not start.
     pub async fn during(
         rush: &Rush,
-        stand: &Stand,
+        stand: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -383,7 +388,7 @@ impl Answered {
 ///
 /// # Errors
 /// The first thing that is not as the contract says.
-pub async fn sells_refuses_and_repeats(talk: &Talk) -> anyhow::Result<()> {
+pub async fn sells_refuses_and_repeats(talk: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         AlreadyReserved, KeyOfAnotherBuyer, SaleDiffers, SoldOut, Unauthorized, UnknownReservation, UnknownSale,
     };
@@ -442,7 +447,7 @@ pub async fn sells_refuses_and_repeats(talk: &Talk) -> anyhow::Result<()> {
 }
 
 /// While one sale is open, so is another, to the same buyers, under the same keys: neither knows of the other.
-async fn sells_elsewhere(talk: &Talk, here: &api::Reservation) -> anyhow::Result<()> {
+async fn sells_elsewhere(talk: &TestServer, here: &api::Reservation) -> anyhow::Result<()> {
     const ELSEWHERE: SaleId = 2;
 
     let before = talk.sale(SALE).await?;
@@ -468,7 +473,7 @@ async fn sells_elsewhere(talk: &Talk, here: &api::Reservation) -> anyhow::Result
 ///
 /// # Errors
 /// The first answer that does not.
-pub async fn refuses_bad_input(talk: &Talk) -> anyhow::Result<()> {
+pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         BodyTooLarge, InvalidBody, MalformedBody, MalformedKey, MalformedPath, MethodNotAllowed, NotFound,
         UnknownReservation,

@@ -2,22 +2,22 @@
 
 pub mod backends;
 mod contract;
-pub mod crowd;
-mod declares;
-mod held_commits;
+mod delayed_commits;
+mod guarantees;
 pub mod history;
+pub mod history_recorder;
 pub mod http_contract;
 pub mod judge;
-pub mod ledger;
 pub mod proxy;
 pub mod restarts;
 pub mod rows;
 pub mod rush;
 pub mod schedule;
+pub mod slow_clients;
 pub mod twins;
 mod until;
 
-pub use contract::{RED, contract, held_to};
-pub use declares::{after_its_fault, declares, declares_limit};
-pub use held_commits::HeldCommits;
+pub use contract::{RED, contract, required};
+pub use delayed_commits::DelayedCommits;
+pub use guarantees::{assert_after_fault, assert_declared, assert_failure_mode};
 pub use until::until;

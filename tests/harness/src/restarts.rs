@@ -109,7 +109,7 @@ async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strat
         let served = report.history.requests.iter().any(|request| {
             report.sent_to[&request.request] == came
                 && request.sent_us >= healed_us
-                && !matches!(request.answer, Answer::Undecided | Answer::Unexpected { .. })
+                && !matches!(request.answer, Answer::Indeterminate | Answer::Unexpected { .. })
         });
         assert!(served, "nobody was served by the new instance: {}", fault.fault);
     }
@@ -139,7 +139,7 @@ fn rush(faults: usize, kind: FaultKind) -> Rush {
         capacity: WAVE * waves - WAVE / 2,
         buyers: WAVE * waves,
         instances: INSTANCES,
-        hold: Duration::from_millis(3),
+        work: Duration::from_millis(3),
         ..Rush::default()
     };
     (0..faults).fold(rush, |rush, instance| {
@@ -196,5 +196,5 @@ fn ended_us(request: &Request) -> Micros {
 
 fn undecided(report: &Report) -> impl Iterator<Item = &Request> {
     let requests = report.history.requests.iter();
-    requests.filter(|request| request.answer == Answer::Undecided)
+    requests.filter(|request| request.answer == Answer::Indeterminate)
 }

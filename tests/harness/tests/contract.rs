@@ -86,7 +86,7 @@ const FEW: Rush = Rush {
     buyers: 40,
     clicks: 1,
     instances: 1,
-    hold: Duration::ZERO,
+    work: Duration::ZERO,
     commit: Duration::ZERO,
     pool_size: None,
     patience: Duration::from_secs(5),
@@ -95,16 +95,16 @@ const FEW: Rush = Rush {
 };
 
 async fn honest() {
-    let report = held_to(&KEPT, "honest", Rush::default(), Promises::ALL_KEPT).await;
+    let report = required(&KEPT, "honest", Rush::default(), Promises::ALL_KEPT).await;
     assert_eq!(report.answers.accepted, 1000, "every answer was a 202");
     assert_eq!(report.verdict.tally.sold, 100);
 }
 
 /// The contract names what a lie breaks and nothing else; and whoever says that the same server keeps everything is refused.
 async fn caught(lie: &'static Lie) {
-    held_to(&DECLARED, lie.name, FEW, lie.breaks).await;
+    required(&DECLARED, lie.name, FEW, lie.breaks).await;
 
-    let said = denied(held_to(&KEPT, lie.name, FEW, Promises::ALL_KEPT)).await;
+    let said = denied(required(&KEPT, lie.name, FEW, Promises::ALL_KEPT)).await;
     for invariant in lie.breaks.those(Promise::Breaks) {
         assert!(
             said.contains(invariant.code()),
@@ -116,13 +116,13 @@ async fn caught(lie: &'static Lie) {
 
 /// A run that did not show what a strategy is there to show has tried nothing.
 fn inconclusive(on: &Runtime) {
-    let said = on.block_on(denied(held_to(&OVERSELLS, "honest", FEW, OVERSOLD)));
+    let said = on.block_on(denied(required(&OVERSELLS, "honest", FEW, OVERSOLD)));
     assert!(said.contains("inconclusive: I1, I2"), "{said}");
 }
 
 /// What a strategy says of itself is not what it is held to.
 fn declared_otherwise(on: &Runtime) {
-    let said = on.block_on(denied(held_to(&OVERSELLS, "honest", FEW, Promises::ALL_KEPT)));
+    let said = on.block_on(denied(required(&OVERSELLS, "honest", FEW, Promises::ALL_KEPT)));
     assert!(said.contains("declares another guarantee"), "{said}");
 }
 
@@ -133,7 +133,7 @@ async fn denied(held: impl Future<Output = Report>) -> String {
     panic.downcast_ref::<String>().expect("a message").clone()
 }
 
-async fn held_to(level: &Level, name: &str, rush: Rush, expected: Promises) -> Report {
+async fn required(level: &Level, name: &str, rush: Rush, expected: Promises) -> Report {
     let program = Program::new(env::current_exe().expect("this test binary")).variable(ACT_AS_SERVER, "1");
     contract(&program, level, name, rush, expected).await
 }
@@ -205,7 +205,7 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
         name,
         summary: "a stub",
         place: Place::Broken,
-        guarantee: Guarantee::on_any_number(promises),
+        guarantee: Guarantee::uniform(promises),
         clicks: 1,
         schema: Schema {
             name: "stub",

@@ -11,7 +11,7 @@ use box_office::{
 };
 use harness::{
     history::{
-        Answer::{self, Refused as No, Undecided},
+        Answer::{self, Indeterminate, Refused as ReserveError},
         Ending, FORMAT_VERSION, Fault, Header, History, Micros,
         Refused::{self, AlreadyReserved, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale},
         Request, Row,
@@ -93,7 +93,7 @@ fn ends_twice(number: u128, first: Option<Refused>, second: Option<Refused>) -> 
 }
 
 fn already(number: u128) -> Answer {
-    No(AlreadyReserved { earlier: id(number) })
+    ReserveError(AlreadyReserved { earlier: id(number) })
 }
 
 impl Sale {
@@ -242,12 +242,15 @@ fn sold_again() -> Sale {
 
 /// Two tickets, two buyers who have them, and a third who came too late.
 fn sold_out() -> Sale {
-    sale(2).takes(1, 0, 10).takes(2, 0, 10).ask(3, "3", 0, 10, No(SoldOut))
+    sale(2)
+        .takes(1, 0, 10)
+        .takes(2, 0, 10)
+        .ask(3, "3", 0, 10, ReserveError(SoldOut))
 }
 
 /// One of two tickets is sold; the other buyer can't know yet.
 fn undecided() -> Sale {
-    sale(2).takes(1, 0, 10).ask(2, "2", 0, 10, Undecided)
+    sale(2).takes(1, 0, 10).ask(2, "2", 0, 10, Indeterminate)
 }
 
 #[rstest]
@@ -259,9 +262,9 @@ fn undecided() -> Sale {
     sold_again().ask(3, "3", 0, 9, ends(3, 50, Some(Declined))).row(3, "3", 3).released(9, 10),
     |s: Sale| s.with_row(|row| row.released_us = Some(11)), &[NoOversell])]
 #[case::undecided_with_a_row_holds_a_ticket(
-    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, Undecided), |s: Sale| s.row(2, "2", 2), &[NoOversell, Conservation])]
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, Indeterminate), |s: Sale| s.row(2, "2", 2), &[NoOversell, Conservation])]
 #[case::two_told_of_one_ticket_by_a_foreign_server(
-    sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).ask(2, "2", 0, 9, Undecided),
+    sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).ask(2, "2", 0, 9, Indeterminate),
     |s: Sale| s.answer(ends(2, 9, None)), &[NoOversell, Conservation])]
 // I2
 #[case::a_ticket_came_from_nowhere(sale(3).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.stock(2), &[Conservation])]
@@ -276,7 +279,7 @@ fn undecided() -> Sale {
     sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).stock(0), |s: Sale| s.stock(1), &[Conservation])]
 // I3
 #[case::two_clicks(
-    sale(2).takes(1, 0, 9).ask(1, "other", 0, 9, Undecided), |s: Sale| s.row(1, "other", 2), &[NoDuplicate])]
+    sale(2).takes(1, 0, 9).ask(1, "other", 0, 9, Indeterminate), |s: Sale| s.row(1, "other", 2), &[NoDuplicate])]
 #[case::again_before_the_first_was_given_back(
     sale(2).ask(1, "a", 0, 9, ends(1, 50, Some(Declined))).row(1, "a", 1).released(10, 20)
         .ask(1, "b", 0, 9, confirmed(2)).row(1, "b", 2).with_row(|row| row.taken_us = 20),
@@ -286,17 +289,17 @@ fn undecided() -> Sale {
         .ask(1, "b", 60, 70, confirmed(2)).row(1, "b", 2).with_row(|row| row.taken_us = 20),
     |s: Sale| s.with(|request| request.key = "a".to_owned()).with_row(|row| row.key = "a".to_owned()), &[NoDuplicate])]
 #[case::one_key_of_two_buyers(
-    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, No(KeyOfAnotherBuyer)),
+    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, ReserveError(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(confirmed(2)).row(2, "1", 2), &[NoDuplicate])]
 #[case::one_buyer_told_of_two_by_a_foreign_server(
     sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(1, "b", 0, 9, already(1)),
     |s: Sale| s.answer(confirmed(2)), &[NoDuplicate])]
 #[case::one_key_told_of_two_by_a_foreign_server(
-    sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(2, "a", 0, 9, No(KeyOfAnotherBuyer)),
+    sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(2, "a", 0, 9, ReserveError(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(confirmed(2)), &[NoDuplicate])]
 // I4
 #[case::confirmed_without_a_row(
-    sale(2).ask(2, "2", 0, 9, Undecided).takes(1, 0, 10), |s: Sale| s.without_row(), &[NothingLost])]
+    sale(2).ask(2, "2", 0, 9, Indeterminate).takes(1, 0, 10), |s: Sale| s.without_row(), &[NothingLost])]
 #[case::confirmed_with_two_rows(sale(2).takes(1, 0, 9), |s: Sale| s.row(1, "1", 1), &[NoDuplicate, NothingLost])]
 #[case::accepted_confirmed_and_without_a_row(
     sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(SoldOut))),
@@ -319,28 +322,28 @@ fn undecided() -> Sale {
 #[case::confirmed_to_one_and_the_row_is_anothers(
     undecided().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
 #[case::turned_away_at_the_door_and_has_a_row(
-    undecided().row(2, "2", 2), |s: Sale| s.answer(No(RateLimited)), &[NothingInvented])]
+    undecided().row(2, "2", 2), |s: Sale| s.answer(ReserveError(RateLimited)), &[NothingInvented])]
 #[case::refused_at_once_and_held_a_ticket(
     sold_again().ask(3, "3", 0, 60, ends(3, 60, Some(SoldOut))).row(3, "3", 3).released(1, 2),
-    |s: Sale| s.answer(No(SoldOut)), &[NothingInvented])]
+    |s: Sale| s.answer(ReserveError(SoldOut)), &[NothingInvented])]
 #[case::refused_and_has_it_all_the_same(
     sale(2).takes(1, 0, 9).takes(2, 0, 9),
-    |s: Sale| s.answer(No(SoldOut)), &[NothingInvented, NoFalseRefusal, OneAnswer])]
+    |s: Sale| s.answer(ReserveError(SoldOut)), &[NothingInvented, NoFalseRefusal, OneAnswer])]
 // I6
 #[case::sold_out_before_the_last_taker_was_sent(
-    sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, No(SoldOut)),
+    sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, ReserveError(SoldOut)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::accepted_and_sold_out_before_the_last_taker_was_sent(
     sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 1, ends(3, 10, Some(SoldOut))),
     |s: Sale| s.answer(ends(3, 9, Some(SoldOut))), &[NoFalseRefusal])]
 #[case::a_repeat_takes_at_its_first_sending(
-    sale(1).ask(1, "1", 0, 5, Undecided).takes(1, 20, 25).ask(2, "2", 8, 10, No(SoldOut)),
-    |s: Sale| s.first_answer(No(SoldOut)), &[NoFalseRefusal])]
+    sale(1).ask(1, "1", 0, 5, Indeterminate).takes(1, 20, 25).ask(2, "2", 8, 10, ReserveError(SoldOut)),
+    |s: Sale| s.first_answer(ReserveError(SoldOut)), &[NoFalseRefusal])]
 #[case::what_left_no_row_took_nothing(
-    sale(1).ask(1, "1", 0, 5, Undecided).row(1, "1", 1).ask(2, "2", 0, 9, No(SoldOut)),
+    sale(1).ask(1, "1", 0, 5, Indeterminate).row(1, "1", 1).ask(2, "2", 0, 9, ReserveError(SoldOut)),
     |s: Sale| s.without_row(), &[NoFalseRefusal])]
 #[case::undecided_at_a_foreign_server_may_have_taken(
-    sale(1).foreign().ask(1, "1", 10, 15, Undecided).ask(2, "2", 0, 10, No(SoldOut)),
+    sale(1).foreign().ask(1, "1", 10, 15, Indeterminate).ask(2, "2", 0, 10, ReserveError(SoldOut)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::already_reserved_by_somebody_else(
     sale(2).takes(1, 0, 9).takes(2, 0, 9).ask(1, "again", 0, 9, already(1)),
@@ -352,38 +355,38 @@ fn undecided() -> Sale {
         .ask(1, "again", 50, 60, already(1)),
     |s: Sale| s.sent(51), &[NoFalseRefusal])]
 #[case::already_reserved_at_a_foreign_server(
-    sale(1).foreign().ask(1, "1", 10, 15, Undecided).ask(1, "again", 0, 10, already(1)),
+    sale(1).foreign().ask(1, "1", 10, 15, Indeterminate).ask(1, "again", 0, 10, already(1)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::a_key_that_nobody_else_had_sent(
-    sale(1).takes(1, 10, 20).ask(2, "1", 0, 10, No(KeyOfAnotherBuyer)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
+    sale(1).takes(1, 10, 20).ask(2, "1", 0, 10, ReserveError(KeyOfAnotherBuyer)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::expired_before_its_time(
-    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, No(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal])]
+    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, ReserveError(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal])]
 #[case::a_repeat_expires_with_its_order(
-    sale(1).ask(1, "1", 0, 9, Undecided).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, No(Expired)),
+    sale(1).ask(1, "1", 0, 9, Indeterminate).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, ReserveError(Expired)),
     |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal])]
-#[case::no_such_sale(sold_out(), |s: Sale| s.answer(No(UnknownSale)), &[NoFalseRefusal])]
+#[case::no_such_sale(sold_out(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal])]
 // I7. Where nothing is given back, a ticket that is left makes "sold out" or a confirmation untrue as well.
 #[case::one_left_and_one_refused(
     sale(2).takes(1, 0, 9).takes(2, 0, 9),
-    |s: Sale| s.without_row().answer(No(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+    |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::fewer_buyers_than_tickets(
     sale(5).takes(1, 0, 9).takes(2, 0, 9),
-    |s: Sale| s.without_row().answer(No(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+    |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::a_sold_ticket_that_is_lost(
     sale(2).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
-#[case::the_last_answer_is_final(undecided(), |s: Sale| s.answer(No(UnknownSale)), &[NoFalseRefusal, NoUndersell])]
+#[case::the_last_answer_is_final(undecided(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal, NoUndersell])]
 #[case::who_used_anothers_key_did_not_come_for_a_ticket(
-    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, No(KeyOfAnotherBuyer)),
-    |s: Sale| s.answer(No(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, ReserveError(KeyOfAnotherBuyer)),
+    |s: Sale| s.answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::another_key_of_the_buyer_is_still_undecided(
-    sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Undecided).ask(2, "b", 0, 9, No(SoldOut)).row(2, "a", 2),
+    sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Indeterminate).ask(2, "b", 0, 9, ReserveError(SoldOut)).row(2, "a", 2),
     |s: Sale| s.without_row().sent(1), &[NoFalseRefusal, NoUndersell])]
 #[case::undecided_at_a_foreign_server_may_be_sold(
-    sale(1).foreign().ask(1, "1", 0, 5, Undecided).ask(1, "1", 6, 9, No(SoldOut)),
-    |s: Sale| s.first_answer(No(RateLimited)), &[NoFalseRefusal, NoUndersell])]
+    sale(1).foreign().ask(1, "1", 0, 5, Indeterminate).ask(1, "1", 6, 9, ReserveError(SoldOut)),
+    |s: Sale| s.first_answer(ReserveError(RateLimited)), &[NoFalseRefusal, NoUndersell])]
 // I9
 #[case::refused_after_it_was_confirmed(
-    sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, No(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
+    sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, ReserveError(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
 #[case::already_reserved_is_not_the_first_answer(
     sale(1).takes(1, 0, 10).ask(1, "1", 11, 20, confirmed(1)), |s: Sale| s.answer(already(1)), &[OneAnswer])]
 #[case::another_reservation_under_the_same_key(
@@ -393,13 +396,13 @@ fn undecided() -> Sale {
     sale(2).foreign().ask(1, "1", 0, 10, confirmed(1)).ask(1, "1", 10, 20, confirmed(2)).answer(confirmed(1)).sent(11),
     |s: Sale| s.answer(confirmed(2)), &[NoDuplicate, OneAnswer])]
 #[case::another_buyer_is_confirmed_under_the_key(
-    sale(2).takes(1, 0, 10).ask(2, "1", 11, 20, No(KeyOfAnotherBuyer)),
+    sale(2).takes(1, 0, 10).ask(2, "1", 11, 20, ReserveError(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(confirmed(2)).row(2, "1", 2), &[NoDuplicate, OneAnswer])]
 #[case::undecided_then_refused_and_has_it(
-    sold_out().ask(2, "2", 11, 20, confirmed(2)).ask(2, "2", 21, 30, Undecided).ask(2, "2", 31, 40, confirmed(2)),
-    |s: Sale| s.answer(No(SoldOut)), &[OneAnswer])]
+    sold_out().ask(2, "2", 11, 20, confirmed(2)).ask(2, "2", 21, 30, Indeterminate).ask(2, "2", 31, 40, confirmed(2)),
+    |s: Sale| s.answer(ReserveError(SoldOut)), &[OneAnswer])]
 #[case::a_repeat_told_sold_out_while_the_row_is_there(
-    sale(2).takes(1, 0, 9).ask(2, "2", 0, 5, Undecided).row(2, "2", 2).ask(2, "2", 0, 9, No(SoldOut)),
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 5, Indeterminate).row(2, "2", 2).ask(2, "2", 0, 9, ReserveError(SoldOut)),
     |s: Sale| s.sent(1), &[OneAnswer])]
 #[case::confirmed_and_given_back(
     undecided().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.status(Released).back(1), &[OneAnswer])]
@@ -409,9 +412,9 @@ fn undecided() -> Sale {
 #[case::refused_too_late(sold_out().answered(DEADLINE_US), |s: Sale| s.answered(1 + DEADLINE_US), &[Progress])]
 #[case::an_answer_that_means_nothing(
     undecided(), |s: Sale| s.answer(Answer::Unexpected { what: "500 oops".to_owned() }), &[Progress])]
-#[case::repeated_and_still_undecided(undecided().ask(2, "2", 10, 20, Undecided), |s: Sale| s.sent(11), &[Progress])]
+#[case::repeated_and_still_undecided(undecided().ask(2, "2", 10, 20, Indeterminate), |s: Sale| s.sent(11), &[Progress])]
 #[case::never_told_in_the_end(
-    undecided().ask(2, "2", 11, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.answer(Undecided), &[Progress])]
+    undecided().ask(2, "2", 11, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.answer(Indeterminate), &[Progress])]
 #[case::undecided_after_the_healing(undecided().fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
 #[case::undecided_after_the_last_healing(
     undecided().fault(5, Some(10)).and_fault(2, Some(3)).sent(10), |s: Sale| s.sent(11), &[Progress])]
@@ -452,7 +455,7 @@ fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> 
     sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, accepted(2)).ask(3, "3", 0, 9, accepted(3)),
     (1, 0, 0), &[(NothingLost, 2), (Progress, 2)])]
 #[case::two_told_no_while_there_were_tickets(
-    sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, No(SoldOut)).ask(3, "3", 0, 9, No(SoldOut)),
+    sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)).ask(3, "3", 0, 9, ReserveError(SoldOut)),
     (1, 0, 0), &[(NoFalseRefusal, 2), (NoUndersell, 2)])]
 #[case::given_back_is_not_sold(sold_again(), (1, 0, 0), &[])]
 #[case::told_by_a_foreign_server(
@@ -487,9 +490,9 @@ fn the_order_of_the_lines_does_not_matter() {
         let key = buyer.to_string();
         sale = sale
             .ask(buyer, &key, 0, late, accepted(100))
-            .ask(buyer, &key, 0, 1, No(UnknownSale))
+            .ask(buyer, &key, 0, 1, ReserveError(UnknownSale))
             .ask(buyer, &key, 3, 9, confirmed(101))
-            .ask(buyer, &key, 10, 19, No(SoldOut))
+            .ask(buyer, &key, 10, 19, ReserveError(SoldOut))
             .row(buyer + 10, &key, 200);
     }
     let one = sale.0;

@@ -534,10 +534,10 @@ fn sell(capacity: u64, asks: &[Ask]) -> History {
         };
         let answer = match (of_key, of_buyer, ask.fate) {
             (_, _, 0) => Answer::Refused(RateLimited),
-            (_, _, 1) => Answer::Undecided,
+            (_, _, 1) => Answer::Indeterminate,
             (Some(row), _, _) if row.buyer != ask.buyer => Answer::Refused(KeyOfAnotherBuyer),
             (Some(row), _, fate) => match (fate, row.status) {
-                (2..4, _) => Answer::Undecided,
+                (2..4, _) => Answer::Indeterminate,
                 (_, Status::Released) => accepted(row.reservation, Some(Declined)),
                 (4..8, _) => accepted(row.reservation, None),
                 _ => Answer::Confirmed {
@@ -553,7 +553,7 @@ fn sell(capacity: u64, asks: &[Ask]) -> History {
             },
             (None, None, 2..4) => {
                 sold(Status::Confirmed);
-                Answer::Undecided
+                Answer::Indeterminate
             }
             (None, None, 4..8) => accepted(sold(Status::Confirmed), None),
             (None, None, 8) => accepted(sold(Status::Released), Some(Declined)),
@@ -610,7 +610,7 @@ fn plant(history: &mut History, &(what, at, number): &Mistake) {
             6 => request.buyer = BuyerId::from(1 + number % 3),
             7 => {
                 request.answered_us = None;
-                request.answer = Answer::Undecided;
+                request.answer = Answer::Indeterminate;
             }
             _ => {
                 history.requests.remove(at);
@@ -677,7 +677,7 @@ fn any_answer(number: u8, at_us: Micros) -> Answer {
         6 => Answer::Refused(KeyOfAnotherBuyer),
         7 => Answer::Refused(UnknownSale),
         8 => Answer::Refused(Expired),
-        9 => Answer::Undecided,
+        9 => Answer::Indeterminate,
         10 => Answer::Unexpected { what: "500".to_owned() },
         11 => accepted(None),
         12 => accepted(Some(ending(at_us + 1, None))),
@@ -792,7 +792,7 @@ fn it_never_accuses_a_right_server() {
             let undecided = history
                 .requests
                 .iter()
-                .any(|request| request.answer == Answer::Undecided);
+                .any(|request| request.answer == Answer::Indeterminate);
             let accused = found(&verdict).into_iter().find(|code| *code != "I10" || !undecided);
             prop_assert_eq!(accused, None, "{}", verdict);
             Ok(())

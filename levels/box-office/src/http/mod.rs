@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    AdminToken, Limits, Reserve, Watch,
+    AdminToken, Instrumentation, Limits, Reserve,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
 };
@@ -32,7 +32,7 @@ pub(crate) struct App {
     pub(crate) seller: Box<dyn Reserve>,
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
-    pub(crate) watch: Watch,
+    pub(crate) watch: Instrumentation,
     /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
     pub(crate) reservations: TaskTracker,
     /// How many more may run.

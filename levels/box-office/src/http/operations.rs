@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::App;
 use crate::{
-    No, Undecided,
+    Indeterminate, ReserveError,
     problem::{Problem, ProblemKind},
 };
 
@@ -36,14 +36,17 @@ pub(super) async fn alive() -> &'static str {
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Problem> {
     let probe = async {
-        sqlx::query("select 1").execute(&app.database).await.map_err(No::from)?;
+        sqlx::query("select 1")
+            .execute(&app.database)
+            .await
+            .map_err(ReserveError::from)?;
         app.seller.ready().await
     };
     // One statement and no transaction: nothing is lost when it is given up.
     match timeout(app.limits.probe_time, probe).await {
         Ok(Ok(())) => Ok("ready\n"),
         Ok(Err(no)) => Err(no.into()),
-        Err(_) => Err(ProblemKind::from(&Undecided::Overloaded.into()).into()),
+        Err(_) => Err(ProblemKind::from(&Indeterminate::Overloaded.into()).into()),
     }
 }
 

@@ -17,7 +17,7 @@ use super::{
     input::{JsonBody, ReservationInPath, SaleInPath, request_key},
 };
 use crate::{
-    No, Order, Outcome, Undecided, api,
+    Indeterminate, Order, Outcome, ReserveError, api,
     problem::{Problem, ProblemKind},
 };
 use uuid::Uuid;
@@ -89,9 +89,9 @@ pub(super) async fn reserve(
 // ANCHOR: task
 /// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped. So there has to be room for it:
 /// those who hang up and come again would be without number.
-async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, No> {
+async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
     let Ok(room) = Arc::clone(&app.room).try_acquire_owned() else {
-        let refused = Err(Undecided::Overloaded.into());
+        let refused = Err(Indeterminate::Overloaded.into());
         app.metrics.reserved(Some(&refused));
         return refused;
     };
@@ -110,7 +110,7 @@ async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Ou
         // The request goes down as if it had panicked itself, and is answered by the layer that catches panics.
         Ok(Err(panic)) => std::panic::resume_unwind(panic),
         // The runtime ends, and took the task with it.
-        Err(_) => Err(Undecided::TimedOut.into()),
+        Err(_) => Err(Indeterminate::TimedOut.into()),
     }
 }
 // ANCHOR_END: task

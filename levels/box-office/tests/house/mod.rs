@@ -8,8 +8,8 @@ use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use async_trait::async_trait;
 use box_office::{
-    DatabaseUrl, Guarantee, Level, No, Order, Outcome, Place, ProblemKind, Promises, Refusal, Reservation, Reserve,
-    Schema, Server, Settings, Stage, Steps, Strategy, Undecided,
+    DatabaseUrl, Guarantee, Indeterminate, Level, Order, Outcome, Place, ProblemKind, Promises, Refusal, Reservation,
+    Reserve, ReserveError, Schema, Server, Settings, Steps, Strategy, StrategyContext,
 };
 use harness::{
     backends::{self, Database},
@@ -35,7 +35,7 @@ pub(crate) static LEVEL: Level = Level {
             name: "obedient",
             summary: "answers as its request key says",
             place: Place::Broken,
-            guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+            guarantee: Guarantee::uniform(Promises::ALL_KEPT),
             clicks: 1,
             schema: Schema {
                 name: "double",
@@ -43,13 +43,13 @@ pub(crate) static LEVEL: Level = Level {
             },
             needs: &[],
             source: "levels/box-office/tests/house/mod.rs",
-            open: |stage| Box::pin(async { Ok(Box::new(Obedient { stage }) as Box<dyn Reserve>) }),
+            open: |context| Box::pin(async { Ok(Box::new(Obedient { context }) as Box<dyn Reserve>) }),
         },
         Strategy {
             name: "stillborn",
             summary: "can't be opened",
             place: Place::Broken,
-            guarantee: Guarantee::on_any_number(Promises::ALL_KEPT),
+            guarantee: Guarantee::uniform(Promises::ALL_KEPT),
             clicks: 1,
             schema: Schema {
                 name: "double",
@@ -66,14 +66,14 @@ pub(crate) static LEVEL: Level = Level {
 pub(crate) const EARLIER: Uuid = Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0042);
 
 struct Obedient {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 #[async_trait]
 impl Reserve for Obedient {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         steps.at("asked").saw(order.key.as_str()).await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
         match order.key.as_str() {
             "sold-out" => Err(Refusal::SoldOut.into()),
             "already-reserved" => Err(Refusal::AlreadyReserved {
@@ -82,16 +82,16 @@ impl Reserve for Obedient {
             .into()),
             "key-of-another-buyer" => Err(Refusal::KeyOfAnotherBuyer.into()),
             "unknown-sale" => Err(Refusal::UnknownSale.into()),
-            "overloaded" => Err(Undecided::Overloaded.into()),
-            "timed-out" => Err(Undecided::TimedOut.into()),
+            "overloaded" => Err(Indeterminate::Overloaded.into()),
+            "timed-out" => Err(Indeterminate::TimedOut.into()),
             "backend-away" => {
                 let secret = anyhow::anyhow!("the backend's own words");
-                Err(Undecided::BackendAway(secret).into())
+                Err(Indeterminate::BackendAway(secret).into())
             }
             "panic" => panic!("as asked"),
             _ => {
                 let id = Uuid::now_v7();
-                let mut tx = self.stage.begin().await?;
+                let mut tx = self.context.begin().await?;
                 if order.key.as_str().starts_with("wait") {
                     steps.blocked("waiting for the test");
                     lock(&mut tx, order.buyer).await?;
@@ -139,22 +139,22 @@ pub(crate) fn on(url: &str) -> Settings {
 }
 
 /// A server of the obedient strategy, and the database it sells from.
-pub(crate) struct Stand {
+pub(crate) struct TestEnvironment {
     pub(crate) server: Server,
     pub(crate) database: Database,
 }
 
 /// Opens a stand.
-pub(crate) async fn stand() -> Stand {
+pub(crate) async fn stand() -> TestEnvironment {
     stand_with(|_| ()).await
 }
 
 /// Opens a stand with settings of its own.
-pub(crate) async fn stand_with(change: impl FnOnce(&mut Settings)) -> Stand {
+pub(crate) async fn stand_with(change: impl FnOnce(&mut Settings)) -> TestEnvironment {
     let database = database().await;
     let mut settings = on(&database.url());
     change(&mut settings);
-    Stand {
+    TestEnvironment {
         server: start(&settings).await,
         database,
     }
@@ -168,7 +168,7 @@ pub(crate) async fn start(settings: &Settings) -> Server {
         .expect("it starts")
 }
 
-impl Stand {
+impl TestEnvironment {
     pub(crate) fn address(&self) -> SocketAddr {
         self.server.address()
     }

@@ -5,7 +5,10 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use box_office::{
+    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    StrategyContext,
+};
 use sqlx::postgres::PgTransaction;
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
@@ -20,15 +23,15 @@ const LOCK_TIME: Duration = Duration::from_secs(5);
 
 /// Sells under a lock of this process.
 pub struct Mutex {
-    stage: Stage,
+    context: StrategyContext,
     locks: [AsyncMutex<()>; LOCKS],
 }
 
 impl Mutex {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
         Self {
-            stage,
+            context,
             locks: std::array::from_fn(|_| AsyncMutex::new(())),
         }
     }
@@ -41,7 +44,7 @@ impl Mutex {
     // ANCHOR_END: lock-of
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
-    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
@@ -53,7 +56,7 @@ impl Mutex {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -73,7 +76,7 @@ impl Mutex {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         sqlx::query(
             "update sale
@@ -104,7 +107,7 @@ impl Mutex {
 
 #[async_trait]
 impl Reserve for Mutex {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: lock
         let lock = self.lock_of(order.sale);
         let _ = match lock.try_lock() {
@@ -112,12 +115,12 @@ impl Reserve for Mutex {
             Err(_) => {
                 steps.blocked("waits for the mutex");
                 let waiting = timeout(LOCK_TIME, lock.lock());
-                waiting.await.map_err(|_| Undecided::Overloaded)?
+                waiting.await.map_err(|_| Indeterminate::Overloaded)?
             }
         };
         steps.at("mutex taken").await;
 
-        let mut tx = self.stage.begin().await?;
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {

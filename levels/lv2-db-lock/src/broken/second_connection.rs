@@ -4,26 +4,28 @@
 //! Twin: `pessimistic`. Caught by I10.
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use uuid::Uuid;
 
 /// Sells under a lock on the sale's row.
 pub struct Pessimistic {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 impl Pessimistic {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
-        Self { stage }
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
+        Self { context }
     }
 }
 
 #[async_trait]
 impl Reserve for Pessimistic {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: lock
-        let mut tx = self.stage.begin().await?;
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
 
         let stock: i64 = sqlx::query_scalar(
@@ -39,7 +41,7 @@ impl Reserve for Pessimistic {
         steps.at("stock read").saw(stock).await;
 
         // Inside the lock: outside it, the same buyer's second click would find nothing either.
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -50,7 +52,7 @@ impl Reserve for Pessimistic {
         .bind(order.sale)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .fetch_optional(&self.stage.database)
+        .fetch_optional(&self.context.database)
         .await?;
         if let Some(earlier) = earlier {
             return Ok(earlier.answer(order)?);
@@ -59,7 +61,7 @@ impl Reserve for Pessimistic {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
         // ANCHOR_END: lock
 
         // ANCHOR: write

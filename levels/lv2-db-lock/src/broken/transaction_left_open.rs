@@ -7,7 +7,10 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use box_office::{
+    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    StrategyContext,
+};
 use sqlx::{Postgres, pool::PoolConnection};
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
@@ -20,15 +23,15 @@ const LOCK_TIME: Duration = Duration::from_secs(5);
 
 /// Sells under a lock of this process.
 pub struct Mutex {
-    stage: Stage,
+    context: StrategyContext,
     locks: [AsyncMutex<()>; LOCKS],
 }
 
 impl Mutex {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
         Self {
-            stage,
+            context,
             locks: std::array::from_fn(|_| AsyncMutex::new(())),
         }
     }
@@ -39,7 +42,12 @@ impl Mutex {
     }
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
-    async fn sell(&self, tx: &mut PoolConnection<Postgres>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn sell(
+        &self,
+        tx: &mut PoolConnection<Postgres>,
+        order: &Order,
+        steps: &Steps,
+    ) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
@@ -51,7 +59,7 @@ impl Mutex {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -71,7 +79,7 @@ impl Mutex {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         sqlx::query(
             "update sale
@@ -102,19 +110,19 @@ impl Mutex {
 
 #[async_trait]
 impl Reserve for Mutex {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let lock = self.lock_of(order.sale);
         let guard = match lock.try_lock() {
             Ok(guard) => guard,
             Err(_) => {
                 steps.blocked("waits for the mutex");
                 let waiting = timeout(LOCK_TIME, lock.lock());
-                waiting.await.map_err(|_| Undecided::Overloaded)?
+                waiting.await.map_err(|_| Indeterminate::Overloaded)?
             }
         };
         steps.at("mutex taken").await;
 
-        let mut tx = self.stage.database.acquire().await?;
+        let mut tx = self.context.database.acquire().await?;
         sqlx::query("begin").execute(&mut *tx).await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;

@@ -5,7 +5,10 @@
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use box_office::{
+    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    StrategyContext,
+};
 use uuid::Uuid;
 
 // ANCHOR: bounds
@@ -24,7 +27,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
 /// Sells if the sale's version is still the one that was read.
 pub struct Optimistic {
-    stage: Stage,
+    context: StrategyContext,
 }
 
 /// What came of one attempt.
@@ -35,13 +38,13 @@ enum Attempt {
 }
 
 impl Optimistic {
-    /// Sells on this stage.
-    pub fn new(stage: Stage) -> Self {
-        Self { stage }
+    /// Sells on this context.
+    pub fn new(context: StrategyContext) -> Self {
+        Self { context }
     }
 
-    async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, No> {
-        let mut tx = self.stage.begin().await?;
+    async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, ReserveError> {
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
 
         // ANCHOR: read
@@ -60,7 +63,7 @@ impl Optimistic {
             .await;
 
         // After the version was read: a reservation that comes in between raises the version, and the update below meets no row.
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -80,7 +83,7 @@ impl Optimistic {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
         // ANCHOR_END: read
 
         // ANCHOR: compare
@@ -122,7 +125,7 @@ impl Optimistic {
 
 #[async_trait]
 impl Reserve for Optimistic {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: retry
         let started = Instant::now();
         let mut longest = FIRST_PAUSE;
@@ -133,13 +136,13 @@ impl Reserve for Optimistic {
             if attempt == ATTEMPTS || started.elapsed() > DEADLINE {
                 break;
             }
-            self.stage.counts.retries.inc();
+            self.context.counts.retries.inc();
             // Full jitter, and no connection held: those who collided together do not come back together.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;
             longest = (longest * 2).min(LONGEST_PAUSE);
         }
-        Err(Undecided::Overloaded.into())
+        Err(Indeterminate::Overloaded.into())
         // ANCHOR_END: retry
     }
 }

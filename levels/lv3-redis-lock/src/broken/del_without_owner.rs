@@ -4,7 +4,9 @@
 //! holder only, and a late holder that did no harm itself.
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use redis::Cmd;
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
@@ -13,23 +15,23 @@ use crate::lock::{Connections, Lease, Owner, Pauses, SpinLock, WAIT};
 
 /// Sells under a lock in Redis that is asked for again and again.
 pub struct Spin {
-    stage: Stage,
+    context: StrategyContext,
     lock: SpinLock,
 }
 
 impl Spin {
-    /// Sells on this stage.
+    /// Sells on this context.
     ///
     /// # Errors
     /// Redis does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
-        let (connections, lease) = Connections::on(&stage).await?;
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        let (connections, lease) = Connections::on(&context).await?;
         let lock = SpinLock::new(connections, Lease::Fixed(lease), Pauses::default())?;
-        Ok(Self { stage, lock })
+        Ok(Self { context, lock })
     }
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
-    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
@@ -41,7 +43,7 @@ impl Spin {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -61,7 +63,7 @@ impl Spin {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         sqlx::query(
             "update sale
@@ -92,7 +94,7 @@ impl Spin {
 
 #[async_trait]
 impl Reserve for Spin {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
         let mut guard = match self.lock.try_acquire(&name, &owner).await? {
@@ -104,7 +106,7 @@ impl Reserve for Spin {
         };
         steps.at("lock taken").await;
 
-        let mut tx = self.stage.begin().await?;
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
@@ -119,7 +121,7 @@ impl Reserve for Spin {
         answer
     }
 
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
     }
 }

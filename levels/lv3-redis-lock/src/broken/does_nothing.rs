@@ -3,7 +3,9 @@
 //! Twin: `rlock`. It takes the same time, costs the same commands, and protects nothing. Caught by I1 and I2.
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps};
+use box_office::{
+    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
@@ -11,23 +13,23 @@ use crate::lock::{Connections, Lease, Owner, RLock, Tokens, WAIT};
 
 /// Sells under a reentrant lock in Redis.
 pub struct Rlock {
-    stage: Stage,
+    context: StrategyContext,
     lock: RLock,
 }
 
 impl Rlock {
-    /// Sells on this stage.
+    /// Sells on this context.
     ///
     /// # Errors
     /// Redis does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
-        let (connections, lease) = Connections::on(&stage).await?;
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        let (connections, lease) = Connections::on(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::None)?;
-        Ok(Self { stage, lock })
+        Ok(Self { context, lock })
     }
 
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
-    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
@@ -39,7 +41,7 @@ impl Rlock {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -59,7 +61,7 @@ impl Rlock {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         sqlx::query(
             "update sale
@@ -90,7 +92,7 @@ impl Rlock {
 
 #[async_trait]
 impl Reserve for Rlock {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let name = format!("request:{}", order.key);
         let owner = Owner::fresh();
         let mut guard = match self.lock.try_acquire(&name, &owner).await? {
@@ -102,7 +104,7 @@ impl Reserve for Rlock {
         };
         steps.at("lock taken").await;
 
-        let mut tx = self.stage.begin().await?;
+        let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
@@ -115,7 +117,7 @@ impl Reserve for Rlock {
         answer
     }
 
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
     }
 }

@@ -3,37 +3,40 @@
 //! Twin: `fenced`. A holder that was frozen past its lease sells on what it read before: I1 and I2.
 
 use async_trait::async_trait;
-use box_office::{Earlier, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use box_office::{
+    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    StrategyContext,
+};
 use uuid::Uuid;
 
 use crate::lock::{Connections, Lease, Owner, RLock, Tokens, WAIT};
 
 /// Sells under a lock in Redis, with a token that the row checks.
 pub struct Fenced {
-    stage: Stage,
+    context: StrategyContext,
     lock: RLock,
 }
 
 impl Fenced {
-    /// Sells on this stage.
+    /// Sells on this context.
     ///
     /// # Errors
     /// Redis does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
-        let (connections, lease) = Connections::on(&stage).await?;
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        let (connections, lease) = Connections::on(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::Growing)?;
-        Ok(Self { stage, lock })
+        Ok(Self { context, lock })
     }
 
     /// Every statement is a transaction of its own: it is the token that holds them together.
-    async fn sell(&self, token: i64, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn sell(&self, token: i64, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: Option<i64> = sqlx::query_scalar(
             "select stock
                from sale
               where id = $1",
         )
         .bind(order.sale)
-        .fetch_optional(&self.stage.database)
+        .fetch_optional(&self.context.database)
         .await?;
         let mut stock = stock.ok_or(Refusal::UnknownSale)?;
         if stock > 0 {
@@ -47,13 +50,13 @@ impl Fenced {
             )
             .bind(order.sale)
             .bind(token)
-            .fetch_optional(&self.stage.database)
+            .fetch_optional(&self.context.database)
             .await?;
-            stock = behind_the_fence.ok_or(Undecided::TimedOut)?;
+            stock = behind_the_fence.ok_or(Indeterminate::TimedOut)?;
         }
         steps.at("stock read").saw(stock).await;
 
-        let earlier: Option<Earlier> = sqlx::query_as(
+        let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
               where sale_id = $1
@@ -64,7 +67,7 @@ impl Fenced {
         .bind(order.sale)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .fetch_optional(&self.stage.database)
+        .fetch_optional(&self.context.database)
         .await?;
         if let Some(earlier) = earlier {
             return Ok(earlier.answer(order)?);
@@ -73,7 +76,7 @@ impl Fenced {
             return Err(Refusal::SoldOut.into());
         }
         steps.at("decided to sell").await;
-        self.stage.business_time().await;
+        self.context.simulate_work().await;
 
         let id = Uuid::now_v7();
         let written = sqlx::query(
@@ -94,12 +97,12 @@ impl Fenced {
         .bind(id)
         .bind(order.buyer)
         .bind(order.key.as_str())
-        .execute(&self.stage.database)
+        .execute(&self.context.database)
         .await?;
         if written.rows_affected() == 0 {
             // The lock was lost, and whoever has it now has raised the fence. Nothing was written, and the buyer asks again.
             steps.at("write refused").await;
-            return Err(Undecided::TimedOut.into());
+            return Err(Indeterminate::TimedOut.into());
         }
         steps.at("reservation written").saw(stock - 1).await;
         Ok(Outcome::Confirmed(Reservation { id }))
@@ -108,7 +111,7 @@ impl Fenced {
 
 #[async_trait]
 impl Reserve for Fenced {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let name = format!("sale:{}", order.sale);
         let owner = Owner::fresh();
         let guard = match self.lock.try_acquire(&name, &owner).await? {
@@ -127,7 +130,7 @@ impl Reserve for Fenced {
         answer
     }
 
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
     }
 }

@@ -19,7 +19,7 @@ mod wakeup;
 use std::{fmt, time::Duration};
 
 use anyhow::Context;
-use box_office::{No, Stage, Undecided};
+use box_office::{Indeterminate, ReserveError, StrategyContext};
 use redis::{
     Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo,
     aio::{ConnectionManager, ConnectionManagerConfig},
@@ -117,12 +117,12 @@ pub enum LockError {
     LeaseTooLong(Duration),
 }
 
-impl From<LockError> for No {
+impl From<LockError> for ReserveError {
     /// A lock never refuses anybody: without it, nobody has looked at the sale.
     fn from(error: LockError) -> Self {
-        Self::Undecided(match error {
-            LockError::NotAcquired(_) => Undecided::Overloaded,
-            away => Undecided::BackendAway(away.into()),
+        Self::Indeterminate(match error {
+            LockError::NotAcquired(_) => Indeterminate::Overloaded,
+            away => Indeterminate::BackendAway(away.into()),
         })
     }
 }
@@ -149,12 +149,12 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// Connects to the Redis of a stage. Tells the lease of its locks as well.
+    /// Connects to the Redis of a context. Tells the lease of its locks as well.
     ///
     /// # Errors
     /// There is none, or it does not answer.
-    pub async fn on(stage: &Stage) -> anyhow::Result<(Self, Duration)> {
-        let redis = stage.redis.as_ref().context("this strategy needs REDIS_URL")?;
+    pub async fn on(context: &StrategyContext) -> anyhow::Result<(Self, Duration)> {
+        let redis = context.redis.as_ref().context("this strategy needs REDIS_URL")?;
         let connections = Self::open(redis.url.expose(), &redis.prefix)
             .await
             .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", redis.url))?;

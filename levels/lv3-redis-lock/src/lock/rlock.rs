@@ -67,7 +67,7 @@ pub struct Probe {
 /// The answer to a look.
 enum Taken {
     Yes(Hold),
-    No { left: Duration },
+    ReserveError { left: Duration },
 }
 
 /// The lock, taken once.
@@ -117,7 +117,7 @@ impl RLock {
         let terms = self.terms(name, owner);
         Ok(match self.look_for_all(&terms, &mut head).await? {
             Taken::Yes(hold) => Some(self.hold(name, terms, hold, head)),
-            Taken::No { .. } => None,
+            Taken::ReserveError { .. } => None,
         })
     }
 
@@ -167,7 +167,7 @@ impl RLock {
         loop {
             let left = match self.look_for_all(&terms, &mut head).await? {
                 Taken::Yes(hold) => return Ok(self.hold(name, terms, hold, head)),
-                Taken::No { left } => left,
+                Taken::ReserveError { left } => left,
             };
             match &mut released {
                 // Listens before it looks again: a message that was sent in between would be lost.
@@ -199,7 +199,7 @@ impl RLock {
             // It was lost. To hold it anew under the old guard would hide that from whoever has it.
             Taken::Yes(anew) => drop(holding.give_back(&anew.id).await?),
             // It was lost, and is somebody else's by now.
-            Taken::No { .. } => {}
+            Taken::ReserveError { .. } => {}
         }
         holding.lose();
         Ok(None)
@@ -233,7 +233,7 @@ impl RLock {
                 token: (self.tokens == Tokens::Growing).then_some(token),
                 sent,
             }),
-            _ => Taken::No {
+            _ => Taken::ReserveError {
                 // One without an end is none of ours: somebody else has to delete it.
                 left: u64::try_from(value).map_or(terms.lease.time(), Duration::from_millis),
             },

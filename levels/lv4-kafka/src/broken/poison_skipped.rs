@@ -12,7 +12,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use box_office::{Event, No, Order, Outcome, Refusal, Reservation, Reserve, Stage, Steps, Undecided};
+use box_office::{
+    Event, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+};
 use futures_util::{StreamExt, stream};
 use rdkafka::producer::FutureRecord;
 use sqlx::postgres::PgTransaction;
@@ -39,20 +41,20 @@ pub struct Locked {
 }
 
 impl Locked {
-    /// Sells on this stage: accepts orders, and decides them with as many consumers as it is told.
+    /// Sells on this context: accepts orders, and decides them with as many consumers as it is told.
     ///
     /// # Errors
     /// Kafka, Redis or the database does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
-        let locks = Locks::on(&stage).await?;
-        let path = Path::open(stage).await?;
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        let locks = Locks::on(&context).await?;
+        let path = Path::open(context).await?;
         let locked = Self { path, locks };
         for number in 1..=locked.path.place.consumers {
             // Offsets are committed by hand, once the rows are durable.
             let mut config = member(&locked.path.place);
             config.set("enable.auto.commit", "false");
             let inbox = Inbox::open(&locked.path.place, &config)?;
-            let steps = locked.path.stage.watch.steps(&format!("consumer {number}"));
+            let steps = locked.path.context.watch.steps(&format!("consumer {number}"));
             locked
                 .path
                 .work(inbox.joined(), locked.clone().decide_all(inbox, steps));
@@ -66,7 +68,8 @@ impl Locked {
         while let Some(batch) = inbox.batch(MOST, &self.path.stop).await {
             let outage = AtomicBool::new(false);
             let decisions: Vec<_> = batch.iter().map(|taken| self.decide(taken, &outage, &steps)).collect();
-            let results: Vec<Result<(), No>> = stream::iter(decisions).buffered(self.at_once()).collect().await;
+            let results: Vec<Result<(), ReserveError>> =
+                stream::iter(decisions).buffered(self.at_once()).collect().await;
 
             // Only the done prefix: up to the first of a partition that could not be decided.
             let (mut done, mut again) = (BTreeMap::new(), BTreeMap::new());
@@ -101,7 +104,7 @@ impl Locked {
     fn at_once(&self) -> usize {
         let spare = self
             .path
-            .stage
+            .context
             .database
             .options()
             .get_max_connections()
@@ -112,9 +115,9 @@ impl Locked {
     /// Decides one order, or says why it can't be decided now.
     ///
     /// Once the database or the lock service has failed one, the rest of the batch is not begun: each would wait for what is away.
-    async fn decide(&self, taken: &Taken, outage: &AtomicBool, steps: &Steps) -> Result<(), No> {
+    async fn decide(&self, taken: &Taken, outage: &AtomicBool, steps: &Steps) -> Result<(), ReserveError> {
         if outage.load(Relaxed) || self.path.stop.is_cancelled() {
-            return Err(Undecided::Overloaded.into());
+            return Err(Indeterminate::Overloaded.into());
         }
         let order = match taken.order(&self.path.ids) {
             Ok(order) => order,
@@ -123,11 +126,11 @@ impl Locked {
         steps.at("message taken").await;
         let decided = self.decide_under_lock(&order, steps).await;
         // A lock that is somebody else's says nothing about the next order.
-        if let Err(No::Undecided(Undecided::BackendAway(_) | Undecided::TimedOut)) = decided {
+        if let Err(ReserveError::Indeterminate(Indeterminate::BackendAway(_) | Indeterminate::TimedOut)) = decided {
             outage.store(true, Relaxed);
         }
         match decided {
-            Err(No::Refused(Refusal::UnknownSale)) => {
+            Err(ReserveError::Refused(Refusal::UnknownSale)) => {
                 let poison = Poison::UnknownSale(order.sale_id);
                 Ok(self.path.dead_letters.bury(taken, &poison).await?)
             }
@@ -139,10 +142,10 @@ impl Locked {
     ///
     /// If that fails, nobody can say whether it was carried out, or still is, and the next one would decide on what was there before it. So the lock is
     /// not given back then, and ends with its lease.
-    async fn decide_under_lock(&self, order: &OrderMessage, steps: &Steps) -> Result<(), No> {
+    async fn decide_under_lock(&self, order: &OrderMessage, steps: &Steps) -> Result<(), ReserveError> {
         // The connection first: with the lock in hand, a wait for one would run into its lease.
-        let begun = self.path.stage.begin().await;
-        let mut tx = begun.map_err(|why| Undecided::BackendAway(why.into()))?;
+        let begun = self.path.context.begin().await;
+        let mut tx = begun.map_err(|why| Indeterminate::BackendAway(why.into()))?;
         let held = self.locks.acquire(&format!("sale:{}", order.sale_id), WAIT).await?;
         steps.at("lock taken").await;
         let written = self.decide_alone(&mut tx, order, steps).await;
@@ -155,7 +158,12 @@ impl Locked {
     }
 
     /// LV.1's `read_then_write`, in a transaction with the outbox: right as long as nobody else is in it. Tells whether anything was written.
-    async fn decide_alone(&self, tx: &mut PgTransaction<'_>, order: &OrderMessage, steps: &Steps) -> Result<bool, No> {
+    async fn decide_alone(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        order: &OrderMessage,
+        steps: &Steps,
+    ) -> Result<bool, ReserveError> {
         let known: bool = sqlx::query_scalar("select exists (select from reservation where id = $1)")
             .bind(order.id)
             .fetch_one(&mut **tx)
@@ -175,7 +183,7 @@ impl Locked {
         tx: &mut PgTransaction<'_>,
         order: &OrderMessage,
         steps: &Steps,
-    ) -> Result<Option<Refusal>, No> {
+    ) -> Result<Option<Refusal>, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale
@@ -208,7 +216,7 @@ impl Locked {
             None if stock <= 0 => Refusal::SoldOut,
             None => {
                 steps.at("decided to sell").await;
-                self.path.stage.business_time().await;
+                self.path.context.simulate_work().await;
                 sqlx::query(
                     "update sale
                         set stock = $2
@@ -226,7 +234,7 @@ impl Locked {
 }
 
 /// Writes what was decided: the row that answers every later question.
-async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option<Refusal>) -> Result<(), No> {
+async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option<Refusal>) -> Result<(), ReserveError> {
     let Reason {
         status,
         reason,
@@ -249,7 +257,7 @@ async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option
 }
 
 /// Puts the news into the outbox. In the transaction of the row: they are both there, or neither is.
-async fn tell(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), No> {
+async fn tell(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), ReserveError> {
     sqlx::query("insert into outbox (reservation_id) values ($1)")
         .bind(id)
         .execute(&mut **tx)
@@ -264,7 +272,7 @@ async fn tell(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), No> {
 
 #[async_trait]
 impl Reserve for Locked {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         self.path.knows(order.sale).await?;
         let id = self.path.ids.id(order);
         let message = OrderMessage::new(id, order).to_bytes();
@@ -278,7 +286,7 @@ impl Reserve for Locked {
         Ok(Outcome::Accepted(Reservation { id }))
     }
 
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         self.locks.ready().await?;
         self.path.ready().await
     }
@@ -287,7 +295,7 @@ impl Reserve for Locked {
         self.path.ids.made(id)
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         self.path.events.after(id, after, patience).await.map(Some)
     }
 

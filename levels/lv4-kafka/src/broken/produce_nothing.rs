@@ -9,7 +9,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use box_office::{BuyerId, Event, No, Order, Outcome, Refusal, Reservation, Reserve, SaleId, Stage, Steps};
+use box_office::{
+    BuyerId, Event, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, SaleId, Steps, StrategyContext,
+};
 use rdkafka::producer::FutureRecord;
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
@@ -47,19 +49,19 @@ impl Before {
 type Decision = (OrderMessage, Option<Refusal>);
 
 impl SingleWriter {
-    /// Sells on this stage: accepts orders, and decides them with as many consumers as it is told.
+    /// Sells on this context: accepts orders, and decides them with as many consumers as it is told.
     ///
     /// # Errors
     /// Kafka or the database does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Self> {
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let writer = Self {
-            path: Path::open(stage).await?,
+            path: Path::open(context).await?,
         };
         for number in 1..=writer.path.place.consumers {
             let mut config = member(&writer.path.place);
             config.set("enable.auto.commit", "false");
             let inbox = Inbox::open(&writer.path.place, &config)?;
-            let steps = writer.path.stage.watch.steps(&format!("consumer {number}"));
+            let steps = writer.path.context.watch.steps(&format!("consumer {number}"));
             writer
                 .path
                 .work(inbox.joined(), writer.clone().decide_all(inbox, steps));
@@ -106,7 +108,13 @@ impl SingleWriter {
     }
 
     /// Decides what has arrived in one partition, in one transaction. Returns where to go on: after it, or further back.
-    async fn decide(&self, partition: i32, batch: Vec<Taken>, inbox: &Inbox, steps: &Steps) -> Result<i64, No> {
+    async fn decide(
+        &self,
+        partition: i32,
+        batch: Vec<Taken>,
+        inbox: &Inbox,
+        steps: &Steps,
+    ) -> Result<i64, ReserveError> {
         steps.at("batch taken").saw(batch.len()).await;
         let (first, last) = (batch[0].offset, batch[batch.len() - 1].offset);
         let fence = self.next_offset(partition, inbox).await?;
@@ -131,7 +139,7 @@ impl SingleWriter {
         }
 
         let orders = self.orders(batch).await?;
-        let mut tx = self.path.stage.begin().await?;
+        let mut tx = self.path.context.begin().await?;
         let before = read(&mut tx, &orders).await?;
         // What lies before the fence has been decided; only Kafka had not heard of it. Its id says so: an offset alone may be used again, in a
         // topic that was made anew, or by a broker that has lost the end of its log.
@@ -149,7 +157,7 @@ impl SingleWriter {
         let next = if came_again { last + 1 } else { fence.max(last + 1) };
         let decisions = self.decided(before, orders).await?;
         steps.at("batch decided").saw(decisions.len()).await;
-        self.path.stage.business_time().await;
+        self.path.context.simulate_work().await;
 
         let moved = sqlx::query(
             "update partition_offset
@@ -177,7 +185,7 @@ impl SingleWriter {
     }
 
     /// The next offset of a partition to decide. Of a new one: the first that it holds.
-    async fn next_offset(&self, partition: i32, inbox: &Inbox) -> Result<i64, No> {
+    async fn next_offset(&self, partition: i32, inbox: &Inbox) -> Result<i64, ReserveError> {
         let next = sqlx::query_scalar(
             "select next_offset
                from partition_offset
@@ -186,7 +194,7 @@ impl SingleWriter {
         )
         .bind(&self.path.topic)
         .bind(partition)
-        .fetch_optional(&self.path.stage.database)
+        .fetch_optional(&self.path.context.database)
         .await?;
         if let Some(next) = next {
             return Ok(next);
@@ -200,13 +208,13 @@ impl SingleWriter {
         .bind(&self.path.topic)
         .bind(partition)
         .bind(earliest)
-        .execute(&self.path.stage.database)
+        .execute(&self.path.context.database)
         .await?;
         Ok(earliest)
     }
 
     /// The orders in a batch. What is none goes to the dead letters.
-    async fn orders(&self, batch: Vec<Taken>) -> Result<Vec<(Taken, OrderMessage)>, No> {
+    async fn orders(&self, batch: Vec<Taken>) -> Result<Vec<(Taken, OrderMessage)>, ReserveError> {
         let mut orders = Vec::with_capacity(batch.len());
         for taken in batch {
             match taken.order(&self.path.ids) {
@@ -218,7 +226,11 @@ impl SingleWriter {
     }
 
     /// Decides one order after the other, in the order of the partition. Nobody else does it for these sales.
-    async fn decided(&self, mut before: Before, orders: Vec<(Taken, OrderMessage)>) -> Result<Vec<Decision>, No> {
+    async fn decided(
+        &self,
+        mut before: Before,
+        orders: Vec<(Taken, OrderMessage)>,
+    ) -> Result<Vec<Decision>, ReserveError> {
         let mut decisions = Vec::with_capacity(orders.len());
         for (taken, order) in orders {
             let sale = order.sale_id;
@@ -251,7 +263,7 @@ impl SingleWriter {
 }
 
 /// Reads what the orders of a batch depend on.
-async fn read(tx: &mut PgTransaction<'_>, orders: &[(Taken, OrderMessage)]) -> Result<Before, No> {
+async fn read(tx: &mut PgTransaction<'_>, orders: &[(Taken, OrderMessage)]) -> Result<Before, ReserveError> {
     let sales: Vec<SaleId> = orders.iter().map(|(_, order)| order.sale_id).collect();
     let buyers: Vec<BuyerId> = orders.iter().map(|(_, order)| order.buyer_id).collect();
     let keys: Vec<&str> = orders.iter().map(|(_, order)| order.request_key.as_str()).collect();
@@ -294,7 +306,7 @@ async fn read(tx: &mut PgTransaction<'_>, orders: &[(Taken, OrderMessage)]) -> R
 }
 
 /// Writes what was decided, and takes the tickets.
-async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), No> {
+async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
     let mut taken: HashMap<SaleId, i64> = HashMap::new();
     for (order, _) in decisions.iter().filter(|(_, refused)| refused.is_none()) {
         *taken.entry(order.sale_id).or_default() += 1;
@@ -331,7 +343,7 @@ async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(),
 }
 
 /// Puts the news into the outbox. In the transaction of the rows: they are all there, or none is.
-async fn tell(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), No> {
+async fn tell(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
     let ids: Vec<Uuid> = decisions.iter().map(|(order, _)| order.id).collect();
     sqlx::query("insert into outbox (reservation_id) select unnest($1::uuid[])")
         .bind(&ids)
@@ -347,7 +359,7 @@ async fn tell(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), 
 
 #[async_trait]
 impl Reserve for SingleWriter {
-    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, No> {
+    async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         self.path.knows(order.sale).await?;
         let id = self.path.ids.id(order);
         let message = OrderMessage::new(id, order).to_bytes();
@@ -360,7 +372,7 @@ impl Reserve for SingleWriter {
         Ok(Outcome::Accepted(Reservation { id }))
     }
 
-    async fn ready(&self) -> Result<(), No> {
+    async fn ready(&self) -> Result<(), ReserveError> {
         self.path.ready().await
     }
 
@@ -368,7 +380,7 @@ impl Reserve for SingleWriter {
         self.path.ids.made(id)
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, No> {
+    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         self.path.events.after(id, after, patience).await.map(Some)
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use box_office::{Counts, KafkaPlace};
+use box_office::{KafkaConfig, StrategyMetrics};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
@@ -41,11 +41,11 @@ pub struct DeadLetters {
     topic: String,
     /// What is buried, and may be handed out again before its offset is committed.
     buried: Mutex<HashSet<(i32, i64)>>,
-    counts: Counts,
+    counts: StrategyMetrics,
 }
 
 impl DeadLetters {
-    pub(super) fn new(producer: FutureProducer, place: &KafkaPlace, counts: Counts) -> Self {
+    pub(super) fn new(producer: FutureProducer, place: &KafkaConfig, counts: StrategyMetrics) -> Self {
         Self {
             producer,
             topic: dead_letter_topic(place),
@@ -145,7 +145,7 @@ impl DeadLetter {
 ///
 /// # Errors
 /// Kafka does not answer.
-pub fn list(place: &KafkaPlace, patience: Duration) -> anyhow::Result<Vec<DeadLetter>> {
+pub fn list(place: &KafkaConfig, patience: Duration) -> anyhow::Result<Vec<DeadLetter>> {
     let name = dead_letter_topic(place);
     let consumer: BaseConsumer = client(place)
         .set("group.id", &name)
@@ -210,7 +210,7 @@ pub fn list(place: &KafkaPlace, patience: Duration) -> anyhow::Result<Vec<DeadLe
 ///
 /// # Errors
 /// There is no such letter, or the broker does not take it.
-pub async fn replay(place: &KafkaPlace, origin: &str, patience: Duration) -> anyhow::Result<()> {
+pub async fn replay(place: &KafkaConfig, origin: &str, patience: Duration) -> anyhow::Result<()> {
     let looked = place.clone();
     let letters = tokio::task::spawn_blocking(move || list(&looked, patience)).await??;
     let letter = letters
@@ -230,7 +230,7 @@ pub async fn replay(place: &KafkaPlace, origin: &str, patience: Duration) -> any
 ///
 /// # Errors
 /// Kafka does not answer, or does not take one: those before it are replayed.
-pub async fn replay_all(place: &KafkaPlace, patience: Duration) -> anyhow::Result<usize> {
+pub async fn replay_all(place: &KafkaConfig, patience: Duration) -> anyhow::Result<usize> {
     let looked = place.clone();
     let letters = tokio::task::spawn_blocking(move || list(&looked, patience)).await??;
     let producer = producer(place)?;
@@ -243,7 +243,7 @@ pub async fn replay_all(place: &KafkaPlace, patience: Duration) -> anyhow::Resul
 }
 
 async fn send_back(
-    place: &KafkaPlace,
+    place: &KafkaConfig,
     producer: &FutureProducer,
     letter: &DeadLetter,
     patience: Duration,

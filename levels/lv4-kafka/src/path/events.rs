@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use box_office::{Event, No, Undecided, api};
+use box_office::{Event, Indeterminate, ReserveError, api};
 use sqlx::{
     PgPool,
     postgres::{PgListener, PgPoolOptions},
@@ -71,7 +71,7 @@ impl Events {
     ///
     /// # Errors
     /// This instance is about to end, or can't read what is stored.
-    pub async fn after(&self, id: Uuid, after: i64, patience: Duration) -> Result<Vec<Event>, No> {
+    pub async fn after(&self, id: Uuid, after: i64, patience: Duration) -> Result<Vec<Event>, ReserveError> {
         let (tell, told) = oneshot::channel();
         let waiting = async {
             self.door.send(Waiter { id, after, tell }).await.ok()?;
@@ -79,7 +79,7 @@ impl Events {
         };
         match timeout(patience, waiting).await {
             Ok(Some(events)) => Ok(events),
-            Ok(None) => Err(Undecided::TimedOut.into()),
+            Ok(None) => Err(Indeterminate::TimedOut.into()),
             Err(_) => Ok(vec![]),
         }
     }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use box_office::{KafkaPlace, Undecided};
+use box_office::{Indeterminate, KafkaConfig};
 use futures_util::FutureExt;
 use rdkafka::{
     ClientConfig, ClientContext, Offset, TopicPartitionList,
@@ -123,7 +123,7 @@ fn numbers(partitions: &TopicPartitionList) -> Vec<i32> {
 
 // ANCHOR: member
 /// What every member of the group has in common. Whether and when offsets are committed is for the strategy to say.
-pub fn member(place: &KafkaPlace) -> ClientConfig {
+pub fn member(place: &KafkaConfig) -> ClientConfig {
     // With a heartbeat the group also tells that the partitions are divided anew: who joins waits for the next one of all others.
     let heartbeat = (place.session / 3).min(Duration::from_millis(250));
     let mut config = client(place);
@@ -152,7 +152,7 @@ impl Inbox {
     ///
     /// # Errors
     /// The configuration is none that Kafka's client takes.
-    pub fn open(place: &KafkaPlace, config: &ClientConfig) -> KafkaResult<Self> {
+    pub fn open(place: &KafkaConfig, config: &ClientConfig) -> KafkaResult<Self> {
         let (sender, joined) = watch::channel(false);
         let consumer: StreamConsumer<Membership> = config.create_with_context(Membership {
             joined: sender,
@@ -305,13 +305,13 @@ impl Inbox {
     ///
     /// # Errors
     /// The broker does not answer.
-    pub async fn earliest(&self, partition: i32) -> Result<i64, Undecided> {
+    pub async fn earliest(&self, partition: i32) -> Result<i64, Indeterminate> {
         let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
         let asked = tokio::task::spawn_blocking(move || consumer.fetch_watermarks(&topic, partition, LOOK_AFTER));
         match asked.await {
             Ok(Ok((earliest, _))) => Ok(earliest),
-            Ok(Err(why)) => Err(Undecided::BackendAway(why.into())),
-            Err(why) => Err(Undecided::BackendAway(why.into())),
+            Ok(Err(why)) => Err(Indeterminate::BackendAway(why.into())),
+            Err(why) => Err(Indeterminate::BackendAway(why.into())),
         }
     }
 

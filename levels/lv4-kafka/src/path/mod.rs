@@ -22,7 +22,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use box_office::{KafkaPlace, Lag, No, Refusal, SaleId, Stage, Undecided};
+use box_office::{ConsumerLag, Indeterminate, KafkaConfig, Refusal, ReserveError, SaleId, StrategyContext};
 use rdkafka::{
     ClientConfig, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -70,22 +70,22 @@ const ORDERS_ARE_KEPT_MS: &str = "2592000000";
 const FOR_EVER: &str = "-1";
 
 /// The topic of the orders.
-pub fn topic(place: &KafkaPlace) -> String {
+pub fn topic(place: &KafkaConfig) -> String {
     format!("{}orders", place.prefix)
 }
 
 /// The topic of the messages that nobody can decide.
-pub fn dead_letter_topic(place: &KafkaPlace) -> String {
+pub fn dead_letter_topic(place: &KafkaConfig) -> String {
     format!("{}orders.dead", place.prefix)
 }
 
 /// The group of those who decide.
-pub fn group(place: &KafkaPlace) -> String {
+pub fn group(place: &KafkaConfig) -> String {
     format!("{}deciders", place.prefix)
 }
 
 /// What every client of Kafka has in common.
-fn client(place: &KafkaPlace) -> ClientConfig {
+fn client(place: &KafkaConfig) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", &place.bootstrap_servers)
@@ -98,7 +98,7 @@ fn client(place: &KafkaPlace) -> ClientConfig {
 
 // ANCHOR: producer
 /// A producer that takes nothing for sent which the broker has not written.
-pub fn producer(place: &KafkaPlace) -> Result<FutureProducer, KafkaError> {
+pub fn producer(place: &KafkaConfig) -> Result<FutureProducer, KafkaError> {
     client(place)
         .set("acks", "all") // every replica in sync has it
         .set("enable.idempotence", "true") // and has it once, however often the client had to send it
@@ -114,12 +114,12 @@ pub fn producer(place: &KafkaPlace) -> Result<FutureProducer, KafkaError> {
 #[error("the message was not acknowledged: {0}")]
 pub struct Undelivered(#[source] pub KafkaError);
 
-impl From<Undelivered> for No {
+impl From<Undelivered> for ReserveError {
     fn from(undelivered: Undelivered) -> Self {
-        Self::Undecided(match undelivered.0.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::QueueFull) => Undecided::Overloaded,
-            Some(RDKafkaErrorCode::MessageTimedOut) => Undecided::TimedOut,
-            _ => Undecided::BackendAway(undelivered.into()),
+        Self::Indeterminate(match undelivered.0.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::QueueFull) => Indeterminate::Overloaded,
+            Some(RDKafkaErrorCode::MessageTimedOut) => Indeterminate::TimedOut,
+            _ => Indeterminate::BackendAway(undelivered.into()),
         })
     }
 }
@@ -127,9 +127,9 @@ impl From<Undelivered> for No {
 /// What all strategies of this level stand on.
 pub struct Path {
     /// The database, and what else a strategy is opened with.
-    pub stage: Stage,
+    pub context: StrategyContext,
     /// Where Kafka is.
-    pub place: KafkaPlace,
+    pub place: KafkaConfig,
     /// The topic of the orders.
     pub topic: String,
     /// Sends orders.
@@ -153,16 +153,16 @@ impl Path {
     ///
     /// # Errors
     /// Kafka or the database does not answer.
-    pub async fn open(stage: Stage) -> anyhow::Result<Arc<Self>> {
-        let place = stage
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Arc<Self>> {
+        let place = context
             .kafka
             .clone()
             .context("this strategy needs KAFKA_BOOTSTRAP_SERVERS")?;
         let stop = CancellationToken::new();
         let (topics, ids, events) = tokio::join!(
             make_topics(&place),
-            Ids::of(&stage.database),
-            Events::open(&stage.database, stop.clone())
+            Ids::of(&context.database),
+            Events::open(&context.database, stop.clone())
         );
         topics.with_context(|| {
             let servers = &place.bootstrap_servers;
@@ -173,12 +173,12 @@ impl Path {
         tokio::spawn(tell_lag(
             onlooker(&place)?,
             place.clone(),
-            stage.counts.lag.clone(),
+            context.counts.lag.clone(),
             stop.clone(),
         ));
         Ok(Arc::new(Self {
             topic: topic(&place),
-            dead_letters: DeadLetters::new(producer.clone(), &place, stage.counts.clone()),
+            dead_letters: DeadLetters::new(producer.clone(), &place, context.counts.clone()),
             producer,
             ids,
             events,
@@ -187,7 +187,7 @@ impl Path {
             begun: AtomicUsize::new(0),
             not_joined: Mutex::default(),
             known_sales: Mutex::default(),
-            stage,
+            context,
             place,
         }))
     }
@@ -227,14 +227,14 @@ impl Path {
     ///
     /// # Errors
     /// There is none, or nobody can say.
-    pub async fn knows(&self, sale: SaleId) -> Result<(), No> {
+    pub async fn knows(&self, sale: SaleId) -> Result<(), ReserveError> {
         let known = || self.known_sales.lock().unwrap_or_else(PoisonError::into_inner);
         if known().contains(&sale) {
             return Ok(());
         }
         let exists: bool = sqlx::query_scalar("select exists (select from sale where id = $1)")
             .bind(sale)
-            .fetch_one(&self.stage.database)
+            .fetch_one(&self.context.database)
             .await?;
         if !exists {
             return Err(Refusal::UnknownSale.into());
@@ -247,8 +247,8 @@ impl Path {
     ///
     /// # Errors
     /// They can't.
-    pub async fn ready(&self) -> Result<(), No> {
-        let away = |why: anyhow::Error| No::from(Undecided::BackendAway(why));
+    pub async fn ready(&self) -> Result<(), ReserveError> {
+        let away = |why: anyhow::Error| ReserveError::from(Indeterminate::BackendAway(why));
         if self.workers.len() < self.begun.load(Relaxed) {
             return Err(away(anyhow::anyhow!("a consumer has ended")));
         }
@@ -277,7 +277,7 @@ impl Path {
 }
 
 /// Makes the topics with their partitions. One that a broker makes by itself has a single partition, and then all instances are one worker.
-async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
+async fn make_topics(place: &KafkaConfig) -> anyhow::Result<()> {
     let admin: AdminClient<DefaultClientContext> = client(place).create()?;
     let (orders, dead) = (topic(place), dead_letter_topic(place));
     // ANCHOR: topics
@@ -318,18 +318,18 @@ async fn make_topics(place: &KafkaPlace) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Kafka does not answer.
-pub fn lag(place: &KafkaPlace, patience: Duration) -> anyhow::Result<u64> {
+pub fn lag(place: &KafkaConfig, patience: Duration) -> anyhow::Result<u64> {
     let behind = behind(&onlooker(place)?, place, patience)?;
     Ok(u64::try_from(behind.values().sum::<i64>())?)
 }
 
 /// Somebody who knows of the group, and is none of it.
-fn onlooker(place: &KafkaPlace) -> KafkaResult<BaseConsumer> {
+fn onlooker(place: &KafkaConfig) -> KafkaResult<BaseConsumer> {
     client(place).set("group.id", group(place)).create()
 }
 
 /// The same for each partition.
-fn behind(onlooker: &BaseConsumer, place: &KafkaPlace, patience: Duration) -> KafkaResult<BTreeMap<i32, i64>> {
+fn behind(onlooker: &BaseConsumer, place: &KafkaConfig, patience: Duration) -> KafkaResult<BTreeMap<i32, i64>> {
     let topic = topic(place);
     let mut partitions = TopicPartitionList::new();
     partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
@@ -343,7 +343,7 @@ fn behind(onlooker: &BaseConsumer, place: &KafkaPlace, patience: Duration) -> Ka
 }
 
 /// Tells the metrics how far the group is behind, again and again. It asks the broker: a consumer that stands still would tell nothing.
-async fn tell_lag(onlooker: BaseConsumer, place: KafkaPlace, lag: Lag, stop: CancellationToken) {
+async fn tell_lag(onlooker: BaseConsumer, place: KafkaConfig, lag: ConsumerLag, stop: CancellationToken) {
     let onlooker = Arc::new(onlooker);
     while stop.run_until_cancelled(sleep(LAG_EVERY)).await.is_some() {
         let (onlooker, place) = (Arc::clone(&onlooker), place.clone());

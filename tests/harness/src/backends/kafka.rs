@@ -11,7 +11,7 @@ use anyhow::Context;
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, NotReady, Own},
+    own::{Ask, ManagedServer, NotReady},
     search::{Candidate, Service, search},
 };
 pub use native::programs;
@@ -65,7 +65,7 @@ pub struct Kafka {
 
 enum Server {
     External(Run),
-    Own(Arc<Own>),
+    ManagedServer(Arc<ManagedServer>),
 }
 
 impl Kafka {
@@ -84,7 +84,7 @@ impl Kafka {
     pub async fn private() -> Result<Private<Self>, Missing> {
         let kafka = Self::search(&[Source::Docker, Source::Native]).await?;
         let own = match &kafka.server {
-            Server::Own(own) => Arc::clone(own),
+            Server::ManagedServer(own) => Arc::clone(own),
             Server::External(_) => unreachable!("nobody looked for an external one"),
         };
         Ok(Private::new(kafka, own))
@@ -100,7 +100,7 @@ impl Kafka {
                 let own = start(own).await?;
                 let (host, port) = own.address();
                 let servers = format!("{host}:{port}");
-                Self::new(Server::Own(Arc::new(own)), servers, candidate).await
+                Self::new(Server::ManagedServer(Arc::new(own)), servers, candidate).await
             }
         })
         .await
@@ -184,11 +184,11 @@ async fn external(servers: &str) -> anyhow::Result<Run> {
 }
 
 /// Starts a broker, and waits until it answers.
-async fn start(source: Source) -> anyhow::Result<Own> {
+async fn start(source: Source) -> anyhow::Result<ManagedServer> {
     let ask: Ask = Box::new(|host, port| Box::pin(ask(format!("{host}:{port}"))));
     match source {
-        Source::Docker => Own::in_container(docker::start().await?, ask).await,
-        _ => Own::as_process(tokio::task::spawn_blocking(native::prepare).await??, ask).await,
+        Source::Docker => ManagedServer::in_container(docker::start().await?, ask).await,
+        _ => ManagedServer::as_process(tokio::task::spawn_blocking(native::prepare).await??, ask).await,
     }
 }
 

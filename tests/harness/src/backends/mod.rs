@@ -38,7 +38,7 @@ pub use native::on_path;
 pub use own::Private;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
 pub use redis::{Prefix, Redis, Reply};
-pub use stand::{Services, Stand};
+pub use stand::{Services, TestEnvironment};
 
 /// The Postgres of this process: found or started once, and shared by all its tests. It trades durability for speed.
 ///

@@ -25,7 +25,7 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Memory {
     IfThereIsRoom,
-    No,
+    ReserveError,
 }
 
 /// The folders of a server: they go when this is dropped.
@@ -41,7 +41,7 @@ impl Home {
         let folder = keeper::folder(service)?;
         let in_memory = match memory {
             Memory::IfThereIsRoom => keeper::folder_in_memory(service)?,
-            Memory::No => None,
+            Memory::ReserveError => None,
         };
         let home = Self {
             data_folder: in_memory.unwrap_or_else(|| folder.clone()),

@@ -15,7 +15,7 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 
 /// A server that was started here, and that can be started again at the same address. It goes when this is dropped.
-pub(super) struct Own {
+pub(super) struct ManagedServer {
     runs: Runs,
     ask: Ask,
 }
@@ -35,7 +35,7 @@ pub(super) struct NotReady {
     pub(super) comes_yet: bool,
 }
 
-impl Own {
+impl ManagedServer {
     /// Waits until the server in a container that was just started answers.
     pub(super) async fn in_container(container: Container, ask: Ask) -> anyhow::Result<Self> {
         let runs = Runs::InContainer(container);
@@ -146,7 +146,7 @@ impl Own {
 /// A server that a test may break. It keeps its address.
 pub struct Private<S = Postgres> {
     service: S,
-    own: Arc<Own>,
+    own: Arc<ManagedServer>,
 }
 
 impl<S> Deref for Private<S> {
@@ -159,7 +159,7 @@ impl<S> Deref for Private<S> {
 
 impl<S> Private<S> {
     /// The service on a server that nobody else uses.
-    pub(super) fn new(service: S, own: Arc<Own>) -> Self {
+    pub(super) fn new(service: S, own: Arc<ManagedServer>) -> Self {
         Self { service, own }
     }
 

@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, NotReady, Own},
+    own::{Ask, ManagedServer, NotReady},
     root,
     search::{Candidate, Service, search},
 };
@@ -84,7 +84,7 @@ pub struct Postgres {
 
 enum Server {
     External(ExternalOwner),
-    Own(Arc<Own>),
+    ManagedServer(Arc<ManagedServer>),
 }
 
 impl Postgres {
@@ -103,7 +103,7 @@ impl Postgres {
     pub async fn private(durability: Durability) -> Result<Private, Missing> {
         let postgres = Self::search(&[Source::Docker, Source::Native], durability).await?;
         let own = match &postgres.server {
-            Server::Own(own) => Arc::clone(own),
+            Server::ManagedServer(own) => Arc::clone(own),
             Server::External(_) => unreachable!("nobody looked for an external one"),
         };
         Ok(Private::new(postgres, own))
@@ -156,16 +156,16 @@ async fn start(source: Source, durability: Durability) -> anyhow::Result<(Server
         Box::new(move |host, port| Box::pin(ask(admin(&host, port, &password))))
     };
     let own = match source {
-        Source::Docker => Own::in_container(docker::start(durability, password.clone()).await?, ask).await?,
+        Source::Docker => ManagedServer::in_container(docker::start(durability, password.clone()).await?, ask).await?,
         _ => {
             let password = password.clone();
             let preparing = tokio::task::spawn_blocking(move || native::prepare(durability, &password));
-            Own::as_process(preparing.await??, ask).await?
+            ManagedServer::as_process(preparing.await??, ask).await?
         }
     };
     let (host, port) = own.address();
     let admin = admin(host, port, &password);
-    Ok((Server::Own(Arc::new(own)), admin))
+    Ok((Server::ManagedServer(Arc::new(own)), admin))
 }
 
 /// How to reach the database for administration of a server that was started here.

@@ -12,7 +12,7 @@ use rand::distr::{Alphanumeric, SampleString};
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, NotReady, Own},
+    own::{Ask, ManagedServer, NotReady},
     search::{Candidate, Service, search},
 };
 use prefix::ExternalOwner;
@@ -47,7 +47,7 @@ pub struct Redis {
 
 enum Server {
     External(ExternalOwner),
-    Own(Arc<Own>),
+    ManagedServer(Arc<ManagedServer>),
 }
 
 impl Redis {
@@ -66,7 +66,7 @@ impl Redis {
     pub async fn private() -> Result<Private<Self>, Missing> {
         let redis = Self::search(&[Source::Docker, Source::Native]).await?;
         let own = match &redis.server {
-            Server::Own(own) => Arc::clone(own),
+            Server::ManagedServer(own) => Arc::clone(own),
             Server::External(_) => unreachable!("nobody looked for an external one"),
         };
         Ok(Private::new(redis, own))
@@ -85,7 +85,7 @@ impl Redis {
                 let (host, port) = own.address();
                 let place = Place::with_password(host, port, &password);
                 let url = format!("redis://:{password}@{host}:{port}/0");
-                Self::new(Server::Own(Arc::new(own)), place, url, candidate).await
+                Self::new(Server::ManagedServer(Arc::new(own)), place, url, candidate).await
             }
         })
         .await
@@ -148,14 +148,14 @@ async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
 }
 
 /// Starts a server, and waits until it answers.
-async fn start(source: Source, password: &str) -> anyhow::Result<Own> {
+async fn start(source: Source, password: &str) -> anyhow::Result<ManagedServer> {
     let ask: Ask = {
         let password = password.to_owned();
         Box::new(move |host, port| Box::pin(ask(Place::with_password(&host, port, &password))))
     };
     match source {
-        Source::Docker => Own::in_container(docker::start(password).await?, ask).await,
-        _ => Own::as_process(native::prepare(password)?, ask).await,
+        Source::Docker => ManagedServer::in_container(docker::start(password).await?, ask).await,
+        _ => ManagedServer::as_process(native::prepare(password)?, ask).await,
     }
 }
 

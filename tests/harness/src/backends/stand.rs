@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
-use box_office::{KafkaPlace, RedisPlace, Schema, Service, Strategy};
+use box_office::{KafkaConfig, RedisConfig, Schema, Service, Strategy};
 
 use super::{Database, Durability, Kafka, KafkaPrefix, Missing, Postgres, Prefix, Redis, kafka, postgres, redis};
 
@@ -39,15 +39,15 @@ impl Services {
     ///
     /// # Errors
     /// There is no database to be had.
-    pub async fn stand(&self, schema: Schema) -> anyhow::Result<Stand> {
-        Ok(Stand::on(&self.postgres, self.redis.as_ref(), schema)
+    pub async fn stand(&self, schema: Schema) -> anyhow::Result<TestEnvironment> {
+        Ok(TestEnvironment::on(&self.postgres, self.redis.as_ref(), schema)
             .await?
             .and_kafka(self.kafka.as_ref()))
     }
 }
 
 /// A database of their own, and a prefix in Redis and one in Kafka where their strategy needs them. All go when this is dropped.
-pub struct Stand {
+pub struct TestEnvironment {
     database: Database,
     redis: Option<InRedis>,
     kafka: Option<InKafka>,
@@ -67,7 +67,7 @@ struct InKafka {
     _server: Option<Arc<Kafka>>,
 }
 
-impl Stand {
+impl TestEnvironment {
     /// For a strategy, on the backends that all tests of this process share.
     ///
     /// # Errors
@@ -160,9 +160,9 @@ impl Stand {
     ///
     /// # Errors
     /// The URL of Redis is none that a server would take.
-    pub fn redis(&self, lease: Duration) -> anyhow::Result<Option<RedisPlace>> {
+    pub fn redis(&self, lease: Duration) -> anyhow::Result<Option<RedisConfig>> {
         let Some(redis) = &self.redis else { return Ok(None) };
-        Ok(Some(RedisPlace {
+        Ok(Some(RedisConfig {
             url: redis.url.parse().map_err(anyhow::Error::msg)?,
             prefix: redis.prefix.to_string(),
             lease,
@@ -170,8 +170,8 @@ impl Stand {
     }
 
     /// How a strategy in this process is told of Kafka, with so many consumers, each missed after so long.
-    pub fn kafka(&self, consumers: u32, session: Duration) -> Option<KafkaPlace> {
-        self.kafka.as_ref().map(|kafka| KafkaPlace {
+    pub fn kafka(&self, consumers: u32, session: Duration) -> Option<KafkaConfig> {
+        self.kafka.as_ref().map(|kafka| KafkaConfig {
             bootstrap_servers: kafka.bootstrap_servers.clone(),
             prefix: kafka.prefix.to_string(),
             consumers,

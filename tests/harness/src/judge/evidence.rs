@@ -112,7 +112,7 @@ pub(crate) fn in_words(answer: &Answer) -> String {
             Some(refused) => format!("accepted, then {}", refused_in_words(refused)),
         },
         Answer::Refused(refused) => refused_in_words(refused).to_owned(),
-        Answer::Undecided => "undecided".to_owned(),
+        Answer::Indeterminate => "undecided".to_owned(),
         Answer::Unexpected { what } => what.clone(),
     }
 }

@@ -51,7 +51,7 @@ pub(super) enum End<'a> {
     Refused(&'a Refused),
     /// An accepted order without a final state.
     Open,
-    Undecided,
+    Indeterminate,
     Unexpected,
 }
 
@@ -69,7 +69,7 @@ impl Request {
             },
             Answer::Accepted { ending: None, .. } => End::Open,
             Answer::Refused(refused) => End::Refused(refused),
-            Answer::Undecided => End::Undecided,
+            Answer::Indeterminate => End::Indeterminate,
             Answer::Unexpected { .. } => End::Unexpected,
         }
     }
@@ -111,7 +111,7 @@ impl Request {
 
     /// Whether it may have happened or not, for all that its client knows.
     pub(super) fn is_uncertain(&self) -> bool {
-        matches!(self.end(), End::Open | End::Undecided | End::Unexpected)
+        matches!(self.end(), End::Open | End::Indeterminate | End::Unexpected)
     }
 
     /// Every final state that was observed of an accepted order: one, if all is well.

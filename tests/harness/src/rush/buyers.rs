@@ -212,7 +212,7 @@ impl Click {
         loop {
             let number = self.number + (requests.len() as u64) * 1_000_000;
             let ((request, sent_to), retry_after) = self.ask(number, &start).await;
-            let undecided = request.answer == Answer::Undecided;
+            let undecided = request.answer == Answer::Indeterminate;
             requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
             let left = self.patience.saturating_sub(Duration::from_micros(spent_us));
@@ -232,7 +232,7 @@ impl Click {
             key: self.key.clone(),
             sent_us: now_monotonic_us() - started_us,
             answered_us: None,
-            answer: Answer::Undecided,
+            answer: Answer::Indeterminate,
             steps: vec![],
         };
         let mut retry_after = jittered(Duration::from_millis(50));
@@ -409,7 +409,7 @@ pub fn understand(answered: &Answered) -> Understood {
             }
             None
         }
-        StatusCode::SERVICE_UNAVAILABLE => Some(Answer::Undecided),
+        StatusCode::SERVICE_UNAVAILABLE => Some(Answer::Indeterminate),
         StatusCode::TOO_MANY_REQUESTS => Some(Answer::Refused(Refused::RateLimited)),
         _ => refused(answered).map(Answer::Refused),
     };

@@ -23,7 +23,7 @@ pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
 
 use crate::{
-    backends::{Database, Stand},
+    backends::{Database, TestEnvironment},
     history::{FORMAT_VERSION, Fault, Header, History, Micros},
     rows,
 };
@@ -46,7 +46,7 @@ pub struct Rush {
     /// Server processes that the buyers are spread over.
     pub instances: usize,
     /// Business time inside the critical section.
-    pub hold: Duration,
+    pub work: Duration,
     /// How long the commit of a reservation takes at least. The suite's Postgres does not wait for a disk, as one that is durable does.
     pub commit: Duration,
     /// Connections in each server's pool. `None`: the server's own default.
@@ -67,7 +67,7 @@ impl Default for Rush {
             buyers: 1000,
             clicks: 1,
             instances: 1,
-            hold: Duration::ZERO,
+            work: Duration::ZERO,
             commit: Duration::ZERO,
             pool_size: None,
             patience: Duration::from_secs(20),
@@ -143,7 +143,7 @@ impl Rush {
     /// A backend is missing, or a server does not start or stop as it should. What buyers are told is never an error here: the judge
     /// decides about that.
     pub async fn run(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let stand = Stand::shared(strategy).await?;
+        let stand = TestEnvironment::shared(strategy).await?;
         self.run_on(&stand, program, level, strategy).await
     }
 
@@ -152,7 +152,7 @@ impl Rush {
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn run_alone(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let stand = Stand::shared(strategy).await?;
+        let stand = TestEnvironment::shared(strategy).await?;
         self.run_in_turn(Some(&ONE_AT_A_TIME), &stand, program, level, strategy)
             .await
     }
@@ -163,7 +163,7 @@ impl Rush {
     /// As [`run`](Self::run).
     pub async fn run_on(
         &self,
-        stand: &Stand,
+        stand: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -174,7 +174,7 @@ impl Rush {
     async fn run_in_turn(
         &self,
         turns: Option<&Mutex<()>>,
-        stand: &Stand,
+        stand: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -243,7 +243,7 @@ impl Rush {
 }
 
 /// Waits until every message is passed by the group that decides. What is decided after the rows were read would be an oversell that nobody has seen.
-async fn nothing_waits(level: &Level, stand: &Stand, patience: Duration) -> anyhow::Result<()> {
+async fn nothing_waits(level: &Level, stand: &TestEnvironment, patience: Duration) -> anyhow::Result<()> {
     const ANSWER: Duration = Duration::from_secs(5);
     const LOOK_EVERY: Duration = Duration::from_millis(20);
 

@@ -164,7 +164,7 @@ impl Answers {
                 Answer::Refused(Refused::SoldOut) => &mut answers.sold_out,
                 Answer::Refused(Refused::AlreadyReserved { .. }) => &mut answers.already_reserved,
                 Answer::Refused(_) => &mut answers.otherwise_refused,
-                Answer::Undecided => &mut answers.undecided,
+                Answer::Indeterminate => &mut answers.undecided,
                 Answer::Unexpected { .. } => &mut answers.unexpected,
             } += 1;
         }
@@ -260,7 +260,7 @@ mod tests {
                 key: key.to_owned(),
                 sent_us,
                 answered_us,
-                answer: Answer::Undecided,
+                answer: Answer::Indeterminate,
                 steps: vec![],
             });
         }

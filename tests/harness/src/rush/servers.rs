@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use super::{Rush, connection::Connection};
 use crate::{
-    backends::{Stand, keeper},
+    backends::{TestEnvironment, keeper},
     history::{self, Micros, Step},
 };
 
@@ -98,7 +98,7 @@ impl Servers {
     /// One does not start; with the end of its log.
     pub async fn start(
         rush: &Rush,
-        stand: &Stand,
+        stand: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -116,14 +116,19 @@ impl Servers {
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub async fn start_named(rush: &Rush, stand: &Stand, program: &Program, strategy: &str) -> anyhow::Result<Self> {
+    pub async fn start_named(
+        rush: &Rush,
+        stand: &TestEnvironment,
+        program: &Program,
+        strategy: &str,
+    ) -> anyhow::Result<Self> {
         let admin_token = Uuid::new_v4().to_string();
         let mut environment = stand.environment();
         environment.extend([
             ("HOST", "127.0.0.1".to_owned()),
             ("PORT", "0".to_owned()),
             ("STRATEGY", strategy.to_owned()),
-            ("HOLD_MS", rush.hold.as_millis().to_string()),
+            ("WORK_MS", rush.work.as_millis().to_string()),
             ("OVERSOLD_ADMIN_TOKEN", admin_token.clone()),
         ]);
         if let Some(pool_size) = rush.pool_size {

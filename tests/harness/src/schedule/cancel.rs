@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, Counts, No, Order, Outcome, RequestKey, SaleId, Stage, Steps, Strategy, Watch, trace::now_monotonic_us,
+    BuyerId, Instrumentation, Order, Outcome, RequestKey, ReserveError, SaleId, Steps, Strategy, StrategyContext,
+    StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
@@ -16,7 +17,7 @@ use tokio::time::timeout;
 
 use super::script::{answer_of, open_sale};
 use crate::{
-    backends::Stand,
+    backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
     judge::judge,
     rows,
@@ -37,13 +38,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Polls a future so often and no more.
 struct Limited<'a> {
-    reserving: BoxFuture<'a, Result<Outcome, No>>,
+    reserving: BoxFuture<'a, Result<Outcome, ReserveError>>,
     polls_left: usize,
 }
 
 impl Future for Limited<'_> {
     /// `None`: it was not done by then.
-    type Output = Option<Result<Outcome, No>>;
+    type Output = Option<Result<Outcome, ReserveError>>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         if self.polls_left == 0 {
@@ -74,24 +75,24 @@ pub async fn never_cancelled(strategy: &'static Strategy) -> anyhow::Result<usiz
 }
 
 async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> anyhow::Result<usize> {
-    let stand = Stand::shared(strategy).await?;
+    let stand = TestEnvironment::shared(strategy).await?;
     let observer = stand.database().pool(1).await?;
     let (mut polls, mut sale): (usize, SaleId) = (fewest_polls, 0);
     let mut completions = 0;
     loop {
         sale += 1;
-        let pool = Stage::pool_options(CONNECTIONS)
+        let pool = StrategyContext::pool_options(CONNECTIONS)
             .connect(&stand.database().url())
             .await?;
-        let stage = Stage {
+        let context = StrategyContext {
             database: pool.clone(),
-            hold: Duration::ZERO,
-            counts: Counts::default(),
+            work: Duration::ZERO,
+            counts: StrategyMetrics::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
-            watch: Watch::default(),
+            watch: Instrumentation::default(),
         };
-        let reserve = (strategy.open)(stage).await?;
+        let reserve = (strategy.open)(context).await?;
         open_sale(&observer, sale, 2).await?;
 
         let first = order(sale, 1)?;
@@ -205,7 +206,7 @@ pub(super) fn request(order: &Order) -> Request {
         key: order.key.to_string(),
         sent_us: now_monotonic_us(),
         answered_us: None,
-        answer: Answer::Undecided,
+        answer: Answer::Indeterminate,
         steps: vec![],
     }
 }

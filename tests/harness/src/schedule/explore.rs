@@ -6,7 +6,7 @@
 
 use anyhow::ensure;
 
-use super::{Lane, Rehearsal, Script, Trace};
+use super::{RequestHandle, ScheduleRunner, Script, Trace};
 use crate::{
     history::{Answer, History},
     judge::{Verdict, judge},
@@ -53,23 +53,23 @@ pub struct Broken {
 /// Whose keys the requests of a scenario carry.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keys {
-    Own,
+    ManagedServer,
     TheFirstOnes,
 }
 
 /// One decision of a run: who was moved, and who could have been.
 struct Decision {
     chosen: usize,
-    movable: Vec<Lane>,
+    movable: Vec<RequestHandle>,
 }
 
-impl Rehearsal {
+impl ScheduleRunner {
     /// Runs the scenario in every feasible order.
     ///
     /// # Errors
     /// A step did not end in time, or there are too many orders.
     pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Explored> {
-        self.every_order(scenario, Keys::Own).await
+        self.every_order(scenario, Keys::ManagedServer).await
     }
 
     /// The same, but all requests carry one key, that of the first.
@@ -141,7 +141,7 @@ impl Rehearsal {
             }
         }
         let mut decisions: Vec<Decision> = vec![];
-        let mut moving: Option<Lane> = None;
+        let mut moving: Option<RequestHandle> = None;
         let mut preemptions = 0;
         loop {
             let mut movable = script.movable();

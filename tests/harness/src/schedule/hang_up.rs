@@ -13,9 +13,9 @@ use tokio::{
 
 use super::cancel::{nothing_left_open, order, request};
 use crate::{
-    backends::Stand,
+    backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
-    http_contract::Talk,
+    http_contract::TestServer,
     judge::judge,
     rows,
     rush::{Program, Rush},
@@ -46,7 +46,7 @@ pub async fn hung_up_at_every_point(
     level: &Level,
     strategy: &Strategy,
 ) -> anyhow::Result<Vec<String>> {
-    let stand = Stand::shared(strategy).await?;
+    let stand = TestEnvironment::shared(strategy).await?;
     let observer = stand.database().pool(1).await?;
     let points = points(&stand, program, level, strategy).await?;
     let mut sale = 1;
@@ -59,7 +59,7 @@ pub async fn hung_up_at_every_point(
                 pool_size: Some(1),
                 ..Rush::default()
             };
-            let talk = Talk::during(&rush, &stand, &program, level, strategy).await?;
+            let talk = TestServer::during(&rush, &stand, &program, level, strategy).await?;
             hang_up(&talk, &observer, sale, leaves, PATIENCE)
                 .await
                 .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
@@ -77,16 +77,21 @@ pub async fn never_hung_up(program: &Program, level: &Level, strategy: &Strategy
     /// A reservation takes a few milliseconds.
     const LONG_ENOUGH: Duration = Duration::from_secs(1);
 
-    let stand = Stand::shared(strategy).await?;
+    let stand = TestEnvironment::shared(strategy).await?;
     let observer = stand.database().pool(1).await?;
-    let talk = Talk::with(&stand, program, level, strategy).await?;
+    let talk = TestServer::with(&stand, program, level, strategy).await?;
     hang_up(&talk, &observer, 1, Leaves::Closing, LONG_ENOUGH).await?;
     talk.stop().await
 }
 
 /// Every point that a reservation comes to, in order.
-async fn points(stand: &Stand, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Vec<String>> {
-    let talk = Talk::during(&Rush::default().traced(), stand, program, level, strategy).await?;
+async fn points(
+    stand: &TestEnvironment,
+    program: &Program,
+    level: &Level,
+    strategy: &Strategy,
+) -> anyhow::Result<Vec<String>> {
+    let talk = TestServer::during(&Rush::default().traced(), stand, program, level, strategy).await?;
     talk.opens(1, 1).await?;
     let mut answer = vec![0; 64];
     send(talk.address(), 1).await?.read_exact(&mut answer).await?;
@@ -96,7 +101,7 @@ async fn points(stand: &Stand, program: &Program, level: &Level, strategy: &Stra
 }
 
 async fn hang_up(
-    talk: &Talk,
+    talk: &TestServer,
     observer: &PgPool,
     sale: SaleId,
     leaves: Leaves,

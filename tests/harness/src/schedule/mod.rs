@@ -1,6 +1,6 @@
 //! Exact schedules: hold every request at its scheduling points, and let one move at a time.
 //!
-//! A [`Script`] of a [`Rehearsal`] calls the strategy itself, in this process, on a real database. Nothing is timed: a step ends when every request that
+//! A [`Script`] of a [`ScheduleRunner`] calls the strategy itself, in this process, on a real database. Nothing is timed: a step ends when every request that
 //! is not held has reached its next point, has answered, or is seen to be blocked by one that is held.
 
 mod blocked;
@@ -13,5 +13,5 @@ mod trace;
 pub use cancel::{cancelled_after_every_poll, never_cancelled};
 pub use explore::{Broken, Explored, Scenario};
 pub use hang_up::{hung_up_at_every_point, never_hung_up};
-pub use script::{Lane, Rehearsal, Script};
+pub use script::{RequestHandle, ScheduleRunner, Script};
 pub use trace::{Event, Happened, Trace};

@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, Counts, Invariant, No, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, SaleId, Sighting,
-    Stage, Steps, Strategy, Watch, trace::now_monotonic_us,
+    BuyerId, Instrumentation, Invariant, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, ReserveError,
+    SaleId, Sighting, Steps, Strategy, StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -26,7 +26,7 @@ use super::{
     trace::{Event, Happened, Trace},
 };
 use crate::{
-    backends::Stand,
+    backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros, Refused, Request, Step},
     judge::in_words,
     rows,
@@ -46,22 +46,22 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// One request of a script, by which it is told apart from the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lane(usize);
+pub struct RequestHandle(usize);
 
 /// A strategy on a database of its own, on which one script after another can be run.
-pub struct Rehearsal {
+pub struct ScheduleRunner {
     strategy: &'static Strategy,
     reserve: Arc<dyn Reserve>,
     /// The script's own connection. Requests never use it.
     observer: PgPool,
     holders: Holders,
     sales: AtomicI64,
-    stand: Stand,
+    stand: TestEnvironment,
 }
 
 /// A sale of which every request is held at its scheduling points.
 pub struct Script<'a> {
-    rehearsal: &'a Rehearsal,
+    rehearsal: &'a ScheduleRunner,
     sale: SaleId,
     capacity: u32,
     requests: Vec<Requested>,
@@ -119,7 +119,7 @@ enum Moved {
     Blocked,
 }
 
-impl Rehearsal {
+impl ScheduleRunner {
     /// Opens a strategy on a fresh database.
     ///
     /// # Errors
@@ -128,20 +128,20 @@ impl Rehearsal {
         /// More requests than this at once make no schedule that a person can read.
         const CONNECTIONS: u32 = 8;
 
-        let stand = Stand::shared(strategy).await?;
+        let stand = TestEnvironment::shared(strategy).await?;
         let database = stand.database();
         let holders = Holders::default();
-        let stage = Stage {
+        let context = StrategyContext {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
-            hold: Duration::ZERO,
-            counts: Counts::default(),
+            work: Duration::ZERO,
+            counts: StrategyMetrics::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
-            watch: Watch::default(),
+            watch: Instrumentation::default(),
         };
         Ok(Self {
             strategy,
-            reserve: (strategy.open)(stage).await?.into(),
+            reserve: (strategy.open)(context).await?.into(),
             observer: database.pool(1).await?,
             holders,
             sales: AtomicI64::new(0),
@@ -150,7 +150,7 @@ impl Rehearsal {
     }
 
     /// What the strategy stands on.
-    pub fn stand(&self) -> &Stand {
+    pub fn stand(&self) -> &TestEnvironment {
         &self.stand
     }
 
@@ -184,7 +184,7 @@ impl Rehearsal {
     /// Whatever moving a request fails with.
     pub async fn both_look_before_either_writes(&self) -> anyhow::Result<Script<'_>> {
         const DECIDED: &str = "decided to sell";
-        let promised = self.strategy.guarantee.alone;
+        let promised = self.strategy.guarantee.single_instance;
         let by_clicks = promised.about(Invariant::NoDuplicate) == Promise::Breaks
             && promised.about(Invariant::NoOversell) == Promise::Keeps;
         let mut script = self.sale(if by_clicks { 2 } else { 1 }).await?;
@@ -214,7 +214,7 @@ impl Script<'_> {
     }
 
     /// A new buyer, who will send one request under a key of its own.
-    pub fn buyer(&mut self, name: &str) -> Lane {
+    pub fn buyer(&mut self, name: &str) -> RequestHandle {
         let buyer = 1 + self
             .requests
             .iter()
@@ -225,7 +225,7 @@ impl Script<'_> {
     }
 
     /// Another click of the same buyer: one more request, under another key.
-    pub fn click(&mut self, of: Lane) -> Lane {
+    pub fn click(&mut self, of: RequestHandle) -> RequestHandle {
         let buyer = self.requests[of.0].order.buyer;
         let clicks = self
             .requests
@@ -237,11 +237,11 @@ impl Script<'_> {
     }
 
     /// Gives a request that has not been moved yet the key of another: one order sent twice, or a stranger who uses its key.
-    pub fn takes_the_key_of(&mut self, lane: Lane, other: Lane) {
+    pub fn takes_the_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
         self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
     }
 
-    fn request(&mut self, name: String, buyer: BuyerId) -> Lane {
+    fn request(&mut self, name: String, buyer: BuyerId) -> RequestHandle {
         let lane = self.requests.len();
         self.requests.push(Requested {
             order: Order {
@@ -260,14 +260,14 @@ impl Script<'_> {
             answer: None,
             steps: vec![],
         });
-        Lane(lane)
+        RequestHandle(lane)
     }
 
     /// Moves a request until it stands at the point `step`.
     ///
     /// # Errors
     /// It answered or was blocked before it came there; the error names the point and shows the trace.
-    pub async fn run_until(&mut self, lane: Lane, step: &'static str) -> anyhow::Result<()> {
+    pub async fn run_until(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
                 Moved::Held(reached) if reached == step => return Ok(()),
@@ -290,7 +290,7 @@ impl Script<'_> {
     ///
     /// # Errors
     /// A step did not end in time.
-    pub async fn run_towards(&mut self, lane: Lane, step: &'static str) -> anyhow::Result<()> {
+    pub async fn run_towards(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
         while let Moved::Held(reached) = self.advance(lane.0).await? {
             if reached == step {
                 break;
@@ -303,7 +303,7 @@ impl Script<'_> {
     ///
     /// # Errors
     /// It answered without ever being blocked.
-    pub async fn run_until_blocked(&mut self, lane: Lane) -> anyhow::Result<()> {
+    pub async fn run_until_blocked(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
                 Moved::Blocked => return Ok(()),
@@ -317,7 +317,7 @@ impl Script<'_> {
     ///
     /// # Errors
     /// It is blocked by a request that is held: move that one first.
-    pub async fn run_to_its_answer(&mut self, lane: Lane) -> anyhow::Result<()> {
+    pub async fn run_to_its_answer(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
                 Moved::Answered => return Ok(()),
@@ -335,17 +335,17 @@ impl Script<'_> {
     ///
     /// # Errors
     /// The step did not end in time.
-    pub async fn step(&mut self, lane: Lane) -> anyhow::Result<()> {
+    pub async fn step(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         self.advance(lane.0).await.map(drop)
     }
 
     /// The requests that would move if they were let: neither answered nor blocked.
-    pub fn movable(&self) -> Vec<Lane> {
+    pub fn movable(&self) -> Vec<RequestHandle> {
         let board = self.shared.board();
         let lanes = board.lanes.iter().enumerate();
         lanes
             .filter(|(_, state)| matches!(state.standing, Standing::NotStarted | Standing::Held(_)))
-            .map(|(lane, _)| Lane(lane))
+            .map(|(lane, _)| RequestHandle(lane))
             .collect()
     }
 
@@ -699,7 +699,7 @@ pub(super) async fn open_sale(pool: &PgPool, sale: SaleId, capacity: u32) -> sql
         .map(drop)
 }
 
-pub(super) fn answer_of(result: Result<Outcome, No>) -> Answer {
+pub(super) fn answer_of(result: Result<Outcome, ReserveError>) -> Answer {
     match result {
         Ok(Outcome::Confirmed(reservation)) => Answer::Confirmed {
             reservation: reservation.id,
@@ -708,12 +708,12 @@ pub(super) fn answer_of(result: Result<Outcome, No>) -> Answer {
             reservation: reservation.id,
             ending: None,
         },
-        Err(No::Refused(refusal)) => Answer::Refused(match refusal {
+        Err(ReserveError::Refused(refusal)) => Answer::Refused(match refusal {
             Refusal::SoldOut => Refused::SoldOut,
             Refusal::AlreadyReserved { earlier } => Refused::AlreadyReserved { earlier: earlier.id },
             Refusal::KeyOfAnotherBuyer => Refused::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Refused::UnknownSale,
         }),
-        Err(No::Undecided(_)) => Answer::Undecided,
+        Err(ReserveError::Indeterminate(_)) => Answer::Indeterminate,
     }
 }

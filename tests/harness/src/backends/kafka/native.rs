@@ -18,7 +18,7 @@ const LOG_SETTINGS: &str = include_str!("log4j2.properties");
 /// Formats a data folder, for a process that is yet to be launched.
 pub(super) fn prepare() -> anyhow::Result<Process> {
     let (jars, java) = (jars()?, java()?);
-    let home = Home::make(SERVICE.name, Memory::No)?;
+    let home = Home::make(SERVICE.name, Memory::ReserveError)?;
     let folder = home.folder().to_owned();
     let log_settings = folder.join("log4j2.properties");
     fs::write(&log_settings, LOG_SETTINGS)?;

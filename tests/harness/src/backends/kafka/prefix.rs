@@ -24,7 +24,7 @@ impl Kafka {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let run = match &self.server {
             Server::External(run) => run.to_string(),
-            Server::Own(_) => "own".to_owned(),
+            Server::ManagedServer(_) => "own".to_owned(),
         };
         Prefix {
             text: format!("oversold-{run}-{number}-"),

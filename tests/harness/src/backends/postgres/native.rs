@@ -20,7 +20,7 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
     let programs = folder()?;
     let memory = match durability {
         Durability::Fast => Memory::IfThereIsRoom,
-        Durability::Durable => Memory::No,
+        Durability::Durable => Memory::ReserveError,
     };
     let home = Home::make(SERVICE.name, memory)?;
     let data = home.data_folder().join("data");

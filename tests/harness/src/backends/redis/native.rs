@@ -20,7 +20,7 @@ pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
         "such as /usr/local/bin",
     )?;
 
-    let home = Home::make(SERVICE.name, Memory::No)?;
+    let home = Home::make(SERVICE.name, Memory::ReserveError)?;
     // In a file, as everybody on this machine can see arguments.
     let file = home.folder().join("redis.conf");
     let mut content = "bind 127.0.0.1\n".to_owned();

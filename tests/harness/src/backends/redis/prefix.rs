@@ -27,7 +27,7 @@ impl Redis {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let run = match &self.server {
             Server::External(owner) => owner.number,
-            Server::Own(_) => 0,
+            Server::ManagedServer(_) => 0,
         };
         Prefix {
             // In braces, so that a cluster would keep all keys of a prefix in one slot.

@@ -11,7 +11,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{http_contract::Talk, rush::SALE};
+use crate::{http_contract::TestServer, rush::SALE};
 
 /// Clients that connect and say nothing, or half of what they should.
 const IDLE: usize = 2_000;
@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Somebody was not served, or too much memory was taken.
-pub async fn bears_idle_and_slow_clients(talk: &Talk) -> anyhow::Result<u64> {
+pub async fn bears_idle_and_slow_clients(talk: &TestServer) -> anyhow::Result<u64> {
     raise_open_files_limit();
     let address = talk.address();
     talk.opens_a_sale(20).await?;
@@ -75,7 +75,7 @@ pub async fn bears_idle_and_slow_clients(talk: &Talk) -> anyhow::Result<u64> {
     Ok(grown_kib)
 }
 
-async fn sells(talk: &Talk, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
+async fn sells(talk: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
     for buyer in buyers {
         let answered = talk.reserve(SALE, buyer, None).await?;
         talk.confirms(&answered)

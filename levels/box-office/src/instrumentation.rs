@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::{Steps, stop::Stopper, trace::Recorder};
+use crate::{Steps, breakpoint::Breakpoint, trace::Recorder};
 
 /// Hands out the scheduling points of requests, and of whatever else runs in a server. Nobody watches unless the settings say so.
 #[derive(Clone, Default)]
-pub struct Watch {
+pub struct Instrumentation {
     pub(crate) recorder: Option<Arc<Recorder>>,
-    pub(crate) stopper: Option<Arc<Stopper>>,
+    pub(crate) stopper: Option<Arc<Breakpoint>>,
 }
 
-impl Watch {
+impl Instrumentation {
     /// The scheduling points of whoever has this name in the trace.
     pub fn steps(&self, name: &str) -> Steps {
         let steps = match &self.recorder {

@@ -2,21 +2,21 @@
 
 use sqlx::{PgPool, Postgres, pool::PoolConnection};
 
-use crate::{backends::Stand, until};
+use crate::{backends::TestEnvironment, until};
 
 /// Commits of reservations in one database, which Postgres has taken and does not carry out before it is let. It does so to the end, whether or not
 /// the client is still there, as when a commit waits for a slow disk or a standby.
-pub struct HeldCommits {
+pub struct DelayedCommits {
     database: PgPool,
     holds: PoolConnection<Postgres>,
 }
 
-impl HeldCommits {
+impl DelayedCommits {
     /// Holds them from here on.
     ///
     /// # Errors
     /// The database does not do as asked.
-    pub async fn on(stand: &Stand) -> anyhow::Result<Self> {
+    pub async fn on(stand: &TestEnvironment) -> anyhow::Result<Self> {
         let database = stand.database().pool(2).await?;
         let mut holds = database.acquire().await?;
         // A trigger that is put off runs inside of the commit. It waits for longer than any statement may.

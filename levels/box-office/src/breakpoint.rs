@@ -16,12 +16,12 @@ use crate::{Observer, Sighting, Steps};
 
 /// A scheduling point, and which time of all the times that requests come to it: `stock read#1`.
 #[derive(Clone, Debug)]
-pub struct StopAt {
+pub struct BreakpointSpec {
     point: String,
     time: u64,
 }
 
-impl FromStr for StopAt {
+impl FromStr for BreakpointSpec {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -38,13 +38,13 @@ impl FromStr for StopAt {
 }
 
 /// Counts how often requests come to the point.
-pub(crate) struct Stopper {
-    at: StopAt,
+pub(crate) struct Breakpoint {
+    at: BreakpointSpec,
     times: AtomicU64,
 }
 
-impl Stopper {
-    pub(crate) fn new(at: StopAt) -> Arc<Self> {
+impl Breakpoint {
+    pub(crate) fn new(at: BreakpointSpec) -> Arc<Self> {
         Arc::new(Self {
             at,
             times: AtomicU64::new(0),
@@ -76,7 +76,7 @@ impl Stopper {
 }
 
 struct Stoppable {
-    stopper: Arc<Stopper>,
+    stopper: Arc<Breakpoint>,
     steps: Steps,
 }
 

@@ -8,13 +8,16 @@ use crate::judge::Verdict;
 ///
 /// # Panics
 /// One declares something else, has no line, or has two; or there is a line without a strategy.
-pub fn declares(level: &Level, table: &[(&str, Promises, Promises)]) {
+pub fn assert_declared(level: &Level, table: &[(&str, Promises, Promises)]) {
     for &(name, alone, together) in table {
         let strategy = level
             .strategy(name)
             .unwrap_or_else(|| panic!("{} has no strategy {name}", level.name));
-        assert_eq!(strategy.guarantee.alone, alone, "{name} on one instance");
-        assert_eq!(strategy.guarantee.together, together, "{name} on several instances");
+        assert_eq!(strategy.guarantee.single_instance, alone, "{name} on one instance");
+        assert_eq!(
+            strategy.guarantee.multi_instance, together,
+            "{name} on several instances"
+        );
     }
     for strategy in level.strategies {
         let lines = table.iter().filter(|(name, ..)| *name == strategy.name).count();
@@ -26,10 +29,10 @@ pub fn declares(level: &Level, table: &[(&str, Promises, Promises)]) {
 ///
 /// # Panics
 /// It declares no limit that breaks just this.
-pub fn declares_limit(strategy: &Strategy, breaks: &[Invariant]) {
-    let limits = strategy.guarantee.limits;
+pub fn assert_failure_mode(strategy: &Strategy, breaks: &[Invariant]) {
+    let limits = strategy.guarantee.failure_modes;
     assert!(
-        limits.iter().any(|limit| limit.breaks == breaks),
+        limits.iter().any(|limit| limit.violates == breaks),
         "{} breaks {breaks:?}, and its limits are {limits:?}",
         strategy.name
     );
@@ -39,7 +42,7 @@ pub fn declares_limit(strategy: &Strategy, breaks: &[Invariant]) {
 ///
 /// # Panics
 /// Something is broken and nothing should be, or not all of it is; or the strategy does not declare it.
-pub fn after_its_fault(strategy: &Strategy, verdict: &Verdict, breaks: &[Invariant]) {
+pub fn assert_after_fault(strategy: &Strategy, verdict: &Verdict, breaks: &[Invariant]) {
     println!("{}: {verdict}", strategy.name);
     let as_expected = match breaks {
         [] => verdict.findings.is_empty(),
@@ -47,6 +50,6 @@ pub fn after_its_fault(strategy: &Strategy, verdict: &Verdict, breaks: &[Invaria
     };
     assert!(as_expected, "{} should break {breaks:?}\n{verdict}", strategy.name);
     if !breaks.is_empty() {
-        declares_limit(strategy, breaks);
+        assert_failure_mode(strategy, breaks);
     }
 }

@@ -10,16 +10,16 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    backends::Stand,
+    backends::TestEnvironment,
     history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Request},
-    http_contract::Talk,
+    http_contract::TestServer,
     judge::{Verdict, judge},
     rows,
     rush::{SALE, Understood, decided, understand},
 };
 
 /// What the buyers of [`SALE`] were told, and what befell the servers.
-pub struct Ledger {
+pub struct HistoryRecorder {
     strategy: &'static str,
     started_us: Micros,
     written: Mutex<Written>,
@@ -31,7 +31,7 @@ struct Written {
     faults: Vec<Fault>,
 }
 
-impl Ledger {
+impl HistoryRecorder {
     /// An empty one.
     pub fn new(strategy: &Strategy) -> Self {
         Self {
@@ -43,7 +43,7 @@ impl Ledger {
 
     /// A buyer asks this server for a ticket. Whoever asks again carries the same key. A connection that breaks is an answer too: undecided. An
     /// order that is accepted has no ending yet.
-    pub async fn ask(&self, talk: &Talk, buyer: BuyerId) -> Answer {
+    pub async fn ask(&self, talk: &TestServer, buyer: BuyerId) -> Answer {
         let key = key_of(buyer);
         let number = {
             let mut written = self.written();
@@ -54,13 +54,13 @@ impl Ledger {
                 key: key.clone(),
                 sent_us: self.now(),
                 answered_us: None,
-                answer: Answer::Undecided,
+                answer: Answer::Indeterminate,
                 steps: vec![],
             });
             number
         };
         let Ok(answered) = talk.reserve(SALE, buyer, Some(&key)).await else {
-            return Answer::Undecided;
+            return Answer::Indeterminate;
         };
         let answer = match understand(&answered) {
             Understood::Final(answer) => answer,
@@ -99,7 +99,7 @@ impl Ledger {
     ///
     /// # Errors
     /// The server gives no answer.
-    pub async fn ask_how_they_ended(&self, talk: &Talk, patience: Duration) -> anyhow::Result<()> {
+    pub async fn ask_how_they_ended(&self, talk: &TestServer, patience: Duration) -> anyhow::Result<()> {
         let accepted: Vec<(usize, Uuid)> = {
             let written = self.written();
             let accepted = written.requests.iter().enumerate();
@@ -164,7 +164,7 @@ impl Ledger {
     ///
     /// # Errors
     /// The rows can't be read.
-    pub async fn verdict(&self, stand: &Stand) -> anyhow::Result<Verdict> {
+    pub async fn verdict(&self, stand: &TestEnvironment) -> anyhow::Result<Verdict> {
         let pool = stand.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
