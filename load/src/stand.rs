@@ -40,7 +40,7 @@ const THRESHOLDS_CROSSED: i32 = 99;
 #[derive(Deserialize)]
 struct Strategy {
     name: String,
-    place: String,
+    mutant: bool,
     clicks: u32,
     needs: Vec<String>,
     single_instance: Promised,
@@ -87,7 +87,7 @@ fn list(oversold: &Path) -> anyhow::Result<Vec<Strategy>> {
 fn choose(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strategy>> {
     let matches = |strategy: &Strategy, name: &String| match strategy.name.split_once('/') {
         _ if strategy.name == *name => true,
-        Some((level, _)) => level == name && strategy.place == "trail",
+        Some((level, _)) => level == name && !strategy.mutant,
         None => false,
     };
     if let Some(unknown) = names

@@ -1,6 +1,6 @@
 //! `oversold doctor`.
 
-use box_office::{Place, Service};
+use box_office::Service;
 use harness::backends;
 
 use crate::{Ended, levels::LEVELS};
@@ -50,7 +50,7 @@ pub(crate) async fn doctor() -> anyhow::Result<Ended> {
 fn in_need_of(service: Service) -> Vec<String> {
     let of_a_level = LEVELS.iter().flat_map(|level| {
         let strategies = level.strategies.iter();
-        let in_need = strategies.filter(|it| it.place == Place::Trail && it.needs.contains(&service));
+        let in_need = strategies.filter(|it| it.needs.contains(&service));
         in_need.map(|strategy| format!("{}/{}", level.name, strategy.name))
     });
     of_a_level.collect()

@@ -1,7 +1,7 @@
 //! The levels that this command was built with, and how their names are written on the command line.
 
 use anyhow::{Context, bail};
-use box_office::{Level, Place, Strategy};
+use box_office::{Level, Strategy};
 
 /// In the order of the road. A level that was left out of the build is not here.
 pub(crate) static LEVELS: &[&Level] = &[
@@ -30,6 +30,11 @@ impl SelectedStrategy {
         format!("{}/{}", self.level.name, self.strategy.name)
     }
 
+    /// The file in which the strategy stands, relative to the root of the repository.
+    pub(crate) fn source(self) -> String {
+        self.level.source(self.strategy)
+    }
+
     /// Reads `LEVEL/STRATEGY`, or `LEVEL` for its first strategy.
     pub(crate) fn one(text: &str) -> anyhow::Result<Self> {
         let (level, strategy) = split(text)?;
@@ -55,10 +60,7 @@ impl SelectedStrategy {
 }
 
 fn trail_of(level: &'static Level) -> Vec<SelectedStrategy> {
-    let on_the_trail = level
-        .strategies
-        .iter()
-        .filter(|strategy| strategy.place == Place::Trail);
+    let on_the_trail = level.strategies.iter();
     on_the_trail
         .map(|strategy| SelectedStrategy { level, strategy })
         .collect()
@@ -76,7 +78,7 @@ fn split(text: &str) -> anyhow::Result<(&'static Level, Option<SelectedStrategy>
         return Ok((level, None));
     };
     let Some(strategy) = level.strategy(strategy_name) else {
-        let known: Vec<&str> = level.strategies.iter().map(|strategy| strategy.name).collect();
+        let known: Vec<&str> = level.all().map(|strategy| strategy.name).collect();
         bail!(
             "{level_name} has no strategy {strategy_name:?}; it has {}",
             known.join(", ")

@@ -1,6 +1,6 @@
 //! `oversold list`.
 
-use box_office::{FailureMode, Invariant, Place, Promise, Promises};
+use box_office::{FailureMode, Invariant, Promise, Promises};
 use serde::Serialize;
 
 use crate::{Ended, levels::LEVELS};
@@ -10,7 +10,8 @@ use crate::{Ended, levels::LEVELS};
 struct Listed {
     name: String,
     summary: &'static str,
-    place: &'static str,
+    /// Whether it is a strategy with one planted mistake.
+    mutant: bool,
     clicks: u32,
     /// The services besides Postgres.
     needs: Vec<&'static str>,
@@ -59,11 +60,7 @@ fn listed() -> Vec<Listed> {
         let listed = |strategy: &'static box_office::Strategy| Listed {
             name: format!("{}/{}", level.name, strategy.name),
             summary: strategy.summary,
-            place: match strategy.place {
-                Place::Trail => "trail",
-                Place::Shelf => "shelf",
-                Place::Broken => "broken",
-            },
+            mutant: strategy.is_mutant(),
             clicks: strategy.clicks,
             needs: strategy.needs.iter().map(|service| service.name()).collect(),
             single_instance: strategy.guarantee.single_instance.into(),
@@ -75,7 +72,7 @@ fn listed() -> Vec<Listed> {
                 .map(|&FailureMode { trigger, violates }| ListedFailureMode { trigger, violates })
                 .collect(),
         };
-        level.strategies.iter().map(listed)
+        level.all().map(listed)
     });
     of_a_level.collect()
 }
@@ -83,7 +80,7 @@ fn listed() -> Vec<Listed> {
 fn print_for_people() {
     for level in LEVELS {
         println!("{}  {}", level.name, level.summary);
-        for strategy in level.strategies {
+        for strategy in level.all() {
             println!("  {}/{}: {}", level.name, strategy.name, strategy.summary);
             let (alone, together) = (strategy.guarantee.single_instance, strategy.guarantee.multi_instance);
             if alone == together {

@@ -65,7 +65,7 @@ impl Known {
         let mut names = BTreeSet::new();
         for level in LEVELS {
             names.insert(level.name.to_owned());
-            names.extend(level.strategies.iter().map(|it| format!("{}/{}", level.name, it.name)));
+            names.extend(level.all().map(|it| format!("{}/{}", level.name, it.name)));
         }
         Self {
             targets: all(r"(?m)^([a-z][a-z-]*):", &makefile),

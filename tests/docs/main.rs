@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use box_office::{Level, Place, Strategy};
+use box_office::{Level, Strategy};
 
 /// The levels that the book is about.
 static LEVELS: [&Level; 4] = [
@@ -32,12 +32,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// Every strategy of every level that stands at this place.
-fn strategies(place: Place) -> impl Iterator<Item = (&'static Level, &'static Strategy)> {
-    let all = LEVELS
+/// Every strategy of every level, without the mutants.
+fn strategies() -> impl Iterator<Item = (&'static Level, &'static Strategy)> {
+    LEVELS
         .iter()
-        .flat_map(|&level| level.strategies.iter().map(move |strategy| (level, strategy)));
-    all.filter(move |(_, strategy)| strategy.place == place)
+        .flat_map(|&level| level.strategies.iter().map(move |strategy| (level, strategy)))
 }
 
 /// Something that a person has to mend.

@@ -7,7 +7,6 @@ use std::{
     sync::LazyLock,
 };
 
-use box_office::Place;
 use regex::Regex;
 
 use crate::{
@@ -309,7 +308,7 @@ fn an_include_of_nothing_is_found(#[case] text: &str, #[case] expected: &str) {
 #[test]
 fn every_strategy_s_page_has_its_sections_in_order() {
     let pages = pages::book();
-    let problems = strategies(Place::Trail).flat_map(|(level, strategy)| {
+    let problems = strategies().flat_map(|(level, strategy)| {
         let file = PathBuf::from(format!("book/src/{}/{}.md", level.name, strategy.name));
         let page = pages.iter().find(|page| page.file == file);
         page.map_or(vec![], |page| headings_out_of_order(page, level.name))
@@ -335,7 +334,7 @@ fn sections_out_of_order_are_found(#[case] order: &[usize], #[case] expected: &s
 
 #[test]
 fn every_strategy_of_the_trail_has_a_chapter() {
-    let names = strategies(Place::Trail).map(|(level, strategy)| format!("{}/{}", level.name, strategy.name));
+    let names = strategies().map(|(level, strategy)| format!("{}/{}", level.name, strategy.name));
     none(strategies_without_a_chapter(names, &pages::book()));
 }
 

@@ -8,8 +8,7 @@ use std::{
     sync::LazyLock,
 };
 
-use box_office::{Level, Place, Promise, Promises, Service, Strategy};
-use harness::twins::{code, twin_of};
+use box_office::{Level, Promise, Promises, Service, Strategy};
 use regex::Regex;
 use serde::Deserialize;
 use similar::TextDiff;
@@ -83,24 +82,12 @@ fn snippets() -> Snippets {
     let mut snippets = Snippets::new();
     let mut add = |name: String, text: String| snippets.insert(PathBuf::from(name), text.trim_end().to_owned() + "\n");
     // What consumers decide beside the requests has no trace.
-    let traced = strategies(Place::Trail).filter(|(_, strategy)| !strategy.needs.contains(&Service::Kafka));
+    let traced = strategies().filter(|(_, strategy)| !strategy.needs.contains(&Service::Kafka));
     for (level, strategy) in traced {
         let name = format!("{}-{}", level.name, strategy.name);
         add(
             format!("traces/{name}.md"),
             trace(&format!("{}/{}", level.name, strategy.name)),
-        );
-    }
-    for (level, broken) in strategies(Place::Broken) {
-        let text = source(broken.source);
-        let twin = twin_of(&text).unwrap_or_else(|| panic!("{}: its docs name no `Twin: `", broken.source));
-        let twin = level
-            .strategy(twin)
-            .unwrap_or_else(|| panic!("{}: its twin {twin:?} is no strategy of {}", broken.source, level.name));
-        let name = broken.name.trim_start_matches("broken/");
-        add(
-            format!("diffs/{}-{name}.md", level.name),
-            diff((twin.source, &source(twin.source)), (broken.source, &text)),
         );
     }
     for (name, figures) in FIGURES {
@@ -138,25 +125,10 @@ fn with_tokens_numbered(trace: &str) -> String {
     text
 }
 
-/// What a broken strategy does otherwise than its twin; each is the path and the text of a file.
-fn diff(twin: (&str, &str), broken: (&str, &str)) -> String {
-    let (before, after) = (code(twin.1), code(broken.1));
-    let diff = TextDiff::from_lines(&before, &after);
-    let mut text = format!("```diff\n--- {}\n+++ {}\n", twin.0, broken.0);
-    for hunk in diff.unified_diff().context_radius(3).iter_hunks() {
-        // Without the line numbers, which would be counted below the docs.
-        let hunk = hunk.to_string();
-        let (_, lines) = hunk.split_once('\n').unwrap_or_default();
-        text += "@@\n";
-        text += lines;
-    }
-    text + "```\n"
-}
-
 /// What the contract test is red about, strategy by strategy: those of the trail that break something on a single instance.
 fn red_ones() -> impl Iterator<Item = (&'static Level, &'static Strategy, PathBuf)> {
-    let breaking = strategies(Place::Trail)
-        .filter(|(_, strategy)| strategy.guarantee.single_instance.those(Promise::Breaks).count() > 0);
+    let breaking =
+        strategies().filter(|(_, strategy)| strategy.guarantee.single_instance.those(Promise::Breaks).count() > 0);
     breaking.map(|(level, strategy)| {
         let file = PathBuf::from(format!("red/{}-{}.md", level.name, strategy.name));
         (level, strategy, file)
@@ -450,9 +422,8 @@ fn road_table(runs: &[RushRun]) -> String {
     };
     for it in &alone.strategies {
         let (level, name) = it.strategy.split_once('/').expect("a name is LEVEL/STRATEGY");
-        let strategy = strategies(Place::Trail)
+        let (level, strategy) = strategies()
             .find(|(other, strategy)| other.name == level && strategy.name == name)
-            .map(|(_, strategy)| strategy)
             .unwrap_or_else(|| panic!("{} is on no trail: `make results`", it.strategy));
         let oversold = runs.iter().filter_map(|run| {
             let here = run.strategies.iter().find(|other| other.strategy == it.strategy)?;
@@ -474,7 +445,7 @@ fn road_table(runs: &[RushRun]) -> String {
             it.sales_a_second,
             oversold.collect::<Vec<_>>().join(", "),
             holds_on(strategy),
-            lines_of_code(&source(strategy.source)),
+            lines_of_code(&source(&level.source(strategy))),
         );
     }
     table += "
@@ -896,18 +867,6 @@ fn a_recorded_failure_that_names_something_else_is_found() {
     assert!(found.contains("lacks [\"I2\"]"), "{found}");
     let found = only(misnamed("BROKEN I1 (…)\nBROKEN I2 (…)\nBROKEN I4 (…)"));
     assert!(found.contains("keeps [\"I4\"]"), "{found}");
-}
-
-#[test]
-fn a_diff_shows_the_mistake_and_not_the_docs() {
-    let twin = "//! Right.\n\nuse a;\n\n// ANCHOR: lock\nlet guard = lock();\n// ANCHOR_END: lock\nsell();\n";
-    let broken =
-        "//! Broken: dropped at once.\n//!\n//! Twin: `right`. Caught by I1.\n\nuse a;\n\nlet _ = lock();\nsell();\n";
-    assert_eq!(twin_of(broken), Some("right"));
-    assert_eq!(
-        diff(("right.rs", twin), ("broken.rs", broken)),
-        "```diff\n--- right.rs\n+++ broken.rs\n@@\n use a;\n \n-let guard = lock();\n+let _ = lock();\n sell();\n```\n"
-    );
 }
 
 /// Figures of a debug build, or of a checkout with changes, say nothing about the commit that they name.

@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::HashSet, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
-    Place, ProblemKind, Promises, Strategy,
+    ProblemKind, Promises, Strategy,
 };
 use harness::{
     DelayedCommits, assert_after_fault, assert_declared, assert_failure_mode,
@@ -24,7 +24,6 @@ use harness::{
         never_hung_up,
     },
     slow_clients::bears_idle_and_slow_clients,
-    twins::differ_by_one_mistake,
     until,
 };
 use lv2_db_lock::{BARE, LEVEL};
@@ -73,15 +72,15 @@ const STARVES: Promises = Promises::ALL_KEPT.breaks(&[Progress]).leaves_open(&[N
 #[case::conditional_update("conditional-update", 1, KEEPS)]
 #[case::conditional_update_on_three("conditional-update", 3, KEEPS)]
 // ANCHOR_END: conditional-update-cases
-#[case::mutex_does_nothing("broken/mutex-does-nothing", 1, OVERSELLS)]
-#[case::mutex_wrong_key("broken/mutex-wrong-key", 1, OVERSELLS)]
-#[case::guard_before_commit("broken/guard-before-commit", 1, OVERSELLS)]
-#[case::for_update_does_nothing("broken/for-update-does-nothing", 1, OVERSELLS)]
-#[case::for_update_wrong_key("broken/for-update-wrong-key", 1, OVERSELLS)]
-#[case::look_up_before_lock("broken/look-up-before-lock", 1, DUPLICATES)]
-#[case::version_not_compared("broken/version-not-compared", 1, OVERSELLS)]
-#[case::retry_reuses_the_read("broken/retry-reuses-the-read", 1, OVERSELLS)]
-#[case::transaction_left_open_if_nobody_cancels("broken/transaction-left-open", 1, KEEPS)]
+#[case::mutex_does_nothing("mutants/mutex-does-nothing", 1, OVERSELLS)]
+#[case::mutex_wrong_key("mutants/mutex-wrong-key", 1, OVERSELLS)]
+#[case::guard_before_commit("mutants/guard-before-commit", 1, OVERSELLS)]
+#[case::for_update_does_nothing("mutants/for-update-does-nothing", 1, OVERSELLS)]
+#[case::for_update_wrong_key("mutants/for-update-wrong-key", 1, OVERSELLS)]
+#[case::look_up_before_lock("mutants/look-up-before-lock", 1, DUPLICATES)]
+#[case::version_not_compared("mutants/version-not-compared", 1, OVERSELLS)]
+#[case::retry_reuses_the_read("mutants/retry-reuses-the-read", 1, OVERSELLS)]
+#[case::transaction_left_open_if_nobody_cancels("mutants/transaction-left-open", 1, KEEPS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush {
@@ -102,16 +101,16 @@ fn every_strategy_declares_what_the_table_says() {
             ("pessimistic", KEEPS, KEEPS),
             ("optimistic", KEEPS, KEEPS),
             ("conditional-update", KEEPS, KEEPS),
-            ("broken/mutex-does-nothing", OVERSELLS, OVERSELLS),
-            ("broken/mutex-wrong-key", OVERSELLS, OVERSELLS),
-            ("broken/guard-before-commit", OVERSELLS, OVERSELLS),
-            ("broken/for-update-does-nothing", OVERSELLS, OVERSELLS),
-            ("broken/for-update-wrong-key", OVERSELLS, OVERSELLS),
-            ("broken/look-up-before-lock", DUPLICATES, DUPLICATES),
-            ("broken/second-connection", STARVES, STARVES),
-            ("broken/transaction-left-open", KEEPS, OVERSELLS),
-            ("broken/version-not-compared", OVERSELLS, OVERSELLS),
-            ("broken/retry-reuses-the-read", OVERSELLS, OVERSELLS),
+            ("mutants/mutex-does-nothing", OVERSELLS, OVERSELLS),
+            ("mutants/mutex-wrong-key", OVERSELLS, OVERSELLS),
+            ("mutants/guard-before-commit", OVERSELLS, OVERSELLS),
+            ("mutants/for-update-does-nothing", OVERSELLS, OVERSELLS),
+            ("mutants/for-update-wrong-key", OVERSELLS, OVERSELLS),
+            ("mutants/look-up-before-lock", DUPLICATES, DUPLICATES),
+            ("mutants/second-connection", STARVES, STARVES),
+            ("mutants/transaction-left-open", KEEPS, OVERSELLS),
+            ("mutants/version-not-compared", OVERSELLS, OVERSELLS),
+            ("mutants/retry-reuses-the-read", OVERSELLS, OVERSELLS),
         ],
     );
 }
@@ -214,7 +213,7 @@ async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] 
 
 #[tokio::test]
 async fn some_order_of_two_requests_under_one_key_breaks_a_look_up_before_the_lock() {
-    let rehearsal = ScheduleRunner::of(strategy("broken/look-up-before-lock"))
+    let rehearsal = ScheduleRunner::of(strategy("mutants/look-up-before-lock"))
         .await
         .unwrap();
     for scenario in [
@@ -231,14 +230,14 @@ async fn some_order_of_two_requests_under_one_key_breaks_a_look_up_before_the_lo
 }
 
 #[rstest]
-#[case::mutex_does_nothing("broken/mutex-does-nothing", TWO_BUYERS)]
-#[case::mutex_wrong_key("broken/mutex-wrong-key", TWO_BUYERS)]
-#[case::guard_before_commit("broken/guard-before-commit", TWO_BUYERS)]
-#[case::for_update_does_nothing("broken/for-update-does-nothing", TWO_BUYERS)]
-#[case::for_update_wrong_key("broken/for-update-wrong-key", TWO_BUYERS)]
-#[case::look_up_before_lock("broken/look-up-before-lock", TWO_CLICKS)]
-#[case::version_not_compared("broken/version-not-compared", TWO_BUYERS)]
-#[case::retry_reuses_the_read("broken/retry-reuses-the-read", TWO_BUYERS)]
+#[case::mutex_does_nothing("mutants/mutex-does-nothing", TWO_BUYERS)]
+#[case::mutex_wrong_key("mutants/mutex-wrong-key", TWO_BUYERS)]
+#[case::guard_before_commit("mutants/guard-before-commit", TWO_BUYERS)]
+#[case::for_update_does_nothing("mutants/for-update-does-nothing", TWO_BUYERS)]
+#[case::for_update_wrong_key("mutants/for-update-wrong-key", TWO_BUYERS)]
+#[case::look_up_before_lock("mutants/look-up-before-lock", TWO_CLICKS)]
+#[case::version_not_compared("mutants/version-not-compared", TWO_BUYERS)]
+#[case::retry_reuses_the_read("mutants/retry-reuses-the-read", TWO_BUYERS)]
 #[tokio::test]
 async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] scenario: Scenario) {
     let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
@@ -258,7 +257,7 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] 
 // ANCHOR: guard
 #[tokio::test]
 async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
-    let rehearsal = ScheduleRunner::of(strategy("broken/guard-before-commit"))
+    let rehearsal = ScheduleRunner::of(strategy("mutants/guard-before-commit"))
         .await
         .unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
@@ -337,7 +336,7 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str, #[case] in
 #[tokio::test]
 async fn fifty_clicks_at_once_are_too_many_for_a_look_up_before_the_lock(#[case] instances: usize) {
     let rush = fifty_clicks(instances);
-    contract(&program(), &LEVEL, "broken/look-up-before-lock", rush, DUPLICATES).await;
+    contract(&program(), &LEVEL, "mutants/look-up-before-lock", rush, DUPLICATES).await;
 }
 
 fn fifty_clicks(instances: usize) -> Rush {
@@ -407,7 +406,7 @@ async fn a_thousand_callers_over_a_pool_of_eight_are_too_many_for_a_lock_that_do
     contract(
         &program(),
         &LEVEL,
-        "broken/for-update-does-nothing",
+        "mutants/for-update-does-nothing",
         POOL_OF_EIGHT,
         OVERSELLS,
     )
@@ -677,7 +676,7 @@ async fn a_second_connection_taken_while_one_is_held_starves_the_pool() {
         patience: Duration::from_secs(6),
         ..Rush::default()
     };
-    let strategy = strategy("broken/second-connection");
+    let strategy = strategy("mutants/second-connection");
     let report = rush.run(&program(), &LEVEL, strategy).await.unwrap();
     let conclusion = report.verdict.conclude(&required(STARVES));
     assert_eq!(conclusion, Conclusion::AsPromised, "{}", report.verdict);
@@ -707,7 +706,7 @@ async fn a_reservation_that_nobody_cancels_says_nothing() {
 
 #[tokio::test]
 async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled() {
-    let strategy = strategy("broken/transaction-left-open");
+    let strategy = strategy("mutants/transaction-left-open");
     let error = cancelled_after_every_poll(strategy).await.unwrap_err();
     assert!(
         format!("{error:#}").contains("a transaction is still open"),
@@ -721,7 +720,7 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
 #[case::pessimistic("pessimistic")]
 #[case::optimistic("optimistic")]
 #[case::conditional_update("conditional-update")]
-#[case::one_that_could_not_bear_to_be_cancelled("broken/transaction-left-open")]
+#[case::one_that_could_not_bear_to_be_cancelled("mutants/transaction-left-open")]
 #[tokio::test]
 async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
     let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
@@ -737,17 +736,6 @@ async fn a_server_that_stands_still_nowhere_says_nothing_of_buyers_who_hang_up()
     never_hung_up(&program(), &LEVEL, strategy("pessimistic"))
         .await
         .unwrap();
-}
-
-#[test]
-fn every_broken_twin_differs_by_its_one_mistake() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let pairs = differ_by_one_mistake(&source).unwrap_or_else(|error| panic!("{error:#}"));
-    let listed = LEVEL
-        .strategies
-        .iter()
-        .filter(|strategy| strategy.place == Place::Broken);
-    assert_eq!(pairs, listed.count());
 }
 
 #[rstest]
@@ -923,5 +911,5 @@ async fn who_is_overtaken_too_often_is_undecided_and_never_told_that_all_is_sold
 
 #[tokio::test]
 async fn in_a_version_storm_a_retry_that_reuses_its_read_oversells() {
-    contract(&program(), &LEVEL, "broken/retry-reuses-the-read", STORM, OVERSELLS).await;
+    contract(&program(), &LEVEL, "mutants/retry-reuses-the-read", STORM, OVERSELLS).await;
 }

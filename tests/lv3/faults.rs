@@ -242,7 +242,7 @@ impl Late {
 #[case::spin("spin", Late::Oversells)]
 #[case::rlock("rlock", Late::Oversells)]
 #[case::fenced("fenced", Late::IsRefused)]
-#[case::token_not_checked("broken/token-not-checked", Late::Oversells)]
+#[case::token_not_checked("mutants/token-not-checked", Late::Oversells)]
 #[tokio::test]
 async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its_token(
     #[case] name: &str,
@@ -283,9 +283,9 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
 #[case::spin("spin", true)]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
-#[case::no_lease("broken/no-lease", false)]
-#[case::message_alone("broken/message-alone", false)]
-#[case::watchdog_not_tied("broken/watchdog-not-tied", false)]
+#[case::no_lease("mutants/no-lease", false)]
+#[case::message_alone("mutants/message-alone", false)]
+#[case::watchdog_not_tied("mutants/watchdog-not-tied", false)]
 #[tokio::test]
 async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &str, #[case] others_get_in: bool) {
     // Time to freeze, to kill and to look twice.
@@ -316,7 +316,7 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
     if !others_get_in {
         assert!(bob.is_err(), "Bob is told {bob:?}, though the lock's holder is dead");
-        if name != "broken/message-alone" {
+        if name != "mutants/message-alone" {
             assert!(lock.is_taken().await, "nobody holds the lock, and yet Bob waits");
         }
         is_killed(&second).await;
@@ -385,7 +385,7 @@ async fn a_release_by_one_who_is_not_the_owner_is_refused_and_the_owner_keeps_th
 #[rstest]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
-#[case::message_alone("broken/message-alone", false)]
+#[case::message_alone("mutants/message-alone", false)]
 #[tokio::test]
 async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[case] name: &str, #[case] gets_in: bool) {
     // So long that the lock is surely given back before.
@@ -495,7 +495,7 @@ async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case]
 
 #[rstest]
 #[case::fenced("fenced", true)]
-#[case::token_from_incr("broken/token-from-incr", false)]
+#[case::token_from_incr("mutants/token-from-incr", false)]
 #[tokio::test]
 async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, #[case] grow: bool) {
     /// Sold before: as many tokens were handed out.
@@ -564,7 +564,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
 #[case::spin("spin", include_str!("../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[case::rlock("rlock", include_str!("../../levels/lv3-redis-lock/src/lock/release.lua"))]
 #[case::fenced("fenced", include_str!("../../levels/lv3-redis-lock/src/lock/release.lua"))]
-#[case::bare_evalsha("broken/bare-evalsha", include_str!("../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
+#[case::bare_evalsha("mutants/bare-evalsha", include_str!("../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[tokio::test]
 async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #[case] release: &str) {
     // So long that only a release opens the lock.
@@ -588,7 +588,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
 
     flush().await;
     assert!(is_confirmed(&ledger.ask(&second, 2).await));
-    if name == "broken/bare-evalsha" {
+    if name == "mutants/bare-evalsha" {
         assert!(lock.is_taken().await, "it was given back all the same");
         assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
@@ -621,13 +621,13 @@ fn is_noscript(reply: &Reply) -> bool {
 #[case::spin("spin", false)]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
-#[case::watchdog_not_tied("broken/watchdog-not-tied", true)]
+#[case::watchdog_not_tied("mutants/watchdog-not-tied", true)]
 #[tokio::test]
 async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_it(
     #[case] name: &str,
     #[case] renewed: bool,
 ) {
-    let (lease, outlives) = (LEASE, name == "broken/watchdog-not-tied");
+    let (lease, outlives) = (LEASE, name == "mutants/watchdog-not-tied");
     let (redis, stand) = alone(name).await;
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
@@ -761,7 +761,7 @@ enum Carried {
 #[case::spin("spin", Carried::Out, true)]
 #[case::rlock("rlock", Carried::Out, true)]
 #[case::fenced("fenced", Carried::Out, true)]
-#[case::commit_not_covered("broken/commit-not-covered", Carried::Out, false)]
+#[case::commit_not_covered("mutants/commit-not-covered", Carried::Out, false)]
 #[case::spin_and_too_late("spin", Carried::OutTooLate, false)]
 #[case::rlock_and_too_late("rlock", Carried::OutTooLate, false)]
 #[case::fenced_and_too_late("fenced", Carried::OutTooLate, true)]

@@ -1,14 +1,13 @@
 //! LV.4: the contract kept by orders that are accepted first and decided later, on any number of instances.
 
 use std::{
-    path::Path,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
-    KafkaConfig, Level, Place, Promises, Strategy,
+    KafkaConfig, Level, Promises, Strategy,
 };
 use harness::{
     backends::TestEnvironment,
@@ -17,7 +16,6 @@ use harness::{
     restarts,
     rush::{Program, Rush, SALE},
     slow_clients::bears_idle_and_slow_clients,
-    twins::differ_by_one_mistake,
 };
 use lv4_kafka::{LEVEL, path::lag};
 use rstest::rstest;
@@ -66,10 +64,10 @@ const SEVERAL_WRITERS: Promises = Promises::ALL_KEPT.breaks(&[NoOversell, Conser
 #[case::single_writer("single-writer", 1, KEEPS)]
 #[case::single_writer_on_three("single-writer", 3, KEEPS)]
 // ANCHOR_END: single-writer-cases
-#[case::lock_does_nothing("broken/lock-does-nothing", 1, OVERSELLS)]
-#[case::lock_does_nothing_on_three("broken/lock-does-nothing", 3, OVERSELLS)]
-#[case::lock_wrong_key("broken/lock-wrong-key", 1, OVERSELLS)]
-#[case::lock_wrong_key_on_three("broken/lock-wrong-key", 3, OVERSELLS)]
+#[case::lock_does_nothing("mutants/lock-does-nothing", 1, OVERSELLS)]
+#[case::lock_does_nothing_on_three("mutants/lock-does-nothing", 3, OVERSELLS)]
+#[case::lock_wrong_key("mutants/lock-wrong-key", 1, OVERSELLS)]
+#[case::lock_wrong_key_on_three("mutants/lock-wrong-key", 3, OVERSELLS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush::for_strategy(strategy(name)).instances(instances);
@@ -79,8 +77,8 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 
 /// Between its look and its write each batch takes a while, so that whoever else decides orders of the sale is in between.
 #[rstest]
-#[case::partition_by_buyer("broken/partition-by-buyer", 3, SEVERAL_WRITERS)]
-#[case::partition_by_buyer_alone("broken/partition-by-buyer", 1, KEEPS)]
+#[case::partition_by_buyer("mutants/partition-by-buyer", 3, SEVERAL_WRITERS)]
+#[case::partition_by_buyer_alone("mutants/partition-by-buyer", 1, KEEPS)]
 #[case::single_writer_on_three("single-writer", 3, KEEPS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee_when_batches_overlap(
@@ -104,7 +102,7 @@ async fn an_order_that_is_not_even_sent_is_lost() {
         ..Rush::default()
     };
     let breaks = Promises::ALL_KEPT.breaks(&[NothingLost, Progress]);
-    contract(&program(), &LEVEL, "broken/produce-nothing", rush.clone(), breaks).await;
+    contract(&program(), &LEVEL, "mutants/produce-nothing", rush.clone(), breaks).await;
     contract(&program(), &LEVEL, "single-writer", rush, KEEPS).await;
 }
 
@@ -121,7 +119,7 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
 #[tokio::test]
 async fn fifty_clicks_at_once_are_too_many_for_a_lock_that_does_nothing() {
     let report = fifty_clicks()
-        .run_alone(&program(), &LEVEL, strategy("broken/lock-does-nothing"))
+        .run_alone(&program(), &LEVEL, strategy("mutants/lock-does-nothing"))
         .await
         .unwrap();
     assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
@@ -173,17 +171,6 @@ async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
     let run = rush.run(&program(), &level, strategy("single-writer")).await;
     let why = run.expect_err("it was judged").to_string();
     assert!(why.contains("7 messages still wait"), "{why}");
-}
-
-#[test]
-fn every_broken_twin_differs_by_its_one_mistake() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let pairs = differ_by_one_mistake(&source).unwrap_or_else(|error| panic!("{error:#}"));
-    let listed = LEVEL
-        .strategies
-        .iter()
-        .filter(|strategy| strategy.place == Place::Broken);
-    assert_eq!(pairs, listed.count());
 }
 
 #[rstest]

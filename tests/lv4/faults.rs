@@ -502,7 +502,7 @@ async fn killed(talk: &TestServer) {
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
-#[case::no_dedupe("broken/no-dedupe", Breaks(&[]))]
+#[case::no_dedupe("mutants/no-dedupe", Breaks(&[]))]
 #[tokio::test]
 async fn a_consumer_killed_between_its_commit_and_its_offset_decides_nothing_twice(
     #[case] name: &str,
@@ -532,7 +532,7 @@ async fn a_consumer_killed_between_its_commit_and_its_offset_decides_nothing_twi
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
-#[case::no_dedupe("broken/no-dedupe", Breaks(&[]))]
+#[case::no_dedupe("mutants/no-dedupe", Breaks(&[]))]
 #[tokio::test]
 async fn an_order_that_lies_in_the_topic_many_times_is_decided_once(#[case] name: &str, #[case] expected: Expected) {
     let place = Place::of(name).await;
@@ -578,7 +578,7 @@ async fn what_a_consumer_had_in_hand_when_it_was_killed_is_decided_by_another(#[
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
-#[case::auto_commit("broken/auto-commit", LOST)]
+#[case::auto_commit("mutants/auto-commit", LOST)]
 #[tokio::test]
 async fn an_offset_is_not_committed_while_its_order_is_in_hand(#[case] name: &str, #[case] expected: Expected) {
     let place = Place::of(name).await.where_deaths_are_noticed();
@@ -604,7 +604,7 @@ async fn an_offset_is_not_committed_while_its_order_is_in_hand(#[case] name: &st
 /// The connection to Postgres breaks with a commit on its way, and then its consumer dies. Who comes after it must not decide on what was there before.
 #[rstest]
 #[case::locked("locked", Kept)]
-#[case::commit_not_covered("broken/commit-not-covered", OVERSOLD)]
+#[case::commit_not_covered("mutants/commit-not-covered", OVERSOLD)]
 #[tokio::test]
 async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] name: &str, #[case] expected: Expected) {
     let place = Place::of(name).await.where_deaths_are_noticed();
@@ -754,8 +754,8 @@ enum Leaves {
 #[rstest]
 #[case::locked("locked", Leaves::Killed, Kept)]
 #[case::locked_in_a_rebalance("locked", Leaves::InPeace, Kept)]
-#[case::highest_offset("broken/highest-offset", Leaves::Killed, LOST)]
-#[case::highest_offset_in_a_rebalance("broken/highest-offset", Leaves::InPeace, LOST)]
+#[case::highest_offset("mutants/highest-offset", Leaves::Killed, LOST)]
+#[case::highest_offset_in_a_rebalance("mutants/highest-offset", Leaves::InPeace, LOST)]
 #[tokio::test]
 async fn an_offset_does_not_pass_an_order_that_was_put_off(
     #[case] name: &str,
@@ -817,7 +817,7 @@ async fn an_offset_does_not_pass_an_order_that_was_put_off(
 
 /// Instances come and go while orders do. Each goes in peace: it finishes what it has in hand.
 ///
-/// Here no offset runs ahead but by luck: what `broken/auto-commit` and `broken/highest-offset` do wrong shows where an order is in hand, or
+/// Here no offset runs ahead but by luck: what `mutants/auto-commit` and `mutants/highest-offset` do wrong shows where an order is in hand, or
 /// is put off in a rebalance, for as long as the test likes. So they are caught there.
 #[rstest]
 #[case::locked("locked")]
@@ -895,7 +895,7 @@ async fn a_server_that_is_told_to_stop_finishes_what_it_has_in_hand(#[case] name
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
-#[case::answer_before_ack("broken/answer-before-ack", LOST)]
+#[case::answer_before_ack("mutants/answer-before-ack", LOST)]
 #[tokio::test]
 async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[case] expected: Expected) {
     let strategy = strategy(name);
@@ -1449,8 +1449,8 @@ async fn metric(server: &TestServer, name: &str) -> Option<i64> {
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
-#[case::endless_retry("broken/endless-retry", Breaks(&[]))]
-#[case::poison_skipped("broken/poison-skipped", Breaks(&[]))]
+#[case::endless_retry("mutants/endless-retry", Breaks(&[]))]
+#[case::poison_skipped("mutants/poison-skipped", Breaks(&[]))]
 #[tokio::test]
 async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name: &str, #[case] expected: Expected) {
     const LATER: SaleId = 77;
@@ -1504,7 +1504,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
             .unwrap()
             .unwrap()
     };
-    if name == "broken/endless-retry" {
+    if name == "mutants/endless-retry" {
         until("the other partitions are decided", async || {
             let offsets = place.offsets().await;
             offsets
@@ -1601,9 +1601,9 @@ enum Away {
 #[case::locked("locked", Away::Database, Kept)]
 #[case::locked_without_redis("locked", Away::Locks, Kept)]
 #[case::single_writer("single-writer", Away::Database, Kept)]
-#[case::dead_letter_on_fault("broken/dead-letter-on-fault", Away::Database, LOST)]
-#[case::errors_swallowed("broken/errors-swallowed", Away::Locks, LOST)]
-#[case::errors_swallowed_without_postgres("broken/errors-swallowed", Away::Database, LOST)]
+#[case::dead_letter_on_fault("mutants/dead-letter-on-fault", Away::Database, LOST)]
+#[case::errors_swallowed("mutants/errors-swallowed", Away::Locks, LOST)]
+#[case::errors_swallowed_without_postgres("mutants/errors-swallowed", Away::Database, LOST)]
 #[tokio::test]
 async fn a_fault_that_passes_loses_no_order_and_buries_none(
     #[case] name: &str,
@@ -1652,7 +1652,7 @@ async fn a_fault_that_passes_loses_no_order_and_buries_none(
     let buried = tokio::task::spawn_blocking(move || dead_letters(&kafka, PATIENCE));
     assert_eq!(
         !buried.await.unwrap().unwrap().is_empty(),
-        name == "broken/dead-letter-on-fault"
+        name == "mutants/dead-letter-on-fault"
     );
     talk.stop().await.unwrap();
 }
@@ -1660,7 +1660,7 @@ async fn a_fault_that_passes_loses_no_order_and_buries_none(
 #[rstest]
 #[case::single_writer("single-writer", Kept)]
 #[case::locked("locked", Kept)]
-#[case::notify_outside("broken/notify-outside", LOST)]
+#[case::notify_outside("mutants/notify-outside", LOST)]
 #[tokio::test]
 async fn the_news_goes_out_although_who_decided_is_killed_before_telling(
     #[case] name: &str,
@@ -1769,7 +1769,7 @@ async fn clients_that_follow_and_never_read_cost_little() {
 /// It stands still for longer than its session, and its partitions are given away. Then it wakes up, with its batch decided and not written.
 #[rstest]
 #[case::single_writer("single-writer", "batch decided", Kept)]
-#[case::offset_not_in_transaction("broken/offset-not-in-transaction", "batch decided", TWICE)]
+#[case::offset_not_in_transaction("mutants/offset-not-in-transaction", "batch decided", TWICE)]
 // A lock with a lease has the limit that LV.3 shows.
 #[case::locked("locked", "decided to sell", Breaks(&[Conservation, NoDuplicate, NothingLost]))]
 #[tokio::test]

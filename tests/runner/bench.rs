@@ -149,7 +149,7 @@ fn rate() {
 fn accept() {
     let (figures, out) = bench(&["lv4/single-writer", "--clients", "20", "--seconds", "1"]);
     let other = &figures["without_produce"];
-    assert_eq!(other["strategy"], "lv4/broken/produce-nothing");
+    assert_eq!(other["strategy"], "lv4/mutants/produce-nothing");
     are_more_than_nothing(
         &[
             &figures["orders_a_second"],

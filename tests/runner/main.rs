@@ -68,7 +68,7 @@ fn err(output: &Output) -> String {
 #[case::bench_without_clients(&["bench", "lv2", "--clients", "0"], "a number, 1 to 4000")]
 #[case::bench_of_no_pools(&["bench", "lv2", "--pools", "1,none"], "a number, 1 to 400")]
 #[case::waiters_without_a_lock(&["bench", "lv2/mutex", "--waiters", "1000"], "only LV.3 has one: lv3/spin, lv3/rlock, lv3/fenced")]
-#[case::waiters_for_a_broken_lock(&["bench", "lv3/broken/wrong-key", "--waiters", "9"], "lv3/broken/wrong-key is none of them")]
+#[case::waiters_for_a_broken_lock(&["bench", "lv3/mutants/wrong-key", "--waiters", "9"], "lv3/mutants/wrong-key is none of them")]
 #[case::a_lock_on_its_own_without_one(&["bench", "lv1", "--lock"], "only LV.3 has one")]
 #[case::no_waiters(&["bench", "lv3/rlock", "--waiters", "0"], "a number, 1 to 20000")]
 #[case::alone_and_in_a_crowd(&["bench", "lv3/rlock", "--lock", "--waiters", "9"], "'--lock' cannot be used with '--waiters <N>'")]
@@ -394,7 +394,7 @@ fn list_names_every_strategy_with_its_promises() {
     for name in [
         "lv1/read-then-write",
         "lv2/mutex",
-        "lv2/broken/guard-before-commit",
+        "lv2/mutants/guard-before-commit",
         "lv4/locked",
         "lv4/single-writer",
     ] {
@@ -615,7 +615,7 @@ fn doctor_tells_of_all_that_is_missing() {
 
 /// A strategy that is wrong on purpose says what is wrong with it: in a rush, or when something befalls it.
 #[test]
-fn every_broken_strategy_says_what_it_breaks() {
+fn every_mutant_declares_what_it_breaks() {
     let output = oversold(&["list", "--json"]);
     let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
     let is_empty = |value: &Value| value.as_array().unwrap().is_empty();
@@ -624,6 +624,6 @@ fn every_broken_strategy_says_what_it_breaks() {
             .into_iter()
             .any(|instances| !is_empty(&strategy[instances]["breaks"]))
             || !is_empty(&strategy["failure_modes"]);
-        assert!(strategy["place"] != "broken" || says, "{strategy}");
+        assert!(strategy["mutant"] == false || says, "{strategy}");
     }
 }

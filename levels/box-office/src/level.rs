@@ -1,7 +1,8 @@
 //! What a level is: a table of strategies, each with its guarantee, its schema, and a way to open it.
 
-use std::time::Duration;
+use std::{future::Future, time::Duration};
 
+use anyhow::bail;
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use sqlx::{
@@ -12,7 +13,9 @@ use sqlx::{
 
 use uuid::Uuid;
 
-use crate::{Guarantee, Instrumentation, Order, Outcome, RedisUrl, ReserveError, Steps, StrategyMetrics, api};
+use crate::{
+    Guarantee, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError, Steps, StrategyMetrics, api,
+};
 
 /// One way to sell a ticket.
 #[async_trait]
@@ -58,6 +61,15 @@ pub struct Event {
     pub reservation: api::Reservation,
 }
 
+/// A strategy that can be created from its dependencies.
+pub trait Open: Reserve + Sized + 'static {
+    /// Connects to the services that the strategy needs and starts its background tasks, if it has any.
+    ///
+    /// # Errors
+    /// A setting is missing or wrong, or a service cannot be reached.
+    fn open(context: StrategyContext) -> impl Future<Output = anyhow::Result<Self>> + Send;
+}
+
 /// A level of the workbook. Each level's library exports one.
 pub struct Level {
     /// The short name: `lv1`.
@@ -66,42 +78,148 @@ pub struct Level {
     pub package: &'static str,
     /// What it shows, in one line.
     pub summary: &'static str,
-    /// Asks Kafka, each question for so long at most, how many messages the group that decides has not passed. `None`: the level has no such group.
+    /// Asks Kafka for the lag of the level's consumer group, in messages; each request to the broker takes this long at most.
+    /// `None`: the level has no consumer group.
     pub lag: Option<fn(&KafkaConfig, Duration) -> anyhow::Result<u64>>,
-    /// Its strategies; the first is what a server sells with unless told otherwise.
+    /// Its strategies; the first is the default of the level's server.
     pub strategies: &'static [Strategy],
+    /// Its mutants: strategies with one planted mistake each. They grade the test suite.
+    pub mutants: &'static [Strategy],
 }
 
 impl Level {
-    /// Finds a strategy by its name.
+    /// Every strategy, mutants included.
+    pub fn all(&self) -> impl Iterator<Item = &'static Strategy> {
+        self.strategies.iter().chain(self.mutants)
+    }
+
+    /// Finds a strategy or a mutant by its name.
     pub fn strategy(&self, name: &str) -> Option<&'static Strategy> {
-        self.strategies.iter().find(|strategy| strategy.name == name)
+        self.all().find(|strategy| strategy.name == name)
+    }
+
+    /// The file in which a strategy of this level stands, relative to the root of the repository: its source, or a mutant's patch.
+    pub fn source(&self, strategy: &Strategy) -> String {
+        match strategy.name.strip_prefix(MUTANTS) {
+            Some(name) => format!("levels/{}/mutants/{name}.patch", self.package),
+            None => format!("levels/{}/src/{}.rs", self.package, strategy.name.replace('-', "_")),
+        }
     }
 }
 
+/// The prefix of every mutant's name.
+const MUTANTS: &str = "mutants/";
+
 /// A strategy as its level lists it.
+#[derive(Clone, Copy)]
 pub struct Strategy {
-    /// The name within the level: `read-then-write`.
+    /// The name within the level: `read-then-write`, or `mutants/for-share`.
     pub name: &'static str,
-    /// The idea, in one line.
+    /// The idea, in one line. A mutant's: its mistake.
     pub summary: &'static str,
-    /// Where the reader meets it.
-    pub place: Place,
-    /// What it keeps and what it breaks.
+    /// The invariants that it keeps and breaks. Unless said otherwise: all are kept on any number of instances, but for the order of service.
     pub guarantee: Guarantee,
-    /// How many requests each buyer must send at once, each under its own key, for the guarantee to be tried.
+    /// The number of concurrent requests that each buyer sends, each with its own request key, to put the guarantee under stress. 2 unless said otherwise.
     pub clicks: u32,
-    /// The tables it runs on.
+    /// The tables that it runs on.
     pub schema: Schema,
-    /// What it needs besides Postgres.
+    /// The services that it needs besides Postgres.
     pub needs: &'static [Service],
-    /// The path of its source file, from the root of the repository.
-    pub source: &'static str,
-    /// Makes it ready to sell.
+    /// Creates it.
     pub open: fn(StrategyContext) -> Opening,
 }
 
-/// A strategy that is made ready to sell.
+impl Strategy {
+    /// Describes the strategy `S`.
+    pub const fn new<S: Open>(name: &'static str, summary: &'static str, schema: Schema) -> Self {
+        Self {
+            name,
+            summary,
+            guarantee: Guarantee::uniform(Promises::ALL_KEPT),
+            clicks: 2,
+            schema,
+            needs: &[],
+            open: |context| Box::pin(async { Ok(Box::new(S::open(context).await?) as _) }),
+        }
+    }
+
+    /// Describes a mutant.
+    pub const fn mutant(mutant: Mutant, schema: Schema) -> Self {
+        Self {
+            name: mutant.name,
+            summary: mutant.summary,
+            guarantee: Guarantee::uniform(Promises::ALL_KEPT),
+            clicks: 2,
+            schema,
+            needs: &[],
+            open: mutant.open,
+        }
+    }
+
+    /// The same strategy with another guarantee.
+    pub const fn guarantee(self, guarantee: Guarantee) -> Self {
+        Self { guarantee, ..self }
+    }
+
+    /// The same strategy with this many clicks for each buyer.
+    pub const fn clicks(self, clicks: u32) -> Self {
+        Self { clicks, ..self }
+    }
+
+    /// The same strategy on other tables.
+    pub const fn schema(self, schema: Schema) -> Self {
+        Self { schema, ..self }
+    }
+
+    /// The same strategy, which needs these services besides Postgres.
+    pub const fn needs(self, needs: &'static [Service]) -> Self {
+        Self { needs, ..self }
+    }
+
+    /// Whether this is a mutant.
+    pub fn is_mutant(&self) -> bool {
+        self.name.starts_with(MUTANTS)
+    }
+}
+
+/// A mutant as the build script of its level generates it from the patch.
+#[derive(Clone, Copy)]
+pub struct Mutant {
+    /// The name within the level: `mutants/for-share`.
+    pub name: &'static str,
+    /// The planted mistake, in one line: the first of the patch.
+    pub summary: &'static str,
+    /// Creates it.
+    pub open: fn(StrategyContext) -> Opening,
+}
+
+impl Mutant {
+    /// A mutant with this mistake in the strategy `S`.
+    pub const fn of<S: Open>(name: &'static str, summary: &'static str) -> Self {
+        Self {
+            name,
+            summary,
+            open: |context| Box::pin(async { Ok(Box::new(S::open(context).await?) as _) }),
+        }
+    }
+
+    /// A mutant whose patch does not apply to the source. It cannot be opened.
+    pub const fn stale(name: &'static str, summary: &'static str) -> Self {
+        Self {
+            name,
+            summary,
+            open: |_| {
+                Box::pin(async {
+                    bail!(
+                        "the patch of this mutant does not apply to the source: `oversold source` tells which hunk and how to refresh it"
+                    )
+                })
+            },
+        }
+    }
+}
+
+/// The strategy, once it is created.
 pub type Opening = BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>;
 
 /// A service besides Postgres, which every strategy needs.
@@ -121,17 +239,6 @@ impl Service {
             Self::Kafka => "kafka",
         }
     }
-}
-
-/// Where a reader meets a strategy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// On the reader's path.
-    Trail,
-    /// Beside it, for the curious.
-    Shelf,
-    /// Wrong on purpose: it grades the suite.
-    Broken,
 }
 
 /// The tables that a strategy runs on.

@@ -26,7 +26,7 @@ pub use domain::{
 pub use guarantee::{FailureMode, Guarantee, Invariant, Promise, Promises};
 pub use instrumentation::Instrumentation;
 pub use level::{
-    Event, KafkaConfig, Level, Opening, Place, RedisConfig, Reserve, Schema, Service, Strategy, StrategyContext,
+    Event, KafkaConfig, Level, Mutant, Open, Opening, RedisConfig, Reserve, Schema, Service, Strategy, StrategyContext,
 };
 pub use metrics::{ConsumerLag, StrategyMetrics};
 pub use problem::ProblemKind;

@@ -50,7 +50,7 @@ pub fn main(level: &'static Level) -> ExitCode {
     match strategy {
         Some(strategy) => serve(level, strategy, &settings),
         None => {
-            let known: Vec<&str> = level.strategies.iter().map(|strategy| strategy.name).collect();
+            let known: Vec<&str> = level.all().map(|strategy| strategy.name).collect();
             let held = settings.strategy.as_deref().unwrap_or_default();
             let takes = known.join(" or ");
             complain(USAGE, format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"))

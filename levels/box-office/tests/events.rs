@@ -7,8 +7,8 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    Event, Guarantee, Level, Opening, Order, Outcome, Place, Promises, Reservation, Reserve, ReserveError, Server,
-    Steps, Strategy, StrategyContext, api,
+    Event, Guarantee, Level, Opening, Order, Outcome, Promises, Reservation, Reserve, ReserveError, Server, Steps,
+    Strategy, StrategyContext, api,
 };
 use harness::{backends::Database, until};
 use serde_json::{Value, json};
@@ -31,14 +31,13 @@ static PATIENT: Level = Level {
     strategies: &[Strategy {
         name: "patient",
         summary: "accepts, and waits for the test to decide",
-        place: Place::Broken,
         guarantee: Guarantee::uniform(Promises::ALL_KEPT),
         clicks: 1,
         schema: house::LEVEL.strategies[0].schema,
         needs: &[],
-        source: "levels/box-office/tests/events.rs",
         open: |context| Box::pin(async { Ok(Box::new(Patient { context }) as Box<dyn Reserve>) }),
     }],
+    mutants: &[],
 };
 
 /// Stands in the request key of the row that is written when the strategy is closed.

@@ -10,7 +10,7 @@
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    ExistingReservation, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
 };
 use uuid::Uuid;
 
@@ -19,10 +19,9 @@ pub struct CheckThenInsert {
     context: StrategyContext,
 }
 
-impl CheckThenInsert {
-    /// Sells on this context.
-    pub fn new(context: StrategyContext) -> Self {
-        Self { context }
+impl Open for CheckThenInsert {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        Ok(Self { context })
     }
 }
 

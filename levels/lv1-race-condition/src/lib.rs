@@ -7,7 +7,7 @@ mod check_then_decrement;
 mod check_then_insert;
 mod read_then_write;
 
-use box_office::{Guarantee, Invariant, Level, Place, Promises, Schema, Strategy};
+use box_office::{Guarantee, Invariant, Level, Open, Promises, Schema, Strategy};
 
 pub use check_then_decrement::CheckThenDecrement;
 pub use check_then_insert::CheckThenInsert;
@@ -26,50 +26,40 @@ pub static LEVEL: Level = Level {
     summary: "no lock: the sale breaks",
     lag: None,
     strategies: &[
-        Strategy {
-            name: "read-then-write",
-            summary: "read the stock, check it, write it back less one: updates are lost",
-            place: Place::Trail,
-            guarantee: Guarantee::uniform(
-                Promises::ALL_KEPT
-                    .breaks(&[Invariant::NoOversell, Invariant::Conservation])
-                    .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
-            ),
-            clicks: 1,
-            schema: BARE,
-            needs: &[],
-            source: "levels/lv1-race-condition/src/read_then_write.rs",
-            open: |context| Box::pin(async { Ok(Box::new(ReadThenWrite::new(context)) as _) }),
-        },
-        Strategy {
-            name: "check-then-decrement",
-            summary: "read the stock, check it, let the database subtract: the stock goes negative",
-            place: Place::Trail,
-            guarantee: Guarantee::uniform(
-                Promises::ALL_KEPT
-                    .breaks(&[Invariant::NoOversell, Invariant::Conservation])
-                    .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
-            ),
-            clicks: 1,
-            schema: BARE,
-            needs: &[],
-            source: "levels/lv1-race-condition/src/check_then_decrement.rs",
-            open: |context| Box::pin(async { Ok(Box::new(CheckThenDecrement::new(context)) as _) }),
-        },
-        Strategy {
-            name: "check-then-insert",
-            summary: "look for the buyer's reservation, then insert one: two clicks, two tickets",
-            place: Place::Trail,
-            guarantee: Guarantee::uniform(
-                Promises::ALL_KEPT
-                    .breaks(&[Invariant::NoDuplicate])
-                    .leaves_open(&[Invariant::OneAnswer]),
-            ),
-            clicks: 2,
-            schema: BARE,
-            needs: &[],
-            source: "levels/lv1-race-condition/src/check_then_insert.rs",
-            open: |context| Box::pin(async { Ok(Box::new(CheckThenInsert::new(context)) as _) }),
-        },
+        strategy::<ReadThenWrite>(
+            "read-then-write",
+            "read the stock, check it, write it back less one: updates are lost",
+        )
+        .guarantee(Guarantee::uniform(
+            Promises::ALL_KEPT
+                .breaks(&[Invariant::NoOversell, Invariant::Conservation])
+                .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
+        ))
+        .clicks(1),
+        strategy::<CheckThenDecrement>(
+            "check-then-decrement",
+            "read the stock, check it, let the database subtract: the stock goes negative",
+        )
+        .guarantee(Guarantee::uniform(
+            Promises::ALL_KEPT
+                .breaks(&[Invariant::NoOversell, Invariant::Conservation])
+                .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
+        ))
+        .clicks(1),
+        strategy::<CheckThenInsert>(
+            "check-then-insert",
+            "look for the buyer's reservation, then insert one: two clicks, two tickets",
+        )
+        .guarantee(Guarantee::uniform(
+            Promises::ALL_KEPT
+                .breaks(&[Invariant::NoDuplicate])
+                .leaves_open(&[Invariant::OneAnswer]),
+        )),
     ],
+    mutants: &[],
 };
+
+/// A strategy with the defaults of this level.
+const fn strategy<S: Open>(name: &'static str, summary: &'static str) -> Strategy {
+    Strategy::new::<S>(name, summary, BARE)
+}

@@ -11,7 +11,7 @@
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    ExistingReservation, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
 };
 use uuid::Uuid;
 
@@ -20,12 +20,13 @@ pub struct ConditionalUpdate {
     context: StrategyContext,
 }
 
-impl ConditionalUpdate {
-    /// Sells on this context.
-    pub fn new(context: StrategyContext) -> Self {
-        Self { context }
+impl Open for ConditionalUpdate {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        Ok(Self { context })
     }
+}
 
+impl ConditionalUpdate {
     // ANCHOR: refusal
     /// Why the statement took no ticket. Whatever was there first is committed: the statement has waited for it.
     async fn refusal(&self, order: &Order) -> Result<Outcome, ReserveError> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    ExistingReservation, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
     StrategyContext,
 };
 use sqlx::postgres::PgTransaction;
@@ -35,15 +35,16 @@ pub struct Mutex {
     locks: [AsyncMutex<()>; LOCKS],
 }
 
-impl Mutex {
-    /// Sells on this context.
-    pub fn new(context: StrategyContext) -> Self {
-        Self {
+impl Open for Mutex {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        Ok(Self {
             context,
             locks: std::array::from_fn(|_| AsyncMutex::new(())),
-        }
+        })
     }
+}
 
+impl Mutex {
     // ANCHOR: lock-of
     /// The lock of this key.
     fn lock_of(&self, key: i64) -> &AsyncMutex<()> {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    ExistingReservation, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
     StrategyContext,
 };
 use uuid::Uuid;
@@ -45,12 +45,13 @@ enum Attempt {
     Overtaken,
 }
 
-impl Optimistic {
-    /// Sells on this context.
-    pub fn new(context: StrategyContext) -> Self {
-        Self { context }
+impl Open for Optimistic {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        Ok(Self { context })
     }
+}
 
+impl Optimistic {
     async fn attempt(&self, order: &Order, steps: &Steps) -> Result<Attempt, ReserveError> {
         let mut tx = self.context.begin().await?;
         steps.at("transaction begun").await;

@@ -11,7 +11,7 @@
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    ExistingReservation, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
 };
 use uuid::Uuid;
 
@@ -20,10 +20,9 @@ pub struct Pessimistic {
     context: StrategyContext,
 }
 
-impl Pessimistic {
-    /// Sells on this context.
-    pub fn new(context: StrategyContext) -> Self {
-        Self { context }
+impl Open for Pessimistic {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+        Ok(Self { context })
     }
 }
 

@@ -14,7 +14,7 @@
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
+    ExistingReservation, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
     StrategyContext,
 };
 use uuid::Uuid;
@@ -27,17 +27,15 @@ pub struct Fenced {
     lock: RLock,
 }
 
-impl Fenced {
-    /// Sells on this context.
-    ///
-    /// # Errors
-    /// Redis does not answer.
-    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+impl Open for Fenced {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let (connections, lease) = Connections::on(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::Growing)?;
         Ok(Self { context, lock })
     }
+}
 
+impl Fenced {
     /// Every statement is a transaction of its own: it is the token that holds them together.
     async fn sell(&self, token: i64, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: raise

@@ -14,7 +14,7 @@
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    ExistingReservation, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
 };
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
@@ -27,19 +27,17 @@ pub struct Rlock {
     lock: RLock,
 }
 
-impl Rlock {
-    /// Sells on this context.
-    ///
-    /// # Errors
-    /// Redis does not answer.
-    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+impl Open for Rlock {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         // ANCHOR: open
         let (connections, lease) = Connections::on(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::None)?;
         Ok(Self { context, lock })
         // ANCHOR_END: open
     }
+}
 
+impl Rlock {
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(

@@ -13,7 +13,7 @@
 
 use async_trait::async_trait;
 use box_office::{
-    ExistingReservation, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    ExistingReservation, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
 };
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
@@ -26,19 +26,17 @@ pub struct Spin {
     lock: SpinLock,
 }
 
-impl Spin {
-    /// Sells on this context.
-    ///
-    /// # Errors
-    /// Redis does not answer.
-    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+impl Open for Spin {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         // ANCHOR: open
         let (connections, lease) = Connections::on(&context).await?;
         let lock = SpinLock::new(connections, Lease::Fixed(lease), Pauses::default())?;
         Ok(Self { context, lock })
         // ANCHOR_END: open
     }
+}
 
+impl Spin {
     /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(

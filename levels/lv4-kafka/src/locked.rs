@@ -22,7 +22,7 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    Event, Indeterminate, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    Event, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
 };
 use futures_util::{StreamExt, stream};
 use rdkafka::producer::FutureRecord;
@@ -49,12 +49,8 @@ pub struct Locked {
     locks: Locks,
 }
 
-impl Locked {
-    /// Sells on this context: accepts orders, and decides them with as many consumers as it is told.
-    ///
-    /// # Errors
-    /// Kafka, Redis or the database does not answer.
-    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+impl Open for Locked {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let locks = Locks::on(&context).await?;
         let path = Path::open(context).await?;
         let locked = Self { path, locks };
@@ -72,7 +68,9 @@ impl Locked {
         }
         Ok(locked)
     }
+}
 
+impl Locked {
     // ANCHOR: loop
     /// Decides what comes, until it is time to stop.
     async fn decide_all(self, inbox: Inbox, steps: Steps) {

@@ -25,7 +25,7 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    BuyerId, Event, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, SaleId, Steps, StrategyContext,
+    BuyerId, Event, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, SaleId, Steps, StrategyContext,
 };
 use rdkafka::producer::FutureRecord;
 use sqlx::postgres::PgTransaction;
@@ -63,12 +63,8 @@ impl Before {
 /// An order with its answer.
 type Decision = (OrderMessage, Option<Refusal>);
 
-impl SingleWriter {
-    /// Sells on this context: accepts orders, and decides them with as many consumers as it is told.
-    ///
-    /// # Errors
-    /// Kafka or the database does not answer.
-    pub async fn open(context: StrategyContext) -> anyhow::Result<Self> {
+impl Open for SingleWriter {
+    async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let writer = Self {
             path: Path::open(context).await?,
         };
@@ -83,7 +79,9 @@ impl SingleWriter {
         }
         Ok(writer)
     }
+}
 
+impl SingleWriter {
     // ANCHOR: loop
     /// Decides what comes, until it is time to stop.
     async fn decide_all(self, inbox: Inbox, steps: Steps) {

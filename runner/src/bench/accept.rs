@@ -26,7 +26,7 @@ use crate::{BenchArgs, Ended, levels::SelectedStrategy};
 /// So many buyers are connected, unless told otherwise.
 const CLIENTS: u32 = 1000;
 /// The strategy with the same route, which sends nothing.
-const NOTHING: &str = "broken/produce-nothing";
+const NOTHING: &str = "mutants/produce-nothing";
 /// How many records Kafka's own producer sends for each second of a round.
 const RECORDS_A_SECOND: u64 = 50_000;
 /// How long the broker may take to say how many messages it has.

@@ -80,7 +80,7 @@ struct Round {
 /// Measures how fast a backlog is decided; without a number, one of the usual size.
 pub(super) async fn bench(choice: SelectedStrategy, args: &BenchArgs, orders: Option<u32>) -> anyhow::Result<Ended> {
     // Before the run: nobody should wait for figures that can't be taken or written.
-    let pgbench = Pgbench::find_batches(choice.strategy)?;
+    let pgbench = Pgbench::find_batches(choice)?;
     let one_by_one = pgbench.as_ref().is_none_or(|&(_, batch)| batch == 1);
     let orders = orders.unwrap_or(if one_by_one { ORDERS_ONE_BY_ONE } else { ORDERS });
     let json = args.json.as_deref().map(crate::rush::create).transpose()?;

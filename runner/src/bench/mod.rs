@@ -77,7 +77,7 @@ pub(crate) async fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     // Before the run: nobody should wait for figures that can't be taken or written.
     let wrk = Wrk::find()?;
     let pgbench = match args.pools.is_empty() {
-        true => Pgbench::find(choice.strategy)?,
+        true => Pgbench::find(choice)?,
         false => None,
     };
     let json = args.json.as_deref().map(crate::rush::create).transpose()?;

@@ -6,8 +6,8 @@ use std::{
     time::Duration,
 };
 
+use crate::levels::SelectedStrategy;
 use anyhow::Context;
-use box_office::Strategy;
 use harness::{
     backends::{Database, postgres_program},
     rush::SALE,
@@ -41,13 +41,13 @@ pub(super) struct Ceiling {
 
 impl Pgbench {
     /// `None` where a strategy has no file of statements: what it does can't be said in pgbench's language.
-    pub(super) fn find(strategy: &Strategy) -> Result<Option<Self>, ToolMissing> {
+    pub(super) fn find(strategy: SelectedStrategy) -> Result<Option<Self>, ToolMissing> {
         Self::with(statements(strategy, "pgbench.sql"))
     }
 
     /// The same for the batches that a consumer decides, and how many orders are in one.
     #[cfg(feature = "lv4")]
-    pub(super) fn find_batches(strategy: &Strategy) -> anyhow::Result<Option<(Self, u32)>> {
+    pub(super) fn find_batches(strategy: SelectedStrategy) -> anyhow::Result<Option<(Self, u32)>> {
         let file = statements(strategy, "batch.sql");
         let Some(path) = file.clone() else { return Ok(None) };
         let text = std::fs::read_to_string(&path)?;
@@ -108,9 +108,9 @@ impl Pgbench {
 }
 
 /// The file of statements beside the strategy's source.
-fn statements(strategy: &Strategy, extension: &str) -> Option<PathBuf> {
+fn statements(strategy: SelectedStrategy, extension: &str) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
-    let file = root.join(strategy.source).with_extension(extension);
+    let file = root.join(strategy.source()).with_extension(extension);
     file.is_file().then_some(file)
 }
 
@@ -136,10 +136,8 @@ fn parse(output: &str) -> anyhow::Result<Ceiling> {
 
 #[cfg(test)]
 mod tests {
-    use box_office::Place;
 
     use super::*;
-    use crate::levels::LEVELS;
 
     #[test]
     fn the_rate_is_the_one_without_connecting() {
@@ -208,13 +206,13 @@ mod tests {
 
     #[test]
     fn pgbench_runs_the_statements_of_the_strategy_in_their_order() {
-        let strategies = LEVELS.iter().flat_map(|level| level.strategies);
+        let strategies = SelectedStrategy::whole_trail();
         let mut checked = 0;
-        for strategy in strategies.filter(|strategy| strategy.place == Place::Trail) {
+        for strategy in strategies {
             let Some(file) = statements(strategy, "pgbench.sql") else {
                 continue;
             };
-            let source = file.with_file_name(Path::new(strategy.source).file_name().expect("a source is a file"));
+            let source = file.with_file_name(Path::new(&strategy.source()).file_name().expect("a source is a file"));
             let source = words(&std::fs::read_to_string(source).expect("the source is there"));
             // The first statement is in what sells, not in what explains a refusal before it.
             let mut rest = &source[source.find("async fn reserve(").expect("it sells")..];
@@ -226,13 +224,13 @@ mod tests {
                 };
                 let found = rest.find(&written);
                 let found =
-                    found.unwrap_or_else(|| panic!("{} does not send, or not now: {statement}", strategy.source));
+                    found.unwrap_or_else(|| panic!("{} does not send, or not now: {statement}", strategy.source()));
                 rest = &rest[found + written.len()..];
             }
             assert!(
                 !rest.contains("sqlx::query"),
                 "{} sends more than {}",
-                strategy.source,
+                strategy.source(),
                 file.display()
             );
             checked += 1;
@@ -246,13 +244,13 @@ mod tests {
     #[cfg(feature = "lv4")]
     #[test]
     fn the_batches_of_pgbench_are_those_of_the_strategy() {
-        for (strategy, most) in [("single-writer", "const MOST: usize = 2000;"), ("locked", "")] {
-            let strategy = lv4_kafka::LEVEL.strategy(strategy).expect("LV.4 has it");
+        for (name, most) in [("single-writer", "const MOST: usize = 2000;"), ("locked", "")] {
+            let strategy = SelectedStrategy::one(&format!("lv4/{name}")).expect("LV.4 has it");
             let (pgbench, batch) = Pgbench::find_batches(strategy)
                 .expect("pgbench is there")
                 .expect("it has batches");
             let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
-            let source = std::fs::read_to_string(root.join(strategy.source)).expect("the source is there");
+            let source = std::fs::read_to_string(root.join(strategy.source())).expect("the source is there");
             assert!(source.contains(most) && (most.is_empty() || most.contains(&batch.to_string())));
             let statements = std::fs::read_to_string(&pgbench.statements).expect("it is there");
             for part in [
@@ -266,7 +264,7 @@ mod tests {
                     source.contains(part),
                     statements.contains(part),
                     "{part} in {}",
-                    strategy.source
+                    strategy.source()
                 );
             }
         }

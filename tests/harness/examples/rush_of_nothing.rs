@@ -22,7 +22,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post, put},
 };
-use box_office::{Guarantee, Level, Place, ProblemKind, Promises, Schema, Strategy, api};
+use box_office::{Guarantee, Level, ProblemKind, Promises, Schema, Strategy, api};
 use harness::rush::{Program, Rush};
 use sqlx::{PgPool, migrate::Migrator};
 use tokio::{
@@ -49,7 +49,6 @@ static LEVEL: Level = Level {
     strategies: &[Strategy {
         name: "nothing",
         summary: "answers at once",
-        place: Place::Broken,
         guarantee: Guarantee::uniform(Promises::ALL_KEPT),
         clicks: 1,
         schema: Schema {
@@ -57,9 +56,9 @@ static LEVEL: Level = Level {
             migrations: &MIGRATIONS,
         },
         needs: &[],
-        source: "tests/harness/examples/rush_of_nothing.rs",
         open: |_| Box::pin(async { anyhow::bail!("this server is a program of its own") }),
     }],
+    mutants: &[],
 };
 
 fn main() -> anyhow::Result<ExitCode> {

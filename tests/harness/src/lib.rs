@@ -14,7 +14,6 @@ pub mod rows;
 pub mod rush;
 pub mod schedule;
 pub mod slow_clients;
-pub mod twins;
 mod until;
 
 pub use contract::{RED, contract, required};

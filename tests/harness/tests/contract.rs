@@ -21,7 +21,7 @@ use axum::{
 use box_office::{
     BuyerId, Guarantee,
     Invariant::{Conservation, NoOversell, NoUndersell, NothingLost, OneAnswer, Progress},
-    Level, Place, Promise, Promises, SaleId, Schema, Strategy, api,
+    Level, Promise, Promises, SaleId, Schema, Strategy, api,
 };
 use futures_util::FutureExt;
 use harness::{
@@ -197,6 +197,7 @@ const fn level(strategies: &'static [Strategy]) -> Level {
         summary: "accepts first, decides later",
         lag: None,
         strategies,
+        mutants: &[],
     }
 }
 
@@ -204,7 +205,6 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
     Strategy {
         name,
         summary: "a stub",
-        place: Place::Broken,
         guarantee: Guarantee::uniform(promises),
         clicks: 1,
         schema: Schema {
@@ -212,7 +212,6 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
             migrations: &MIGRATIONS,
         },
         needs: &[],
-        source: "tests/harness/tests/contract.rs",
         open: |_| Box::pin(async { anyhow::bail!("the stub is a program of its own") }),
     }
 }

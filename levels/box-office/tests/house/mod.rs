@@ -8,8 +8,8 @@ use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use async_trait::async_trait;
 use box_office::{
-    DatabaseUrl, Guarantee, Indeterminate, Level, Order, Outcome, Place, ProblemKind, Promises, Refusal, Reservation,
-    Reserve, ReserveError, Schema, Server, Settings, Steps, Strategy, StrategyContext,
+    DatabaseUrl, Guarantee, Indeterminate, Level, Order, Outcome, ProblemKind, Promises, Refusal, Reservation, Reserve,
+    ReserveError, Schema, Server, Settings, Steps, Strategy, StrategyContext,
 };
 use harness::{
     backends::{self, Database},
@@ -34,7 +34,6 @@ pub(crate) static LEVEL: Level = Level {
         Strategy {
             name: "obedient",
             summary: "answers as its request key says",
-            place: Place::Broken,
             guarantee: Guarantee::uniform(Promises::ALL_KEPT),
             clicks: 1,
             schema: Schema {
@@ -42,13 +41,11 @@ pub(crate) static LEVEL: Level = Level {
                 migrations: &MIGRATIONS,
             },
             needs: &[],
-            source: "levels/box-office/tests/house/mod.rs",
             open: |context| Box::pin(async { Ok(Box::new(Obedient { context }) as Box<dyn Reserve>) }),
         },
         Strategy {
             name: "stillborn",
             summary: "can't be opened",
-            place: Place::Broken,
             guarantee: Guarantee::uniform(Promises::ALL_KEPT),
             clicks: 1,
             schema: Schema {
@@ -56,10 +53,10 @@ pub(crate) static LEVEL: Level = Level {
                 migrations: &MIGRATIONS,
             },
             needs: &[],
-            source: "levels/box-office/tests/house/mod.rs",
             open: |_| Box::pin(async { anyhow::bail!("it was never alive") }),
         },
     ],
+    mutants: &[],
 };
 
 /// The reservation that `already-reserved` names.

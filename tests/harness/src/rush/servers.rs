@@ -104,7 +104,7 @@ impl Servers {
         strategy: &Strategy,
     ) -> anyhow::Result<Self> {
         ensure!(
-            level.strategies.iter().any(|known| std::ptr::eq(known, strategy)),
+            level.all().any(|known| std::ptr::eq(known, strategy)),
             "{} has no strategy {}",
             level.name,
             strategy.name
