@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod mutants;
+
 use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use box_office::{

@@ -25,6 +25,9 @@ pub const GUARDED: Schema = Schema {
     migrations: &sqlx::migrate!("migrations/guarded"),
 };
 
+/// All that LV.1 breaks, on any number of instances.
+const KEPT: Guarantee = Guarantee::uniform(Promises::ALL_KEPT);
+
 /// More tickets than there are, and a stock that does not tell.
 const OVERSOLD: Promises = Promises::ALL_KEPT
     .breaks(&[Invariant::NoOversell, Invariant::Conservation])
@@ -54,6 +57,13 @@ const STARVES: Guarantee = Guarantee::uniform(
         .breaks(&[Invariant::Progress])
         .leaves_open(&[Invariant::NoUndersell]),
 );
+
+/// Buyers are refused while tickets are left.
+const REFUSES_FALSELY: Guarantee =
+    Guarantee::uniform(Promises::ALL_KEPT.breaks(&[Invariant::NoFalseRefusal, Invariant::NoUndersell]));
+
+/// A request that has no ticket yet never gets a final answer.
+const NEVER_FINAL: Guarantee = Guarantee::uniform(Promises::ALL_KEPT.breaks(&[Invariant::Progress]));
 
 /// The level, as the server, the suite and the runner use it.
 pub static LEVEL: Level = Level {
@@ -92,6 +102,42 @@ pub static LEVEL: Level = Level {
         }])),
         mutant(mutants::VERSION_NOT_COMPARED).guarantee(OVERSELLS),
         mutant(mutants::RETRY_REUSES_THE_READ).guarantee(OVERSELLS),
+        mutant(mutants::READ_AND_WRITE_APART).guarantee(OVERSELLS),
+        mutant(mutants::STOCK_NOT_CHECKED).guarantee(OVERSELLS),
+        mutant(mutants::VERSION_NOT_RAISED).guarantee(OVERSELLS),
+        mutant(mutants::BUYER_IGNORED).guarantee(DUPLICATES),
+        mutant(mutants::REQUEST_KEY_IGNORED).guarantee(KEPT.except(&[FailureMode {
+            trigger: "two buyers use one request key",
+            violates: &[Invariant::NoDuplicate],
+        }])),
+        mutant(mutants::SOLD_OUT_BEFORE_THE_KEY).guarantee(KEPT.except(&[FailureMode {
+            trigger: "the buyer of the last ticket repeats the request",
+            violates: &[Invariant::OneAnswer],
+        }])),
+        mutant(mutants::SKIP_LOCKED).guarantee(REFUSES_FALSELY),
+        mutant(mutants::MUTEX_BUSY_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
+        mutant(mutants::OVERTAKEN_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
+        mutant(mutants::POOL_TIME_OUT_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
+        mutant(mutants::MUTEX_TIME_OUT_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
+        mutant(mutants::RETRIES_EXHAUSTED_IS_SOLD_OUT).guarantee(KEPT.except(&[FailureMode {
+            trigger: "a buyer is overtaken more often than it tries",
+            violates: &[Invariant::NoFalseRefusal, Invariant::NoUndersell],
+        }])),
+        mutant(mutants::COMMIT_ERROR_IGNORED).guarantee(KEPT.except(&[FailureMode {
+            trigger: "a commit fails",
+            violates: &[Invariant::NothingLost],
+        }])),
+        mutant(mutants::CONDITION_MISSING)
+            .schema(GUARDED)
+            .guarantee(NEVER_FINAL),
+        mutant(mutants::VIOLATION_IS_AN_ERROR)
+            .schema(GUARDED)
+            .guarantee(NEVER_FINAL),
+        mutant(mutants::VIOLATION_IS_SOLD_OUT)
+            .schema(GUARDED)
+            .guarantee(Guarantee::uniform(
+                Promises::ALL_KEPT.breaks(&[Invariant::NoFalseRefusal]),
+            )),
     ],
 };
 

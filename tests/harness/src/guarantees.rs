@@ -19,7 +19,7 @@ pub fn assert_declared(level: &Level, table: &[(&str, Promises, Promises)]) {
             "{name} on several instances"
         );
     }
-    for strategy in level.all() {
+    for strategy in level.strategies {
         let lines = table.iter().filter(|(name, ..)| *name == strategy.name).count();
         assert_eq!(lines, 1, "{} has {lines} lines in the table", strategy.name);
     }

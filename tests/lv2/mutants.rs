@@ -1,0 +1,216 @@
+//! Mutants of LV.2 and what catches each: a rush under the contract, an exact order of steps, or a fault.
+
+use std::time::Duration;
+
+use box_office::{
+    FailureMode,
+    Invariant::{self, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingLost, OneAnswer, Progress},
+    Promises,
+};
+use harness::{
+    DelayedCommits, assert_after_fault,
+    backends::TestEnvironment,
+    contract,
+    history::Answer,
+    history_recorder::HistoryRecorder,
+    http_contract::TestServer,
+    judge::judge,
+    rush::Rush,
+    schedule::{Scenario, ScheduleRunner},
+    until,
+};
+use lv2_db_lock::LEVEL;
+use rstest::rstest;
+
+use super::{DUPLICATES, KEEPS, OVERSELLS, TWO_BUYERS, TWO_CLICKS, program, strategy};
+
+/// Buyers are refused while tickets are left.
+const REFUSES_FALSELY: Promises = Promises::ALL_KEPT.breaks(&[NoFalseRefusal, NoUndersell]);
+const NEVER_FINAL: Promises = Promises::ALL_KEPT.breaks(&[Progress]);
+const CALLS_A_DUPLICATE_SOLD_OUT: Promises = Promises::ALL_KEPT.breaks(&[NoFalseRefusal]);
+
+/// 1,000 buyers, 100 tickets, two clicks each.
+fn rush() -> Rush {
+    Rush {
+        clicks: 2,
+        commit: Duration::from_millis(1),
+        ..Rush::default()
+    }
+}
+
+/// As many tickets as buyers: every "sold out" is false.
+fn one_each() -> Rush {
+    Rush {
+        capacity: 64,
+        buyers: 64,
+        clicks: 1,
+        work: Duration::from_millis(1),
+        ..Rush::default()
+    }
+}
+
+/// The same, and the critical section takes so long that some wait beyond every time-out.
+fn slow() -> Rush {
+    Rush {
+        capacity: 24,
+        buyers: 24,
+        work: Duration::from_millis(500),
+        pool_size: Some(8),
+        ..one_each()
+    }
+}
+
+/// Buyers do not repeat an undecided request for long: those that never get a final answer must be seen.
+fn impatient() -> Rush {
+    Rush {
+        capacity: 8,
+        buyers: 64,
+        clicks: 2,
+        patience: Duration::from_secs(2),
+        ..Rush::default()
+    }
+}
+
+/// A second click finds the buyer's reservation, and never an empty sale.
+fn a_ticket_for_each_click() -> Rush {
+    Rush {
+        capacity: 128,
+        ..impatient()
+    }
+}
+
+#[rstest]
+#[case::read_and_write_apart("mutants/read-and-write-apart", rush(), OVERSELLS)]
+#[case::stock_not_checked("mutants/stock-not-checked", rush(), OVERSELLS)]
+#[case::version_not_raised("mutants/version-not-raised", rush(), OVERSELLS)]
+#[case::buyer_ignored("mutants/buyer-ignored", rush(), DUPLICATES)]
+#[case::skip_locked("mutants/skip-locked", one_each(), REFUSES_FALSELY)]
+#[case::mutex_busy_is_sold_out("mutants/mutex-busy-is-sold-out", one_each(), REFUSES_FALSELY)]
+#[case::overtaken_is_sold_out("mutants/overtaken-is-sold-out", one_each(), REFUSES_FALSELY)]
+#[case::pool_time_out_is_sold_out("mutants/pool-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
+#[case::mutex_time_out_is_sold_out("mutants/mutex-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
+#[case::condition_missing("mutants/condition-missing", impatient(), NEVER_FINAL)]
+#[case::violation_is_an_error("mutants/violation-is-an-error", a_ticket_for_each_click(), NEVER_FINAL)]
+#[case::violation_is_sold_out(
+    "mutants/violation-is-sold-out",
+    a_ticket_for_each_click(),
+    CALLS_A_DUPLICATE_SOLD_OUT
+)]
+#[tokio::test]
+async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expected: Promises) {
+    let guarantee = strategy(name).guarantee;
+    assert_eq!(
+        (guarantee.single_instance, guarantee.multi_instance),
+        (expected, expected),
+        "{name}"
+    );
+    contract(&program(), &LEVEL, name, rush, expected).await;
+}
+
+#[rstest]
+#[case::read_and_write_apart("mutants/read-and-write-apart", TWO_BUYERS, NoOversell)]
+#[case::stock_not_checked("mutants/stock-not-checked", TWO_BUYERS, NoOversell)]
+#[case::version_not_raised("mutants/version-not-raised", TWO_BUYERS, NoOversell)]
+#[case::buyer_ignored("mutants/buyer-ignored", TWO_CLICKS, NoDuplicate)]
+#[tokio::test]
+async fn an_order_of_steps_catches_it(#[case] name: &str, #[case] scenario: Scenario, #[case] breaks: Invariant) {
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let explored = runner.explore(scenario).await.unwrap();
+    let broken = explored.broken.iter().filter(|order| order.verdict.breaks(breaks));
+    assert!(
+        broken.count() > 0,
+        "none of {} orders breaks {breaks:?}",
+        explored.orders
+    );
+}
+
+/// Both requests carry the same request key.
+#[rstest]
+#[case::request_key_ignored("mutants/request-key-ignored", Scenario { capacity: 2, ..TWO_BUYERS }, NoDuplicate)]
+#[case::sold_out_before_the_key("mutants/sold-out-before-the-key", Scenario { capacity: 1, ..TWO_CLICKS }, OneAnswer)]
+#[tokio::test]
+async fn two_requests_under_one_key_catch_it(
+    #[case] name: &str,
+    #[case] scenario: Scenario,
+    #[case] breaks: Invariant,
+) {
+    assert_violates(name, &[breaks]);
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let explored = runner.explore_under_one_key(scenario).await.unwrap();
+    let broken = explored.broken.iter().filter(|order| order.verdict.breaks(breaks));
+    assert!(
+        broken.count() > 0,
+        "none of {} orders breaks {breaks:?}",
+        explored.orders
+    );
+}
+
+#[tokio::test]
+async fn a_commit_that_fails_catches_a_commit_whose_error_is_ignored() {
+    let strategy = strategy("mutants/commit-error-ignored");
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::with(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.opens_a_sale(1).await.unwrap();
+    let commits = DelayedCommits::on(&environment).await.unwrap();
+    let history = HistoryRecorder::new(strategy);
+
+    let (ann, ()) = tokio::join!(history.ask(&server, 1), async {
+        until("the fault did not strike: nobody commits", async || {
+            commits.have_struck().await.unwrap()
+        })
+        .await;
+        history.struck("a commit taken back");
+        assert_eq!(commits.fail().await.unwrap(), 1, "the fault did not strike");
+        commits.go_on().await.unwrap();
+        history.healed();
+    });
+    assert!(matches!(ann, Answer::Confirmed { .. }), "{ann:?}");
+    server.stop().await.unwrap();
+    assert_after_fault(strategy, &history.verdict(&environment).await.unwrap(), &[NothingLost]);
+}
+
+#[tokio::test]
+async fn a_buyer_who_is_always_overtaken_catches_retries_that_end_as_sold_out() {
+    let name = "mutants/retries-exhausted-is-sold-out";
+    assert_violates(name, &[NoFalseRefusal, NoUndersell]);
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let pool = runner.stand().database().pool(1).await.unwrap();
+    let mut schedule = runner.sale(1).await.unwrap();
+    let ann = schedule.buyer("Ann");
+    loop {
+        schedule.run_towards(ann, "decided to sell").await.unwrap();
+        if schedule.movable().is_empty() {
+            break;
+        }
+        sqlx::query("update sale set version = version + 1 where id = $1")
+            .bind(schedule.sale())
+            .execute(&pool)
+            .await
+            .unwrap();
+    }
+    let verdict = judge(&schedule.history().await.unwrap());
+    assert!(
+        verdict.breaks(NoFalseRefusal) && verdict.breaks(NoUndersell),
+        "{}\n{verdict}",
+        schedule.trace()
+    );
+}
+
+/// It keeps the contract in a rush, and declares one failure mode that violates just these.
+#[track_caller]
+fn assert_violates(name: &str, violates: &[Invariant]) {
+    let guarantee = strategy(name).guarantee;
+    assert_eq!(
+        (guarantee.single_instance, guarantee.multi_instance),
+        (KEEPS, KEEPS),
+        "{name}"
+    );
+    let declared: Vec<_> = guarantee
+        .failure_modes
+        .iter()
+        .map(|&FailureMode { violates, .. }| violates)
+        .collect();
+    assert_eq!(declared, [violates], "{name}");
+}
