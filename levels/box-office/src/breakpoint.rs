@@ -53,8 +53,8 @@ impl Breakpoint {
 
     /// The steps of one request, at which the process may stop. Whoever else watches them is told first.
     pub(crate) fn watch(self: &Arc<Self>, steps: Steps) -> Steps {
-        Steps::observed_by(Arc::new(Stoppable {
-            stopper: Arc::clone(self),
+        Steps::observed_by(Arc::new(BreakpointObserver {
+            breakpoint: Arc::clone(self),
             steps,
         }))
     }
@@ -75,19 +75,19 @@ impl Breakpoint {
     }
 }
 
-struct Stoppable {
-    stopper: Arc<Breakpoint>,
+struct BreakpointObserver {
+    breakpoint: Arc<Breakpoint>,
     steps: Steps,
 }
 
-impl Observer for Stoppable {
+impl Observer for BreakpointObserver {
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()> {
         async move {
             let step = sighting.step;
             if let Some(observer) = self.steps.observer() {
                 observer.at(sighting).await;
             }
-            self.stopper.reached(step).await;
+            self.breakpoint.reached(step).await;
         }
         .boxed()
     }

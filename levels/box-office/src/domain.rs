@@ -166,7 +166,7 @@ pub struct ExistingReservation {
 
 impl ExistingReservation {
     /// What to tell the buyer of `order`: a repeat is answered as the first time, anything else is refused.
-    pub fn answer(&self, order: &Order) -> Result<Outcome, Refusal> {
+    pub fn resolve(&self, order: &Order) -> Result<Outcome, Refusal> {
         let reservation = Reservation { id: self.id };
         let same_key = self.request_key == order.key.as_str();
         match (same_key, self.buyer_id == order.buyer) {

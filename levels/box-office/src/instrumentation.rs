@@ -8,7 +8,7 @@ use crate::{Steps, breakpoint::Breakpoint, trace::Recorder};
 #[derive(Clone, Default)]
 pub struct Instrumentation {
     pub(crate) recorder: Option<Arc<Recorder>>,
-    pub(crate) stopper: Option<Arc<Breakpoint>>,
+    pub(crate) breakpoint: Option<Arc<Breakpoint>>,
 }
 
 impl Instrumentation {
@@ -18,9 +18,9 @@ impl Instrumentation {
             None => Steps::unobserved(),
             Some(recorder) => recorder.steps_of(name.into()),
         };
-        match &self.stopper {
+        match &self.breakpoint {
             None => steps,
-            Some(stopper) => stopper.watch(steps),
+            Some(breakpoint) => breakpoint.watch(steps),
         }
     }
 }

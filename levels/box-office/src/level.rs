@@ -37,11 +37,11 @@ pub trait Reserve: Send + Sync {
     }
 
     /// What became of an accepted order, from stored state: every event after the one numbered `after`, in their order. Where there is none
-    /// yet it waits for one, up to `patience`, and then there are none. `None`: the strategy has no events, its rows are final at once.
+    /// yet it waits for one, up to `timeout`, and then there are none. `None`: the strategy has no events, its rows are final at once.
     ///
     /// # Errors
     /// Nobody can say, as the database is away.
-    async fn events(&self, _id: Uuid, _after: i64, _patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+    async fn events(&self, _id: Uuid, _after: i64, _timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         Ok(None)
     }
 
@@ -151,13 +151,13 @@ pub struct StrategyContext {
     /// Business time that every reservation spends inside its critical section: `WORK_MS`.
     pub work: Duration,
     /// What a strategy counts beside what the server counts of every one.
-    pub counts: StrategyMetrics,
+    pub metrics: StrategyMetrics,
     /// Where Redis is. There for every strategy that needs it.
     pub redis: Option<RedisConfig>,
     /// Where Kafka is. There for every strategy that needs it.
     pub kafka: Option<KafkaConfig>,
     /// Who watches what the strategy does beside the requests.
-    pub watch: Instrumentation,
+    pub instrumentation: Instrumentation,
 }
 
 /// Where Kafka is, and how this server takes part.

@@ -47,12 +47,12 @@ struct Partition {
 
 impl ConsumerLag {
     /// So many wait in a partition.
-    pub fn is(&self, partition: i32, messages: i64) {
+    pub fn set(&self, partition: i32, messages: i64) {
         self.0.get_or_create(&Partition { partition }).set(messages);
     }
 
     /// Nobody can say.
-    pub fn is_unknown(&self) {
+    pub fn clear(&self) {
         self.0.clear();
     }
 }

@@ -277,13 +277,13 @@ impl ProblemKind {
     }
 
     /// Finds a kind by its name.
-    pub fn named(name: &str) -> Option<Self> {
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
     /// Finds a kind by its `type`.
     pub fn from_uri(uri: &str) -> Option<Self> {
-        Self::named(uri.strip_prefix(Self::PATH)?)
+        Self::from_name(uri.strip_prefix(Self::PATH)?)
     }
 }
 

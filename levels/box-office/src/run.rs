@@ -41,7 +41,7 @@ pub fn main(level: &'static Level) -> ExitCode {
                 Err(_) => ExitCode::FAILURE,
             };
         }
-        Err(error) => return complain(USAGE, explain(&error, &command)),
+        Err(error) => return fail(USAGE, explain(&error, &command)),
     };
     let strategy = match &settings.strategy {
         None => level.strategies.first(),
@@ -53,7 +53,7 @@ pub fn main(level: &'static Level) -> ExitCode {
             let known: Vec<&str> = level.strategies.iter().map(|strategy| strategy.name).collect();
             let held = settings.strategy.as_deref().unwrap_or_default();
             let takes = known.join(" or ");
-            complain(USAGE, format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"))
+            fail(USAGE, format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"))
         }
     }
 }
@@ -66,25 +66,25 @@ pub fn serve(level: &'static Level, strategy: &'static Strategy, settings: &Sett
     raise_open_files_limit();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
-        Err(why) => return complain(1, format!("no runtime: {why}")),
+        Err(why) => return fail(1, format!("no runtime: {why}")),
     };
-    let code = runtime.block_on(serve_until_told(level, strategy, settings));
+    let code = runtime.block_on(serve_until_signal(level, strategy, settings));
     // Whatever was not drained in time is let go, not waited for.
     runtime.shutdown_background();
     code
 }
 
-async fn serve_until_told(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
+async fn serve_until_signal(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
     // Listened for before anybody can know that there is a server to stop.
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     let (mut terminate, mut interrupt) = match signals {
         (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
-        (Err(why), _) | (_, Err(why)) => return complain(1, format!("no signals: {why}")),
+        (Err(why), _) | (_, Err(why)) => return fail(1, format!("no signals: {why}")),
     };
     let server = tokio::select! {
         started = Server::start(level, strategy, settings) => match started {
             Ok(server) => server,
-            Err(why) => return complain(why.exit_code(), why.to_string()),
+            Err(why) => return fail(why.exit_code(), why.to_string()),
         },
         _ = terminate.recv() => return ExitCode::SUCCESS,
         _ = interrupt.recv() => return ExitCode::SUCCESS,
@@ -116,7 +116,7 @@ async fn serve_until_told(level: &'static Level, strategy: &'static Strategy, se
     }
 }
 
-fn complain(code: u8, why: String) -> ExitCode {
+fn fail(code: u8, why: String) -> ExitCode {
     // Straight to stderr: without settings there is no telemetry yet, and this line must not depend on its filter.
     let _ = writeln!(io::stderr(), "error: {why}");
     ExitCode::from(code)

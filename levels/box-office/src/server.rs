@@ -34,11 +34,11 @@ use crate::{
 };
 
 /// How long a start waits for the database.
-const CONNECT_TIME: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 // ANCHOR: deadlines
 /// How long a reservation waits for a connection of the pool before the buyer hears "undecided".
-const ACQUIRE_TIME: Duration = Duration::from_secs(5);
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What Postgres itself gives up, so that nobody has to cut a transaction from outside. The order matters: who waits for
 /// a lock gives up before its statement does, and a holder may be idle for as long as the longest `WORK_MS`.
@@ -53,7 +53,7 @@ const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
 const BACKLOG: u32 = 4096;
 
 /// The most that the headers of a request may take, in bytes.
-const HEADER_BYTES: usize = 32 * 1024;
+const MAX_HEADER_BYTES: usize = 32 * 1024;
 
 /// A server that sells. It owns its pool, metrics, connections and reservations: two of them share nothing.
 ///
@@ -183,9 +183,9 @@ impl Server {
             })?),
         };
 
-        let watch = Instrumentation {
+        let instrumentation = Instrumentation {
             recorder,
-            stopper: settings.stop_at.clone().map(Breakpoint::new),
+            breakpoint: settings.stop_at.clone().map(Breakpoint::new),
         };
 
         let connect = url
@@ -195,18 +195,18 @@ impl Server {
             .disable_statement_logging();
         migrate(&connect, url, strategy).await?;
         let database = StrategyContext::pool_options(settings.database_pool_size)
-            .acquire_timeout(ACQUIRE_TIME)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
             .connect_lazy_with(connect.options(DATABASE_TIMEOUTS));
         let context = StrategyContext {
             database: database.clone(),
             work: settings.work,
-            counts: StrategyMetrics::default(),
+            metrics: StrategyMetrics::default(),
             redis,
             kafka,
-            watch: watch.clone(),
+            instrumentation: instrumentation.clone(),
         };
-        let counts = context.counts.clone();
-        let seller = (strategy.open)(context).await.map_err(|why| StartError::Strategy {
+        let metrics = context.metrics.clone();
+        let opened = (strategy.open)(context).await.map_err(|why| StartError::Strategy {
             strategy: strategy.name,
             why,
         })?;
@@ -218,20 +218,20 @@ impl Server {
         let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
         let app = Arc::new(App {
-            seller,
+            strategy: opened,
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
-                counts,
+                metrics,
                 strategy.needs,
                 database.clone(),
                 connections.clone(),
                 reservations.clone(),
             ),
             database,
-            watch,
+            instrumentation,
             reservations,
-            room: Arc::new(Semaphore::new(settings.limits.reservations)),
+            permits: Arc::new(Semaphore::new(settings.limits.reservations)),
             admin_token: settings.admin_token.clone(),
             limits: settings.limits,
             stop: stop.clone(),
@@ -257,9 +257,9 @@ impl Server {
     /// whose buyers hung up, closes the pool, and writes the trace.
     ///
     /// # Errors
-    /// Something was not done after [`Limits::drain_time`] and is cut off.
+    /// Something was not done after [`Limits::drain_timeout`] and is cut off.
     pub async fn shut_down(self) -> Result<(), DrainTimeout> {
-        let after = self.app.limits.drain_time;
+        let after = self.app.limits.drain_timeout;
         let deadline = Instant::now() + after;
         self.stop.cancel();
         let mut accepting = self.accepting;
@@ -270,12 +270,12 @@ impl Server {
             self.connections.wait().await;
             self.app.reservations.close();
             self.app.reservations.wait().await;
-            self.app.seller.close().await;
+            self.app.strategy.close().await;
             self.app.database.close().await;
         })
         .await;
         accepting.abort();
-        if let Some(recorder) = &self.app.watch.recorder
+        if let Some(recorder) = &self.app.instrumentation.recorder
             && let Err(why) = recorder.write()
         {
             tracing::error!(%why, "the trace could not be written");
@@ -296,9 +296,9 @@ async fn migrate(connect: &PgConnectOptions, url: &DatabaseUrl, strategy: &Strat
         place: url.to_string(),
         why,
     };
-    let mut connection = timeout(CONNECT_TIME, connect.connect())
+    let mut connection = timeout(CONNECT_TIMEOUT, connect.connect())
         .await
-        .map_err(|_| unreachable(format!("no answer within {CONNECT_TIME:?}")))?
+        .map_err(|_| unreachable(format!("no answer within {CONNECT_TIMEOUT:?}")))?
         .map_err(|why| unreachable(why.to_string()))?;
     strategy
         .schema
@@ -328,7 +328,7 @@ fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
 
 async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, connections: TaskTracker) {
     /// Out of files, most likely: until somebody leaves there is nothing to do.
-    const BREATHER: Duration = Duration::from_millis(50);
+    const RETRY_DELAY: Duration = Duration::from_millis(50);
 
     let routes = http::routes(Arc::clone(&app));
     // Clients may take half of the files that this process can open: the pool and the trace need some as well.
@@ -336,8 +336,8 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
     let most = usize::try_from(files / 2).map_or(app.limits.connections, |half| half.min(app.limits.connections));
     let free = Arc::new(Semaphore::new(most));
     let begin = |stream: TcpStream, permit: OwnedSemaphorePermit| {
-        let converse = converse(stream, routes.clone(), app.limits, stop.clone(), permit);
-        connections.spawn(converse.in_current_span());
+        let serve_connection = serve_connection(stream, routes.clone(), app.limits, stop.clone(), permit);
+        connections.spawn(serve_connection.in_current_span());
     };
     loop {
         let next = async {
@@ -354,7 +354,7 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
             Ok((stream, _)) => begin(stream, permit),
             Err(why) => {
                 tracing::warn!(%why, "a connection could not be accepted");
-                sleep(BREATHER).await;
+                sleep(RETRY_DELAY).await;
             }
         }
     }
@@ -380,7 +380,7 @@ async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, c
 }
 
 /// Serves one connection until either side has had enough.
-async fn converse(
+async fn serve_connection(
     stream: TcpStream,
     routes: axum::Router,
     limits: Limits,
@@ -391,13 +391,13 @@ async fn converse(
     // closed just then. So whoever is connected at the end has some time left, and the answer then says that it is the last.
     let last_words_are_over = async {
         stop.cancelled().await;
-        sleep(limits.last_words).await;
+        sleep(limits.shutdown_grace).await;
     };
     let mut last_words_are_over = pin!(last_words_are_over);
     // hyper closes a connection at once if it is told to end before it has read anything there, though the kernel may hold a request.
     tokio::select! {
         biased;
-        came = timeout(limits.header_time, stream.readable()) => {
+        came = timeout(limits.header_timeout, stream.readable()) => {
             if !matches!(came, Ok(Ok(()))) {
                 return;
             }
@@ -410,14 +410,14 @@ async fn converse(
     #[cfg(target_os = "linux")]
     let _ = set_tcp_user_timeout(
         &stream,
-        u32::try_from(limits.untaken_time.as_millis()).unwrap_or(u32::MAX),
+        u32::try_from(limits.tcp_user_timeout.as_millis()).unwrap_or(u32::MAX),
     );
     let answering = TaskTracker::new();
     let service = service_fn(|request| answering.track_future(routes.clone().oneshot(request)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_time)
-        .max_buf_size(HEADER_BYTES)
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {

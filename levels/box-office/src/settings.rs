@@ -133,19 +133,19 @@ pub struct Limits {
     /// How many reservations may be under way at once, those included whose buyers have hung up; who comes then is told to come again.
     pub reservations: usize,
     /// How long a client may leave what it is sent untaken (Linux only).
-    pub untaken_time: Duration,
+    pub tcp_user_timeout: Duration,
     /// How long the headers of a request may take. A connection that is idle for so long is closed as well.
-    pub header_time: Duration,
+    pub header_timeout: Duration,
     /// How long the body of a request may take.
-    pub body_time: Duration,
+    pub body_timeout: Duration,
     /// How long the body of a request may be, in bytes.
     pub body_bytes: usize,
     /// How long the readiness probe looks for its backends.
-    pub probe_time: Duration,
+    pub probe_timeout: Duration,
     /// How long a client that is connected when the server ends has to say what it wants.
-    pub last_words: Duration,
+    pub shutdown_grace: Duration,
     /// How long a server that ends waits for what is in flight.
-    pub drain_time: Duration,
+    pub drain_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -153,13 +153,13 @@ impl Default for Limits {
         Self {
             connections: 8192,
             reservations: 8192,
-            untaken_time: Duration::from_secs(30),
-            header_time: Duration::from_secs(30),
-            body_time: Duration::from_secs(10),
+            tcp_user_timeout: Duration::from_secs(30),
+            header_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(10),
             body_bytes: 16 * 1024,
-            probe_time: Duration::from_secs(2),
-            last_words: Duration::from_millis(500),
-            drain_time: Duration::from_secs(20),
+            probe_timeout: Duration::from_secs(2),
+            shutdown_grace: Duration::from_millis(500),
+            drain_timeout: Duration::from_secs(20),
         }
     }
 }

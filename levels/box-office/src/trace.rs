@@ -43,25 +43,25 @@ pub fn now_monotonic_us() -> u64 {
 pub(crate) struct Recorder {
     file: Mutex<File>,
     sightings: Mutex<Vec<(Arc<str>, u64, Sighting)>>,
-    forgotten: AtomicU64,
+    dropped: AtomicU64,
 }
 
 impl Recorder {
     /// What is remembered at most: a server that is left running with a trace must not eat the machine's memory.
-    const MOST_RECORDS: usize = 1_000_000;
+    const MAX_RECORDS: usize = 1_000_000;
 
     /// Opens the file at once, so that a path that can't be written is known before the first request.
     pub(crate) fn create(path: &Path) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             file: Mutex::new(File::create(path)?),
             sightings: Mutex::default(),
-            forgotten: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
         }))
     }
 
     /// The steps of one request, each noted here.
     pub(crate) fn steps_of(self: &Arc<Self>, request: Arc<str>) -> Steps {
-        Steps::observed_by(Arc::new(Watched {
+        Steps::observed_by(Arc::new(TracedRequest {
             recorder: Arc::clone(self),
             request,
         }))
@@ -70,8 +70,8 @@ impl Recorder {
     fn note(&self, request: &Arc<str>, sighting: Sighting) {
         let at_us = now_monotonic_us();
         let mut sightings = self.sightings.lock().unwrap_or_else(PoisonError::into_inner);
-        if sightings.len() == Self::MOST_RECORDS {
-            self.forgotten.fetch_add(1, Ordering::Relaxed);
+        if sightings.len() == Self::MAX_RECORDS {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }
         sightings.push((Arc::clone(request), at_us, sighting));
@@ -94,21 +94,21 @@ impl Recorder {
             lines.write_all(b"\n")?;
         }
         lines.flush()?;
-        match self.forgotten.load(Ordering::Relaxed) {
+        match self.dropped.load(Ordering::Relaxed) {
             0 => {}
-            forgotten => tracing::warn!(forgotten, "the trace holds the first {} steps only", Self::MOST_RECORDS),
+            dropped => tracing::warn!(dropped, "the trace holds the first {} steps only", Self::MAX_RECORDS),
         }
         Ok(())
     }
 }
 
 /// One request, watched.
-struct Watched {
+struct TracedRequest {
     recorder: Arc<Recorder>,
     request: Arc<str>,
 }
 
-impl Observer for Watched {
+impl Observer for TracedRequest {
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()> {
         self.recorder.note(&self.request, sighting);
         ready(()).boxed()

@@ -169,7 +169,7 @@ async fn headers_without_end_are_refused() {
 #[tokio::test]
 async fn slow_headers_and_idle_connections_are_cut_off() {
     let server = with_limits(Limits {
-        header_time: SHORT,
+        header_timeout: SHORT,
         ..Limits::default()
     })
     .await;
@@ -191,7 +191,7 @@ async fn slow_headers_and_idle_connections_are_cut_off() {
 #[tokio::test]
 async fn a_slow_body_is_answered_and_cut_off() {
     let server = with_limits(Limits {
-        body_time: SHORT,
+        body_timeout: SHORT,
         ..Limits::default()
     })
     .await;
@@ -305,7 +305,7 @@ async fn over_the_limit_of_reservations_the_next_is_told_to_come_again() {
 async fn who_does_not_take_what_it_asked_for_is_cut_off() {
     let server = with_limits(Limits {
         connections: 1,
-        untaken_time: SHORT,
+        tcp_user_timeout: SHORT,
         ..Limits::default()
     })
     .await;
@@ -419,7 +419,7 @@ async fn who_asks_on_a_connection_that_is_kept_alive_when_the_end_has_come_is_an
         server,
         database: _database,
     } = with_limits(Limits {
-        last_words: Limits::default().drain_time,
+        shutdown_grace: Limits::default().drain_timeout,
         ..Limits::default()
     })
     .await;
@@ -511,7 +511,7 @@ async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
 #[tokio::test]
 async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
     let short = Limits {
-        drain_time: SHORT,
+        drain_timeout: SHORT,
         ..Limits::default()
     };
     let (stand, _holder, _buyer) = with_one_in_flight(short).await;

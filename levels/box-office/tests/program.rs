@@ -71,7 +71,7 @@ fn main() -> ExitCode {
 fn serve_in_a_hurry() -> ExitCode {
     let url = std::env::var("DATABASE_URL").expect("a database");
     let limits = Limits {
-        drain_time: Duration::from_millis(300),
+        drain_timeout: Duration::from_millis(300),
         ..Limits::default()
     };
     let settings = Settings { limits, ..on(&url) };

@@ -52,7 +52,7 @@ impl Reserve for CheckThenInsert {
             .saw(if earlier.is_some() { "one" } else { "none" })
             .await;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         steps.at("decided to sell").await;
         self.context.simulate_work().await;

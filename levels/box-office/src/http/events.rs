@@ -20,10 +20,10 @@ use crate::{
 };
 
 /// How long the strategy is asked to wait for an event at a time.
-const PATIENCE: Duration = Duration::from_secs(30);
+const POLL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long it is asked whether there are events after the last one.
-const A_LOOK: Duration = Duration::from_secs(1);
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often a quiet stream says that it is still there, for proxies that close what is silent.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -57,7 +57,7 @@ pub(super) async fn follow(
         if seen.is_none() {
             next.push_back(Event { number: 0, reservation });
         }
-    } else if let Some(events) = app.seller.events(id, seen.unwrap_or(0), A_LOOK).await? {
+    } else if let Some(events) = app.strategy.events(id, seen.unwrap_or(0), REPLAY_TIMEOUT).await? {
         next.extend(events);
     } else if seen.is_none_or(|seen| seen < 1) {
         // A strategy without events: its row was final from the start.
@@ -67,7 +67,7 @@ pub(super) async fn follow(
     if next.is_empty() && seen.is_some_and(|seen| seen > 0) && reservations::find(&app, id).await?.is_final() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let events = Sse::new(told(Following {
+    let events = Sse::new(told(Subscription {
         app,
         id,
         seen: seen.unwrap_or(0),
@@ -83,7 +83,7 @@ pub(super) async fn follow(
 }
 
 /// One client on its way through the events of one reservation. It holds no more than it was just given.
-struct Following {
+struct Subscription {
     app: Arc<App>,
     id: Uuid,
     seen: i64,
@@ -91,23 +91,23 @@ struct Following {
     ended: bool,
 }
 
-fn told(following: Following) -> impl Stream<Item = Result<SseEvent, Infallible>> {
-    stream::unfold(following, async |mut following: Following| {
-        if following.ended {
+fn told(subscription: Subscription) -> impl Stream<Item = Result<SseEvent, Infallible>> {
+    stream::unfold(subscription, async |mut subscription: Subscription| {
+        if subscription.ended {
             return None;
         }
-        while following.next.is_empty() {
-            let app = Arc::clone(&following.app);
+        while subscription.next.is_empty() {
+            let app = Arc::clone(&subscription.app);
             let events = tokio::select! {
                 () = app.stop.cancelled() => return None,
-                events = app.seller.events(following.id, following.seen, PATIENCE) => events,
+                events = app.strategy.events(subscription.id, subscription.seen, POLL_TIMEOUT) => events,
             };
-            following.next.extend(events.ok().flatten()?);
+            subscription.next.extend(events.ok().flatten()?);
         }
-        let event = following.next.pop_front()?;
-        following.seen = event.number;
-        following.ended = event.reservation.is_final();
-        Some((Ok(written(&event)), following))
+        let event = subscription.next.pop_front()?;
+        subscription.seen = event.number;
+        subscription.ended = event.reservation.is_final();
+        Some((Ok(written(&event)), subscription))
     })
 }
 

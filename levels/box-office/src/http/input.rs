@@ -101,12 +101,12 @@ async fn read(body: Body, limits: &Limits) -> Result<Bytes, Problem> {
         return Err(too_large());
     }
     let whole = Limited::new(body, limits.body_bytes).collect();
-    match timeout(limits.body_time, whole).await {
+    match timeout(limits.body_timeout, whole).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(_)) => Err(Problem::new(ProblemKind::MalformedBody, "the body broke off")),
         Err(_) => {
-            let detail = format!("the body did not come within {:?}", limits.body_time);
+            let detail = format!("the body did not come within {:?}", limits.body_timeout);
             Err(Problem::new(ProblemKind::BodyTooSlow, detail))
         }
     }

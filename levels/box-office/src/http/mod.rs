@@ -1,8 +1,8 @@
 //! The HTTP contract: the same for every level.
 
-mod envelope;
 mod events;
 mod input;
+mod middleware;
 mod openapi;
 mod operations;
 mod reservations;
@@ -29,14 +29,14 @@ use crate::{
 
 /// What every handler can reach: all that one server has.
 pub(crate) struct App {
-    pub(crate) seller: Box<dyn Reserve>,
+    pub(crate) strategy: Box<dyn Reserve>,
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
-    pub(crate) watch: Instrumentation,
+    pub(crate) instrumentation: Instrumentation,
     /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
     pub(crate) reservations: TaskTracker,
     /// How many more may run.
-    pub(crate) room: Arc<Semaphore>,
+    pub(crate) permits: Arc<Semaphore>,
     pub(crate) admin_token: Option<AdminToken>,
     pub(crate) limits: Limits,
     /// Told when the server ends.
@@ -69,6 +69,6 @@ pub(crate) fn routes(app: Arc<App>) -> Router {
             // The panic hook has told the log.
             Problem::from(ProblemKind::Crashed).into_response()
         }))
-        .layer(from_fn_with_state(Arc::clone(&app), envelope::envelope))
+        .layer(from_fn_with_state(Arc::clone(&app), middleware::finish_response))
         .with_state(app)
 }

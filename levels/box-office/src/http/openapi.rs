@@ -90,9 +90,9 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
         document,
     ),
     components(schemas(api::Problem)),
-    modifiers(&WhatAllShare)
+    modifiers(&CommonResponses)
 )]
-struct Contract;
+struct ApiDocument;
 
 /// This document.
 #[utoipa::path(
@@ -102,13 +102,13 @@ struct Contract;
     responses((status = 200, description = "This document", body = Object))
 )]
 pub(super) async fn document() -> Json<openapi::OpenApi> {
-    Json(Contract::openapi())
+    Json(ApiDocument::openapi())
 }
 
 /// Adds what is the same for many calls: problems, request ids, and the admin token.
-struct WhatAllShare;
+struct CommonResponses;
 
-impl Modify for WhatAllShare {
+impl Modify for CommonResponses {
     fn modify(&self, contract: &mut openapi::OpenApi) {
         for (method, path, problems) in PROBLEMS {
             let operation = contract.paths.paths.get_mut(path).and_then(|item| call(item, &method));
@@ -192,7 +192,7 @@ mod tests {
             paths.sort_unstable();
             paths.to_vec()
         };
-        let contract = Contract::openapi();
+        let contract = ApiDocument::openapi();
         let documented: Vec<&str> = contract.paths.paths.keys().map(String::as_str).collect();
         assert_eq!(served, documented);
     }

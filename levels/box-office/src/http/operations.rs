@@ -40,10 +40,10 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, P
             .execute(&app.database)
             .await
             .map_err(ReserveError::from)?;
-        app.seller.ready().await
+        app.strategy.ready().await
     };
     // One statement and no transaction: nothing is lost when it is given up.
-    match timeout(app.limits.probe_time, probe).await {
+    match timeout(app.limits.probe_timeout, probe).await {
         Ok(Ok(())) => Ok("ready\n"),
         Ok(Err(no)) => Err(no.into()),
         Err(_) => Err(ProblemKind::from(&Indeterminate::Overloaded.into()).into()),
@@ -77,7 +77,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     responses((status = 200, description = "What the problem means and what a client can do", body = str))
 )]
 pub(super) async fn explain_problem(name: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
-    let kind = name.ok().and_then(|Path(name)| ProblemKind::named(&name));
+    let kind = name.ok().and_then(|Path(name)| ProblemKind::from_name(&name));
     let kind = kind.ok_or(ProblemKind::NotFound)?;
     Ok(format!("{} ({})\n{}\n", kind.title(), kind.status(), kind.meaning()))
 }

@@ -13,8 +13,8 @@ use tracing::Instrument;
 
 use super::{
     App,
-    envelope::RequestId,
     input::{JsonBody, ReservationInPath, SaleInPath, request_key},
+    middleware::RequestId,
 };
 use crate::{
     Indeterminate, Order, Outcome, ReserveError, api,
@@ -70,7 +70,7 @@ pub(super) async fn reserve(
         buyer: body.buyer_id,
         key: request_key(&headers)?,
     };
-    let (code, reservation, status) = match in_a_task(app, request, order).await? {
+    let (code, reservation, status) = match reserve_detached(app, request, order).await? {
         Outcome::Confirmed(reservation) => (StatusCode::CREATED, reservation, "confirmed"),
         Outcome::Accepted(reservation) => (StatusCode::ACCEPTED, reservation, api::Reservation::ACCEPTED),
     };
@@ -89,17 +89,17 @@ pub(super) async fn reserve(
 // ANCHOR: task
 /// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped. So there has to be room for it:
 /// those who hang up and come again would be without number.
-async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
-    let Ok(room) = Arc::clone(&app.room).try_acquire_owned() else {
+async fn reserve_detached(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
+    let Ok(permit) = Arc::clone(&app.permits).try_acquire_owned() else {
         let refused = Err(Indeterminate::Overloaded.into());
         app.metrics.reserved(Some(&refused));
         return refused;
     };
-    let steps = app.watch.steps(&request.0);
+    let steps = app.instrumentation.steps(&request.0);
     let tracker = app.reservations.clone();
     let task = async move {
-        let _room = room;
-        let result = AssertUnwindSafe(app.seller.reserve(&order, &steps))
+        let _permit = permit;
+        let result = AssertUnwindSafe(app.strategy.reserve(&order, &steps))
             .catch_unwind()
             .await;
         app.metrics.reserved(result.as_ref().ok());
@@ -141,6 +141,6 @@ pub(super) async fn find(app: &App, id: Uuid) -> Result<api::Reservation, Proble
     .bind(id)
     .fetch_optional(&app.database)
     .await?;
-    let accepted = || app.seller.accepted(id).then(|| api::Reservation::accepted(id));
+    let accepted = || app.strategy.accepted(id).then(|| api::Reservation::accepted(id));
     row.or_else(accepted).ok_or(ProblemKind::UnknownReservation.into())
 }

@@ -56,7 +56,7 @@ impl Locked {
                 .set("enable.auto.commit", "true")
                 .set("auto.commit.interval.ms", "100");
             let inbox = Inbox::open(&locked.path.place, &config)?;
-            let steps = locked.path.context.watch.steps(&format!("consumer {number}"));
+            let steps = locked.path.context.instrumentation.steps(&format!("consumer {number}"));
             locked
                 .path
                 .work(inbox.joined(), locked.clone().decide_all(inbox, steps));

@@ -55,7 +55,7 @@ impl Locked {
             let mut config = member(&locked.path.place);
             config.set("enable.auto.commit", "false");
             let inbox = Inbox::open(&locked.path.place, &config)?;
-            let steps = locked.path.context.watch.steps(&format!("consumer {number}"));
+            let steps = locked.path.context.instrumentation.steps(&format!("consumer {number}"));
             locked
                 .path
                 .work(inbox.joined(), locked.clone().decide_all(inbox, steps));

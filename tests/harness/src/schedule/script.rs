@@ -134,10 +134,10 @@ impl ScheduleRunner {
         let context = StrategyContext {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             work: Duration::ZERO,
-            counts: StrategyMetrics::default(),
+            metrics: StrategyMetrics::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
-            watch: Instrumentation::default(),
+            instrumentation: Instrumentation::default(),
         };
         Ok(Self {
             strategy,

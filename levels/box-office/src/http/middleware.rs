@@ -41,7 +41,7 @@ impl RequestId {
     }
 }
 
-pub(super) async fn envelope(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+pub(super) async fn finish_response(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
     let id = RequestId::of(request.headers());
     let method = known(request.method());
