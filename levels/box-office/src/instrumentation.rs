@@ -1,10 +1,12 @@
-//! Who watches the steps of a server: the recorder of its trace, and the stop that a test asked for.
+//! Instrumentation of a server: the trace recorder and the breakpoint, both off by default.
 
 use std::sync::Arc;
 
 use crate::{Steps, breakpoint::Breakpoint, trace::Recorder};
 
-/// Hands out the scheduling points of requests, and of whatever else runs in a server. Nobody watches unless the settings say so.
+/// Creates the scheduling points of requests and background consumers.
+///
+/// They are observed only if the settings ask for a trace file or a breakpoint.
 #[derive(Clone, Default)]
 pub struct Instrumentation {
     pub(crate) recorder: Option<Arc<Recorder>>,
@@ -12,7 +14,7 @@ pub struct Instrumentation {
 }
 
 impl Instrumentation {
-    /// The scheduling points of whoever has this name in the trace.
+    /// The scheduling points of one request or consumer; `name` identifies it in the trace.
     pub fn steps(&self, name: &str) -> Steps {
         let steps = match &self.recorder {
             None => Steps::unobserved(),
@@ -20,7 +22,7 @@ impl Instrumentation {
         };
         match &self.breakpoint {
             None => steps,
-            Some(breakpoint) => breakpoint.watch(steps),
+            Some(breakpoint) => breakpoint.observe(steps),
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod api;
 mod breakpoint;
+mod connections;
 mod domain;
 mod guarantee;
 mod http;

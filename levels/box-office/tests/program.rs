@@ -116,145 +116,145 @@ const WRONG: &[Wrong] = &[
         name: "a_missing_database_url_is_named",
         variables: &[],
         flags: &[],
-        line: "DATABASE_URL (--database-url) is not set; it takes the URL of a Postgres database, \
+        line: "DATABASE_URL (--database-url) is not set; expected the URL of a Postgres database, \
                such as postgres://user:password@localhost:5432/oversold",
     },
     Wrong {
         name: "a_database_url_of_another_database_is_not_shown",
         variables: &[("DATABASE_URL", "mysql://ann:hunter2@localhost/oversold")],
         flags: &[],
-        line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
+        line: "DATABASE_URL (--database-url) holds an invalid value (not shown: it is a secret); expected the URL of a \
                Postgres database, such as postgres://user:password@localhost:5432/oversold",
     },
     Wrong {
         name: "a_broken_database_url_is_not_shown",
         variables: &[],
         flags: &["--database-url", "postgres://ann:hunter2@localhost:port/oversold"],
-        line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
+        line: "DATABASE_URL (--database-url) holds an invalid value (not shown: it is a secret); expected the URL of a \
                Postgres database, such as postgres://user:password@localhost:5432/oversold",
     },
     Wrong {
         name: "a_port_that_is_no_number_is_named",
         variables: &[NOBODY, ("PORT", "http")],
         flags: &[],
-        line: r#"PORT (--port) holds "http"; it takes a port number, 0 (any free one) to 65535"#,
+        line: r#"PORT (--port) holds "http"; expected a port number, 0 (any free one) to 65535"#,
     },
     Wrong {
         name: "a_port_that_is_too_big_is_named",
         variables: &[NOBODY],
         flags: &["--port", "65536"],
-        line: r#"PORT (--port) holds "65536"; it takes a port number, 0 (any free one) to 65535"#,
+        line: r#"PORT (--port) holds "65536"; expected a port number, 0 (any free one) to 65535"#,
     },
     Wrong {
         name: "an_empty_value_is_named",
         variables: &[NOBODY, ("PORT", "")],
         flags: &[],
-        line: "PORT (--port) holds nothing; it takes a port number, 0 (any free one) to 65535",
+        line: "PORT (--port) is empty; expected a port number, 0 (any free one) to 65535",
     },
     Wrong {
         name: "a_host_that_is_no_address_is_named",
         variables: &[NOBODY, ("HOST", "localhost")],
         flags: &[],
-        line: r#"HOST (--host) holds "localhost"; it takes an IP address, such as 127.0.0.1, or 0.0.0.0 for every interface"#,
+        line: r#"HOST (--host) holds "localhost"; expected an IP address, such as 127.0.0.1, or 0.0.0.0 for every interface"#,
     },
     Wrong {
         name: "a_pool_of_nothing_is_named",
         variables: &[NOBODY, ("DATABASE_POOL_SIZE", "0")],
         flags: &[],
-        line: r#"DATABASE_POOL_SIZE (--database-pool-size) holds "0"; it takes a number of connections, 1 to 1000"#,
+        line: r#"DATABASE_POOL_SIZE (--database-pool-size) holds "0"; expected a number of connections, 1 to 1000"#,
     },
     Wrong {
         name: "a_negative_hold_is_named",
         variables: &[NOBODY, ("WORK_MS", "-1")],
         flags: &[],
-        line: r#"WORK_MS (--work-ms) holds "-1"; it takes a number of milliseconds, 0 to 10000"#,
+        line: r#"WORK_MS (--work-ms) holds "-1"; expected a number of milliseconds, 0 to 10000"#,
     },
     Wrong {
         name: "a_place_to_stop_at_without_its_time_is_named",
         variables: &[NOBODY, ("OVERSOLD_STOP_AT", "stock read")],
         flags: &[],
-        line: r#"OVERSOLD_STOP_AT (--stop-at) holds "stock read"; it takes a scheduling point and which time it is come to, such as stock read#1"#,
+        line: r#"OVERSOLD_STOP_AT (--stop-at) holds "stock read"; expected a scheduling point and the number of the hit, such as stock read#1"#,
     },
     Wrong {
         name: "a_hold_over_the_time_outs_is_named",
         variables: &[NOBODY, ("WORK_MS", "10001")],
         flags: &[],
-        line: r#"WORK_MS (--work-ms) holds "10001"; it takes a number of milliseconds, 0 to 10000"#,
+        line: r#"WORK_MS (--work-ms) holds "10001"; expected a number of milliseconds, 0 to 10000"#,
     },
     Wrong {
         name: "an_instance_of_two_words_is_named",
         variables: &[NOBODY, ("INSTANCE", "two words")],
         flags: &[],
-        line: r#"INSTANCE (--instance) holds "two words"; it takes a name of 1 to 40 visible ASCII characters without spaces"#,
+        line: r#"INSTANCE (--instance) holds "two words"; expected a name of 1 to 40 visible ASCII characters without spaces"#,
     },
     Wrong {
         name: "an_unknown_log_format_is_named",
         variables: &[NOBODY, ("LOG_FORMAT", "xml")],
         flags: &[],
-        line: r#"LOG_FORMAT (--log-format) holds "xml"; it takes pretty or json"#,
+        line: r#"LOG_FORMAT (--log-format) holds "xml"; expected pretty or json"#,
     },
     Wrong {
         name: "a_log_filter_that_is_none_is_named",
         variables: &[NOBODY, ("RUST_LOG", "box_office=loud")],
         flags: &[],
-        line: r#"RUST_LOG (--log) holds "box_office=loud"; it takes a tracing filter, such as info or box_office=debug"#,
+        line: r#"RUST_LOG (--log) holds "box_office=loud"; expected a tracing filter, such as info or box_office=debug"#,
     },
     Wrong {
         name: "a_redis_url_of_something_else_is_not_shown",
         variables: &[NOBODY, ("REDIS_URL", "http://ann:hunter2@localhost:6379")],
         flags: &[],
-        line: "REDIS_URL (--redis-url) holds something else (not shown: it is a secret); it takes the URL of a Redis \
+        line: "REDIS_URL (--redis-url) holds an invalid value (not shown: it is a secret); expected the URL of a Redis \
                server, such as redis://:password@localhost:6379/0",
     },
     Wrong {
         name: "a_broken_redis_url_is_not_shown",
         variables: &[NOBODY],
         flags: &["--redis-url", "redis://ann:hunter2@localhost:port/0"],
-        line: "REDIS_URL (--redis-url) holds something else (not shown: it is a secret); it takes the URL of a Redis \
+        line: "REDIS_URL (--redis-url) holds an invalid value (not shown: it is a secret); expected the URL of a Redis \
                server, such as redis://:password@localhost:6379/0",
     },
     Wrong {
         name: "a_redis_prefix_of_two_words_is_named",
         variables: &[NOBODY, ("REDIS_PREFIX", "two words")],
         flags: &[],
-        line: r#"REDIS_PREFIX (--redis-prefix) holds "two words"; it takes at most 100 visible ASCII characters without spaces"#,
+        line: r#"REDIS_PREFIX (--redis-prefix) holds "two words"; expected at most 100 visible ASCII characters without spaces"#,
     },
     Wrong {
         name: "a_lease_of_next_to_nothing_is_named",
         variables: &[NOBODY, ("LOCK_LEASE_MS", "9")],
         flags: &[],
-        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "9"; it takes a number of milliseconds, 10 to 600000"#,
+        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "9"; expected a number of milliseconds, 10 to 600000"#,
     },
     Wrong {
         name: "a_lease_with_a_unit_is_named",
         variables: &[NOBODY, ("LOCK_LEASE_MS", "10s")],
         flags: &[],
-        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "10s"; it takes a number of milliseconds, 10 to 600000"#,
+        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "10s"; expected a number of milliseconds, 10 to 600000"#,
     },
     Wrong {
         name: "an_unknown_strategy_is_told_the_known",
         variables: &[NOBODY, ("STRATEGY", "hope")],
         flags: &[],
-        line: r#"STRATEGY (--strategy) holds "hope"; it takes obedient or stillborn"#,
+        line: r#"STRATEGY (--strategy) holds "hope"; expected obedient or stillborn"#,
     },
     Wrong {
         name: "a_bad_admin_token_is_not_shown",
         variables: &[NOBODY, ("OVERSOLD_ADMIN_TOKEN", "hunter2 hunter2")],
         flags: &[],
-        line: "OVERSOLD_ADMIN_TOKEN (--admin-token) holds something else (not shown: it is a secret); \
-               it takes one or more visible ASCII characters without spaces",
+        line: "OVERSOLD_ADMIN_TOKEN (--admin-token) holds an invalid value (not shown: it is a secret); \
+               expected one or more visible ASCII characters without spaces",
     },
     Wrong {
         name: "a_trace_file_that_cannot_be_written_is_named",
         variables: &[NOBODY, ("OVERSOLD_TRACE_FILE", "/no/such/folder/trace")],
         flags: &[],
-        line: r#"OVERSOLD_TRACE_FILE (--trace-file) holds "/no/such/folder/trace"; it takes a file that can be written: No such file or directory (os error 2)"#,
+        line: r#"OVERSOLD_TRACE_FILE (--trace-file) holds "/no/such/folder/trace"; expected a writable file: No such file or directory (os error 2)"#,
     },
     Wrong {
         name: "an_unknown_flag_is_named",
         variables: &[NOBODY],
         flags: &["--fast"],
-        line: "unexpected argument '--fast' found; --help lists what there is",
+        line: "unexpected argument '--fast' found; see --help",
     },
 ];
 
@@ -279,11 +279,7 @@ fn a_value_that_is_not_utf8_is_named() {
         .env("PORT", OsString::from_vec(vec![0xff]))
         .output()
         .expect("it runs");
-    fails_with(
-        &output,
-        2,
-        "PORT (--port) holds something that is not UTF-8; it takes text",
-    );
+    fails_with(&output, 2, "PORT (--port) is not valid UTF-8");
 }
 
 fn in_a_runtime<F: Future>(test: F) -> F::Output {
@@ -298,7 +294,7 @@ fn a_port_in_use_is_named() {
         let output = program(&[("DATABASE_URL", &url), ("PORT", &port)], &[])
             .output()
             .expect("it runs");
-        let line = format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}; it can't be listened on");
+        let line = format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}, which can't be bound");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
             stderr.starts_with(&format!("error: {line}: Address already in use")),
@@ -347,7 +343,7 @@ fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
         let output = program(&[("DATABASE_URL", &url.url()), ("STRATEGY", "stillborn")], &[])
             .output()
             .expect("it runs");
-        fails_with(&output, 3, "stillborn can't be made ready: it was never alive");
+        fails_with(&output, 3, "stillborn failed to start: it was never alive");
     });
 }
 
@@ -453,7 +449,7 @@ fn ends_on(signal: Signal) {
         let (code, stdout, stderr) = process.end();
         assert_eq!((code, stdout.as_str()), (Some(0), ""), "{stderr}");
         assert!(
-            stderr.contains("told to stop") && stderr.contains("drained"),
+            stderr.contains("shutting down") && stderr.contains("drained"),
             "{stderr}"
         );
     });
@@ -473,7 +469,7 @@ fn an_end_that_cuts_a_reservation_off_is_exit_code_1() {
         process.tell(Signal::TERM);
         let (code, stdout, stderr) = process.end();
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
-        assert!(stderr.contains("1 reservations were cut off"), "{stderr}");
+        assert!(stderr.contains("1 reservations were aborted"), "{stderr}");
     });
 }
 
