@@ -1874,7 +1874,7 @@ fn setup_says_what_to_run(service: Service) {
         (
             "podman",
             2,
-            ["OVERSOLD_BACKENDS is `podman`", "it takes `docker` or `native`", ""],
+            ["OVERSOLD_BACKENDS is `podman`", "expected `docker` or `native`", ""],
         ),
     ] {
         let output = nothing().env("OVERSOLD_BACKENDS", forced).output().unwrap();
