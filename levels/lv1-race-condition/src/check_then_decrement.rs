@@ -1,11 +1,11 @@
-//! Read the stock, check it, and let the database subtract.
+//! Read the stock, check it, and let the database decrement it.
 //!
-//! `stock = stock - 1` is atomic: the second update waits for the first and subtracts from what that one left, so no update is lost.
-//! The check is what is stale: everyone who read 1 passes it, and the stock goes below zero.
+//! `stock = stock - 1` is atomic: a concurrent update waits for the row lock and decrements the committed value, so no
+//! update is lost. But the check is stale: every transaction that has read 1 passes it, and the stock goes negative.
 //!
-//! Guarantee: the stock always says how many were sold; nothing keeps that number under the capacity.
-//! Where it ends: at the second buyer in the same instant.
-//! Anomaly: check-then-act, also called time of check to time of use. Costs nothing.
+//! Guarantee: the stock always equals the capacity minus the tickets sold; nothing keeps it from going negative.
+//! It ends at two concurrent buyers.
+//! Anomaly: check-then-act, also called time of check to time of use (TOCTOU). Cost: none.
 //!
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-decrement: negative stock".
 
@@ -15,13 +15,13 @@ use box_office::{
 };
 use uuid::Uuid;
 
-/// Sells by checking the stock and letting the database subtract.
+/// Reserves by checking the stock and letting the database decrement it.
 pub struct CheckThenDecrement {
     context: StrategyContext,
 }
 
 impl CheckThenDecrement {
-    /// Sells on this context.
+    /// Creates the strategy; performs no I/O.
     pub fn new(context: StrategyContext) -> Self {
         Self { context }
     }

@@ -1,10 +1,10 @@
-//! Look for the buyer's reservation; where there is none, take a ticket and insert one.
+//! Select the buyer's reservation; if there is none, decrement the stock and insert one.
 //!
-//! The stock is safe here: check and decrement are one statement. The buyer's own rule is not: two clicks both look before either
-//! has committed, both find nothing, and both insert.
+//! The stock is safe, because its check and its decrement are one statement. The rule "one reservation per buyer" is
+//! not: two concurrent requests of a buyer both select before either has committed, find no row, and both insert.
 //!
-//! Guarantee: never more tickets than the capacity. Where it ends: at a buyer's second click in the same instant.
-//! Anomaly: check-then-act on a row that is not there yet, which no row lock can protect. Costs nothing.
+//! Guarantee: never more tickets than the capacity. It ends at two concurrent requests of one buyer.
+//! Anomaly: check-then-act on a row that does not exist yet, which no row lock can protect. Cost: none.
 //!
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert: two clicks, two tickets".
 
@@ -14,13 +14,13 @@ use box_office::{
 };
 use uuid::Uuid;
 
-/// Sells by looking for an earlier reservation before inserting one.
+/// Reserves by selecting an existing reservation before inserting one.
 pub struct CheckThenInsert {
     context: StrategyContext,
 }
 
 impl CheckThenInsert {
-    /// Sells on this context.
+    /// Creates the strategy; performs no I/O.
     pub fn new(context: StrategyContext) -> Self {
         Self { context }
     }

@@ -1,11 +1,11 @@
-//! Read the stock, check it, write it back less one.
+//! Read the stock, check it, and write the decremented value back (read-modify-write).
 //!
-//! Every line is right, and so is every run in which the buyers come one after another. But between "stock read" and "stock written"
-//! the world moves on: two buyers read the same stock, both write the same new value, and one of the two sales leaves no trace in it.
+//! It is correct while buyers come one after another. Two concurrent transactions read the same stock and write the
+//! same new value: the second overwrites the first, and one of the two sales is missing from the stock.
 //!
-//! Guarantee: none on the number of tickets sold. Where it ends: at the second buyer in the same instant.
-//! Anomaly: the lost update. Read committed, the default isolation level of Postgres, allows it.
-//! What it costs: nothing, which is why it is written so often.
+//! Guarantee: none on the number of tickets sold. It ends at two concurrent buyers.
+//! Anomaly: the lost update. `read committed`, the default isolation level of Postgres, allows it.
+//! Cost: none, which is why this code is so common.
 //!
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write: the lost update".
 
@@ -15,13 +15,13 @@ use box_office::{
 };
 use uuid::Uuid;
 
-/// Sells by reading the stock and writing it back.
+/// Reserves by reading the stock and writing it back.
 pub struct ReadThenWrite {
     context: StrategyContext,
 }
 
 impl ReadThenWrite {
-    /// Sells on this context.
+    /// Creates the strategy; performs no I/O.
     pub fn new(context: StrategyContext) -> Self {
         Self { context }
     }
