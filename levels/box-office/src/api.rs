@@ -65,7 +65,7 @@ impl Reservation {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewSale {
-    /// The name of the event, 1 to 200 characters.
+    /// The name of the sale, 1 to 200 characters.
     #[serde(deserialize_with = "sale_name")]
     #[schema(min_length = 1, max_length = 200)]
     pub name: String,
@@ -80,7 +80,7 @@ pub struct NewSale {
 pub struct Sale {
     /// Its id.
     pub id: SaleId,
-    /// The name of the event.
+    /// The name of the sale.
     pub name: String,
     /// The number of tickets.
     pub capacity: i64,
@@ -131,7 +131,8 @@ fn capacity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error>
     Ok(capacity)
 }
 
-/// Rejects control characters: Postgres cannot store NUL in `text`, and no other has a use in a name.
+/// Rejects control characters: Postgres cannot store NUL in `text`, and no other has a use in a
+/// name.
 fn sale_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let name = String::deserialize(deserializer)?;
     let length = name.chars().count();

@@ -1,4 +1,5 @@
-//! A breakpoint: pauses this process (SIGSTOP) at a scheduling point, so that a test can kill or resume it there.
+//! A breakpoint: pauses this process (SIGSTOP) at a scheduling point, so that a test can kill or
+//! resume it there.
 
 use std::{
     str::FromStr,
@@ -14,7 +15,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Observer, Sighting, Steps};
 
-/// A scheduling point and the hit at which to pause, counted from 1 over all requests: `stock read#1`.
+/// A scheduling point and the hit at which to pause, counted from 1 over all requests: `stock
+/// read#1`.
 #[derive(Clone, Debug)]
 pub struct BreakpointSpec {
     point: String,
@@ -51,7 +53,8 @@ impl Breakpoint {
         })
     }
 
-    /// Adds the breakpoint to the scheduling points of one request. Their existing observer comes first.
+    /// Adds the breakpoint to the scheduling points of one request. Their existing observer comes
+    /// first.
     pub(crate) fn observe(self: &Arc<Self>, steps: Steps) -> Steps {
         Steps::observed_by(Arc::new(BreakpointObserver {
             breakpoint: Arc::clone(self),
@@ -64,8 +67,8 @@ impl Breakpoint {
         if step != self.spec.point || self.hits.fetch_add(1, Ordering::Relaxed) + 1 != self.spec.hit {
             return;
         }
-        // Subscribe to SIGCONT before SIGSTOP. The kernel stops the threads one by one, this one perhaps
-        // last: awaiting SIGCONT keeps the request from running on until then.
+        // Subscribe to SIGCONT before SIGSTOP. The kernel stops the threads one by one, this one
+        // perhaps last: awaiting SIGCONT keeps the request from running on until then.
         let continued = signal(SignalKind::from_raw(Signal::CONT.as_raw()));
         let stopped = continued.and_then(|continued| Ok(kill_process(getpid(), Signal::STOP).map(|()| continued)?));
         match stopped {

@@ -1,7 +1,7 @@
 //! The listener, the accept loop, and one HTTP connection.
 //!
-//! The accept loop is written out because `axum::serve` has no timeout for slow headers, no limit of connections,
-//! and no graceful shutdown that closes idle connections.
+//! The accept loop is written out because `axum::serve` has no timeout for slow headers, no limit
+//! of connections, and no graceful shutdown that closes idle connections.
 
 use std::{io::ErrorKind, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -25,14 +25,15 @@ use crate::{
     http::{self, App},
 };
 
-/// The listen backlog: how many clients may wait to be accepted. A thousand buyers connect at once, and the usual
-/// backlog of the kernel is smaller.
+/// The listen backlog: how many clients may wait to be accepted. A thousand buyers connect at once,
+/// and the usual backlog of the kernel is smaller.
 const BACKLOG: u32 = 4096;
 
 /// The maximum size of the headers of a request, in bytes.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
 
-/// Binds the address and listens. Returns the address that was bound, with the port that the kernel chose for 0.
+/// Binds the address and listens. Returns the address that was bound, with the port that the kernel
+/// chose for 0.
 pub(crate) fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()
@@ -47,9 +48,11 @@ pub(crate) fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, Socke
     Ok((listener, address))
 }
 
-/// Serves new connections in tasks of `connections` until `stop` is cancelled and the backlog is empty.
+/// Serves new connections in tasks of `connections` until `stop` is cancelled and the backlog is
+/// empty.
 pub(crate) async fn accept(listener: TcpListener, app: Arc<App>, stop: CancellationToken, connections: TaskTracker) {
-    /// The pause after a failed accept. The usual cause is that no file descriptor is free (EMFILE).
+    /// The pause after a failed accept. The usual cause is that no file descriptor is free
+    /// (EMFILE).
     const RETRY_DELAY: Duration = Duration::from_millis(50);
 
     let permits = Arc::new(Semaphore::new(max_connections(app.limits)));
@@ -88,10 +91,11 @@ async fn permit(permits: &Arc<Semaphore>) -> OwnedSemaphorePermit {
     permit.expect("the semaphore is never closed")
 }
 
-/// Serves the clients that the kernel connected before the stop: closing the listener would reset them.
+/// Serves the clients that the kernel connected before the stop: closing the listener would reset
+/// them.
 ///
-/// It asks the kernel directly. tokio's `accept` may return `Pending` although a connection is there, if its
-/// readiness is stale or the task's cooperative budget is used up.
+/// It asks the kernel directly. tokio's `accept` may return `Pending` although a connection is
+/// there, if its readiness is stale or the task's cooperative budget is used up.
 async fn drain_backlog(
     listener: TcpListener,
     permits: &Arc<Semaphore>,
@@ -123,15 +127,16 @@ async fn serve_connection(
     stop: CancellationToken,
     _permit: OwnedSemaphorePermit,
 ) {
-    // A client can't know that the server is shutting down when it sends its next request on a kept-alive
-    // connection. So an open connection is served for a grace period; the response then has `Connection: close`.
+    // A client can't know that the server is shutting down when it sends its next request on a
+    // kept-alive connection. So an open connection is served for a grace period; the response then
+    // has `Connection: close`.
     let grace_over = async {
         stop.cancelled().await;
         sleep(limits.shutdown_grace).await;
     };
     let mut grace_over = pin!(grace_over);
-    // hyper closes a connection at once if `graceful_shutdown` is called before the first read, although a request
-    // may be in the socket's buffer.
+    // hyper closes a connection at once if `graceful_shutdown` is called before the first read,
+    // although a request may be in the socket's buffer.
     tokio::select! {
         biased;
         readable = timeout(limits.header_timeout, stream.readable()) => {
@@ -151,8 +156,8 @@ async fn serve_connection(
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
-        // The connection first: a request that has arrived is in flight, even if the grace period ends in the same
-        // instant.
+        // The connection first: a request that has arrived is in flight, even if the grace period
+        // ends in the same instant.
         biased;
         ended = connection.as_mut() => ended,
         () = grace_over => {
@@ -171,7 +176,8 @@ async fn serve_connection(
 fn set_socket_options(stream: &TcpStream, limits: Limits) {
     // A response is one small write, which Nagle's algorithm would only delay.
     let _ = stream.set_nodelay(true);
-    // Without it, a client that sends requests and never reads the responses would keep its connection for ever.
+    // Without it, a client that sends requests and never reads the responses would keep its
+    // connection for ever.
     #[cfg(target_os = "linux")]
     let _ = set_tcp_user_timeout(
         stream,

@@ -16,7 +16,8 @@ pub type BuyerId = i64;
 
 /// The client's `Idempotency-Key`: within a sale, the same key always yields the same reservation.
 ///
-/// Source: IETF draft *The Idempotency-Key HTTP Header Field* (draft-ietf-httpapi-idempotency-key-header).
+/// Source: IETF draft *The Idempotency-Key HTTP Header Field*
+/// (draft-ietf-httpapi-idempotency-key-header).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RequestKey(String);
@@ -94,10 +95,10 @@ pub enum Outcome {
 
 /// A business refusal: a strategy has read the state of the sale, and this was true of it.
 ///
-/// It is the only type that a strategy refuses with. Two other types carry a refusal further, and are
-/// separate on purpose: [`ProblemKind`](crate::ProblemKind) is the stable `type` of every HTTP problem,
-/// refusals among them, and the test harness has a type of its own for what a client observed, so that
-/// its checker does not depend on the code under test.
+/// It is the only type that a strategy refuses with. Two other types carry a refusal further, and
+/// are separate on purpose: [`ProblemKind`](crate::ProblemKind) is the stable `type` of every HTTP
+/// problem, refusals among them, and the test harness has a type of its own for what a client
+/// observed, so that its checker does not depend on the code under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// No ticket is left.
@@ -129,7 +130,8 @@ impl Refusal {
 
 /// An unknown outcome: the reservation may or may not exist. The client retries with the same key.
 ///
-/// The term is Jepsen's: an operation that ends with `:info` may take effect at any later time, or never.
+/// The term is Jepsen's: an operation that ends with `:info` may take effect at any later time, or
+/// never.
 #[derive(Debug, thiserror::Error)]
 pub enum Indeterminate {
     /// No pooled connection or lock could be acquired in time.
@@ -143,10 +145,11 @@ pub enum Indeterminate {
     BackendAway(#[source] anyhow::Error),
 }
 
-/// The error of [`Reserve::reserve`](crate::Reserve::reserve). Its two kinds never convert into each other.
+/// The error of [`Reserve::reserve`](crate::Reserve::reserve). Its two kinds never convert into
+/// each other.
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
-    /// The order was refused; a retry gives the same answer.
+    /// The order was refused; the answer is final.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The outcome is unknown; the client retries with the same key.
@@ -192,8 +195,8 @@ impl ExistingReservation {
     /// Answers `order` from this reservation: a retry of the same order gets the same answer again.
     ///
     /// # Errors
-    /// [`Refusal::KeyOfAnotherBuyer`] if another buyer used the key, [`Refusal::AlreadyReserved`] if the
-    /// buyer used another key.
+    /// [`Refusal::KeyOfAnotherBuyer`] if another buyer used the key, [`Refusal::AlreadyReserved`]
+    /// if the buyer used another key.
     pub fn resolve(&self, order: &Order) -> Result<Outcome, Refusal> {
         let reservation = Reservation { id: self.id };
         let same_key = self.request_key == order.key.as_str();

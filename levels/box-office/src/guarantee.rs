@@ -2,19 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-/// An invariant of a sale. The harness's judge checks each against the clients' observations and the rows.
+/// An invariant of a sale. The harness's judge checks each against the clients' observations and
+/// the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Invariant {
     /// At any moment, at most `capacity` reservations hold a ticket.
     #[serde(rename = "I1")]
     NoOversell,
-    /// Stock + held + confirmed = capacity, stock is never negative, and nothing is held at quiescence.
+    /// Stock + held + confirmed = capacity, stock is never negative, and nothing is held at
+    /// quiescence.
     #[serde(rename = "I2")]
     Conservation,
     /// A buyer has at most one live reservation in a sale, and a request key at most one ever.
     #[serde(rename = "I3")]
     NoDuplicate,
-    /// Every confirmed answer has exactly one row; every accepted order reaches exactly one final state.
+    /// Every confirmed answer has exactly one row; every accepted order reaches exactly one final
+    /// state.
     #[serde(rename = "I4")]
     NothingLost,
     /// Every row belongs to a request with the same buyer and key that was not refused.
@@ -26,14 +29,15 @@ pub enum Invariant {
     /// Once every buyer has a final answer, min(capacity, buyers) tickets are sold.
     #[serde(rename = "I7")]
     NoUndersell,
-    /// Requests are served first come, first served, within a stated bound on overtaking (fairness).
+    /// Requests are served first come, first served, within a stated bound on overtaking
+    /// (fairness).
     #[serde(rename = "I8")]
     Order,
     /// Once a key is confirmed, every later final answer to it is that reservation (idempotency).
     #[serde(rename = "I9")]
     OneAnswer,
-    /// Every request ends by its deadline; after the last fault is healed, every retry gets a final answer
-    /// (liveness).
+    /// Every request ends by its deadline; after the last fault is healed, every retry gets a final
+    /// answer (liveness).
     #[serde(rename = "I10")]
     Progress,
 }
@@ -138,7 +142,8 @@ impl Promises {
     }
 }
 
-/// The guarantee of a strategy: its promises on one and on several instances, and its failure modes.
+/// The guarantee of a strategy: its promises on one and on several instances, and its failure
+/// modes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guarantee {
     /// The promises with one instance of the server.
@@ -154,7 +159,8 @@ pub struct Guarantee {
 pub struct FailureMode {
     /// The fault, such as "a holder is paused for longer than its lease".
     pub trigger: &'static str,
-    /// The invariants that are violated then, at least, ordered by code. Empty if the damage is outside the sale.
+    /// The invariants that are violated then, at least, ordered by code. Empty if the damage is
+    /// outside the sale.
     pub violates: &'static [Invariant],
 }
 

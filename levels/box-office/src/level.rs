@@ -19,11 +19,12 @@ pub trait Reserve: Send + Sync {
     /// Reserves one ticket for the buyer of `order`. `steps` are the request's scheduling points.
     ///
     /// # Errors
-    /// [`ReserveError::Refused`] if the state of the sale does not allow it, [`ReserveError::Indeterminate`] if
-    /// the outcome is unknown.
+    /// [`ReserveError::Refused`] if the state of the sale does not allow it,
+    /// [`ReserveError::Indeterminate`] if the outcome is unknown.
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError>;
 
-    /// Probes the services that the strategy needs besides Postgres, for the server's readiness probe.
+    /// Probes the services that the strategy needs besides Postgres, for the server's readiness
+    /// probe.
     ///
     /// # Errors
     /// [`ReserveError::Indeterminate`] if a required service fails its probe.
@@ -36,10 +37,11 @@ pub trait Reserve: Send + Sync {
         false
     }
 
-    /// The stored events of an accepted order after the one numbered `after`, in order (long polling).
+    /// The stored events of an accepted order after the one numbered `after`, in order (long
+    /// polling).
     ///
-    /// If there is none yet, it waits for one up to `timeout`, and then returns an empty list. `None` means that
-    /// the strategy has no events, because its rows are final at once.
+    /// If there is none yet, it waits for one up to `timeout`, and then returns an empty list.
+    /// `None` means that the strategy has no events, because its rows are final at once.
     ///
     /// # Errors
     /// [`ReserveError::Indeterminate`] if the database is unavailable.
@@ -47,8 +49,8 @@ pub trait Reserve: Send + Sync {
         Ok(None)
     }
 
-    /// Graceful shutdown: background consumers finish their in-flight messages and stop. The server calls it
-    /// once, after the last request.
+    /// Graceful shutdown: background consumers finish their in-flight messages and stop. The server
+    /// calls it once, after the last request.
     async fn close(&self) {}
 }
 
@@ -69,8 +71,8 @@ pub struct Level {
     pub package: &'static str,
     /// Its subject, in one line.
     pub summary: &'static str,
-    /// The total consumer lag in messages; the duration is the timeout of each request to Kafka. `None`: the level
-    /// has no consumer group.
+    /// The total consumer lag in messages; the duration is the timeout of each request to Kafka.
+    /// `None`: the level has no consumer group.
     pub lag: Option<fn(&KafkaConfig, Duration) -> anyhow::Result<u64>>,
     /// Its strategies. The first is the default of `STRATEGY`.
     pub strategies: &'static [Strategy],
@@ -93,7 +95,8 @@ pub struct Strategy {
     pub place: Place,
     /// The invariants that it keeps and breaks.
     pub guarantee: Guarantee,
-    /// The number of concurrent requests per buyer, each under its own key, that a rush needs to test the guarantee.
+    /// The number of concurrent requests per buyer, each under its own key, that a rush needs to
+    /// test the guarantee.
     pub clicks: u32,
     /// The database schema it runs on.
     pub schema: Schema,
@@ -130,11 +133,11 @@ impl Service {
 /// The place of a strategy in the workbook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// On the reader's path.
+    /// A main strategy of its level.
     Trail,
-    /// Beside it, for the curious.
+    /// A further strategy.
     Shelf,
-    /// Wrong on purpose: it grades the suite.
+    /// Wrong on purpose: it tests the tests.
     Broken,
 }
 
@@ -171,9 +174,11 @@ pub struct KafkaConfig {
     pub bootstrap_servers: String,
     /// The prefix of every topic and consumer group.
     pub prefix: String,
-    /// The number of consumers of this server. With 0 it only accepts orders, and other servers process them.
+    /// The number of consumers of this server. With 0 it only accepts orders, and other servers
+    /// process them.
     pub consumers: u32,
-    /// `session.timeout.ms`: a consumer without heartbeats for this long loses its partitions in a rebalance.
+    /// `session.timeout.ms`: a consumer without heartbeats for this long loses its partitions in a
+    /// rebalance.
     pub session: Duration,
 }
 
@@ -191,9 +196,9 @@ pub struct RedisConfig {
 impl StrategyContext {
     /// Options of the connection pool, with at most `size` connections.
     ///
-    /// By default sqlx pings every connection before it hands it out (`test_before_acquire`), which costs each
-    /// reservation a round trip. Here only a connection that was idle for longer than a restart of Postgres can
-    /// take is pinged.
+    /// By default sqlx pings every connection on acquire (`test_before_acquire`), which costs each
+    /// reservation a round trip. Here a connection is pinged only after an idle time of 50 ms or
+    /// more: no restart of Postgres is shorter.
     pub fn pool_options(size: u32) -> PgPoolOptions {
         const PING_AFTER_IDLE: Duration = Duration::from_millis(50);
 
@@ -212,21 +217,22 @@ impl StrategyContext {
 
     /// Begins a transaction. Cancel-safe, unlike [`PgPool::begin`].
     ///
-    /// In sqlx 0.9, a `begin` that is cancelled half-way leaves its transaction open on a connection whose client
-    /// side does not know of it: the next user of that connection would run inside the same transaction. So the
-    /// statement is sent from a task of its own, which always completes; a transaction that nobody receives is
-    /// rolled back.
+    /// In sqlx 0.9, a `begin` that is cancelled half-way leaves its transaction open on a
+    /// connection whose client side does not know of it: the next user of that connection would run
+    /// inside the same transaction. So the statement is sent from a task of its own, which always
+    /// completes; a transaction whose caller is gone is rolled back.
     ///
     /// # Errors
-    /// [`sqlx::Error::PoolTimedOut`] if no connection is free in time, or the error of the connection.
+    /// [`sqlx::Error::PoolTimedOut`] if no connection is free in time, or the error of the
+    /// connection.
     pub async fn begin(&self) -> sqlx::Result<PgTransaction<'static>> {
         let connection = self.database.acquire().await?;
         let begun = tokio::spawn(Transaction::begin(connection, None)).await;
         begun.unwrap_or(Err(sqlx::Error::WorkerCrashed))
     }
 
-    /// Sleeps for [`work`](Self::work). A strategy awaits it where a real one would call a payment or seating
-    /// service: between its first read and its last write.
+    /// Sleeps for [`work`](Self::work). A strategy awaits it where a real one would call a payment
+    /// or seating service: between its first read and its last write.
     pub async fn simulate_work(&self) {
         // Even a sleep of zero yields to the scheduler, which would change the interleaving.
         if !self.work.is_zero() {

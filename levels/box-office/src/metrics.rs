@@ -1,4 +1,5 @@
-//! Prometheus metrics. Each server has a registry of its own, so two servers in one process share no metric.
+//! Prometheus metrics. Each server has a registry of its own, so two servers in one process share
+//! no metric.
 
 use std::{fmt, time::Duration};
 
@@ -35,9 +36,11 @@ pub struct StrategyMetrics {
     pub lag: ConsumerLag,
 }
 
-/// The consumer lag of each partition: its end offset minus the committed offset of the consumer group, in messages.
+/// The consumer lag of each partition: its end offset minus the committed offset of the consumer
+/// group, in messages.
 ///
-/// It is a property of the group. Every server exports it, so that it is known even while no consumer runs.
+/// It is a property of the group. Every server exports it, so that it is known even while no
+/// consumer runs.
 #[derive(Clone, Debug, Default)]
 pub struct ConsumerLag(Family<Partition, Gauge>);
 
@@ -65,8 +68,8 @@ pub(crate) struct Metrics {
     reservations: Family<ReservationLabels, Counter>,
 }
 
-/// Labels of bounded cardinality, with nothing that a client chooses: `route` is the route pattern, an unknown
-/// method is `other`.
+/// Labels of bounded cardinality, with nothing that a client chooses: `route` is the route pattern,
+/// an unknown method is `other`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ResponseLabels {
     method: &'static str,
@@ -82,8 +85,9 @@ struct ReservationLabels {
 impl Metrics {
     /// Registers all metrics.
     ///
-    /// `strategy` is such as `lv1/read-then-write`. The Kafka metrics of `strategy_metrics` are registered only if
-    /// `needs` has Kafka. `clients` tracks the open connections, `in_flight` the running reservations.
+    /// `strategy` is such as `lv1/read-then-write`. The Kafka metrics of `strategy_metrics` are
+    /// registered only if `needs` has Kafka. `clients` tracks the open connections, `in_flight` the
+    /// running reservations.
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
@@ -187,7 +191,8 @@ struct CurrentState {
     database: PgPool,
     clients: TaskTracker,
     in_flight: TaskTracker,
-    /// Orders are processed by consumers: then a reservation waits for Kafka, and `pool_waiting` would mislead.
+    /// Orders are processed by consumers: then a reservation waits for Kafka, and `pool_waiting`
+    /// would mislead.
     asynchronous: bool,
 }
 

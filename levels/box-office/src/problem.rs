@@ -12,9 +12,10 @@ use crate::{Indeterminate, Refusal, ReserveError, api};
 
 /// A problem type: the stable `type` of an error response, by which clients tell problems apart.
 ///
-/// It is wider than [`Refusal`], which four of its variants stand for: it also has the [`Indeterminate`] answers
-/// (503) and the errors of HTTP itself (4xx, 500). It carries no data and outlives renames in the domain, because
-/// its names are part of the HTTP API and, as reasons of a refusal, of LV.4's rows.
+/// It is wider than [`Refusal`], which four of its variants stand for: it also has the
+/// [`Indeterminate`] answers (503) and the errors of HTTP itself (4xx, 500). It carries no data and
+/// outlives renames in the domain, because its names are part of the HTTP API and, as reasons of a
+/// refusal, of LV.4's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ProblemKind {
     /// [`Refusal::SoldOut`].
@@ -98,7 +99,8 @@ impl ProblemKind {
         Self::Crashed,
     ];
 
-    /// The path under which a server documents its problem types: a `type` is this path and the name.
+    /// The path under which a server documents its problem types: a `type` is this path and the
+    /// name.
     pub const PATH: &'static str = "/problems/";
 
     /// The table of all problem types.
@@ -108,7 +110,7 @@ impl ProblemKind {
                 "sold-out",
                 StatusCode::CONFLICT,
                 "Sold out",
-                "No ticket of this sale is left. A retry gives the same answer.",
+                "No ticket of this sale is left. The answer is final: do not retry.",
             ),
             Self::AlreadyReserved => (
                 "already-reserved",

@@ -19,8 +19,8 @@ const USAGE: u8 = 2;
 
 /// The `main` of a level's server: `fn main() -> ExitCode { box_office::main(&LEVEL) }`.
 ///
-/// The exit code is 0 after a graceful shutdown that aborted nothing, 2 if a flag or variable is wrong, 3 if a
-/// backend is missing, and 1 otherwise.
+/// The exit code is 0 after a graceful shutdown that aborted nothing, 2 if a flag or variable is
+/// wrong, 3 if a backend is missing, and 1 otherwise.
 pub fn main(level: &'static Level) -> ExitCode {
     let strategies: Vec<String> = level
         .strategies
@@ -64,7 +64,8 @@ pub fn main(level: &'static Level) -> ExitCode {
 
 /// Serves one strategy of a level until SIGTERM or Ctrl-C, then shuts down gracefully.
 ///
-/// Once it listens it prints one line to stdout, which ends in its address; everything else goes to stderr.
+/// Once it listens it prints one line to stdout, which ends in its address; everything else goes to
+/// stderr.
 pub fn serve(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
     telemetry::start(settings);
     raise_open_files_limit();
@@ -127,8 +128,8 @@ fn fail(code: u8, why: String) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Raises the soft limit of open files (`RLIMIT_NOFILE`) to the hard limit: a thousand buyers are a thousand
-/// sockets, and the usual soft limit is 1,024.
+/// Raises the soft limit of open files (`RLIMIT_NOFILE`) to the hard limit: a thousand buyers are a
+/// thousand sockets, and the usual soft limit is 1,024.
 pub fn raise_open_files_limit() {
     /// macOS reports an infinite hard limit, and rejects a soft limit above this.
     const MOST: u64 = 10_240;

@@ -28,12 +28,13 @@ use crate::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 // ANCHOR: deadlines
-/// How long a reservation waits for a pooled connection before it is answered `Indeterminate::Overloaded`.
+/// How long a reservation waits for a pooled connection before it is answered
+/// `Indeterminate::Overloaded`.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Timeouts that Postgres enforces itself, so that no transaction has to be cancelled from outside. The order
-/// matters: a wait for a lock times out before its statement does, and a lock holder may be idle for as long as
-/// the longest `WORK_MS`.
+/// Timeouts that Postgres enforces itself, so that no transaction has to be cancelled from outside.
+/// The order matters: a wait for a lock times out before its statement does, and a lock holder may
+/// be idle for as long as the longest `WORK_MS`.
 const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
     ("lock_timeout", "5s"),
     ("statement_timeout", "10s"),
@@ -41,7 +42,8 @@ const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
 ];
 // ANCHOR_END: deadlines
 
-/// A running server. It owns its pool, metrics, connections and reservations: two servers share nothing.
+/// A running server. It owns its pool, metrics, connections and reservations: two servers share
+/// nothing.
 ///
 /// Dropping it stops accepting connections; [`Server::shut_down`] also drains it.
 pub struct Server {
@@ -111,7 +113,8 @@ pub enum StartError {
 }
 
 impl StartError {
-    /// The exit code of a program that fails with this error: 2 for a wrong setting, 3 for a missing backend.
+    /// The exit code of a program that fails with this error: 2 for a wrong setting, 3 for a
+    /// missing backend.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoDatabaseUrl | Self::NoRedisUrl | Self::NoKafka | Self::TraceFile { .. } | Self::Address { .. } => 2,
@@ -196,12 +199,13 @@ impl Server {
     /// Shuts the server down gracefully.
     ///
     /// It stops accepting, completes requests in flight, closes idle connections after
-    /// [`Limits::shutdown_grace`](crate::Limits::shutdown_grace), waits for reservations whose clients have
-    /// disconnected, closes the strategy and the pool, and writes the trace.
+    /// [`Limits::shutdown_grace`](crate::Limits::shutdown_grace), waits for reservations whose
+    /// clients have disconnected, closes the strategy and the pool, and writes the trace.
     ///
     /// # Errors
-    /// [`DrainTimeout`] if this takes longer than [`Limits::drain_timeout`](crate::Limits::drain_timeout); what is
-    /// still in flight then is aborted.
+    /// [`DrainTimeout`] if this takes longer than
+    /// [`Limits::drain_timeout`](crate::Limits::drain_timeout); what is still in flight then is
+    /// aborted.
     pub async fn shut_down(self) -> Result<(), DrainTimeout> {
         let after = self.app.limits.drain_timeout;
         let deadline = Instant::now() + after;
@@ -232,7 +236,8 @@ impl Server {
     }
 }
 
-/// Builds the dependencies of a strategy from the settings. The database is migrated, the pool connects lazily.
+/// Builds the dependencies of a strategy from the settings. The database is migrated, the pool
+/// connects lazily.
 async fn context(name: &str, strategy: &Strategy, settings: &Settings) -> Result<StrategyContext, StartError> {
     let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
     let redis = redis_config(strategy, settings)?;
@@ -303,7 +308,8 @@ async fn database(
         .connect_lazy_with(connect.options(DATABASE_TIMEOUTS)))
 }
 
-/// Runs the migrations on a connection of its own: the pool would hide why the database is unreachable.
+/// Runs the migrations on a connection of its own: the pool would hide why the database is
+/// unreachable.
 ///
 /// Several instances may do this at once, because sqlx holds an advisory lock meanwhile.
 async fn migrate(connect: &PgConnectOptions, url: &DatabaseUrl, strategy: &Strategy) -> Result<(), StartError> {

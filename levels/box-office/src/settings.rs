@@ -21,7 +21,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::BreakpointSpec;
 
-/// The default log filter. Below `warn`, sqlx logs Postgres's notices, which are noise to an operator.
+/// The default log filter. Below `warn`, sqlx logs Postgres's notices, which are noise to an
+/// operator.
 const LOG: &str = "info,sqlx=warn";
 
 /// The settings of a server. The doc comments of the fields are the text of `--help`.
@@ -49,11 +50,12 @@ pub struct Settings {
     /// The prefix of every topic and consumer group in Kafka
     #[arg(long, env = "KAFKA_PREFIX", value_name = "TEXT", default_value = "oversold.", value_parser = kafka_prefix)]
     pub kafka_prefix: String,
-    /// The number of consumers of this server; with 0 it only accepts orders, and other servers process them
+    /// The number of consumers of this server; with 0 it only accepts orders, and other servers
+    /// process them
     #[arg(long, env = "KAFKA_CONSUMERS", value_name = "N", default_value = "1", value_parser = consumers)]
     pub kafka_consumers: u32,
-    /// The session timeout of a consumer (session.timeout.ms), in milliseconds: without heartbeats for this long it
-    /// loses its partitions
+    /// The session timeout of a consumer (session.timeout.ms), in milliseconds: without heartbeats
+    /// for this long it loses its partitions
     #[arg(long = "kafka-session-ms", env = "KAFKA_SESSION_MS", value_name = "MS", default_value = "10000", value_parser = session)]
     pub kafka_session: Duration,
     /// The IP address to listen on
@@ -85,10 +87,12 @@ pub struct Settings {
     /// The log filter: a level, or levels by module
     #[arg(long, env = "RUST_LOG", value_name = "FILTER", default_value = LOG, value_parser = log_filter)]
     pub log: String,
-    /// The file for the trace of every scheduling point, written as JSON lines when the server shuts down
+    /// The file for the trace of every scheduling point, written as JSON lines when the server
+    /// shuts down
     #[arg(long = "trace-file", env = "OVERSOLD_TRACE_FILE", value_name = "FILE")]
     pub trace_file: Option<PathBuf>,
-    /// A breakpoint for fault injection: pauses this process (SIGSTOP) at a hit of a scheduling point
+    /// A breakpoint for fault injection: pauses this process (SIGSTOP) at a hit of a scheduling
+    /// point
     #[arg(long = "stop-at", env = "OVERSOLD_STOP_AT", value_name = "POINT#HIT")]
     pub stop_at: Option<BreakpointSpec>,
     /// Timeouts and size limits. No flags: tests set them.
@@ -101,8 +105,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             database_url: None,
-            // Small on purpose: a hot row serves one transaction at a time, and more connections only add
-            // row-lock contention. `oversold bench --pools` measures it.
+            // Small on purpose: a hot row serves one transaction at a time, and more connections
+            // only add row-lock contention. `oversold bench --pools` measures it.
             database_pool_size: 4,
             redis_url: None,
             redis_prefix: "oversold:".to_owned(),
@@ -129,14 +133,15 @@ impl Default for Settings {
 /// Timeouts and size limits of a server. A test that needs to reach one makes it smaller.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// The maximum number of open connections; further clients wait in the backlog. Capped at half of the open-files
-    /// limit of the process.
+    /// The maximum number of open connections; further clients wait in the backlog. Capped at half
+    /// of the open-files limit of the process.
     pub connections: usize,
-    /// The maximum number of reservations in flight, including those whose clients have disconnected; beyond it a
-    /// request is answered [`Indeterminate::Overloaded`](crate::Indeterminate::Overloaded).
+    /// The maximum number of reservations in flight, including those whose clients have
+    /// disconnected; beyond it a request is answered
+    /// [`Indeterminate::Overloaded`](crate::Indeterminate::Overloaded).
     pub reservations: usize,
-    /// `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long (Linux only, see
-    /// tcp(7)).
+    /// `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long
+    /// (Linux only, see tcp(7)).
     pub tcp_user_timeout: Duration,
     /// The timeout for receiving the headers of a request; it also closes idle connections.
     pub header_timeout: Duration,
@@ -340,8 +345,8 @@ pub fn kafka_bootstrap_servers(text: &str) -> Result<String, &'static str> {
     }
 }
 
-/// Parses `KAFKA_PREFIX`: the characters that Kafka allows in a topic name, and short enough to leave room for the
-/// rest of the name (at most 249 characters).
+/// Parses `KAFKA_PREFIX`: the characters that Kafka allows in a topic name, and short enough to
+/// leave room for the rest of the name (at most 249 characters).
 ///
 /// # Errors
 /// A description of a valid value.
@@ -359,7 +364,8 @@ fn consumers(text: &str) -> Result<u32, &'static str> {
 }
 
 fn session(text: &str) -> Result<Duration, &'static str> {
-    // librdkafka rejects a `session.timeout.ms` over `max.poll.interval.ms`, which is 300000 by default.
+    // librdkafka rejects a `session.timeout.ms` over `max.poll.interval.ms`, which is 300000 by
+    // default.
     whole_number(text, 500..=300_000, "a number of milliseconds, 500 to 300000").map(Duration::from_millis)
 }
 
@@ -389,8 +395,8 @@ fn instance(text: &str) -> Result<String, &'static str> {
     Ok(text.to_owned())
 }
 
-/// Explains a command-line error in one line: the variable and flag, the value (unless it is a secret), and a
-/// description of a valid value.
+/// Explains a command-line error in one line: the variable and flag, the value (unless it is a
+/// secret), and a description of a valid value.
 pub fn explain(error: &clap::Error, command: &Command) -> String {
     // Only a built command can render its arguments.
     let mut command = command.clone();
@@ -421,7 +427,7 @@ pub fn explain(error: &clap::Error, command: &Command) -> String {
 
 /// Explains an error that clap does not attribute to one argument.
 fn explain_without_argument(error: &clap::Error, command: &Command) -> String {
-    // clap does not tell which value is not UTF-8.
+    // clap does not report which value is not UTF-8.
     let not_utf8 = || {
         arguments(command).find(|argument| {
             let value = argument.get_env().and_then(env::var_os);

@@ -1,4 +1,5 @@
-//! Scheduling points: named places in a strategy at which a test can suspend a request and a trace is recorded.
+//! Scheduling points: named places in a strategy at which a test can suspend a request and a trace
+//! is recorded.
 //!
 //! Without an observer, as in production, a scheduling point costs one branch.
 
@@ -64,7 +65,8 @@ impl Steps {
         }
     }
 
-    /// Reports that the request waits for a lock that is held: `steps.blocked("waiting for the lock")`.
+    /// Reports that the request waits for a lock that is held: `steps.blocked("waiting for the
+    /// lock")`.
     #[track_caller]
     pub fn blocked(&self, step: &'static str) {
         if let Some(observer) = self.0.as_deref() {

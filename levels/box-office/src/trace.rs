@@ -21,8 +21,8 @@ use crate::{Observer, Sighting, Steps};
 pub struct Record {
     /// The request id, as in `X-Request-Id`.
     pub request: String,
-    /// The time in microseconds on the machine's monotonic clock. Comparable between processes of one
-    /// machine.
+    /// The time in microseconds on the machine's monotonic clock. Comparable between processes of
+    /// one machine.
     pub at_us: u64,
     /// The name of the scheduling point.
     pub step: String,
@@ -33,14 +33,16 @@ pub struct Record {
     pub place: String,
 }
 
-/// The current time in microseconds on the monotonic clock of [`Record::at_us`] (`CLOCK_MONOTONIC`).
+/// The current time in microseconds on the monotonic clock of [`Record::at_us`]
+/// (`CLOCK_MONOTONIC`).
 pub fn now_monotonic_us() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let (seconds, nanoseconds) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
     seconds * 1_000_000 + nanoseconds / 1_000
 }
 
-/// Buffers the trace in memory, so that no request waits for the disk, and writes it when the server shuts down.
+/// Buffers the trace in memory, so that no request waits for the disk, and writes it when the
+/// server shuts down.
 pub(crate) struct Recorder {
     file: Mutex<File>,
     sightings: Mutex<Vec<(Arc<str>, u64, Sighting)>>,
@@ -48,7 +50,8 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// The capacity of the buffer, in records: it bounds the memory of a server that is left running with a trace.
+    /// The capacity of the buffer, in records: it bounds the memory of a server that is left
+    /// running with a trace.
     const MAX_RECORDS: usize = 1_000_000;
 
     /// Creates the file at once, so that an unwritable path fails the start and not the shutdown.

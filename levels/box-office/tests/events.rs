@@ -305,7 +305,8 @@ async fn a_shutdown_ends_the_streams_of_clients_that_wait_and_of_clients_that_ne
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }
 
-/// The number of events and the size of each: together 64 MiB, many times what a connection buffers.
+/// The number of events and the size of each: together 64 MiB, many times what a connection
+/// buffers.
 const EVENTS: i64 = 4096;
 const EVENT_BYTES: usize = 16 * 1024;
 
@@ -329,7 +330,8 @@ async fn a_client_that_never_reads_gets_no_more_events_than_its_connection_buffe
     server.shut_down().await.expect("nothing is aborted");
 }
 
-/// The counter-example: events are pushed into an unbounded queue per subscriber, without backpressure.
+/// The counter-example: events are pushed into an unbounded queue per subscriber, without
+/// backpressure.
 #[tokio::test]
 async fn an_unbounded_queue_holds_all_events_of_a_client_that_never_reads() {
     static MADE: AtomicI64 = AtomicI64::new(0);
@@ -339,7 +341,8 @@ async fn an_unbounded_queue_holds_all_events_of_a_client_that_never_reads() {
     server.shut_down().await.expect("nothing is aborted");
 }
 
-/// A server and a client that subscribes and never reads. Returns once the server's send buffer is full.
+/// A server and a client that subscribes and never reads. Returns once the server's send buffer is
+/// full.
 async fn never_reads(strategy: &'static Strategy) -> (Server, TcpStream) {
     let database = database().await;
     let server = Server::start(&ASYNCHRONOUS, strategy, &on(&database.url()))

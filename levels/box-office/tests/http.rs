@@ -1,4 +1,5 @@
-//! The HTTP API: every status, every problem, every invalid input; and request ids, panics, metrics and traces.
+//! The HTTP API: every status, every problem, every invalid input; and request ids, panics, metrics
+//! and traces.
 
 mod common;
 
@@ -228,7 +229,8 @@ const CASES: &[Case] = &[
     ),
 ];
 
-/// Problems that need more than one plain request. Each has a test of its own, here or in `limits.rs`.
+/// Problems that need more than one plain request. Each has a test of its own, here or in
+/// `limits.rs`.
 const ELSEWHERE: [&str; 4] = ["body-too-large", "body-too-slow", "sale-differs", "no-admin-token"];
 
 #[tokio::test]

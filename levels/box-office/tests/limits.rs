@@ -1,5 +1,5 @@
-//! Limits and timeouts: oversized, slow, malformed or numerous clients get a 4xx or are disconnected, and affect no
-//! other client. And the graceful shutdown.
+//! Limits and timeouts: oversized, slow, malformed or numerous clients get a 4xx or are
+//! disconnected, and affect no other client. And the graceful shutdown.
 
 mod common;
 
@@ -281,8 +281,8 @@ async fn a_connection_over_the_limit_waits_until_one_is_closed() {
     assert_eq!(within("the third", third).await.expect("no panic").status, 201);
 }
 
-/// The reservation of a client that disconnects stays in flight. Without a limit, a client that reconnects and retries
-/// would pile up reservations.
+/// The reservation of a client that disconnects stays in flight. Without a limit, a client that
+/// reconnects and retries would pile up reservations.
 #[tokio::test]
 async fn a_reservation_over_the_limit_is_answered_overloaded() {
     let one = Limits {
@@ -448,8 +448,8 @@ async fn a_kept_alive_connection_is_served_once_more_in_the_grace_period() {
         .expect("drained");
 }
 
-/// The test is single-threaded: the server accepts no connection while the clients connect, so all of them are in the
-/// backlog at the shutdown.
+/// The test is single-threaded: the server accepts no connection while the clients connect, so all
+/// of them are in the backlog at the shutdown.
 #[tokio::test]
 async fn every_client_in_the_backlog_is_served_before_the_shutdown() {
     const CLIENTS: usize = 500;

@@ -1,6 +1,8 @@
-//! A level's server as a program: settings, the ready line, signals, exit codes, and secrets that must not leak.
+//! A level's server as a program: settings, the ready line, signals, exit codes, and secrets that
+//! must not leak.
 //!
-//! This test binary is also that program: with a variable set, it acts as the server of the test double.
+//! This test binary is also that program: with a variable set, it acts as the server of the test
+//! double.
 
 mod common;
 

@@ -28,12 +28,12 @@ const REPLAY_TIMEOUT: Duration = Duration::from_secs(1);
 /// The interval of keep-alive comments: proxies close silent connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Streams the state changes of a reservation as server-sent events. An event is named after the status; its data
-/// is the reservation as JSON.
+/// Streams the state changes of a reservation as server-sent events. An event is named after the
+/// status; its data is the reservation as JSON.
 ///
-/// The first event of an unprocessed order is `accepted`, and the stream ends after the final state. It also ends
-/// when this server shuts down or its database is unavailable: the client reconnects, to any instance, and resumes
-/// with `Last-Event-ID`.
+/// The first event of an unprocessed order is `accepted`, and the stream ends after the final
+/// state. It also ends when this server shuts down or its database is unavailable: the client
+/// reconnects, to any instance, and resumes with `Last-Event-ID`.
 #[utoipa::path(
     get,
     path = "/api/reservations/{id}/events",
@@ -65,8 +65,8 @@ pub(super) async fn follow(
         // A strategy without events: its rows are final from the start.
         next.push_back(Event { number: 1, reservation });
     }
-    // A client that has received a stored event of a final order has received the last one. For any other client the
-    // stream stays open, even if the event could not be read within the timeout.
+    // A client that has received a stored event of a final order has received the last one. For any
+    // other client the stream stays open, even if the event could not be read within the timeout.
     if next.is_empty() && seen.is_some_and(|seen| seen > 0) && reservations::find(&app, id).await?.is_final() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }

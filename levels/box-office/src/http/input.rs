@@ -100,7 +100,8 @@ async fn read(body: Body, limits: &Limits) -> Result<Bytes, Problem> {
         let detail = format!("the body is longer than {} bytes", limits.body_bytes);
         Problem::new(ProblemKind::BodyTooLarge, detail)
     };
-    // A declared length over the limit is rejected before anything is read, so no "100 Continue" is sent.
+    // A declared length over the limit is rejected before anything is read, so no "100 Continue" is
+    // sent.
     if body.size_hint().lower() > limits.body_bytes as u64 {
         return Err(too_large());
     }
@@ -116,8 +117,8 @@ async fn read(body: Body, limits: &Limits) -> Result<Bytes, Problem> {
     }
 }
 
-/// Parses the body: [`ProblemKind::MalformedBody`] if it is not JSON, [`ProblemKind::InvalidBody`] if it does not
-/// match the schema.
+/// Parses the body: [`ProblemKind::MalformedBody`] if it is not JSON, [`ProblemKind::InvalidBody`]
+/// if it does not match the schema.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let malformed = |why: String| Problem::new(ProblemKind::MalformedBody, why);
     let text = std::str::from_utf8(bytes).map_err(|why| malformed(format!("the body is not UTF-8: {why}")))?;

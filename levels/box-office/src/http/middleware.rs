@@ -1,4 +1,5 @@
-//! The middleware around every request: request id, tracing span, latency metric, and the body of problem details.
+//! The middleware around every request: request id, tracing span, latency metric, and the body of
+//! problem details.
 
 use std::sync::Arc;
 
@@ -26,7 +27,8 @@ impl RequestId {
     /// The maximum length of a client's id, in characters.
     const MAX_LENGTH: usize = 128;
 
-    /// The client's `X-Request-Id` if it is visible ASCII, which is safe in logs and headers; else a new UUID.
+    /// The client's `X-Request-Id` if it is visible ASCII, which is safe in logs and headers; else
+    /// a new UUID.
     fn of(headers: &HeaderMap) -> Self {
         let is_valid = |value: &HeaderValue| {
             let bytes = value.as_bytes();

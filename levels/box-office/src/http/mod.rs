@@ -33,8 +33,8 @@ pub(crate) struct App {
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
     pub(crate) instrumentation: Instrumentation,
-    /// The tasks of reservations in flight. They outlive their connections, so that a client that disconnects does
-    /// not cancel a transaction half-way.
+    /// The tasks of reservations in flight. They outlive their connections, so that a client that
+    /// disconnects does not cancel a transaction half-way.
     pub(crate) reservations: TaskTracker,
     /// Permits for further reservations.
     pub(crate) permits: Arc<Semaphore>,

@@ -26,8 +26,8 @@ pub(super) async fn alive() -> &'static str {
     "alive\n"
 }
 
-/// The readiness probe: the database, through the same pool as reservations (a server without a free connection is
-/// not ready), and the other services that the strategy needs.
+/// The readiness probe: the database, through the same pool as reservations (a server without a
+/// free connection is not ready), and the other services that the strategy needs.
 #[utoipa::path(
     get,
     path = "/readyz",

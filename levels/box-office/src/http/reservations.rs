@@ -24,8 +24,8 @@ use crate::{
 
 /// Reserves one ticket.
 ///
-/// The same `Idempotency-Key` always yields the same reservation: a client without a final answer retries with the
-/// same key.
+/// The same `Idempotency-Key` always yields the same reservation: a client without a final answer
+/// retries with the same key.
 #[utoipa::path(
     post,
     path = "/api/sales/{id}/reservations",
@@ -87,8 +87,9 @@ pub(super) async fn reserve(
 }
 
 // ANCHOR: task
-/// Runs the reservation in a task of its own, which completes even if the client disconnects and this future is
-/// dropped. Such tasks outlive their connections, so a semaphore bounds their number.
+/// Runs the reservation in a task of its own, which completes even if the client disconnects and
+/// this future is dropped. Such tasks outlive their connections, so a semaphore bounds their
+/// number.
 async fn reserve_detached(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
     let Ok(permit) = Arc::clone(&app.permits).try_acquire_owned() else {
         let overloaded = Err(Indeterminate::Overloaded.into());

@@ -1,4 +1,5 @@
-//! A level of test doubles: the strategy `scripted` answers as its request key says. The server around it is under test.
+//! A level of test doubles: the strategy `scripted` answers as its request key says. The server
+//! around it is under test.
 //!
 //! Every test binary uses a part of this module.
 
