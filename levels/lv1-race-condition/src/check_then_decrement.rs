@@ -1,13 +1,13 @@
 //! Read the stock, check it, and let the database decrement it.
 //!
-//! `stock = stock - 1` is atomic: a concurrent update waits for the row lock and decrements the committed value, so no
-//! update is lost. But the check is stale: every transaction that has read 1 passes it, and the stock goes negative.
+//! `stock = stock - 1` is atomic: a concurrent update waits for the row lock, so none is lost.
+//! The check is stale: every transaction that has read 1 passes it, and the stock goes negative.
 //!
-//! Guarantee: the stock always equals the capacity minus the tickets sold; nothing keeps it from going negative.
+//! Guarantee: stock + sold = capacity. It does not hold the stock at zero or above.
 //! It ends at two concurrent buyers.
 //! Anomaly: check-then-act, also called time of check to time of use (TOCTOU). Cost: none.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-decrement: negative stock".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-decrement".
 
 use async_trait::async_trait;
 use box_office::{

@@ -1,12 +1,12 @@
 //! Select the buyer's reservation; if there is none, decrement the stock and insert one.
 //!
-//! The stock is safe, because its check and its decrement are one statement. The rule "one reservation per buyer" is
-//! not: two concurrent requests of a buyer both select before either has committed, find no row, and both insert.
+//! The stock is safe: its check and its decrement are one statement. Reservations are not: two
+//! concurrent requests of a buyer both select before either commits, find no row, and both insert.
 //!
-//! Guarantee: never more tickets than the capacity. It ends at two concurrent requests of one buyer.
-//! Anomaly: check-then-act on a row that does not exist yet, which no row lock can protect. Cost: none.
+//! Guarantee: at most `capacity` tickets. It ends at two concurrent requests of one buyer.
+//! Anomaly: check-then-act on a row that does not exist yet: there is no row to lock. Cost: none.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert: two clicks, two tickets".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert".
 
 use async_trait::async_trait;
 use box_office::{

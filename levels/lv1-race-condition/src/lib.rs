@@ -1,7 +1,7 @@
 //! LV.1: race conditions without any concurrency control.
 //!
-//! Three strategies that a careful beginner would write. Each runs in a transaction and passes every sequential test;
-//! each fails with two concurrent buyers. None has a data race, so the compiler accepts them.
+//! Three strategies of a careful beginner. Each runs in a transaction and passes every
+//! sequential test; each fails under concurrency. None has a data race, so the compiler accepts it.
 
 mod check_then_decrement;
 mod check_then_insert;

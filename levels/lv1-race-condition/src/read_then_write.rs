@@ -1,13 +1,13 @@
 //! Read the stock, check it, and write the decremented value back (read-modify-write).
 //!
-//! It is correct while buyers come one after another. Two concurrent transactions read the same stock and write the
-//! same new value: the second overwrites the first, and one of the two sales is missing from the stock.
+//! Two concurrent transactions read the same stock and write the same new value: one sale is lost.
+//! It is correct while buyers come one after another, so no sequential test fails.
 //!
 //! Guarantee: none on the number of tickets sold. It ends at two concurrent buyers.
 //! Anomaly: the lost update. `read committed`, the default isolation level of Postgres, allows it.
 //! Cost: none, which is why this code is so common.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write: the lost update".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write".
 
 use async_trait::async_trait;
 use box_office::{
