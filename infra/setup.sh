@@ -13,7 +13,7 @@ forced=${OVERSOLD_BACKENDS:-}
 case $forced in
 "" | native | docker) ;;
 *)
-    say "OVERSOLD_BACKENDS is \`$forced\`; it takes \`docker\` or \`native\`"
+    say "OVERSOLD_BACKENDS is \`$forced\`; expected \`docker\` or \`native\`"
     exit 2
     ;;
 esac

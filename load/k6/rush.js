@@ -26,14 +26,14 @@ const setting = (name, otherwise) => __ENV[name] || otherwise;
 const number = (name, otherwise, most) => {
   const value = Number(setting(name, otherwise));
   if (!Number.isInteger(value) || value < 0 || value > most) {
-    throw new Error(`${name} holds "${__ENV[name]}"; it takes a number, 0 to ${most}`);
+    throw new Error(`${name} holds "${__ENV[name]}"; expected a number, 0 to ${most}`);
   }
   return value;
 };
 
 const SCENARIO = setting('SCENARIO', 'rush');
 if (!['rush', 'arrivals'].includes(SCENARIO)) {
-  throw new Error(`SCENARIO holds "${SCENARIO}"; it takes rush or arrivals`);
+  throw new Error(`SCENARIO holds "${SCENARIO}"; expected rush or arrivals`);
 }
 const ARRIVALS = SCENARIO === 'arrivals';
 const RATE = number('RATE', 100, 2000);
@@ -76,7 +76,7 @@ const LEAVES_OPEN = codes('LEAVES_OPEN').concat(ARRIVALS ? codes('BREAKS') : [])
 const BREAKS = ARRIVALS ? [] : codes('BREAKS');
 for (const code of BREAKS) {
   if (!(code in INVARIANTS)) {
-    throw new Error(`BREAKS holds ${code}, which this script can't see; it takes ${Object.keys(INVARIANTS).join(', ')}`);
+    throw new Error(`BREAKS holds ${code}, which this script can't see; expected ${Object.keys(INVARIANTS).join(', ')}`);
   }
 }
 

@@ -60,7 +60,7 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
         bootstrap_servers: args
             .kafka_bootstrap_servers
             .clone()
-            .context("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; it takes the addresses of Kafka brokers, such as localhost:9092,localhost:9093")?,
+            .context("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; expected the addresses of Kafka brokers, such as localhost:9092,localhost:9093")?,
         prefix: args.kafka_prefix.clone(),
         consumers: 0,
         session: PATIENCE,

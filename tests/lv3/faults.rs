@@ -922,10 +922,10 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
             .await
             .unwrap(),
         work: Duration::ZERO,
-        counts: StrategyMetrics::default(),
+        metrics: StrategyMetrics::default(),
         redis: stand.redis(LEASE * 10).unwrap(),
         kafka: None,
-        watch: Instrumentation::default(),
+        instrumentation: Instrumentation::default(),
     };
     let here = (strategy.open)(context).await.unwrap();
     let order = Order {

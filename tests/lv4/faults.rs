@@ -1366,10 +1366,10 @@ async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
     let context = StrategyContext {
         database: place.stand.database().pool(2).await.unwrap(),
         work: Duration::ZERO,
-        counts: StrategyMetrics::default(),
+        metrics: StrategyMetrics::default(),
         redis: None,
         kafka: Some(place.kafka()),
-        watch: Instrumentation::default(),
+        instrumentation: Instrumentation::default(),
     };
     let path = Path::open(context).await.unwrap();
     let (_joins, joined) = watch::channel(true);

@@ -72,17 +72,17 @@ fn err(output: &Output) -> String {
 #[case::a_lock_on_its_own_without_one(&["bench", "lv1", "--lock"], "only LV.3 has one")]
 #[case::no_waiters(&["bench", "lv3/rlock", "--waiters", "0"], "a number, 1 to 20000")]
 #[case::alone_and_in_a_crowd(&["bench", "lv3/rlock", "--lock", "--waiters", "9"], "'--lock' cannot be used with '--waiters <N>'")]
-#[case::a_session_that_kafka_does_not_take(&["serve", "lv4", "--kafka-session-ms", "300001"], "KAFKA_SESSION_MS (--kafka-session-ms) holds \"300001\"; it takes a number of milliseconds, 500 to 300000")]
-#[case::a_lease_that_is_none(&["serve", "lv3", "--lock-lease-ms", "9"], "LOCK_LEASE_MS (--lock-lease-ms) holds \"9\"; it takes a number of milliseconds, 10 to 600000")]
+#[case::a_session_that_kafka_does_not_take(&["serve", "lv4", "--kafka-session-ms", "300001"], "KAFKA_SESSION_MS (--kafka-session-ms) holds \"300001\"; expected a number of milliseconds, 500 to 300000")]
+#[case::a_lease_that_is_none(&["serve", "lv3", "--lock-lease-ms", "9"], "LOCK_LEASE_MS (--lock-lease-ms) holds \"9\"; expected a number of milliseconds, 10 to 600000")]
 #[case::a_prefix_of_two_words(&["serve", "lv3", "--redis-prefix", "two words"], "REDIS_PREFIX")]
-#[case::a_redis_that_is_none(&["serve", "lv3", "--redis-url", "http://localhost"], "REDIS_URL (--redis-url) holds something else (not shown: it is a secret)")]
+#[case::a_redis_that_is_none(&["serve", "lv3", "--redis-url", "http://localhost"], "REDIS_URL (--redis-url) holds an invalid value (not shown: it is a secret)")]
 #[case::orders_that_wait_elsewhere(&["bench", "lv2/mutex", "--drain", "100"], "only LV.4 lets them wait: lv4/locked, lv4/single-writer")]
 #[case::no_orders_that_wait(&["bench", "lv4", "--drain", "0"], "a number, 1 to 500000")]
 #[case::answers_that_wait_for_no_pool(&["bench", "lv4", "--pools", "1,2"], "those of LV.4 do not")]
-#[case::dead_letters_of_nobody(&["dead-letters"], "oversold: KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; it takes the addresses of Kafka brokers, such as localhost:9092")]
-#[case::dead_letters_of_no_broker(&["dead-letters", "--kafka-bootstrap-servers", "localhost"], "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) holds \"localhost\"; it takes the addresses")]
+#[case::dead_letters_of_nobody(&["dead-letters"], "oversold: KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; expected the addresses of Kafka brokers, such as localhost:9092")]
+#[case::dead_letters_of_no_broker(&["dead-letters", "--kafka-bootstrap-servers", "localhost"], "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) holds \"localhost\"; expected the addresses")]
 #[case::a_dead_letter_without_origin(&["dead-letters", "show"], "<ORIGIN> is missing")]
-#[case::an_order_of_nothing(&["trace", "lv1", "--order"], "oversold: --order holds nothing; it takes a value")]
+#[case::an_order_of_nothing(&["trace", "lv1", "--order"], "oversold: --order is empty; expected a value")]
 #[case::a_port_that_is_none(&["serve", "lv1", "--port", "eighty"], "PORT")]
 fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[case] says: &str) {
     let output = command(arguments)
@@ -135,7 +135,7 @@ fn a_bad_setting_is_one_clear_line_and_exit_code_2() {
     assert_eq!(output.status.code(), Some(2));
     assert_eq!(
         err(&output),
-        "oversold: OVERSOLD_BACKENDS is `podman`; it takes `docker` or `native`\n"
+        "oversold: OVERSOLD_BACKENDS is `podman`; expected `docker` or `native`\n"
     );
 }
 
@@ -230,7 +230,7 @@ fn a_server_of_lv3_needs_redis() {
         .unwrap();
     let said = err(&output);
     assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("REDIS_URL (--redis-url) is not set; it takes"), "{said}");
+    assert!(said.contains("REDIS_URL (--redis-url) is not set; expected"), "{said}");
     assert_eq!(said.trim_end().lines().count(), 1, "{said}");
 }
 

@@ -1,4 +1,5 @@
-//! Stops this process at a scheduling point, so that a test can kill, freeze or leave a server just there.
+//! A breakpoint: pauses this process (SIGSTOP) at a scheduling point, so that a test can kill or
+//! resume it there.
 
 use std::{
     str::FromStr,
@@ -14,80 +15,85 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Observer, Sighting, Steps};
 
-/// A scheduling point, and which time of all the times that requests come to it: `stock read#1`.
+/// A scheduling point and the hit at which to pause, counted from 1 over all requests: `stock
+/// read#1`.
 #[derive(Clone, Debug)]
 pub struct BreakpointSpec {
     point: String,
-    time: u64,
+    hit: u64,
 }
 
 impl FromStr for BreakpointSpec {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const TAKES: &str = "a scheduling point and which time it is come to, such as stock read#1";
-        let (point, time) = text.rsplit_once('#').ok_or(TAKES)?;
-        match time.parse() {
-            Ok(time) if time > 0 && !point.is_empty() => Ok(Self {
+        const EXPECTED: &str = "a scheduling point and the number of the hit, such as stock read#1";
+        let (point, hit) = text.rsplit_once('#').ok_or(EXPECTED)?;
+        match hit.parse() {
+            Ok(hit) if hit > 0 && !point.is_empty() => Ok(Self {
                 point: point.to_owned(),
-                time,
+                hit,
             }),
-            _ => Err(TAKES),
+            _ => Err(EXPECTED),
         }
     }
 }
 
-/// Counts how often requests come to the point.
+/// A breakpoint with its hit count.
 pub(crate) struct Breakpoint {
-    at: BreakpointSpec,
-    times: AtomicU64,
+    spec: BreakpointSpec,
+    hits: AtomicU64,
 }
 
 impl Breakpoint {
-    pub(crate) fn new(at: BreakpointSpec) -> Arc<Self> {
+    pub(crate) fn new(spec: BreakpointSpec) -> Arc<Self> {
         Arc::new(Self {
-            at,
-            times: AtomicU64::new(0),
+            spec,
+            hits: AtomicU64::new(0),
         })
     }
 
-    /// The steps of one request, at which the process may stop. Whoever else watches them is told first.
-    pub(crate) fn watch(self: &Arc<Self>, steps: Steps) -> Steps {
-        Steps::observed_by(Arc::new(Stoppable {
-            stopper: Arc::clone(self),
+    /// Adds the breakpoint to the scheduling points of one request. Their existing observer comes
+    /// first.
+    pub(crate) fn observe(self: &Arc<Self>, steps: Steps) -> Steps {
+        Steps::observed_by(Arc::new(BreakpointObserver {
+            breakpoint: Arc::clone(self),
             steps,
         }))
     }
 
-    async fn reached(&self, step: &str) {
-        if step != self.at.point || self.times.fetch_add(1, Ordering::Relaxed) + 1 != self.at.time {
+    /// Counts the arrival, and pauses the process if it is the specified hit.
+    async fn arrive(&self, step: &str) {
+        if step != self.spec.point || self.hits.fetch_add(1, Ordering::Relaxed) + 1 != self.spec.hit {
             return;
         }
-        // Listened for before it can come. A stop takes the threads one after another, this one perhaps last: it must not run on by itself.
+        // Subscribe to SIGCONT before SIGSTOP. The kernel stops the threads one by one, this one
+        // perhaps last: awaiting SIGCONT keeps the request from running on until then.
         let continued = signal(SignalKind::from_raw(Signal::CONT.as_raw()));
         let stopped = continued.and_then(|continued| Ok(kill_process(getpid(), Signal::STOP).map(|()| continued)?));
         match stopped {
             Ok(mut continued) => {
                 continued.recv().await;
             }
-            Err(why) => tracing::error!(%why, "the process could not be stopped at {step:?}"),
+            Err(why) => tracing::error!(%why, "the process could not be paused at {step:?}"),
         }
     }
 }
 
-struct Stoppable {
-    stopper: Arc<Breakpoint>,
+/// The observer of one request.
+struct BreakpointObserver {
+    breakpoint: Arc<Breakpoint>,
     steps: Steps,
 }
 
-impl Observer for Stoppable {
+impl Observer for BreakpointObserver {
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()> {
         async move {
             let step = sighting.step;
             if let Some(observer) = self.steps.observer() {
                 observer.at(sighting).await;
             }
-            self.stopper.reached(step).await;
+            self.breakpoint.arrive(step).await;
         }
         .boxed()
     }

@@ -1,36 +1,42 @@
-//! The words of a sale. An outcome, a refusal and an undecided answer are three types, so that none can pass for another.
+//! Domain types of a sale.
+//!
+//! An order ends in an [`Outcome`], a [`Refusal`] or an [`Indeterminate`] answer. These are three
+//! types, so that none can be mistaken for another: "the pool was busy" is not "sold out".
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// Names a sale.
+/// The id of a sale.
 pub type SaleId = i64;
 
-/// Names a buyer. A buyer has at most one reservation in a sale.
+/// The id of a buyer. A buyer has at most one reservation in a sale.
 pub type BuyerId = i64;
 
-/// The client's `Idempotency-Key`: the same key in the same sale always leads to the same reservation.
+/// The client's `Idempotency-Key`: within a sale, the same key always yields the same reservation.
+///
+/// Source: IETF draft *The Idempotency-Key HTTP Header Field*
+/// (draft-ietf-httpapi-idempotency-key-header).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RequestKey(String);
 
-/// A request key is 1 to 128 visible ASCII characters.
+/// The error of parsing a [`RequestKey`]: it is empty, too long, or not visible ASCII.
 #[derive(Debug, thiserror::Error)]
 #[error("a request key is 1 to {max} visible ASCII characters", max = RequestKey::MAX_LENGTH)]
 pub struct InvalidRequestKey;
 
 impl RequestKey {
-    /// The longest key that is accepted, in characters.
+    /// The maximum length of a key, in characters.
     pub const MAX_LENGTH: usize = 128;
 
-    /// A key nobody else has, for a buyer who sent none.
+    /// A random key (UUID v4), for a request without one.
     pub fn fresh() -> Self {
         Self(Uuid::new_v4().to_string())
     }
 
-    /// The key as the client wrote it.
+    /// The key as the client sent it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -60,113 +66,138 @@ impl fmt::Display for RequestKey {
     }
 }
 
-/// What one buyer asks for: one ticket of one sale.
+/// A request for one ticket of one sale.
 #[derive(Clone, Debug)]
 pub struct Order {
-    /// The sale to buy from.
+    /// The sale.
     pub sale: SaleId,
-    /// Who buys.
+    /// The buyer.
     pub buyer: BuyerId,
-    /// Under which key this and every repeat of it is known.
+    /// The idempotency key, the same for every retry of this order.
     pub key: RequestKey,
 }
 
-/// A ticket taken.
+/// A reservation of one ticket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reservation {
-    /// Names the reservation, and its row.
+    /// The primary key of its row.
     pub id: Uuid,
 }
 
-/// A yes.
+/// A successful answer to an order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The reservation's row is durable.
     Confirmed(Reservation),
-    /// The order is durable, and will be decided; its final state comes later.
+    /// The order is durable and is processed asynchronously; its final state follows later.
     Accepted(Reservation),
 }
 
-/// A correct no: the state of the sale was looked at, and this was true.
+/// A business refusal: a strategy has read the state of the sale, and this was true of it.
+///
+/// It is the only type that a strategy refuses with. Two other types carry a refusal further, and
+/// are separate on purpose: [`ProblemKind`](crate::ProblemKind) is the stable `type` of every HTTP
+/// problem, refusals among them, and the test harness has a type of its own for what a client
+/// observed, so that its checker does not depend on the code under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Every ticket is taken.
+    /// No ticket is left.
     #[error("every ticket of this sale is taken")]
     SoldOut,
-    /// The buyer has a reservation in this sale under another key.
+    /// The buyer already has a reservation in this sale, made under another key.
     #[error("this buyer already has reservation {0} in this sale", earlier.id)]
     AlreadyReserved {
-        /// The reservation the buyer has.
+        /// The existing reservation.
         earlier: Reservation,
     },
-    /// The key belongs to another buyer of this sale.
+    /// Another buyer of this sale has used the request key.
     #[error("this request key was used by another buyer")]
     KeyOfAnotherBuyer,
-    /// There is no such sale.
+    /// The sale does not exist.
     #[error("there is no such sale")]
     UnknownSale,
 }
 
-/// The system can't say: it may or may not have happened. The buyer repeats with the same key.
+impl Refusal {
+    /// The reservation that the buyer already has, if that is the reason.
+    pub fn earlier(self) -> Option<Reservation> {
+        match self {
+            Self::AlreadyReserved { earlier } => Some(earlier),
+            Self::SoldOut | Self::KeyOfAnotherBuyer | Self::UnknownSale => None,
+        }
+    }
+}
+
+/// An unknown outcome: the reservation may or may not exist. The client retries with the same key.
+///
+/// The term is Jepsen's: an operation that ends with `:info` may take effect at any later time, or
+/// never.
 #[derive(Debug, thiserror::Error)]
 pub enum Indeterminate {
-    /// No connection or lock could be had in time.
-    #[error("too many requests are waiting")]
+    /// No pooled connection or lock could be acquired in time.
+    #[error("no connection or lock could be acquired in time")]
     Overloaded,
-    /// A step of the reservation took too long and was given up.
-    #[error("the reservation was given up after too long")]
+    /// A step of the reservation ran into its timeout.
+    #[error("the reservation timed out")]
     TimedOut,
-    /// A backend can't be reached, or answered with an error of its own.
-    #[error("a backend is away")]
+    /// A backend is unreachable, or returned an error.
+    #[error("a backend is unavailable")]
     BackendAway(#[source] anyhow::Error),
 }
 
-/// Every answer that is not a yes. The two kinds never turn into each other.
+/// The error of [`Reserve::reserve`](crate::Reserve::reserve). Its two kinds never convert into
+/// each other.
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
-    /// A correct no.
+    /// The order was refused; the answer is final.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// Nobody can say yet.
+    /// The outcome is unknown; the client retries with the same key.
     #[error(transparent)]
     Indeterminate(#[from] Indeterminate),
 }
 
 impl From<sqlx::Error> for ReserveError {
-    /// A database error never refuses anybody: whatever went wrong, the answer is "undecided".
+    /// Maps a database error to an [`Indeterminate`] answer, never to a refusal.
+    ///
+    /// SQLSTATE codes: Postgres manual, Appendix A "PostgreSQL Error Codes".
     fn from(error: sqlx::Error) -> Self {
-        /// Postgres: the lock could not be had within `lock_timeout`.
+        /// `lock_not_available`: `lock_timeout` expired.
         const LOCK_NOT_AVAILABLE: &str = "55P03";
-        /// Postgres: `statement_timeout` ended the statement.
+        /// `query_canceled`: `statement_timeout` expired.
         const QUERY_CANCELED: &str = "57014";
 
-        let undecided = match &error {
+        let indeterminate = match &error {
             sqlx::Error::PoolTimedOut => Indeterminate::Overloaded,
-            sqlx::Error::Database(refused) => match refused.code().as_deref() {
+            sqlx::Error::Database(database) => match database.code().as_deref() {
                 Some(LOCK_NOT_AVAILABLE) => Indeterminate::Overloaded,
                 Some(QUERY_CANCELED) => Indeterminate::TimedOut,
                 _ => Indeterminate::BackendAway(error.into()),
             },
             _ => Indeterminate::BackendAway(error.into()),
         };
-        Self::Indeterminate(undecided)
+        Self::Indeterminate(indeterminate)
     }
 }
 
-/// A reservation that was there before the order came: the buyer's own, or one under the order's key.
+/// A row that an order conflicts with: the buyer's own reservation, or one under the order's key.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub struct ExistingReservation {
-    /// The reservation.
+    /// Its id.
     pub id: Uuid,
-    /// Whose it is.
+    /// The buyer who holds it.
     pub buyer_id: BuyerId,
     /// The key it was made under.
     pub request_key: String,
 }
 
 impl ExistingReservation {
-    /// What to tell the buyer of `order`: a repeat is answered as the first time, anything else is refused.
-    pub fn answer(&self, order: &Order) -> Result<Outcome, Refusal> {
+    /// Answers `order` from this reservation: a retry of the same order gets the same answer again.
+    ///
+    /// # Errors
+    /// [`Refusal::KeyOfAnotherBuyer`] if another buyer used the key, [`Refusal::AlreadyReserved`]
+    /// if the buyer used another key.
+    pub fn resolve(&self, order: &Order) -> Result<Outcome, Refusal> {
         let reservation = Reservation { id: self.id };
         let same_key = self.request_key == order.key.as_str();
         match (same_key, self.buyer_id == order.buyer) {

@@ -1,44 +1,49 @@
-//! What a strategy promises, written beside the strategy, so that the suite can hold it to that.
+//! The guarantee of a strategy, declared in code, so that the tests can verify it.
 
 use serde::{Deserialize, Serialize};
 
-/// What must be true of every sale. The suite's judge checks each against what buyers saw and what the rows say.
+/// An invariant of a sale. The harness's judge checks each against the clients' observations and
+/// the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Invariant {
-    /// At every moment, the reservations that hold a ticket are at most the capacity.
+    /// At any moment, at most `capacity` reservations hold a ticket.
     #[serde(rename = "I1")]
     NoOversell,
-    /// Stock + held + confirmed = capacity, stock is never negative, and nothing is held at quiescence.
+    /// Stock + held + confirmed = capacity, stock is never negative, and nothing is held at
+    /// quiescence.
     #[serde(rename = "I2")]
     Conservation,
-    /// A buyer has at most one live reservation in a sale, and a request key has at most one ever.
+    /// A buyer has at most one live reservation in a sale, and a request key at most one ever.
     #[serde(rename = "I3")]
     NoDuplicate,
-    /// Every confirmed answer has exactly one row; every accepted one reaches exactly one final state.
+    /// Every confirmed answer has exactly one row; every accepted order reaches exactly one final
+    /// state.
     #[serde(rename = "I4")]
     NothingLost,
-    /// Every row was asked for, with the same buyer and key, and not only by requests that were refused.
+    /// Every row belongs to a request with the same buyer and key that was not refused.
     #[serde(rename = "I5")]
     NothingInvented,
-    /// Every refusal was true at some moment of its request.
+    /// Every refusal was true at some moment during its request.
     #[serde(rename = "I6")]
     NoFalseRefusal,
-    /// When every buyer has a final answer, min(capacity, buyers) tickets are sold.
+    /// Once every buyer has a final answer, min(capacity, buyers) tickets are sold.
     #[serde(rename = "I7")]
     NoUndersell,
-    /// Requests are served in order, within a stated bound on overtaking.
+    /// Requests are served first come, first served, within a stated bound on overtaking
+    /// (fairness).
     #[serde(rename = "I8")]
     Order,
-    /// Once a key is confirmed, every later final answer to it is that reservation.
+    /// Once a key is confirmed, every later final answer to it is that reservation (idempotency).
     #[serde(rename = "I9")]
     OneAnswer,
-    /// Every request ends by its deadline; after the last fault is healed, whoever repeats gets a final answer.
+    /// Every request ends by its deadline; after the last fault is healed, every retry gets a final
+    /// answer (liveness).
     #[serde(rename = "I10")]
     Progress,
 }
 
 impl Invariant {
-    /// All of them, in the order of their codes.
+    /// All invariants, ordered by code.
     pub const ALL: [Self; 10] = [
         Self::NoOversell,
         Self::Conservation,
@@ -68,7 +73,7 @@ impl Invariant {
         }
     }
 
-    /// The name in words.
+    /// The name in prose, such as `no oversell`.
     pub const fn title(self) -> &'static str {
         match self {
             Self::NoOversell => "no oversell",
@@ -85,32 +90,32 @@ impl Invariant {
     }
 }
 
-/// What a strategy says about one invariant.
+/// The promise of a strategy about one invariant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Promise {
-    /// It holds, whatever the load.
+    /// The invariant holds under any load.
     Keeps,
-    /// It does not hold, and the strategy's own stress must show it.
+    /// The invariant is violated, and the strategy's own stress test must show it.
     Breaks,
-    /// It may or may not hold: nobody should build on it.
+    /// The invariant may or may not hold; no client may rely on it.
     NotPromised,
 }
 
-/// One promise for every invariant.
+/// A promise for each invariant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Promises([Promise; Invariant::ALL.len()]);
 
 impl Promises {
-    /// Every invariant but the order of service, which only a queue can promise.
+    /// Keeps every invariant except [`Invariant::Order`], which only a queue can promise.
     pub const ALL_KEPT: Self =
         Self([Promise::Keeps; Invariant::ALL.len()]).with(&[Invariant::Order], Promise::NotPromised);
 
-    /// The same, but these are broken, and must be seen to be.
+    /// The same, but these are [`Promise::Breaks`].
     pub const fn breaks(self, invariants: &[Invariant]) -> Self {
         self.with(invariants, Promise::Breaks)
     }
 
-    /// The same, but nothing is said about these.
+    /// The same, but these are [`Promise::NotPromised`].
     pub const fn leaves_open(self, invariants: &[Invariant]) -> Self {
         self.with(invariants, Promise::NotPromised)
     }
@@ -124,12 +129,12 @@ impl Promises {
         self
     }
 
-    /// What is promised about one invariant.
+    /// The promise about one invariant.
     pub const fn about(&self, invariant: Invariant) -> Promise {
         self.0[invariant as usize]
     }
 
-    /// The invariants with this promise, in the order of their codes.
+    /// The invariants with this promise, ordered by code.
     pub fn those(&self, promise: Promise) -> impl Iterator<Item = Invariant> {
         Invariant::ALL
             .into_iter()
@@ -137,28 +142,30 @@ impl Promises {
     }
 }
 
-/// What a strategy keeps and what it breaks, on one instance and on any number of them, and what ends that.
+/// The guarantee of a strategy: its promises on one and on several instances, and its failure
+/// modes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guarantee {
-    /// With one instance of the server.
+    /// The promises with one instance of the server.
     pub single_instance: Promises,
-    /// With several.
+    /// The promises with several instances.
     pub multi_instance: Promises,
-    /// What the strategy does not survive. No rush shows it: a test brings it about, on purpose.
+    /// The faults under which the guarantee ends. Load alone does not show them: tests inject them.
     pub failure_modes: &'static [FailureMode],
 }
 
-/// An event that a strategy does not survive.
+/// A fault under which the guarantee of a strategy ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FailureMode {
-    /// What happens, such as "a holder stands still for longer than its lease".
+    /// The fault, such as "a holder is paused for longer than its lease".
     pub trigger: &'static str,
-    /// What it breaks then, at least, in the order of the codes. Nothing, where the damage is beside the sale.
+    /// The invariants that are violated then, at least, ordered by code. Empty if the damage is
+    /// outside the sale.
     pub violates: &'static [Invariant],
 }
 
 impl Guarantee {
-    /// The same promises however many instances there are.
+    /// The same promises on any number of instances.
     pub const fn uniform(promises: Promises) -> Self {
         Self {
             single_instance: promises,
@@ -172,7 +179,7 @@ impl Guarantee {
         Self { failure_modes, ..self }
     }
 
-    /// The promises for so many instances.
+    /// The promises for this number of instances.
     pub const fn on(&self, instances: usize) -> Promises {
         if instances == 1 {
             self.single_instance

@@ -1,4 +1,4 @@
-//! What a level is: a table of strategies, each with its guarantee, its schema, and a way to open it.
+//! A level: a table of strategies, each with its guarantee, its schema, and a constructor.
 
 use std::{future::Future, time::Duration};
 
@@ -10,54 +10,59 @@ use sqlx::{
     migrate::Migrator,
     postgres::{PgPoolOptions, PgTransaction},
 };
-
 use uuid::Uuid;
 
 use crate::{
     Guarantee, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError, Steps, StrategyMetrics, api,
 };
 
-/// One way to sell a ticket.
+/// A strategy: one way to reserve a ticket.
 #[async_trait]
 pub trait Reserve: Send + Sync {
-    /// Sells one ticket to the buyer of `order`, or says why not. `steps` marks the places where a test can hold it.
+    /// Reserves one ticket for the buyer of `order`. `steps` are the request's scheduling points.
     ///
     /// # Errors
-    /// A [`Refusal`](crate::Refusal) where "no" is the truth, [`Indeterminate`](crate::Undecided) where nobody can say.
+    /// [`ReserveError::Refused`] if the state of the sale does not allow it,
+    /// [`ReserveError::Indeterminate`] if the outcome is unknown.
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError>;
 
-    /// Whether the services that it needs besides Postgres answer. Part of the server's readiness.
+    /// Probes the services that the strategy needs besides Postgres, for the server's readiness
+    /// probe.
     ///
     /// # Errors
-    /// One does not.
+    /// [`ReserveError::Indeterminate`] if a required service fails its probe.
     async fn ready(&self) -> Result<(), ReserveError> {
         Ok(())
     }
 
-    /// Whether an order was accepted under this id, although there may be no row of it yet.
+    /// Whether `id` was issued to an accepted order, which may have no row yet.
     fn accepted(&self, _id: Uuid) -> bool {
         false
     }
 
-    /// What became of an accepted order, from stored state: every event after the one numbered `after`, in their order. Where there is none
-    /// yet it waits for one, up to `patience`, and then there are none. `None`: the strategy has no events, its rows are final at once.
+    /// The stored events of an accepted order after the one numbered `after`, in order (long
+    /// polling).
+    ///
+    /// If there is none yet, it waits for one up to `timeout`, and then returns an empty list.
+    /// `None` means that the strategy has no events, because its rows are final at once.
     ///
     /// # Errors
-    /// Nobody can say, as the database is away.
-    async fn events(&self, _id: Uuid, _after: i64, _patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+    /// [`ReserveError::Indeterminate`] if the database is unavailable.
+    async fn events(&self, _id: Uuid, _after: i64, _timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         Ok(None)
     }
 
-    /// Finishes what it has in hand beside the requests, and stops. The server calls it once, at its end, after the last request.
+    /// Graceful shutdown: background consumers finish their in-flight messages and stop. The server
+    /// calls it once, after the last request.
     async fn close(&self) {}
 }
 
-/// Something that became of an accepted order, as it is stored.
+/// A stored state change of an accepted order.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// Its number: later events have greater ones. What a client that comes back sends as `Last-Event-ID`.
+    /// The event id, which increases. A client that reconnects sends it as `Last-Event-ID`.
     pub number: i64,
-    /// The reservation after it.
+    /// The reservation after the change.
     pub reservation: api::Reservation,
 }
 
@@ -74,9 +79,9 @@ pub trait Open: Reserve + Sized + 'static {
 pub struct Level {
     /// The short name: `lv1`.
     pub name: &'static str,
-    /// The name of its package and of its server: `lv1-race-condition`.
+    /// The name of its package and its server binary: `lv1-race-condition`.
     pub package: &'static str,
-    /// What it shows, in one line.
+    /// Its subject, in one line.
     pub summary: &'static str,
     /// Asks Kafka for the lag of the level's consumer group, in messages; each request to the broker takes this long at most.
     /// `None`: the level has no consumer group.
@@ -222,17 +227,17 @@ impl Mutant {
 /// The strategy, once it is created.
 pub type Opening = BoxFuture<'static, anyhow::Result<Box<dyn Reserve>>>;
 
-/// A service besides Postgres, which every strategy needs.
+/// A service that a strategy may need besides Postgres.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// Redis; a server finds it by `REDIS_URL`.
+    /// Redis, configured with `REDIS_URL`.
     Redis,
-    /// Kafka; a server finds it by `KAFKA_BOOTSTRAP_SERVERS`.
+    /// Kafka, configured with `KAFKA_BOOTSTRAP_SERVERS`.
     Kafka,
 }
 
 impl Service {
-    /// As it is written in lists and messages.
+    /// The name in lists and messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Redis => "redis",
@@ -244,67 +249,70 @@ impl Service {
 /// The tables that a strategy runs on.
 #[derive(Clone, Copy)]
 pub struct Schema {
-    /// Names it in messages and in the names of databases: `bare`.
+    /// The name in messages and in the names of databases: `bare`.
     pub name: &'static str,
-    /// Makes the tables, and the views `sale_now` and `reservation_now`.
+    /// The migrations that create the tables and the views `sale_now` and `reservation_now`.
     pub migrations: &'static Migrator,
 }
 
-/// What a strategy is opened with.
+/// The dependencies of a strategy.
 #[derive(Clone)]
 pub struct StrategyContext {
-    /// Connections to the level's own database, which is migrated already.
+    /// The connection pool of the migrated database.
     pub database: PgPool,
-    /// Business time that every reservation spends inside its critical section: `WORK_MS`.
+    /// The simulated work of every reservation inside its critical section: `WORK_MS`.
     pub work: Duration,
-    /// What a strategy counts beside what the server counts of every one.
-    pub counts: StrategyMetrics,
-    /// Where Redis is. There for every strategy that needs it.
+    /// The metrics that a strategy records, beside those of the server.
+    pub metrics: StrategyMetrics,
+    /// The Redis configuration. Present for every strategy that needs Redis.
     pub redis: Option<RedisConfig>,
-    /// Where Kafka is. There for every strategy that needs it.
+    /// The Kafka configuration. Present for every strategy that needs Kafka.
     pub kafka: Option<KafkaConfig>,
-    /// Who watches what the strategy does beside the requests.
-    pub watch: Instrumentation,
+    /// Scheduling points for background work, such as consumers.
+    pub instrumentation: Instrumentation,
 }
 
-/// Where Kafka is, and how this server takes part.
+/// The Kafka configuration of a server.
 #[derive(Clone, Debug)]
 pub struct KafkaConfig {
-    /// `host:port`, or several with commas between them.
+    /// A comma-separated list of `host:port`.
     pub bootstrap_servers: String,
-    /// What the name of every topic and group begins with.
+    /// The prefix of every topic and consumer group.
     pub prefix: String,
-    /// How many consumers this server runs; 0: it accepts orders, and others decide them.
+    /// The number of consumers of this server. With 0 it only accepts orders, and other servers
+    /// process them.
     pub consumers: u32,
-    /// How long the group waits for a consumer that is not heard of before it gives its partitions to others.
+    /// `session.timeout.ms`: a consumer without heartbeats for this long loses its partitions in a
+    /// rebalance.
     pub session: Duration,
 }
 
-/// Where Redis is, and how a lock in it is to be taken.
+/// The Redis configuration of a server.
 #[derive(Clone, Debug)]
 pub struct RedisConfig {
-    /// Its URL. The password in it shows nowhere.
+    /// The URL. Its `Debug` and `Display` hide the password.
     pub url: RedisUrl,
-    /// What stands before every key and channel.
+    /// The prefix of every key and channel.
     pub prefix: String,
-    /// How long a lock outlives its holder: `LOCK_LEASE_MS`.
+    /// The lease of a lock: it expires this long after its last renewal. `LOCK_LEASE_MS`.
     pub lease: Duration,
 }
 
 impl StrategyContext {
-    /// How a server opens its connections to the database, so many at most.
+    /// Options of the connection pool, with at most `size` connections.
     ///
-    /// sqlx would ask every connection whether it is still there before it hands it out: a round trip for each reservation. One that was in
-    /// use a moment ago is taken at its word; one that has rested for as long as a restart of Postgres takes at least is asked.
+    /// By default sqlx pings every connection on acquire (`test_before_acquire`), which costs each
+    /// reservation a round trip. Here a connection is pinged only after an idle time of 50 ms or
+    /// more: no restart of Postgres is shorter.
     pub fn pool_options(size: u32) -> PgPoolOptions {
-        const RESTED: Duration = Duration::from_millis(50);
+        const PING_AFTER_IDLE: Duration = Duration::from_millis(50);
 
         PgPoolOptions::new()
             .max_connections(size)
             .test_before_acquire(false)
             .before_acquire(|connection, about| {
                 Box::pin(async move {
-                    if about.idle_for >= RESTED {
+                    if about.idle_for >= PING_AFTER_IDLE {
                         connection.ping().await?;
                     }
                     Ok(true)
@@ -312,24 +320,26 @@ impl StrategyContext {
             })
     }
 
-    /// Begins a transaction. Whoever awaits this may be cancelled.
+    /// Begins a transaction. Cancel-safe, unlike [`PgPool::begin`].
     ///
-    /// A `begin` of the pool that is cancelled half-way leaves its transaction open on a connection that believes there is none, and who got
-    /// that connection next would sell inside somebody else's transaction. So the statement is sent by a task of its own: it runs to its
-    /// end whoever has left, and a transaction that nobody takes is rolled back.
+    /// In sqlx 0.9, a `begin` that is cancelled half-way leaves its transaction open on a
+    /// connection whose client side does not know of it: the next user of that connection would run
+    /// inside the same transaction. So the statement is sent from a task of its own, which always
+    /// completes; a transaction whose caller is gone is rolled back.
     ///
     /// # Errors
-    /// No connection is free in time, or the database does not answer.
+    /// [`sqlx::Error::PoolTimedOut`] if no connection is free in time, or the error of the
+    /// connection.
     pub async fn begin(&self) -> sqlx::Result<PgTransaction<'static>> {
         let connection = self.database.acquire().await?;
         let begun = tokio::spawn(Transaction::begin(connection, None)).await;
         begun.unwrap_or(Err(sqlx::Error::WorkerCrashed))
     }
 
-    /// Spends the business time. A strategy awaits it where a real one would call the payment or the seat map: between
-    /// its first look and its last write.
+    /// Sleeps for [`work`](Self::work). A strategy awaits it where a real one would call a payment
+    /// or seating service: between its first read and its last write.
     pub async fn simulate_work(&self) {
-        // Even a sleep of nothing would give up the processor, and so change who comes first.
+        // Even a sleep of zero yields to the scheduler, which would change the interleaving.
         if !self.work.is_zero() {
             tokio::time::sleep(self.work).await;
         }

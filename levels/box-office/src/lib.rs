@@ -1,9 +1,12 @@
-//! The theatre every level plays in: what a sale is, the HTTP contract, configuration, telemetry, scheduling points.
+//! The code that all levels share: domain types, the HTTP API, settings, telemetry and scheduling
+//! points.
 //!
-//! No lock, no retry and no queue lives here: those are what the levels teach, and each stands in its strategy's own file.
+//! It has no lock, no retry and no queue. Those are the subject of the levels, and are in the
+//! source file of each strategy.
 
 pub mod api;
 mod breakpoint;
+mod connections;
 mod domain;
 mod guarantee;
 mod http;

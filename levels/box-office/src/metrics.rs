@@ -1,4 +1,5 @@
-//! What a server counts, for Prometheus. One registry per server: two servers in one process don't share a number.
+//! Prometheus metrics. Each server has a registry of its own, so two servers in one process share
+//! no metric.
 
 use std::{fmt, time::Duration};
 
@@ -19,24 +20,27 @@ use tokio_util::task::TaskTracker;
 
 use crate::{Outcome, ProblemKind, ReserveError, Service};
 
-/// From a quick answer to the longest that a reservation can wait.
+/// Histogram buckets, up to the longest that a reservation can take.
 const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0,
 ];
 
-/// What a strategy counts.
+/// The metrics that a strategy records.
 #[derive(Clone, Debug, Default)]
 pub struct StrategyMetrics {
-    /// Raised each time a reservation starts again because another was quicker: `oversold_retries_total`.
+    /// `oversold_retries_total`: retries after a conflict with a concurrent reservation.
     pub retries: Counter,
-    /// Raised with each message that is dead-lettered: `oversold_dead_letters_total`.
+    /// `oversold_dead_letters_total`: messages published to the dead-letter topic.
     pub dead_letters: Counter,
-    /// How far the group that decides is behind: `oversold_consumer_lag`.
+    /// `oversold_consumer_lag`: consumer lag by partition, in messages.
     pub lag: ConsumerLag,
 }
 
-/// How many messages of each partition the group that decides has not passed. It is a figure of the group, and every server tells it, so that it is
-/// there when no consumer is.
+/// The consumer lag of each partition: its end offset minus the committed offset of the consumer
+/// group, in messages.
+///
+/// It is a property of the group. Every server exports it, so that it is known even while no
+/// consumer runs.
 #[derive(Clone, Debug, Default)]
 pub struct ConsumerLag(Family<Partition, Gauge>);
 
@@ -46,27 +50,28 @@ struct Partition {
 }
 
 impl ConsumerLag {
-    /// So many wait in a partition.
-    pub fn is(&self, partition: i32, messages: i64) {
+    /// Sets the lag of a partition, in messages.
+    pub fn set(&self, partition: i32, messages: i64) {
         self.0.get_or_create(&Partition { partition }).set(messages);
     }
 
-    /// Nobody can say.
-    pub fn is_unknown(&self) {
+    /// Removes all partitions: the lag is unknown.
+    pub fn clear(&self) {
         self.0.clear();
     }
 }
 
-/// Everything one server counts.
+/// All metrics of one server.
 pub(crate) struct Metrics {
     registry: Registry,
-    answers: Family<AnswerLabels, Histogram, fn() -> Histogram>,
+    responses: Family<ResponseLabels, Histogram, fn() -> Histogram>,
     reservations: Family<ReservationLabels, Counter>,
 }
 
-/// No label ever holds what a client made up: the route is the pattern, an odd method is `other`.
+/// Labels of bounded cardinality, with nothing that a client chooses: `route` is the route pattern,
+/// an unknown method is `other`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct AnswerLabels {
+struct ResponseLabels {
     method: &'static str,
     route: String,
     status: u16,
@@ -78,12 +83,15 @@ struct ReservationLabels {
 }
 
 impl Metrics {
-    /// `strategy` is `lv1/read-then-write`; `counts` is what the strategy counts, and `needs` tells which of it can be more than nothing;
-    /// `clients` holds the open connections, `in_flight` the reservations that run.
+    /// Registers all metrics.
+    ///
+    /// `strategy` is such as `lv1/read-then-write`. The Kafka metrics of `strategy_metrics` are
+    /// registered only if `needs` has Kafka. `clients` tracks the open connections, `in_flight` the
+    /// running reservations.
     pub(crate) fn new(
         strategy: &str,
         instance: &str,
-        counts: StrategyMetrics,
+        strategy_metrics: StrategyMetrics,
         needs: &[Service],
         database: PgPool,
         clients: TaskTracker,
@@ -93,7 +101,7 @@ impl Metrics {
         let server = [("strategy", strategy), ("instance_name", instance)];
         registry.register(
             "server",
-            "Which server this is",
+            "The strategy and the instance of this server",
             Info::new(
                 server
                     .map(|(label, value)| (label.to_owned(), value.to_owned()))
@@ -101,72 +109,76 @@ impl Metrics {
             ),
         );
 
-        let answers = Family::<AnswerLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| {
+        let responses = Family::<ResponseLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| {
             Histogram::new(LATENCY_BUCKETS_SECONDS)
         });
         registry.register(
             "http_request_duration_seconds",
-            "How long answers took, by route and answer",
-            answers.clone(),
+            "Latency of HTTP responses, by route and status",
+            responses.clone(),
         );
 
         let reservations = Family::<ReservationLabels, Counter>::default();
         registry.register(
             "reservations",
-            "Reservations that came to their end, by what came out",
+            "Completed reservations, by answer",
             reservations.clone(),
         );
 
         registry.register(
             "retries",
-            "How often a reservation started again because another was quicker",
-            counts.retries,
+            "Retries after a conflict with a concurrent reservation",
+            strategy_metrics.retries,
         );
-        let decides_later = needs.contains(&Service::Kafka);
-        if decides_later {
-            registry.register("dead_letters", "Messages that were dead-lettered", counts.dead_letters);
+        let asynchronous = needs.contains(&Service::Kafka);
+        if asynchronous {
+            registry.register(
+                "dead_letters",
+                "Messages published to the dead-letter topic",
+                strategy_metrics.dead_letters,
+            );
             registry.register(
                 "consumer_lag",
-                "Messages that the group of all servers has not passed",
-                counts.lag.0,
+                "Messages that the consumer group has not committed, by partition",
+                strategy_metrics.lag.0,
             );
         }
 
-        registry.register_collector(Box::new(Now {
+        registry.register_collector(Box::new(CurrentState {
             database,
             clients,
             in_flight,
-            decides_later,
+            asynchronous,
         }));
         Self {
             registry,
-            answers,
+            responses,
             reservations,
         }
     }
 
-    /// An answer went out.
-    pub(crate) fn answered(&self, method: &'static str, route: &str, status: u16, took: Duration) {
-        let labels = AnswerLabels {
+    /// Records the latency of a response.
+    pub(crate) fn observe_response(&self, method: &'static str, route: &str, status: u16, took: Duration) {
+        let labels = ResponseLabels {
             method,
             route: route.to_owned(),
             status,
         };
-        self.answers.get_or_create(&labels).observe(took.as_secs_f64());
+        self.responses.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
-    /// A reservation came to its end; `None`: it panicked.
-    pub(crate) fn reserved(&self, result: Option<&Result<Outcome, ReserveError>>) {
+    /// Counts a completed reservation. `None`: it panicked.
+    pub(crate) fn count_reservation(&self, result: Option<&Result<Outcome, ReserveError>>) {
         let answer = match result {
             Some(Ok(Outcome::Confirmed(_))) => "confirmed",
             Some(Ok(Outcome::Accepted(_))) => "accepted",
-            Some(Err(no)) => ProblemKind::from(no).name(),
+            Some(Err(error)) => ProblemKind::from(error).name(),
             None => ProblemKind::Crashed.name(),
         };
         self.reservations.get_or_create(&ReservationLabels { answer }).inc();
     }
 
-    /// Everything, in the text format of OpenMetrics.
+    /// All metrics in the OpenMetrics text format.
     pub(crate) fn text(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         text::encode(&mut text, &self.registry)?;
@@ -174,22 +186,23 @@ impl Metrics {
     }
 }
 
-/// What is going on, looked up when it is asked for.
-struct Now {
+/// Gauges that are computed at each scrape.
+struct CurrentState {
     database: PgPool,
     clients: TaskTracker,
     in_flight: TaskTracker,
-    /// Then a reservation waits for Kafka, and the connections are those of others.
-    decides_later: bool,
+    /// Orders are processed by consumers: then a reservation waits for Kafka, and `pool_waiting`
+    /// would mislead.
+    asynchronous: bool,
 }
 
-impl fmt::Debug for Now {
+impl fmt::Debug for CurrentState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Now").finish_non_exhaustive()
+        f.debug_struct("CurrentState").finish_non_exhaustive()
     }
 }
 
-impl Collector for Now {
+impl Collector for CurrentState {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let open = u64::from(self.database.size());
         let idle = (self.database.num_idle() as u64).min(open);
@@ -199,20 +212,16 @@ impl Collector for Now {
             ("pool_connections_in_use", "Database connections in use", in_use),
             (
                 "pool_connections_idle",
-                "Database connections that are open and free",
+                "Database connections that are open and idle",
                 idle,
             ),
-            (
-                "connections_open",
-                "Clients that are connected",
-                self.clients.len() as u64,
-            ),
-            ("reservations_in_flight", "Reservations that run", in_flight),
+            ("connections_open", "Open client connections", self.clients.len() as u64),
+            ("reservations_in_flight", "Reservations in flight", in_flight),
         ];
-        if !self.decides_later {
+        if !self.asynchronous {
             gauges.push((
                 "pool_waiting",
-                "Reservations that run and have no database connection: they wait for one, or for a lock elsewhere",
+                "Reservations in flight without a database connection: they wait for one, or for a lock outside Postgres",
                 in_flight.saturating_sub(in_use),
             ));
         }

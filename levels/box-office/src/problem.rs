@@ -1,4 +1,4 @@
-//! Every answer of the HTTP contract that is not a success, as RFC 9457 problem details: one row each.
+//! Error responses as problem details (RFC 9457): one table of all problem types.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,12 @@ use uuid::Uuid;
 
 use crate::{Indeterminate, Refusal, ReserveError, api};
 
-/// What can be wrong. The `type` of each is stable: clients tell problems apart by it, never by the words.
+/// A problem type: the stable `type` of an error response, by which clients tell problems apart.
+///
+/// It is wider than [`Refusal`], which four of its variants stand for: it also has the
+/// [`Indeterminate`] answers (503) and the errors of HTTP itself (4xx, 500). It carries no data and
+/// outlives renames in the domain, because its names are part of the HTTP API and, as reasons of a
+/// refusal, of LV.4's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ProblemKind {
     /// [`Refusal::SoldOut`].
@@ -19,7 +24,7 @@ pub enum ProblemKind {
     AlreadyReserved,
     /// [`Refusal::KeyOfAnotherBuyer`].
     KeyOfAnotherBuyer,
-    /// [`Refusal::UnknownSale`], and every other call about a sale that nobody opened.
+    /// [`Refusal::UnknownSale`], and every other request for a sale that does not exist.
     UnknownSale,
     /// [`Indeterminate::Overloaded`].
     Overloaded,
@@ -27,40 +32,40 @@ pub enum ProblemKind {
     TimedOut,
     /// [`Indeterminate::BackendAway`].
     BackendAway,
-    /// There is no reservation with this id.
+    /// The reservation does not exist.
     UnknownReservation,
-    /// The sale was opened with another name or capacity.
+    /// The sale exists with another name or capacity.
     SaleDiffers,
     /// The admin token is missing or wrong.
     Unauthorized,
     /// This server was started without an admin token.
     NoAdminToken,
-    /// No route has this path.
+    /// No route matches the path.
     NotFound,
-    /// The route exists, but not with this method.
+    /// The route does not support the method.
     MethodNotAllowed,
-    /// An id in the path can't be one.
+    /// An id in the path is malformed.
     MalformedPath,
-    /// The `Idempotency-Key` can't be one.
+    /// The `Idempotency-Key` is malformed.
     MalformedKey,
-    /// The `Last-Event-ID` can't be one.
+    /// The `Last-Event-ID` is malformed.
     MalformedEventId,
     /// The body is not JSON.
     MalformedBody,
-    /// The body is JSON, but not what the call takes.
+    /// The body is JSON, but does not match the schema.
     InvalidBody,
-    /// The body is longer than the server reads.
+    /// The body exceeds the size limit.
     BodyTooLarge,
-    /// The body did not come in time.
+    /// The body was not received in time.
     BodyTooSlow,
-    /// The body is not declared to be JSON.
+    /// The `Content-Type` is not JSON.
     NotJson,
-    /// The server panicked at this one request.
+    /// The handler of this request panicked.
     Crashed,
 }
 
-/// What the contract says about one kind of problem.
-struct Row {
+/// The specification of one problem type.
+struct Spec {
     name: &'static str,
     status: StatusCode,
     title: &'static str,
@@ -68,7 +73,7 @@ struct Row {
 }
 
 impl ProblemKind {
-    /// All of them.
+    /// All problem types.
     pub const ALL: [Self; 22] = [
         Self::SoldOut,
         Self::AlreadyReserved,
@@ -94,52 +99,54 @@ impl ProblemKind {
         Self::Crashed,
     ];
 
-    /// Where a server explains its problems: a problem's `type` is this, followed by its name.
+    /// The path under which a server documents its problem types: a `type` is this path and the
+    /// name.
     pub const PATH: &'static str = "/problems/";
 
-    const fn row(self) -> Row {
+    /// The table of all problem types.
+    const fn spec(self) -> Spec {
         let (name, status, title, meaning) = match self {
             Self::SoldOut => (
                 "sold-out",
                 StatusCode::CONFLICT,
                 "Sold out",
-                "Every ticket of this sale is taken. Asking again will not help.",
+                "No ticket of this sale is left. The answer is final: do not retry.",
             ),
             Self::AlreadyReserved => (
                 "already-reserved",
                 StatusCode::CONFLICT,
                 "Already reserved",
-                "This buyer has a reservation in this sale under another request key: the one named in `reservation_id`.",
+                "This buyer already has a reservation in this sale under another request key: `reservation_id`.",
             ),
             Self::KeyOfAnotherBuyer => (
                 "key-of-another-buyer",
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "Request key of another buyer",
-                "This request key was used by another buyer of this sale. A key belongs to one buyer.",
+                "Another buyer of this sale has used this request key. A key belongs to one buyer.",
             ),
             Self::UnknownSale => (
                 "unknown-sale",
                 StatusCode::NOT_FOUND,
                 "Unknown sale",
-                "Nobody has opened a sale with this id.",
+                "There is no sale with this id.",
             ),
             Self::Overloaded => (
                 "overloaded",
                 StatusCode::SERVICE_UNAVAILABLE,
-                "Undecided: overloaded",
-                "No connection or lock could be had in time. Repeat the request with the same request key.",
+                "Outcome unknown: overloaded",
+                "No connection or lock could be acquired in time. Retry with the same request key.",
             ),
             Self::TimedOut => (
                 "timed-out",
                 StatusCode::SERVICE_UNAVAILABLE,
-                "Undecided: timed out",
-                "It took too long and was given up. It may have happened: repeat the request with the same request key.",
+                "Outcome unknown: timed out",
+                "The request timed out. It may have taken effect: retry with the same request key.",
             ),
             Self::BackendAway => (
                 "backend-away",
                 StatusCode::SERVICE_UNAVAILABLE,
-                "Undecided: a backend is away",
-                "A backend could not be reached, or failed. It may have happened: repeat the request with the same request key.",
+                "Outcome unknown: a backend is unavailable",
+                "A backend is unreachable or failed. The request may have taken effect: retry with the same request key.",
             ),
             Self::UnknownReservation => (
                 "unknown-reservation",
@@ -150,50 +157,50 @@ impl ProblemKind {
             Self::SaleDiffers => (
                 "sale-differs",
                 StatusCode::CONFLICT,
-                "The sale is open with another name or capacity",
-                "A sale keeps the name and capacity it was opened with.",
+                "The sale exists with another name or capacity",
+                "A sale keeps the name and capacity that it was opened with.",
             ),
             Self::Unauthorized => (
                 "unauthorized",
                 StatusCode::UNAUTHORIZED,
                 "Admin token missing or wrong",
-                "This call takes the header `Authorization: Bearer <admin token>`.",
+                "This operation requires the header `Authorization: Bearer <admin token>`.",
             ),
             Self::NoAdminToken => (
                 "no-admin-token",
                 StatusCode::FORBIDDEN,
-                "Admin calls are off",
-                "This server was started without an admin token, so it takes no admin calls. Set OVERSOLD_ADMIN_TOKEN.",
+                "Admin operations are disabled",
+                "This server was started without an admin token. Set OVERSOLD_ADMIN_TOKEN.",
             ),
             Self::NotFound => (
                 "not-found",
                 StatusCode::NOT_FOUND,
                 "Not found",
-                "There is nothing at this path. `/openapi.json` lists what there is.",
+                "No route matches this path. `/openapi.json` lists all paths.",
             ),
             Self::MethodNotAllowed => (
                 "method-not-allowed",
                 StatusCode::METHOD_NOT_ALLOWED,
                 "Method not allowed",
-                "This path does not take this method. The header `Allow` names those it takes.",
+                "This path does not support this method. The header `Allow` lists those that it supports.",
             ),
             Self::MalformedPath => (
                 "malformed-path",
                 StatusCode::BAD_REQUEST,
                 "Malformed path",
-                "An id in the path can't be one.",
+                "An id in the path is malformed.",
             ),
             Self::MalformedKey => (
                 "malformed-request-key",
                 StatusCode::BAD_REQUEST,
                 "Malformed request key",
-                "`Idempotency-Key` takes 1 to 128 visible ASCII characters, once.",
+                "`Idempotency-Key` must be 1 to 128 visible ASCII characters, and sent once.",
             ),
             Self::MalformedEventId => (
                 "malformed-event-id",
                 StatusCode::BAD_REQUEST,
                 "Malformed event id",
-                "`Last-Event-ID` takes the number of an event, in digits.",
+                "`Last-Event-ID` must be the number of an event, in digits.",
             ),
             Self::MalformedBody => (
                 "malformed-body",
@@ -205,7 +212,7 @@ impl ProblemKind {
                 "invalid-body",
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "Invalid body",
-                "The body is JSON, but not what this call takes.",
+                "The body is JSON, but does not match the schema of this operation.",
             ),
             Self::BodyTooLarge => (
                 "body-too-large",
@@ -217,22 +224,22 @@ impl ProblemKind {
                 "body-too-slow",
                 StatusCode::REQUEST_TIMEOUT,
                 "Body too slow",
-                "The body did not come in time.",
+                "The body was not received in time.",
             ),
             Self::NotJson => (
                 "not-json",
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "Not JSON",
-                "This call takes a body with the header `Content-Type: application/json`.",
+                "This operation requires the header `Content-Type: application/json`.",
             ),
             Self::Crashed => (
                 "crashed",
                 StatusCode::INTERNAL_SERVER_ERROR,
-                "The server crashed at this request",
-                "A bug in the server. Its log has the request id and the reason.",
+                "Internal server error",
+                "A bug in the server. Its log has the panic, with the request id.",
             ),
         };
-        Row {
+        Spec {
             name,
             status,
             title,
@@ -240,54 +247,54 @@ impl ProblemKind {
         }
     }
 
-    /// The short name, such as `sold-out`.
+    /// The stable name, such as `sold-out`.
     pub const fn name(self) -> &'static str {
-        self.row().name
+        self.spec().name
     }
 
-    /// The HTTP status it is answered with.
+    /// The HTTP status.
     pub const fn status(self) -> StatusCode {
-        self.row().status
+        self.spec().status
     }
 
-    /// What is wrong, in a few words that are the same every time.
+    /// The `title` member: a short summary.
     pub const fn title(self) -> &'static str {
-        self.row().title
+        self.spec().title
     }
 
-    /// What it means and what a client can do.
+    /// The documentation: what it means and what a client can do.
     pub const fn meaning(self) -> &'static str {
-        self.row().meaning
+        self.spec().meaning
     }
 
-    /// The `type` member: `/problems/sold-out`. Relative to the server, which explains it there.
+    /// The `type` member, such as `/problems/sold-out`: a URI reference relative to the server.
     pub fn uri(self) -> String {
         format!("{}{}", Self::PATH, self.name())
     }
 
-    /// The header that it is answered with.
+    /// The additional response header, if the status calls for one.
     pub(crate) const fn header(self) -> Option<(HeaderName, &'static str)> {
         match self.status() {
             StatusCode::SERVICE_UNAVAILABLE => Some((header::RETRY_AFTER, "1")),
             StatusCode::UNAUTHORIZED => Some((header::WWW_AUTHENTICATE, "Bearer")),
-            // What is left of the body may still come: nothing after it could be understood.
+            // The rest of the body may still arrive, and would be parsed as the next request.
             StatusCode::REQUEST_TIMEOUT => Some((header::CONNECTION, "close")),
             _ => None,
         }
     }
 
-    /// Finds a kind by its name.
-    pub fn named(name: &str) -> Option<Self> {
+    /// The problem type of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
-    /// Finds a kind by its `type`.
+    /// The problem type of this `type` member.
     pub fn from_uri(uri: &str) -> Option<Self> {
-        Self::named(uri.strip_prefix(Self::PATH)?)
+        Self::from_name(uri.strip_prefix(Self::PATH)?)
     }
 }
 
-/// A problem on its way to the client.
+/// An error response. [`http`](crate::http)'s middleware writes its body.
 #[derive(Clone, Debug)]
 pub(crate) struct Problem {
     kind: ProblemKind,
@@ -296,7 +303,7 @@ pub(crate) struct Problem {
 }
 
 impl Problem {
-    /// With what this one request should know.
+    /// An occurrence of a problem, with a `detail` of its own.
     pub(crate) fn new(kind: ProblemKind, detail: impl Into<Cow<'static, str>>) -> Self {
         Self {
             kind,
@@ -305,7 +312,7 @@ impl Problem {
         }
     }
 
-    /// The body that the client reads.
+    /// The body of the response.
     pub(crate) fn body(&self, request_id: &str) -> api::Problem {
         api::Problem {
             kind: self.kind.uri(),
@@ -318,43 +325,55 @@ impl Problem {
     }
 }
 
-/// The kind's own meaning says it all.
+/// An occurrence without a detail of its own.
 impl From<ProblemKind> for Problem {
     fn from(kind: ProblemKind) -> Self {
         Self::new(kind, kind.meaning())
     }
 }
 
-/// The one table that turns a "no" into its answer.
+impl From<Refusal> for ProblemKind {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::SoldOut => Self::SoldOut,
+            Refusal::AlreadyReserved { .. } => Self::AlreadyReserved,
+            Refusal::KeyOfAnotherBuyer => Self::KeyOfAnotherBuyer,
+            Refusal::UnknownSale => Self::UnknownSale,
+        }
+    }
+}
+
+impl From<&Indeterminate> for ProblemKind {
+    fn from(indeterminate: &Indeterminate) -> Self {
+        match indeterminate {
+            Indeterminate::Overloaded => Self::Overloaded,
+            Indeterminate::TimedOut => Self::TimedOut,
+            Indeterminate::BackendAway(_) => Self::BackendAway,
+        }
+    }
+}
+
 impl From<&ReserveError> for ProblemKind {
-    fn from(no: &ReserveError) -> Self {
-        match no {
-            ReserveError::Refused(Refusal::SoldOut) => Self::SoldOut,
-            ReserveError::Refused(Refusal::AlreadyReserved { .. }) => Self::AlreadyReserved,
-            ReserveError::Refused(Refusal::KeyOfAnotherBuyer) => Self::KeyOfAnotherBuyer,
-            ReserveError::Refused(Refusal::UnknownSale) => Self::UnknownSale,
-            ReserveError::Indeterminate(Indeterminate::Overloaded) => Self::Overloaded,
-            ReserveError::Indeterminate(Indeterminate::TimedOut) => Self::TimedOut,
-            ReserveError::Indeterminate(Indeterminate::BackendAway(_)) => Self::BackendAway,
+    fn from(error: &ReserveError) -> Self {
+        match error {
+            ReserveError::Refused(refusal) => Self::from(*refusal),
+            ReserveError::Indeterminate(indeterminate) => Self::from(indeterminate),
         }
     }
 }
 
 impl From<ReserveError> for Problem {
-    fn from(no: ReserveError) -> Self {
-        let problem = Self::from(ProblemKind::from(&no));
-        match no {
-            ReserveError::Refused(Refusal::AlreadyReserved { earlier }) => Self {
-                reservation: Some(earlier.id),
-                ..problem
-            },
+    fn from(error: ReserveError) -> Self {
+        let mut problem = Self::from(ProblemKind::from(&error));
+        match error {
+            ReserveError::Refused(refusal) => problem.reservation = refusal.earlier().map(|earlier| earlier.id),
             ReserveError::Indeterminate(Indeterminate::BackendAway(why)) => {
-                // For the operator only: a backend's own words are none of the buyer's business.
-                tracing::warn!(error = format!("{why:#}"), "undecided: a backend is away");
-                problem
+                // Logged for the operator, and not sent to the client: it may reveal internals.
+                tracing::warn!(error = format!("{why:#}"), "outcome unknown: a backend is unavailable");
             }
-            ReserveError::Refused(_) | ReserveError::Indeterminate(_) => problem,
+            ReserveError::Indeterminate(_) => {}
         }
+        problem
     }
 }
 
@@ -365,7 +384,7 @@ impl From<sqlx::Error> for Problem {
 }
 
 impl IntoResponse for Problem {
-    /// The status and headers. The body is written by the envelope around every answer, which knows the request's id.
+    /// Status and headers only. The middleware writes the body, because it knows the request id.
     fn into_response(self) -> Response {
         let mut response = self.kind.status().into_response();
         if let Some((name, value)) = self.kind.header() {

@@ -1,4 +1,4 @@
-//! A server as a program: read the settings, start, say where, serve until told to stop.
+//! A server as a program: parse the settings, start, print the address, serve until a signal.
 
 use std::{
     io::{self, Write},
@@ -14,12 +14,13 @@ use tokio::{
 
 use crate::{Level, Server, Settings, Strategy, explain, telemetry};
 
-/// A wrong flag or variable.
+/// The exit code for a wrong flag or variable.
 const USAGE: u8 = 2;
 
-/// The whole of a level's server program: `fn main() -> ExitCode { box_office::main(&LEVEL) }`.
+/// The `main` of a level's server: `fn main() -> ExitCode { box_office::main(&LEVEL) }`.
 ///
-/// It exits with 0 after a graceful end, which cuts nothing off, 2 if a flag or variable is wrong, 3 if a backend is missing, 1 for all else.
+/// The exit code is 0 after a graceful shutdown that aborted nothing, 2 if a flag or variable is
+/// wrong, 3 if a backend is missing, and 1 otherwise.
 pub fn main(level: &'static Level) -> ExitCode {
     let strategies: Vec<String> = level
         .strategies
@@ -41,7 +42,7 @@ pub fn main(level: &'static Level) -> ExitCode {
                 Err(_) => ExitCode::FAILURE,
             };
         }
-        Err(error) => return complain(USAGE, explain(&error, &command)),
+        Err(error) => return fail(USAGE, explain(&error, &command)),
     };
     let strategy = match &settings.strategy {
         None => level.strategies.first(),
@@ -52,39 +53,43 @@ pub fn main(level: &'static Level) -> ExitCode {
         None => {
             let known: Vec<&str> = level.all().map(|strategy| strategy.name).collect();
             let held = settings.strategy.as_deref().unwrap_or_default();
-            let takes = known.join(" or ");
-            complain(USAGE, format!("STRATEGY (--strategy) holds {held:?}; it takes {takes}"))
+            let expected = known.join(" or ");
+            fail(
+                USAGE,
+                format!("STRATEGY (--strategy) holds {held:?}; expected {expected}"),
+            )
         }
     }
 }
 
-/// Sells with one strategy of a level until SIGTERM or Ctrl-C, then drains.
+/// Serves one strategy of a level until SIGTERM or Ctrl-C, then shuts down gracefully.
 ///
-/// Once it is ready it prints one line on stdout, which ends in its address; all else goes to stderr.
+/// Once it listens it prints one line to stdout, which ends in its address; everything else goes to
+/// stderr.
 pub fn serve(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
     telemetry::start(settings);
     raise_open_files_limit();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
-        Err(why) => return complain(1, format!("no runtime: {why}")),
+        Err(why) => return fail(1, format!("the runtime could not be created: {why}")),
     };
-    let code = runtime.block_on(serve_until_told(level, strategy, settings));
-    // Whatever was not drained in time is let go, not waited for.
+    let code = runtime.block_on(serve_until_signal(level, strategy, settings));
+    // Does not wait for tasks that were not drained in time.
     runtime.shutdown_background();
     code
 }
 
-async fn serve_until_told(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
-    // Listened for before anybody can know that there is a server to stop.
+async fn serve_until_signal(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
+    // Install the handlers first: a signal during the startup must end the server as well.
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     let (mut terminate, mut interrupt) = match signals {
         (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
-        (Err(why), _) | (_, Err(why)) => return complain(1, format!("no signals: {why}")),
+        (Err(why), _) | (_, Err(why)) => return fail(1, format!("the signal handlers could not be installed: {why}")),
     };
     let server = tokio::select! {
         started = Server::start(level, strategy, settings) => match started {
             Ok(server) => server,
-            Err(why) => return complain(why.exit_code(), why.to_string()),
+            Err(why) => return fail(why.exit_code(), why.to_string()),
         },
         _ = terminate.recv() => return ExitCode::SUCCESS,
         _ = interrupt.recv() => return ExitCode::SUCCESS,
@@ -96,36 +101,37 @@ async fn serve_until_told(level: &'static Level, strategy: &'static Strategy, se
         strategy.name,
         server.address()
     );
-    // Nobody may be reading: the server serves all the same.
+    // Stdout may be closed; the server serves all the same.
     let _ = writeln!(io::stdout(), "{ready}");
 
-    let told = tokio::select! {
+    let signal = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "Ctrl-C",
     };
-    tracing::info!(by = told, "told to stop");
+    tracing::info!(signal, "shutting down");
     match server.shut_down().await {
         Ok(()) => {
             tracing::info!("drained");
             ExitCode::SUCCESS
         }
-        Err(cut_off) => {
-            tracing::error!("{cut_off}");
+        Err(timeout) => {
+            tracing::error!("{timeout}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn complain(code: u8, why: String) -> ExitCode {
-    // Straight to stderr: without settings there is no telemetry yet, and this line must not depend on its filter.
+/// Prints the error, and returns the exit code.
+fn fail(code: u8, why: String) -> ExitCode {
+    // Not a log line: the subscriber may not be installed yet, and its filter must not hide this.
     let _ = writeln!(io::stderr(), "error: {why}");
     ExitCode::from(code)
 }
 
-/// Lets this process open as many files as the system allows: a thousand buyers are a thousand sockets, and the usual
-/// soft limit is 1,024.
+/// Raises the soft limit of open files (`RLIMIT_NOFILE`) to the hard limit: a thousand buyers are a
+/// thousand sockets, and the usual soft limit is 1,024.
 pub fn raise_open_files_limit() {
-    /// macOS calls its hard limit infinite, and refuses a soft limit over this.
+    /// macOS reports an infinite hard limit, and rejects a soft limit above this.
     const MOST: u64 = 10_240;
 
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
@@ -136,7 +142,7 @@ pub fn raise_open_files_limit() {
             maximum,
         };
         if let Err(why) = setrlimit(Resource::Nofile, raised) {
-            tracing::warn!(%why, "the limit of open files stays at {current:?}");
+            tracing::warn!(%why, "RLIMIT_NOFILE could not be raised from {current:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Flags and environment: the same names everywhere, and one clear line where a value is wrong.
+//! Settings from flags and environment variables, and the one-line messages about wrong values.
 
 use std::{
     env,
@@ -21,56 +21,59 @@ use tracing_subscriber::EnvFilter;
 
 use crate::BreakpointSpec;
 
-/// The log lines that are written unless told otherwise. sqlx passes on Postgres's notices, which say nothing to an operator.
+/// The default log filter. Below `warn`, sqlx logs Postgres's notices, which are noise to an
+/// operator.
 const LOG: &str = "info,sqlx=warn";
 
-/// What a server is told when it starts.
+/// The settings of a server. The doc comments of the fields are the text of `--help`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Server")]
 pub struct Settings {
-    /// The Postgres database to sell from
+    /// The URL of the Postgres database
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: Option<DatabaseUrl>,
-    /// How many connections to the database a server opens at most
+    /// The maximum size of the connection pool
     #[arg(long, env = "DATABASE_POOL_SIZE", value_name = "N", default_value_t = Settings::default().database_pool_size, value_parser = pool_size)]
     pub database_pool_size: u32,
-    /// The Redis server, for a strategy that needs one
+    /// The URL of the Redis server, for strategies that need one
     #[arg(long, env = "REDIS_URL", hide_env_values = true, value_name = "URL")]
     pub redis_url: Option<RedisUrl>,
-    /// What every key and channel in Redis begins with
+    /// The prefix of every key and channel in Redis
     #[arg(long, env = "REDIS_PREFIX", value_name = "TEXT", default_value = "oversold:", value_parser = prefix)]
     pub redis_prefix: String,
-    /// How long a lock in Redis outlives its holder, in milliseconds: its lease
+    /// The lease of a lock in Redis, in milliseconds: it expires this long after its last renewal
     #[arg(long = "lock-lease-ms", env = "LOCK_LEASE_MS", value_name = "MS", default_value = "10000", value_parser = lease)]
     pub lock_lease: Duration,
-    /// The Kafka brokers to begin with, for a strategy that needs Kafka
+    /// The Kafka bootstrap servers, for strategies that need Kafka
     #[arg(long, env = "KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT,…", value_parser = kafka_bootstrap_servers)]
     pub kafka_bootstrap_servers: Option<String>,
-    /// What the name of every topic and group in Kafka begins with
+    /// The prefix of every topic and consumer group in Kafka
     #[arg(long, env = "KAFKA_PREFIX", value_name = "TEXT", default_value = "oversold.", value_parser = kafka_prefix)]
     pub kafka_prefix: String,
-    /// How many consumers this server runs; with 0 it accepts orders, and other servers decide them
+    /// The number of consumers of this server; with 0 it only accepts orders, and other servers
+    /// process them
     #[arg(long, env = "KAFKA_CONSUMERS", value_name = "N", default_value = "1", value_parser = consumers)]
     pub kafka_consumers: u32,
-    /// How long the group waits for a silent consumer before it gives its partitions to others, in milliseconds
+    /// The session timeout of a consumer (session.timeout.ms), in milliseconds: without heartbeats
+    /// for this long it loses its partitions
     #[arg(long = "kafka-session-ms", env = "KAFKA_SESSION_MS", value_name = "MS", default_value = "10000", value_parser = session)]
     pub kafka_session: Duration,
-    /// The address to listen on
+    /// The IP address to listen on
     #[arg(long, env = "HOST", value_name = "ADDRESS", default_value_t = Settings::default().host, value_parser = host)]
     pub host: IpAddr,
-    /// The port to listen on; 0 takes any free one
+    /// The port to listen on; 0 for any free one
     #[arg(long, env = "PORT", default_value_t = 8080, value_parser = port)]
     pub port: u16,
-    /// Which of the level's strategies sells; the first unless told otherwise
+    /// The strategy; by default the level's first
     #[arg(long, env = "STRATEGY", value_name = "NAME")]
     pub strategy: Option<String>,
-    /// What this server is called in logs, metrics and Postgres's list of connections
+    /// The name of this server in logs, metrics and pg_stat_activity
     #[arg(long, env = "INSTANCE", value_name = "NAME", default_value = "1", value_parser = instance)]
     pub instance: String,
-    /// Business time that every reservation spends inside its critical section, in milliseconds
+    /// The simulated work of every reservation inside its critical section, in milliseconds
     #[arg(long = "work-ms", env = "WORK_MS", value_name = "MS", default_value = "0", value_parser = work)]
     pub work: Duration,
-    /// Who knows it may open sales; without one nobody may
+    /// The bearer token of admin calls; without one, sales cannot be opened
     #[arg(
         long = "admin-token",
         env = "OVERSOLD_ADMIN_TOKEN",
@@ -78,29 +81,32 @@ pub struct Settings {
         value_name = "TOKEN"
     )]
     pub admin_token: Option<AdminToken>,
-    /// How log lines on stderr are written
+    /// The format of log lines on stderr
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
-    /// Which log lines are written: a level, or levels by module
+    /// The log filter: a level, or levels by module
     #[arg(long, env = "RUST_LOG", value_name = "FILTER", default_value = LOG, value_parser = log_filter)]
     pub log: String,
-    /// Where to write every step of every reservation as JSON lines, when the server ends
+    /// The file for the trace of every scheduling point, written as JSON lines when the server
+    /// shuts down
     #[arg(long = "trace-file", env = "OVERSOLD_TRACE_FILE", value_name = "FILE")]
     pub trace_file: Option<PathBuf>,
-    /// Where to stop this process (SIGSTOP), as if it froze there: for tests of what then happens
-    #[arg(long = "stop-at", env = "OVERSOLD_STOP_AT", value_name = "POINT#TIME")]
+    /// A breakpoint for fault injection: pauses this process (SIGSTOP) at a hit of a scheduling
+    /// point
+    #[arg(long = "stop-at", env = "OVERSOLD_STOP_AT", value_name = "POINT#HIT")]
     pub stop_at: Option<BreakpointSpec>,
-    /// How long and how big things may get.
+    /// Timeouts and size limits. No flags: tests set them.
     #[arg(skip)]
     pub limits: Limits,
 }
 
 impl Default for Settings {
-    /// What a server does when it is told nothing.
+    /// The defaults of the flags.
     fn default() -> Self {
         Self {
             database_url: None,
-            // Few: a hot row serves one transaction at a time, and whoever else stands before it is in its way. `oversold bench --pools` measures it.
+            // Small on purpose: a hot row serves one transaction at a time, and more connections
+            // only add row-lock contention. `oversold bench --pools` measures it.
             database_pool_size: 4,
             redis_url: None,
             redis_prefix: "oversold:".to_owned(),
@@ -124,28 +130,31 @@ impl Default for Settings {
     }
 }
 
-/// How long and how big things may get. A test that has to see one strike makes it smaller.
+/// Timeouts and size limits of a server. A test that needs to reach one makes it smaller.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// How many clients may be connected at once; more wait until one leaves. Never more than half of the files that the
-    /// process may open.
+    /// The maximum number of open connections; further clients wait in the backlog. Capped at half
+    /// of the open-files limit of the process.
     pub connections: usize,
-    /// How many reservations may be under way at once, those included whose buyers have hung up; who comes then is told to come again.
+    /// The maximum number of reservations in flight, including those whose clients have
+    /// disconnected; beyond it a request is answered
+    /// [`Indeterminate::Overloaded`](crate::Indeterminate::Overloaded).
     pub reservations: usize,
-    /// How long a client may leave what it is sent untaken (Linux only).
-    pub untaken_time: Duration,
-    /// How long the headers of a request may take. A connection that is idle for so long is closed as well.
-    pub header_time: Duration,
-    /// How long the body of a request may take.
-    pub body_time: Duration,
-    /// How long the body of a request may be, in bytes.
+    /// `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long
+    /// (Linux only, see tcp(7)).
+    pub tcp_user_timeout: Duration,
+    /// The timeout for receiving the headers of a request; it also closes idle connections.
+    pub header_timeout: Duration,
+    /// The timeout for receiving the body of a request.
+    pub body_timeout: Duration,
+    /// The maximum size of the body of a request, in bytes.
     pub body_bytes: usize,
-    /// How long the readiness probe looks for its backends.
-    pub probe_time: Duration,
-    /// How long a client that is connected when the server ends has to say what it wants.
-    pub last_words: Duration,
-    /// How long a server that ends waits for what is in flight.
-    pub drain_time: Duration,
+    /// The timeout of the readiness probe, over all backends.
+    pub probe_timeout: Duration,
+    /// The grace period of a shutdown: how long open connections still accept a request.
+    pub shutdown_grace: Duration,
+    /// The timeout of a graceful shutdown; what is in flight then is aborted.
+    pub drain_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -153,36 +162,36 @@ impl Default for Limits {
         Self {
             connections: 8192,
             reservations: 8192,
-            untaken_time: Duration::from_secs(30),
-            header_time: Duration::from_secs(30),
-            body_time: Duration::from_secs(10),
+            tcp_user_timeout: Duration::from_secs(30),
+            header_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(10),
             body_bytes: 16 * 1024,
-            probe_time: Duration::from_secs(2),
-            last_words: Duration::from_millis(500),
-            drain_time: Duration::from_secs(20),
+            probe_timeout: Duration::from_secs(2),
+            shutdown_grace: Duration::from_millis(500),
+            drain_timeout: Duration::from_secs(20),
         }
     }
 }
 
-/// How log lines are written.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Human-readable text.
     Pretty,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Where the database is. Its password shows nowhere.
+/// The URL of a Postgres database. `Debug` and `Display` hide the password.
 #[derive(Clone)]
 pub struct DatabaseUrl(PgConnectOptions);
 
 impl DatabaseUrl {
-    /// What the variable takes, for messages.
-    pub(crate) const TAKES: &'static str =
+    /// The description of a valid value, for error messages.
+    pub(crate) const EXPECTED: &'static str =
         "the URL of a Postgres database, such as postgres://user:password@localhost:5432/oversold";
 
-    /// How to connect.
+    /// The connection options, including the password.
     pub(crate) fn options(&self) -> &PgConnectOptions {
         &self.0
     }
@@ -194,10 +203,10 @@ impl FromStr for DatabaseUrl {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let scheme = text.split_once("://").map(|(scheme, _)| scheme);
         if !matches!(scheme, Some("postgres" | "postgresql")) {
-            return Err(Self::TAKES);
+            return Err(Self::EXPECTED);
         }
-        // The parser's own words may quote the URL, and with it the password.
-        text.parse().map(Self).map_err(|_| Self::TAKES)
+        // The error of the parser may quote the URL, and with it the password.
+        text.parse().map(Self).map_err(|_| Self::EXPECTED)
     }
 }
 
@@ -208,7 +217,7 @@ impl fmt::Debug for DatabaseUrl {
 }
 
 impl fmt::Display for DatabaseUrl {
-    /// Where the database is, without who connects.
+    /// Host, port and database, without user and password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let database = self.0.get_database().unwrap_or(self.0.get_username());
         match self.0.get_socket() {
@@ -218,15 +227,15 @@ impl fmt::Display for DatabaseUrl {
     }
 }
 
-/// Where Redis is. Its password shows nowhere.
+/// The URL of a Redis server. `Debug` and `Display` hide the password.
 #[derive(Clone)]
 pub struct RedisUrl(url::Url);
 
 impl RedisUrl {
-    /// What the variable takes, for messages.
-    pub(crate) const TAKES: &'static str = "the URL of a Redis server, such as redis://:password@localhost:6379/0";
+    /// The description of a valid value, for error messages.
+    pub(crate) const EXPECTED: &'static str = "the URL of a Redis server, such as redis://:password@localhost:6379/0";
 
-    /// The whole URL, password included.
+    /// The URL, including the password.
     pub fn expose(&self) -> &str {
         self.0.as_str()
     }
@@ -236,10 +245,10 @@ impl FromStr for RedisUrl {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // The parser's own words may quote the URL, and with it the password.
-        let url = url::Url::parse(text).map_err(|_| Self::TAKES)?;
+        // The error of the parser may quote the URL, and with it the password.
+        let url = url::Url::parse(text).map_err(|_| Self::EXPECTED)?;
         if url.scheme() != "redis" || url.host().is_none() {
-            return Err(Self::TAKES);
+            return Err(Self::EXPECTED);
         }
         Ok(Self(url))
     }
@@ -252,21 +261,21 @@ impl fmt::Debug for RedisUrl {
 }
 
 impl fmt::Display for RedisUrl {
-    /// Where Redis is, without who connects.
+    /// Host and port, without user and password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const USUAL_PORT: u16 = 6379;
+        const DEFAULT_PORT: u16 = 6379;
         let host = self.0.host_str().unwrap_or_default();
-        write!(f, "{host}:{}", self.0.port().unwrap_or(USUAL_PORT))
+        write!(f, "{host}:{}", self.0.port().unwrap_or(DEFAULT_PORT))
     }
 }
 
-/// What an admin call has to carry. Shows nowhere.
+/// The bearer token of admin calls. `Debug` hides it.
 #[derive(Clone)]
 pub struct AdminToken(String);
 
 impl AdminToken {
-    /// Whether this is the token. Takes as long for a near miss as for a far one.
-    pub(crate) fn is(&self, offered: &[u8]) -> bool {
+    /// Compares in constant time, so that the response time reveals no prefix of the token.
+    pub(crate) fn matches(&self, offered: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(offered).into()
     }
 }
@@ -291,11 +300,11 @@ impl fmt::Debug for AdminToken {
 fn whole_number<T: FromStr + PartialOrd>(
     text: &str,
     range: RangeInclusive<T>,
-    takes: &'static str,
+    expected: &'static str,
 ) -> Result<T, &'static str> {
     match text.parse() {
         Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(takes),
+        _ => Err(expected),
     }
 }
 
@@ -312,18 +321,18 @@ fn port(text: &str) -> Result<u16, &'static str> {
     whole_number(text, 0..=u16::MAX, "a port number, 0 (any free one) to 65535")
 }
 
-/// A reservation that holds longer than this would be cut off by the database's own time-outs.
+/// More work than this would run into the database's own timeouts.
 fn work(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
 }
 
-/// What `KAFKA_BOOTSTRAP_SERVERS` takes, for messages.
+/// The description of a valid `KAFKA_BOOTSTRAP_SERVERS`, for error messages.
 pub(crate) const BOOTSTRAP_SERVERS: &str = "the addresses of Kafka brokers, such as localhost:9092,localhost:9093";
 
-/// Reads `KAFKA_BOOTSTRAP_SERVERS`, for a command that has no other settings of a server.
+/// Parses `KAFKA_BOOTSTRAP_SERVERS`, for commands without the other settings of a server.
 ///
 /// # Errors
-/// What it takes.
+/// A description of a valid value.
 pub fn kafka_bootstrap_servers(text: &str) -> Result<String, &'static str> {
     let address = |text: &str| {
         text.rsplit_once(':')
@@ -336,10 +345,11 @@ pub fn kafka_bootstrap_servers(text: &str) -> Result<String, &'static str> {
     }
 }
 
-/// Reads `KAFKA_PREFIX`: as Kafka allows it in a topic's name, and short enough to leave room for the rest.
+/// Parses `KAFKA_PREFIX`: the characters that Kafka allows in a topic name, and short enough to
+/// leave room for the rest of the name (at most 249 characters).
 ///
 /// # Errors
-/// What it takes.
+/// A description of a valid value.
 pub fn kafka_prefix(text: &str) -> Result<String, &'static str> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if text.len() <= 100 && text.bytes().all(legal) {
@@ -354,7 +364,8 @@ fn consumers(text: &str) -> Result<u32, &'static str> {
 }
 
 fn session(text: &str) -> Result<Duration, &'static str> {
-    // Kafka's client takes no session that is longer than it may be without asking for messages: `max.poll.interval.ms`.
+    // librdkafka rejects a `session.timeout.ms` over `max.poll.interval.ms`, which is 300000 by
+    // default.
     whole_number(text, 500..=300_000, "a number of milliseconds, 500 to 300000").map(Duration::from_millis)
 }
 
@@ -384,64 +395,65 @@ fn instance(text: &str) -> Result<String, &'static str> {
     Ok(text.to_owned())
 }
 
-/// Says in one line what is wrong with the command line or the environment: which variable, what it held (unless that
-/// is a secret), and what it takes.
+/// Explains a command-line error in one line: the variable and flag, the value (unless it is a
+/// secret), and a description of a valid value.
 pub fn explain(error: &clap::Error, command: &Command) -> String {
-    // Before it is built, a command does not know how its arguments are written.
+    // Only a built command can render its arguments.
     let mut command = command.clone();
     command.build();
     let command = &command;
     let argument = match error.get(ContextKind::InvalidArg) {
-        // Both are right, each without the other.
+        // Each argument is valid without the other, so none is to blame.
         _ if error.kind() == ErrorKind::ArgumentConflict => None,
         Some(ContextValue::String(shown)) => arguments(command).find(|argument| argument.to_string() == *shown),
         _ => None,
     };
     let Some(argument) = argument else {
-        // clap does not say which value is not UTF-8.
-        let unreadable = arguments(command).find(|argument| {
-            let value = argument.get_env().and_then(env::var_os);
-            value.is_some_and(|value| value.to_str().is_none())
-        });
-        if error.kind() != ErrorKind::ArgumentConflict
-            && let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg)
-        {
-            return format!("{} is missing; --help lists what there is", missing.join(" and "));
-        }
-        return match (error.kind(), unreadable) {
-            (ErrorKind::InvalidUtf8, Some(argument)) => {
-                format!("{} holds something that is not UTF-8; it takes text", name(argument))
-            }
-            (ErrorKind::MissingRequiredArgument, _) => {
-                let missing = match error.get(ContextKind::InvalidArg) {
-                    Some(ContextValue::Strings(missing)) => missing.join(" and "),
-                    _ => "an argument".to_owned(),
-                };
-                format!("{missing} is missing; --help lists what there is")
-            }
-            // clap's first line says what is wrong; the rest is advice.
-            _ => {
-                let text = error.render().to_string();
-                let line = text.lines().next().unwrap_or_default();
-                format!("{}; --help lists what there is", line.trim_start_matches("error: "))
-            }
-        };
+        return explain_without_argument(error, command);
     };
 
     let held = match error.get(ContextKind::InvalidValue) {
-        _ if argument.is_hide_env_values_set() => "holds something else (not shown: it is a secret)".to_owned(),
+        _ if argument.is_hide_env_values_set() => "holds an invalid value (not shown: it is a secret)".to_owned(),
         Some(ContextValue::String(value)) if !value.is_empty() => format!("holds {value:?}"),
-        _ => "holds nothing".to_owned(),
+        _ => "is empty".to_owned(),
     };
-    let takes = match (error.source(), error.get(ContextKind::ValidValue)) {
-        (Some(takes), _) => takes.to_string(),
+    let expected = match (error.source(), error.get(ContextKind::ValidValue)) {
+        (Some(expected), _) => expected.to_string(),
         (None, Some(ContextValue::Strings(known))) if !known.is_empty() => known.join(" or "),
         _ => "a value".to_owned(),
     };
-    format!("{} {held}; it takes {takes}", name(argument))
+    format!("{} {held}; expected {expected}", name(argument))
 }
 
-/// The variable and the flag that an argument can come from.
+/// Explains an error that clap does not attribute to one argument.
+fn explain_without_argument(error: &clap::Error, command: &Command) -> String {
+    // clap does not report which value is not UTF-8.
+    let not_utf8 = || {
+        arguments(command).find(|argument| {
+            let value = argument.get_env().and_then(env::var_os);
+            value.is_some_and(|value| value.to_str().is_none())
+        })
+    };
+    match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::ArgumentConflict, _) => first_line(error),
+        (_, Some(ContextValue::Strings(missing))) => format!("{} is missing; see --help", missing.join(" and ")),
+        (ErrorKind::MissingRequiredArgument, _) => "an argument is missing; see --help".to_owned(),
+        (ErrorKind::InvalidUtf8, _) => match not_utf8() {
+            Some(argument) => format!("{} is not valid UTF-8", name(argument)),
+            None => first_line(error),
+        },
+        _ => first_line(error),
+    }
+}
+
+/// The first line of clap's message is the error; the rest is advice.
+fn first_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let line = text.lines().next().unwrap_or_default();
+    format!("{}; see --help", line.trim_start_matches("error: "))
+}
+
+/// The variable and the flag of an argument: `PORT (--port)`.
 fn name(argument: &Arg) -> String {
     let flag = argument.get_long().map(|long| format!("--{long}"));
     let variable = argument
@@ -454,7 +466,7 @@ fn name(argument: &Arg) -> String {
     }
 }
 
-/// Every argument of a command and of its subcommands.
+/// All arguments of a command and its subcommands.
 fn arguments(command: &Command) -> Box<dyn Iterator<Item = &Arg> + '_> {
     Box::new(
         command

@@ -1,6 +1,7 @@
-//! Scheduling points: the named places of a strategy where a test can hold a request, and a trace is written.
+//! Scheduling points: named places in a strategy at which a test can suspend a request and a trace
+//! is recorded.
 //!
-//! In production nobody watches, and a point is one branch.
+//! Without an observer, as in production, a scheduling point costs one branch.
 
 use std::{
     fmt,
@@ -11,23 +12,23 @@ use std::{
 
 use futures_util::future::{BoxFuture, Either};
 
-/// What a request did, and where in the source it says so.
+/// One arrival of a request at a scheduling point.
 #[derive(Clone, Debug)]
 pub struct Sighting {
-    /// The point's name, such as `stock read`.
+    /// The name of the scheduling point, such as `stock read`.
     pub step: &'static str,
-    /// What was found there, if the strategy tells: `1` beside `stock read`.
+    /// The value that the strategy reports there, such as `1` at `stock read`.
     pub saw: Option<String>,
-    /// The line that marks the point.
+    /// The source location of the scheduling point.
     pub place: &'static Location<'static>,
 }
 
-/// Watches one request: a schedule that holds it, or a recorder that writes a trace.
+/// Observes one request: a schedule that suspends it, or a recorder that writes a trace.
 pub trait Observer: Send + Sync {
-    /// The request came to a point. It goes on when the future ends.
+    /// The request has reached a scheduling point. It resumes when the future completes.
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()>;
 
-    /// The request failed to get a lock and waits for it. It is not held.
+    /// The request is blocked: it waits for a lock that is held. The observer does not suspend it.
     fn blocked(&self, sighting: Sighting);
 }
 
@@ -36,22 +37,22 @@ pub trait Observer: Send + Sync {
 pub struct Steps(Option<Arc<dyn Observer>>);
 
 impl Steps {
-    /// Nobody watches.
+    /// Scheduling points without an observer.
     pub fn unobserved() -> Self {
         Self(None)
     }
 
-    /// The observer is told of every point.
+    /// Scheduling points that notify this observer.
     pub fn observed_by(observer: Arc<dyn Observer>) -> Self {
         Self(Some(observer))
     }
 
-    /// Whoever watches.
+    /// The observer, if there is one.
     pub(crate) fn observer(&self) -> Option<&dyn Observer> {
         self.0.as_deref()
     }
 
-    /// Marks a point: `steps.at("stock read").await`.
+    /// Marks a scheduling point: `steps.at("stock read").await`.
     #[track_caller]
     pub fn at(&self, step: &'static str) -> Point<'_> {
         Point {
@@ -64,7 +65,8 @@ impl Steps {
         }
     }
 
-    /// Tells that a lock was not free and the request waits for it: `steps.blocked("waiting for the lock")`.
+    /// Reports that the request waits for a lock that is held: `steps.blocked("waiting for the
+    /// lock")`.
     #[track_caller]
     pub fn blocked(&self, step: &'static str) {
         if let Some(observer) = self.0.as_deref() {
@@ -77,7 +79,7 @@ impl Steps {
     }
 }
 
-/// A scheduling point on its way to being passed. Await it.
+/// A scheduling point that the request has reached. The request passes it by awaiting it.
 #[must_use = "a scheduling point does nothing until it is awaited"]
 pub struct Point<'a> {
     observer: Option<&'a dyn Observer>,
@@ -85,7 +87,7 @@ pub struct Point<'a> {
 }
 
 impl Point<'_> {
-    /// Adds what was found there to the trace: `steps.at("stock read").saw(stock).await`.
+    /// Records a value with the point: `steps.at("stock read").saw(stock).await`.
     pub fn saw(mut self, value: impl fmt::Display) -> Self {
         if self.observer.is_some() {
             self.sighting.saw = Some(value.to_string());

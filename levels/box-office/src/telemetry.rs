@@ -1,4 +1,4 @@
-//! Log lines, on stderr: stdout belongs to the one line that says where the server listens.
+//! Logging to stderr. Stdout is reserved for the line with the address that the server listens on.
 
 use std::{
     env,
@@ -10,14 +10,14 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{LogFormat, Settings};
 
-/// Sends the whole process's log lines to stderr, panics included. For a program's `main`, never for a library.
+/// Installs the process-wide subscriber and panic hook. Only for a program's `main`.
 pub(crate) fn start(settings: &Settings) {
-    // The settings were read with the same filter: what can't be parsed does not come this far.
+    // The filter was validated when the settings were parsed.
     let filter = EnvFilter::new(&settings.log);
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr);
-    // A program that has its own subscriber keeps it.
+    // A subscriber that is already installed stays.
     let _ = match settings.log_format {
         LogFormat::Json => lines.json().try_init(),
         LogFormat::Pretty => {

@@ -1,4 +1,4 @@
-//! Writes down which request came to which scheduling point, and when.
+//! The trace of a server: which request reached which scheduling point, and when.
 
 use std::{
     fs::File,
@@ -16,68 +16,78 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Observer, Sighting, Steps};
 
-/// One step of one request: a line of the trace file.
+/// One arrival at a scheduling point: a line of the trace file (JSON lines).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// The request's id, as in its `X-Request-Id`.
+    /// The request id, as in `X-Request-Id`.
     pub request: String,
-    /// When, in microseconds of the machine's monotonic clock. Comparable between processes of one machine.
+    /// The time in microseconds on the machine's monotonic clock. Comparable between processes of
+    /// one machine.
     pub at_us: u64,
-    /// The scheduling point.
+    /// The name of the scheduling point.
     pub step: String,
-    /// What was found there, if the strategy tells.
+    /// The value that the strategy reported there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saw: Option<String>,
-    /// The line that marks the point: `levels/…/read_then_write.rs:52`.
+    /// The source location of the point: `levels/…/read_then_write.rs:52`.
     pub place: String,
 }
 
-/// Microseconds of the machine's monotonic clock, the one that [`Record::at_us`] is taken from.
+/// The current time in microseconds on the monotonic clock of [`Record::at_us`]
+/// (`CLOCK_MONOTONIC`).
 pub fn now_monotonic_us() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let (seconds, nanoseconds) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
     seconds * 1_000_000 + nanoseconds / 1_000
 }
 
-/// Keeps every step in memory, so that the disk does not slow a request down, and writes them when the server ends.
+/// Buffers the trace in memory, so that no request waits for the disk, and writes it when the
+/// server shuts down.
 pub(crate) struct Recorder {
     file: Mutex<File>,
     sightings: Mutex<Vec<(Arc<str>, u64, Sighting)>>,
-    forgotten: AtomicU64,
+    dropped: AtomicU64,
 }
 
 impl Recorder {
-    /// What is remembered at most: a server that is left running with a trace must not eat the machine's memory.
-    const MOST_RECORDS: usize = 1_000_000;
+    /// The capacity of the buffer, in records: it bounds the memory of a server that is left
+    /// running with a trace.
+    const MAX_RECORDS: usize = 1_000_000;
 
-    /// Opens the file at once, so that a path that can't be written is known before the first request.
+    /// Creates the file at once, so that an unwritable path fails the start and not the shutdown.
+    ///
+    /// # Errors
+    /// The I/O error of creating the file.
     pub(crate) fn create(path: &Path) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             file: Mutex::new(File::create(path)?),
             sightings: Mutex::default(),
-            forgotten: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
         }))
     }
 
-    /// The steps of one request, each noted here.
+    /// The scheduling points of one request, recorded here.
     pub(crate) fn steps_of(self: &Arc<Self>, request: Arc<str>) -> Steps {
-        Steps::observed_by(Arc::new(Watched {
+        Steps::observed_by(Arc::new(TracedRequest {
             recorder: Arc::clone(self),
             request,
         }))
     }
 
-    fn note(&self, request: &Arc<str>, sighting: Sighting) {
+    fn record(&self, request: &Arc<str>, sighting: Sighting) {
         let at_us = now_monotonic_us();
         let mut sightings = self.sightings.lock().unwrap_or_else(PoisonError::into_inner);
-        if sightings.len() == Self::MOST_RECORDS {
-            self.forgotten.fetch_add(1, Ordering::Relaxed);
+        if sightings.len() == Self::MAX_RECORDS {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }
         sightings.push((Arc::clone(request), at_us, sighting));
     }
 
-    /// Writes what was noted.
+    /// Writes the buffered records, and logs how many exceeded [`Self::MAX_RECORDS`].
+    ///
+    /// # Errors
+    /// The I/O error of writing the file.
     pub(crate) fn write(&self) -> io::Result<()> {
         let sightings = std::mem::take(&mut *self.sightings.lock().unwrap_or_else(PoisonError::into_inner));
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -94,27 +104,31 @@ impl Recorder {
             lines.write_all(b"\n")?;
         }
         lines.flush()?;
-        match self.forgotten.load(Ordering::Relaxed) {
+        match self.dropped.load(Ordering::Relaxed) {
             0 => {}
-            forgotten => tracing::warn!(forgotten, "the trace holds the first {} steps only", Self::MOST_RECORDS),
+            dropped => tracing::warn!(
+                dropped,
+                "the trace was truncated to its first {} records",
+                Self::MAX_RECORDS
+            ),
         }
         Ok(())
     }
 }
 
-/// One request, watched.
-struct Watched {
+/// The observer of one request.
+struct TracedRequest {
     recorder: Arc<Recorder>,
     request: Arc<str>,
 }
 
-impl Observer for Watched {
+impl Observer for TracedRequest {
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()> {
-        self.recorder.note(&self.request, sighting);
+        self.recorder.record(&self.request, sighting);
         ready(()).boxed()
     }
 
     fn blocked(&self, sighting: Sighting) {
-        self.recorder.note(&self.request, sighting);
+        self.recorder.record(&self.request, sighting);
     }
 }

@@ -1,4 +1,4 @@
-//! Orders that are accepted first and decided later, and the events that tell how they ended.
+//! Asynchronous orders: accepted first, processed later; and the server-sent events about them.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering::Relaxed},
@@ -20,44 +20,44 @@ use tokio::{
 };
 use uuid::Uuid;
 
-mod house;
-use house::{ask, database, on, reserve, within};
+mod common;
+use common::{ask, database, on, reserve, within};
 
-static PATIENT: Level = Level {
+static ASYNCHRONOUS: Level = Level {
     name: "lv0",
     package: "lv0-test-double",
-    summary: "accepts, and waits for the test to decide",
+    summary: "accepts; the test processes",
     lag: None,
     strategies: &[Strategy {
-        name: "patient",
-        summary: "accepts, and waits for the test to decide",
+        name: "asynchronous",
+        summary: "accepts; the test processes",
         guarantee: Guarantee::uniform(Promises::ALL_KEPT),
         clicks: 1,
-        schema: house::LEVEL.strategies[0].schema,
+        schema: common::LEVEL.strategies[0].schema,
         needs: &[],
-        open: |context| Box::pin(async { Ok(Box::new(Patient { context }) as Box<dyn Reserve>) }),
+        open: |context| Box::pin(async { Ok(Box::new(Asynchronous { context }) as Box<dyn Reserve>) }),
     }],
     mutants: &[],
 };
 
-/// Stands in the request key of the row that is written when the strategy is closed.
+/// The request key of the row that is written when the strategy is closed.
 const CLOSED: &str = "closed";
 
-/// Stands in that of the row that is written when a request comes that has to wait.
+/// The request key of the row that is written before the simulated work of a request.
 const ASKED: &str = "asked";
 
-/// And before its answer.
+/// The request key of the row that is written after it.
 const ANSWERED: &str = "answered";
 
-/// The number of the event that tells how an order ended.
+/// The number of the event with the final state of an order.
 const FINAL: i64 = 7;
 
-struct Patient {
+struct Asynchronous {
     context: StrategyContext,
 }
 
 #[async_trait]
-impl Reserve for Patient {
+impl Reserve for Asynchronous {
     async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, ReserveError> {
         if !self.context.work.is_zero() {
             decide(&self.context.database, Uuid::new_v4(), ASKED).await;
@@ -72,8 +72,8 @@ impl Reserve for Patient {
         id.get_version_num() == 8
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
-        let give_up = Instant::now() + patience;
+    async fn events(&self, id: Uuid, after: i64, timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+        let give_up = Instant::now() + timeout;
         while after < FINAL && Instant::now() < give_up {
             let row: Option<api::Reservation> =
                 sqlx::query_as("select id, sale_id, buyer_id, status from reservation where id = $1")
@@ -111,12 +111,12 @@ async fn decide(database: &PgPool, id: Uuid, key: &str) {
 async fn start(database: &Database, hold: Duration) -> Server {
     let mut settings = on(&database.url());
     settings.work = hold;
-    Server::start(&PATIENT, &PATIENT.strategies[0], &settings)
+    Server::start(&ASYNCHRONOUS, &ASYNCHRONOUS.strategies[0], &settings)
         .await
         .expect("it starts")
 }
 
-/// An order that was accepted.
+/// Places an order, and asserts that it is accepted. Returns its id and location.
 async fn accepted(server: &Server) -> (Uuid, String) {
     let answer = reserve(server.address(), 42, "mine").await;
     assert_eq!(answer.status, 202);
@@ -131,13 +131,13 @@ async fn accepted(server: &Server) -> (Uuid, String) {
     (id, location)
 }
 
-/// Asks for events, and reads until the server has said all it has to say.
+/// Requests the events, and reads them to the end of the stream.
 async fn events(server: &Server, location: &str, last: &str) -> (String, Vec<(String, String, Value)>) {
-    let text = within("the end of the events", asked(server, location, last)).await;
-    understood(&text)
+    let text = within("the end of the events", stream_text(server, location, last)).await;
+    parsed(&text)
 }
 
-fn understood(text: &str) -> (String, Vec<(String, String, Value)>) {
+fn parsed(text: &str) -> (String, Vec<(String, String, Value)>) {
     let (head, body) = text.split_once("\r\n\r\n").expect("a head");
     let field = |event: &str, name: &str| -> String {
         let line = event.lines().find_map(|line| line.strip_prefix(name));
@@ -160,7 +160,7 @@ async fn follow(server: &Server, location: &str, last: &str) -> TcpStream {
     stream
 }
 
-async fn asked(server: &Server, location: &str, last: &str) -> String {
+async fn stream_text(server: &Server, location: &str, last: &str) -> String {
     let mut stream = follow(server, location, last).await;
     let mut text = String::new();
     stream.read_to_string(&mut text).await.expect("text");
@@ -168,7 +168,7 @@ async fn asked(server: &Server, location: &str, last: &str) -> String {
 }
 
 #[tokio::test]
-async fn an_accepted_order_can_be_looked_up_before_it_is_decided() {
+async fn an_accepted_order_can_be_read_before_it_is_processed() {
     let database = database().await;
     let server = start(&database, Duration::ZERO).await;
     let (id, location) = accepted(&server).await;
@@ -198,10 +198,12 @@ async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
     while !text.contains("event: accepted") {
         text.push(stream.read_u8().await.expect("a byte").into());
     }
-    // Somebody follows already: what is decided from here on has to reach him.
+    // The client is subscribed: every later state change must reach it.
     decide(&pool, id, "mine").await;
-    within("the end", stream.read_to_string(&mut text)).await.expect("text");
-    let (head, told) = understood(&text);
+    within("the shutdown", stream.read_to_string(&mut text))
+        .await
+        .expect("text");
+    let (head, told) = parsed(&text);
     let first = (
         "0".to_owned(),
         "accepted".to_owned(),
@@ -218,26 +220,26 @@ async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
         assert!(head.contains(header), "{head}");
     }
 
-    // Who comes late, or comes back, is told the same.
+    // A late subscriber and a reconnected one receive the same event.
     for seen in ["", "Last-Event-ID: 0\r\n"] {
         assert_eq!(events(&server, &location, seen).await.1, std::slice::from_ref(&last));
     }
-    let over = asked(&server, &location, "Last-Event-ID: 7\r\n").await;
+    let over = stream_text(&server, &location, "Last-Event-ID: 7\r\n").await;
     assert!(over.starts_with("HTTP/1.1 204"), "{over}");
 }
 
-/// A client that is told 204 never comes back.
+/// An `EventSource` that receives 204 never reconnects.
 #[tokio::test]
-async fn who_has_not_seen_the_end_is_not_sent_away_because_it_was_not_found_in_time() {
-    static LATE: Level = Level {
+async fn a_slow_read_of_the_final_event_is_not_answered_with_204() {
+    static SLOW_READS: Level = Level {
         strategies: &[Strategy {
-            open: |context| Box::pin(async { Ok(Box::new(Late(Patient { context })) as Box<dyn Reserve>) }),
-            ..PATIENT.strategies[0]
+            open: |context| Box::pin(async { Ok(Box::new(SlowReads(Asynchronous { context })) as Box<dyn Reserve>) }),
+            ..ASYNCHRONOUS.strategies[0]
         }],
-        ..PATIENT
+        ..ASYNCHRONOUS
     };
     let database = database().await;
-    let server = Server::start(&LATE, &LATE.strategies[0], &on(&database.url()))
+    let server = Server::start(&SLOW_READS, &SLOW_READS.strategies[0], &on(&database.url()))
         .await
         .expect("it starts");
     let (id, location) = accepted(&server).await;
@@ -246,14 +248,14 @@ async fn who_has_not_seen_the_end_is_not_sent_away_because_it_was_not_found_in_t
     let (head, told) = events(&server, &location, "Last-Event-ID: 0\r\n").await;
     assert!(head.starts_with("http/1.1 200"), "{head}");
     assert_eq!(told.len(), 1, "{told:?}");
-    server.shut_down().await.expect("nothing is cut off");
+    server.shut_down().await.expect("nothing is aborted");
 }
 
-/// Finds nothing on a short look, as when everybody asks at once.
-struct Late(Patient);
+/// Finds no event within a short timeout, as under load.
+struct SlowReads(Asynchronous);
 
 #[async_trait]
-impl Reserve for Late {
+impl Reserve for SlowReads {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         self.0.reserve(order, steps).await
     }
@@ -262,8 +264,8 @@ impl Reserve for Late {
         self.0.accepted(id)
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
-        match patience {
+    async fn events(&self, id: Uuid, after: i64, timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+        match timeout {
             short if short <= Duration::from_secs(1) => Ok(Some(vec![])),
             long => self.0.events(id, after, long).await,
         }
@@ -272,17 +274,17 @@ impl Reserve for Late {
 
 #[tokio::test]
 async fn a_reservation_that_was_final_at_once_has_one_event() {
-    let stand = house::stand().await;
-    let confirmed = reserve(stand.address(), 42, "mine").await;
+    let environment = common::environment().await;
+    let confirmed = reserve(environment.address(), 42, "mine").await;
     let location = confirmed.header("location");
-    let (_, told) = events(&stand.server, location, "").await;
+    let (_, told) = events(&environment.server, location, "").await;
     assert_eq!(told, [("1".to_owned(), "confirmed".to_owned(), confirmed.json())]);
-    let over = asked(&stand.server, location, "Last-Event-ID: 1\r\n").await;
+    let over = stream_text(&environment.server, location, "Last-Event-ID: 1\r\n").await;
     assert!(over.starts_with("HTTP/1.1 204"), "{over}");
 }
 
 #[tokio::test]
-async fn a_server_that_ends_ends_the_streams_of_those_who_wait_and_of_those_who_never_read() {
+async fn a_shutdown_ends_the_streams_of_clients_that_wait_and_of_clients_that_never_read() {
     let database = database().await;
     let server = start(&database, Duration::ZERO).await;
     let (_, location) = accepted(&server).await;
@@ -298,48 +300,51 @@ async fn a_server_that_ends_ends_the_streams_of_those_who_wait_and_of_those_who_
     assert_eq!(&first, b"HTTP/1.1 200");
 
     let began = Instant::now();
-    server.shut_down().await.expect("nothing is cut off");
+    server.shut_down().await.expect("nothing is aborted");
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }
 
-/// So much news there is, each so large: together 64 MiB, many times what a connection holds.
-const NEWS: i64 = 4096;
-const NEWS_BYTES: usize = 16 * 1024;
+/// The number of events and the size of each: together 64 MiB, many times what a connection
+/// buffers.
+const EVENTS: i64 = 4096;
+const EVENT_BYTES: usize = 16 * 1024;
 
-/// How often the numbers are the same before they are believed.
-const LOOKS: u32 = 100;
+/// The number of equal consecutive reads after which the counter counts as stable.
+const STABLE_READS: u32 = 100;
 
 #[tokio::test]
-async fn a_client_that_never_reads_is_given_no_more_than_its_connection_holds() {
+async fn a_client_that_never_reads_gets_no_more_events_than_its_connection_buffers() {
     static MADE: AtomicI64 = AtomicI64::new(0);
-    let pulled = crier(|_| Box::pin(async { Ok(Box::new(Crier::new(&MADE, false)) as _) }));
+    let pulled = event_flood(|_| Box::pin(async { Ok(Box::new(EventFlood::new(&MADE, false)) as _) }));
     let (server, _client) = never_reads(pulled).await;
     let (mut same, mut before) = (0, 0);
-    while same < LOOKS {
+    while same < STABLE_READS {
         tokio::time::sleep(Duration::from_millis(10)).await;
         let made = MADE.load(Relaxed);
         same = if made == before { same + 1 } else { 0 };
         before = made;
     }
-    println!("{before} of {NEWS} events were made");
-    assert!(before < NEWS / 4, "{before} of {NEWS} events were made");
-    server.shut_down().await.expect("nothing is cut off");
+    println!("{before} of {EVENTS} events were made");
+    assert!(before < EVENTS / 4, "{before} of {EVENTS} events were made");
+    server.shut_down().await.expect("nothing is aborted");
 }
 
-/// The twin: news is pushed into a queue for each follower, and the queue has no bound. It holds all that was not read.
+/// The counter-example: events are pushed into an unbounded queue per subscriber, without
+/// backpressure.
 #[tokio::test]
-async fn a_queue_without_a_bound_holds_whatever_its_client_never_reads() {
+async fn an_unbounded_queue_holds_all_events_of_a_client_that_never_reads() {
     static MADE: AtomicI64 = AtomicI64::new(0);
-    let pushed = crier(|_| Box::pin(async { Ok(Box::new(Crier::new(&MADE, true)) as _) }));
+    let pushed = event_flood(|_| Box::pin(async { Ok(Box::new(EventFlood::new(&MADE, true)) as _) }));
     let (server, _client) = never_reads(pushed).await;
-    until("all news is in memory", async || MADE.load(Relaxed) == NEWS).await;
-    server.shut_down().await.expect("nothing is cut off");
+    until("all events are in memory", async || MADE.load(Relaxed) == EVENTS).await;
+    server.shut_down().await.expect("nothing is aborted");
 }
 
-/// A server, and a client that follows an order and has stopped to read: the server's end of the connection is seen to be full.
+/// A server and a client that subscribes and never reads. Returns once the server's send buffer is
+/// full.
 async fn never_reads(strategy: &'static Strategy) -> (Server, TcpStream) {
     let database = database().await;
-    let server = Server::start(&PATIENT, strategy, &on(&database.url()))
+    let server = Server::start(&ASYNCHRONOUS, strategy, &on(&database.url()))
         .await
         .expect("it starts");
     let socket = TcpSocket::new_v4().expect("a socket");
@@ -355,9 +360,9 @@ async fn never_reads(strategy: &'static Strategy) -> (Server, TcpStream) {
     (server, client)
 }
 
-/// How many bytes wait to be sent to the client at this port, as the kernel sees it.
+/// The length of the send queue to the client at this port, in bytes, from `/proc/net/tcp`.
 fn unsent(port: u16) -> u64 {
-    let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel tells");
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("/proc/net/tcp");
     let to_client = format!(":{port:04X}");
     let waiting = table.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -368,45 +373,45 @@ fn unsent(port: u16) -> u64 {
     waiting.sum()
 }
 
-fn crier(open: fn(StrategyContext) -> Opening) -> &'static Strategy {
+fn event_flood(open: fn(StrategyContext) -> Opening) -> &'static Strategy {
     Box::leak(Box::new(Strategy {
-        name: "crier",
-        summary: "has a great deal to tell",
+        name: "event-flood",
+        summary: "produces many events",
         open,
-        ..PATIENT.strategies[0]
+        ..ASYNCHRONOUS.strategies[0]
     }))
 }
 
-/// Has a great deal to tell of every order: when it is asked, or at once.
-struct Crier {
+/// Produces many events for every order: on demand, or all at once into a queue.
+struct EventFlood {
     made: &'static AtomicI64,
     pushed: Option<Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
 
-impl Crier {
+impl EventFlood {
     fn new(made: &'static AtomicI64, pushed: bool) -> Self {
         let pushed = pushed.then(|| {
-            let (queue, news) = mpsc::unbounded_channel();
+            let (queue, events) = mpsc::unbounded_channel();
             tokio::spawn(async move {
-                for number in 1..=NEWS {
-                    let _ = queue.send(news_item(made, number));
+                for number in 1..=EVENTS {
+                    let _ = queue.send(event(made, number));
                 }
             });
-            Mutex::new(news)
+            Mutex::new(events)
         });
         Self { made, pushed }
     }
 }
 
-fn news_item(made: &AtomicI64, number: i64) -> Event {
+fn event(made: &AtomicI64, number: i64) -> Event {
     made.fetch_add(1, Relaxed);
     let mut reservation = api::Reservation::accepted(Uuid::nil());
-    reservation.reason = Some("x".repeat(NEWS_BYTES));
+    reservation.reason = Some("x".repeat(EVENT_BYTES));
     Event { number, reservation }
 }
 
 #[async_trait]
-impl Reserve for Crier {
+impl Reserve for EventFlood {
     async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, ReserveError> {
         unreachable!("nobody orders")
     }
@@ -415,12 +420,12 @@ impl Reserve for Crier {
         true
     }
 
-    async fn events(&self, _: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+    async fn events(&self, _: Uuid, after: i64, timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         Ok(Some(match &self.pushed {
             Some(queue) => queue.lock().await.recv().await.into_iter().collect(),
-            None if after < NEWS => vec![news_item(self.made, after + 1)],
+            None if after < EVENTS => vec![event(self.made, after + 1)],
             None => {
-                tokio::time::sleep(patience).await;
+                tokio::time::sleep(timeout).await;
                 vec![]
             }
         }))
@@ -437,7 +442,7 @@ async fn a_strategy_is_closed_after_the_last_request() {
         .await
         .expect("the database is there");
     until("the request", async || written(&mut connection, ASKED).await == 1).await;
-    server.shut_down().await.expect("nothing is cut off");
+    server.shut_down().await.expect("nothing is aborted");
 
     assert_eq!(asking.await.expect("an answer"), 202);
     let closed = written(&mut connection, CLOSED).await;
@@ -447,7 +452,7 @@ async fn a_strategy_is_closed_after_the_last_request() {
     );
 }
 
-/// How many rows were written under this key.
+/// The number of rows with this request key.
 async fn written(connection: &mut PgConnection, key: &str) -> i64 {
     sqlx::query_scalar("select count(*) from reservation where request_key = $1")
         .bind(key)

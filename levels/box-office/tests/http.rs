@@ -1,6 +1,7 @@
-//! The HTTP contract: every status, every problem, every bad input; and what stands around a request.
+//! The HTTP API: every status, every problem, every invalid input; and request ids, panics, metrics
+//! and traces.
 
-mod house;
+mod common;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,13 +9,13 @@ use std::{
 };
 
 use box_office::{ProblemKind, trace::Record};
+use common::{
+    EARLIER, LEVEL, TestEnvironment, ask, database, environment, environment_with, on, read_answer, reservations,
+    reserve, start, within,
+};
 use harness::{
     backends::{Durability, Postgres},
     until,
-};
-use house::{
-    EARLIER, LEVEL, TestEnvironment, ask, database, on, read_answer, reservations, reserve, stand, stand_with, start,
-    within,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
@@ -23,7 +24,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 const ADMIN: (&str, &str) = ("Authorization", "Bearer open-sesame");
 
-/// A request, and the problem it must be answered with.
+/// A request and the problem that it must be answered with.
 struct Case {
     method: &'static str,
     path: &'static str,
@@ -31,7 +32,7 @@ struct Case {
     body: &'static str,
     status: u16,
     problem: &'static str,
-    /// What the detail must mention.
+    /// A text that the detail must contain.
     says: &'static str,
 }
 
@@ -88,7 +89,7 @@ const fn at(method: &'static str, path: &'static str, status: u16, problem: &'st
 }
 
 const CASES: &[Case] = &[
-    // What a strategy answers.
+    // Answers of a strategy.
     buys_with(&[JSON, ("Idempotency-Key", "sold-out")], 409, "sold-out"),
     buys_with(
         &[JSON, ("Idempotency-Key", "already-reserved")],
@@ -114,7 +115,7 @@ const CASES: &[Case] = &[
         400,
         "malformed-request-key",
     ),
-    // Bodies that are not JSON, or not said to be.
+    // Bodies that are not JSON, or not declared as JSON.
     buys("", 400, "malformed-body", "EOF"),
     buys("{", 400, "malformed-body", "line 1 column 1"),
     buys(r#"{"buyer_id": 42} and more"#, 400, "malformed-body", "trailing"),
@@ -123,7 +124,7 @@ const CASES: &[Case] = &[
     buys_with(&[], 415, "not-json"),
     buys_with(&[("Content-Type", "text/plain")], 415, "not-json"),
     buys_with(&[("Content-Type", "application/jsonp")], 415, "not-json"),
-    // Bodies of JSON that the call does not take: each says which field.
+    // JSON bodies that do not match the schema: the detail names the field.
     buys("{}", 422, "invalid-body", "`buyer_id`"),
     buys("42", 422, "invalid-body", "not a JSON object"),
     buys("[42]", 422, "invalid-body", "not a JSON object"),
@@ -228,12 +229,13 @@ const CASES: &[Case] = &[
     ),
 ];
 
-/// Problems that need more than one plain request; each has a test of its own, here or in `limits.rs`.
+/// Problems that need more than one plain request. Each has a test of its own, here or in
+/// `limits.rs`.
 const ELSEWHERE: [&str; 4] = ["body-too-large", "body-too-slow", "sale-differs", "no-admin-token"];
 
 #[tokio::test]
 async fn every_bad_request_is_answered_with_its_problem() {
-    let server = stand().await;
+    let server = environment().await;
     for case in CASES {
         let answer = ask(server.address(), case.method, case.path, case.headers, case.body).await;
         println!("{} {} {:?} {}", case.method, case.path, case.headers, case.body);
@@ -251,7 +253,7 @@ async fn every_bad_request_is_answered_with_its_problem() {
     assert_eq!(sold.status, 201, "it sells after all that");
 }
 
-/// The routes of CASES, as the document calls them.
+/// The route pattern of a path in `CASES`.
 fn documented_as(path: &str) -> &str {
     match path.split('/').collect::<Vec<_>>()[..] {
         ["", "api", "sales", _, "reservations"] => "/api/sales/{id}/reservations",
@@ -264,8 +266,8 @@ fn documented_as(path: &str) -> &str {
 }
 
 #[tokio::test]
-async fn the_document_lists_the_problems_that_are_answered_and_no_other() {
-    let server = stand().await;
+async fn the_document_lists_exactly_the_problems_that_occur() {
+    let server = environment().await;
     let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
     assert_eq!(document["openapi"], "3.1.0");
 
@@ -297,7 +299,7 @@ async fn the_document_lists_the_problems_that_are_answered_and_no_other() {
     assert!(undocumented.is_empty(), "not in the document: {undocumented:?}");
     let untested: Vec<_> = documented
         .difference(&answered)
-        // A database that is away or slow is the same for every call that asks it; a body that is bad for one is for all.
+        // The problems of an unavailable or slow database are tested for one operation only.
         .filter(|(_, path, status, _)| *status != 503 || path.ends_with("reservations"))
         .filter(|(.., kind)| !ELSEWHERE.iter().any(|elsewhere| kind.ends_with(elsewhere)))
         .collect();
@@ -316,8 +318,8 @@ fn operations(document: &Value) -> Vec<(String, String, &Value)> {
 }
 
 #[tokio::test]
-async fn every_documented_call_is_served_and_no_other_method_is() {
-    let server = stand().await;
+async fn every_documented_operation_is_served_and_no_other_method() {
+    let server = environment().await;
     let document = ask(server.address(), "GET", "/openapi.json", &[], "").await.json();
     let mut documented: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (path, method, _) in operations(&document) {
@@ -328,7 +330,7 @@ async fn every_documented_call_is_served_and_no_other_method_is() {
         let path = path.replace("{id}", "1").replace("{name}", "sold-out");
         let refused = ask(server.address(), "DELETE", &path, &[], "").await;
         refused.is_problem(405, "method-not-allowed");
-        // Whatever can be got can be asked for its headers.
+        // GET implies HEAD.
         if methods.contains("GET") {
             methods.insert("HEAD".to_owned());
         }
@@ -344,8 +346,8 @@ async fn every_documented_call_is_served_and_no_other_method_is() {
 }
 
 #[tokio::test]
-async fn every_problem_type_leads_to_its_explanation() {
-    let server = stand().await;
+async fn every_problem_type_is_documented_at_its_uri() {
+    let server = environment().await;
     let mut uris = BTreeSet::new();
     for kind in ProblemKind::ALL {
         let explained = ask(server.address(), "GET", &kind.uri(), &[], "").await;
@@ -357,8 +359,8 @@ async fn every_problem_type_leads_to_its_explanation() {
 }
 
 #[tokio::test]
-async fn a_reservation_is_confirmed_and_can_be_looked_up() {
-    let server = stand().await;
+async fn a_reservation_is_confirmed_and_can_be_read() {
+    let server = environment().await;
 
     let confirmed = reserve(server.address(), 42, "mine").await;
     assert_eq!(confirmed.status, 201);
@@ -375,8 +377,8 @@ async fn a_reservation_is_confirmed_and_can_be_looked_up() {
 }
 
 #[tokio::test]
-async fn who_has_a_reservation_is_told_which() {
-    let server = stand().await;
+async fn already_reserved_names_the_existing_reservation() {
+    let server = environment().await;
     let refused = reserve(server.address(), 42, "already-reserved").await;
     refused.is_problem(409, "already-reserved");
     assert_eq!(refused.json()["reservation_id"], EARLIER.to_string());
@@ -386,7 +388,7 @@ async fn who_has_a_reservation_is_told_which() {
 
 #[tokio::test]
 async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
-    let server = stand().await;
+    let server = environment().await;
     let put = async |body: &str| ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
     let night = json!({"id": 7, "name": "Night", "capacity": 3, "stock": 3, "reserved": 0});
 
@@ -407,7 +409,7 @@ async fn a_sale_is_opened_once_and_keeps_what_it_was_opened_with() {
 
 #[tokio::test]
 async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
-    let server = stand().await;
+    let server = environment().await;
     let body = r#"{"name": "Night", "capacity": 3}"#;
     ask(server.address(), "PUT", "/api/sales/1", &[JSON, ADMIN], body).await;
     let mut rows = server.connect().await;
@@ -424,8 +426,8 @@ async fn a_sale_counts_the_reservations_that_hold_a_ticket() {
 }
 
 #[tokio::test]
-async fn without_an_admin_token_nobody_opens_a_sale() {
-    let server = stand_with(|settings| settings.admin_token = None).await;
+async fn without_an_admin_token_no_sale_can_be_opened() {
+    let server = environment_with(|settings| settings.admin_token = None).await;
     let body = r#"{"name": "Night", "capacity": 3}"#;
     let refused = ask(server.address(), "PUT", "/api/sales/7", &[JSON, ADMIN], body).await;
     refused.is_problem(403, "no-admin-token");
@@ -435,8 +437,8 @@ async fn without_an_admin_token_nobody_opens_a_sale() {
 }
 
 #[tokio::test]
-async fn a_sane_request_id_is_kept_and_any_other_replaced() {
-    let server = stand().await;
+async fn a_valid_request_id_is_kept_and_any_other_replaced() {
+    let server = environment().await;
     let sent = async |id: &str| {
         let answer = ask(server.address(), "GET", "/nowhere", &[("X-Request-Id", id)], "").await;
         answer.is_problem(404, "not-found");
@@ -462,7 +464,7 @@ async fn a_sane_request_id_is_kept_and_any_other_replaced() {
 
 #[tokio::test]
 async fn a_panic_fails_its_own_request_only() {
-    let server = stand().await;
+    let server = environment().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let post = |key: &str| {
         let body = r#"{"buyer_id": 1}"#;
@@ -477,7 +479,7 @@ async fn a_panic_fails_its_own_request_only() {
         .await
         .expect("an answer")
         .is_problem(500, "crashed");
-    // Not even its connection suffers.
+    // The connection stays usable.
     stream.write_all(post("fine").as_bytes()).await.expect("it reads");
     assert_eq!(read_answer(&mut stream).await.expect("an answer").status, 201);
     assert_eq!(
@@ -487,9 +489,9 @@ async fn a_panic_fails_its_own_request_only() {
 }
 
 #[tokio::test]
-async fn a_reservation_outlives_the_buyer_who_hangs_up() {
-    let server = stand().await;
-    let holder = server.hold_up_buyer_42().await;
+async fn a_reservation_completes_although_its_client_disconnects() {
+    let server = environment().await;
+    let holder = server.block_buyer_42().await;
 
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let body = r#"{"buyer_id": 42}"#;
@@ -504,13 +506,13 @@ async fn a_reservation_outlives_the_buyer_who_hangs_up() {
     })
     .await;
     drop(stream);
-    until("the server to see the hang-up", async || {
+    until("the server to notice the disconnect", async || {
         metric(&server, "oversold_connections_open").await == 1.0
     })
     .await;
     assert_eq!(metric(&server, "oversold_reservations_in_flight").await, 1.0);
 
-    holder.let_go().await;
+    holder.release().await;
     until("the reservation's row", async || {
         reservations(&server.database).await == 1
     })
@@ -531,8 +533,8 @@ async fn metric(server: &TestEnvironment, line: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
-    let server = stand_with(|settings| settings.instance = "box-3".to_owned()).await;
+async fn metrics_count_events_and_no_label_holds_client_input() {
+    let server = environment_with(|settings| settings.instance = "box-3".to_owned()).await;
     reserve(server.address(), 1, "fine").await;
     reserve(server.address(), 2, "sold-out").await;
     reserve(server.address(), 3, "sold-out").await;
@@ -548,7 +550,7 @@ async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
     );
     let text = answer.text();
     for line in [
-        r#"oversold_server_info{strategy="lv0/obedient",instance_name="box-3"} 1"#,
+        r#"oversold_server_info{strategy="lv0/scripted",instance_name="box-3"} 1"#,
         r#"oversold_reservations_total{answer="confirmed"} 1"#,
         r#"oversold_reservations_total{answer="sold-out"} 2"#,
         r#"oversold_reservations_total{answer="overloaded"} 1"#,
@@ -559,7 +561,7 @@ async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
     ] {
         assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
     }
-    // A connection goes back to its pool, and one to its client goes away, a moment after the answer.
+    // The connections return to the pool, or close, shortly after the response.
     for (gauge, value) in [
         ("oversold_pool_connections_in_use", 0.0),
         ("oversold_pool_connections_idle", 1.0),
@@ -576,9 +578,9 @@ async fn metrics_count_what_happened_and_no_label_is_a_clients_word() {
 }
 
 #[tokio::test]
-async fn metrics_show_who_waits_for_the_pool() {
-    let server = stand_with(|settings| settings.database_pool_size = 1).await;
-    let holder = server.hold_up_buyer_42().await;
+async fn metrics_show_reservations_that_wait_for_the_pool() {
+    let server = environment_with(|settings| settings.database_pool_size = 1).await;
+    let holder = server.block_buyer_42().await;
 
     let address = server.address();
     let buyers: Vec<_> = (0..3)
@@ -589,30 +591,30 @@ async fn metrics_show_who_waits_for_the_pool() {
             && metric(&server, "oversold_pool_waiting").await == 2.0
     })
     .await;
-    holder.let_go().await;
+    holder.release().await;
     for buyer in buyers {
         assert_eq!(within("a buyer", buyer).await.expect("no panic").status, 201);
     }
 }
 
 #[tokio::test]
-async fn a_full_pool_is_undecided_and_never_a_refusal() {
-    let server = stand_with(|settings| settings.database_pool_size = 1).await;
-    let holder = server.hold_up_buyer_42().await;
+async fn an_exhausted_pool_is_indeterminate_and_never_a_refusal() {
+    let server = environment_with(|settings| settings.database_pool_size = 1).await;
+    let holder = server.block_buyer_42().await;
 
-    // The first waits for the lock until Postgres gives up, the second for the connection until the pool does.
+    // The first runs into `lock_timeout`, the second into the acquire timeout of the pool.
     let (first, second) = tokio::join!(
         reserve(server.address(), 42, "wait-1"),
         reserve(server.address(), 42, "wait-2")
     );
     first.is_problem(503, "overloaded");
     second.is_problem(503, "overloaded");
-    holder.let_go().await;
+    holder.release().await;
     assert_eq!(reserve(server.address(), 42, "wait-1").await.status, 201);
 }
 
 #[tokio::test]
-async fn a_database_that_goes_away_makes_answers_undecided_until_it_is_back() {
+async fn answers_are_indeterminate_while_the_database_is_down() {
     let postgres = Postgres::private(Durability::Fast)
         .await
         .unwrap_or_else(|missing| panic!("{missing}"));
@@ -651,7 +653,7 @@ async fn a_database_that_goes_away_makes_answers_undecided_until_it_is_back() {
 
 #[tokio::test]
 async fn two_servers_in_one_process_share_nothing() {
-    let (one, two) = (stand().await, stand().await);
+    let (one, two) = (environment().await, environment().await);
     assert_ne!(one.address(), two.address());
     reserve(one.address(), 1, "fine").await;
     assert_eq!(
@@ -668,7 +670,7 @@ async fn two_servers_in_one_process_share_nothing() {
 }
 
 #[tokio::test]
-async fn several_instances_make_the_tables_at_once() {
+async fn several_instances_migrate_concurrently() {
     let database = database().await;
     let mut connection = PgConnection::connect(&database.url())
         .await
@@ -687,7 +689,7 @@ async fn several_instances_make_the_tables_at_once() {
 async fn a_trace_holds_every_step_with_request_time_and_place() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("trace.jsonl");
-    let server = stand_with(|settings| {
+    let server = environment_with(|settings| {
         settings.trace_file = Some(file.clone());
         settings.work = Duration::from_millis(20);
     })
@@ -728,7 +730,7 @@ async fn a_trace_holds_every_step_with_request_time_and_place() {
         assert!((last_us..=after_us).contains(&record.at_us), "{record:?}");
         let (file, line) = record.place.rsplit_once(':').expect("file:line");
         assert!(
-            file.ends_with("tests/house/mod.rs") && line.parse::<u32>().is_ok(),
+            file.ends_with("tests/common/mod.rs") && line.parse::<u32>().is_ok(),
             "{record:?}"
         );
         last_us = record.at_us;

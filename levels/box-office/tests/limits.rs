@@ -1,6 +1,7 @@
-//! Clients that are big, slow, broken or many: they get a 4xx or are cut off, and nobody else notices.
+//! Limits and timeouts: oversized, slow, malformed or numerous clients get a 4xx or are
+//! disconnected, and affect no other client. And the graceful shutdown.
 
-mod house;
+mod common;
 
 use std::{
     net::SocketAddr,
@@ -8,35 +9,36 @@ use std::{
 };
 
 use box_office::Limits;
-use harness::until;
-use house::{
-    Holder, TestEnvironment, ask, nobody_listens, read_answer, reservations, reserve, send, stand, stand_with, within,
+use common::{
+    LockHolder, TestEnvironment, ask, environment, environment_with, listener_closed, read_answer, reservations,
+    reserve, send, within,
 };
+use harness::until;
 use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-/// What a test can afford to wait for.
+/// A timeout short enough for a test to wait for it.
 const SHORT: Duration = Duration::from_millis(300);
 
 const HEAD: &str = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
 
 async fn with_limits(limits: Limits) -> TestEnvironment {
-    stand_with(|settings| settings.limits = limits).await
+    environment_with(|settings| settings.limits = limits).await
 }
 
-/// Waits until the server closes the connection; whatever it still says is thrown away.
+/// Waits until the server closes the connection, and discards what it still sends.
 async fn closed(mut stream: TcpStream) {
     let mut rest = Vec::new();
-    // A reset is a close as well.
+    // A reset also counts as closed.
     let _ = within("the server to close the connection", stream.read_to_end(&mut rest)).await;
 }
 
 const LIVEZ: &[u8] = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
 
-/// A connection that has had an answer, and is kept for the next.
+/// A kept-alive connection after its first response.
 async fn kept_alive(to: SocketAddr) -> TcpStream {
     let mut stream = TcpStream::connect(to).await.expect("it listens");
     stream.write_all(LIVEZ).await.expect("it reads");
@@ -51,7 +53,7 @@ async fn it_sells(to: SocketAddr) {
 
 #[tokio::test]
 async fn a_declared_length_over_the_limit_is_refused_unread() {
-    let server = stand().await;
+    let server = environment().await;
     let request = format!(
         "{HEAD}Content-Length: {}\r\nExpect: 100-continue\r\n\r\n",
         16 * 1024 + 1
@@ -68,7 +70,7 @@ async fn a_declared_length_over_the_limit_is_refused_unread() {
 
 #[tokio::test]
 async fn a_body_of_exactly_the_limit_is_read() {
-    let server = stand().await;
+    let server = environment().await;
     let body = format!(r#"{{"buyer_id": 42}}{}"#, " ".repeat(16 * 1024 - 16));
     assert_eq!(body.len(), 16 * 1024);
     let headers = [("Content-Type", "application/json")];
@@ -87,7 +89,7 @@ async fn a_body_of_exactly_the_limit_is_read() {
 
 #[tokio::test]
 async fn a_chunked_body_over_the_limit_is_refused() {
-    let server = stand().await;
+    let server = environment().await;
     let body = " ".repeat(0x4001);
     let request = format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n4001\r\n{body}\r\n0\r\n\r\n");
     send(server.address(), request.as_bytes())
@@ -96,8 +98,8 @@ async fn a_chunked_body_over_the_limit_is_refused() {
 }
 
 #[tokio::test]
-async fn an_endless_chunked_body_is_cut_off() {
-    let server = stand().await;
+async fn an_endless_chunked_body_is_stopped_at_the_limit() {
+    let server = environment().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     stream
         .write_all(format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n").as_bytes())
@@ -105,13 +107,13 @@ async fn an_endless_chunked_body_is_cut_off() {
         .expect("it reads");
     let chunk = format!("400\r\n{}\r\n", " ".repeat(0x400));
     let mut taken = 0;
-    within("the server to cut it off", async {
+    within("the server to close the connection", async {
         while stream.write_all(chunk.as_bytes()).await.is_ok() {
             taken += chunk.len();
         }
     })
     .await;
-    // Sixteen of them are the limit; the rest is what the sockets on both sides hold.
+    // The limit is sixteen chunks; the rest is in the socket buffers on both sides.
     println!("{taken} bytes were taken");
     it_sells(server.address()).await;
 }
@@ -125,7 +127,7 @@ async fn an_endless_chunked_body_is_cut_off() {
 #[case::a_long_number(&[b'9'; 16 * 1024], 422, "invalid-body")]
 #[tokio::test]
 async fn a_hostile_body_is_a_problem_like_any_other(#[case] body: &[u8], #[case] status: u16, #[case] problem: &str) {
-    let server = stand().await;
+    let server = environment().await;
     let mut request = format!("{HEAD}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
     request.extend_from_slice(body);
     send(server.address(), &request).await.is_problem(status, problem);
@@ -134,7 +136,7 @@ async fn a_hostile_body_is_a_problem_like_any_other(#[case] body: &[u8], #[case]
 
 #[tokio::test]
 async fn deep_json_does_not_reach_the_end_of_the_stack() {
-    let server = stand().await;
+    let server = environment().await;
     let deep = 8_000;
     let body = format!(r#"{{"buyer_id": {}{}}}"#, "[".repeat(deep), "]".repeat(deep));
     let request = format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len());
@@ -151,14 +153,14 @@ async fn deep_json_does_not_reach_the_end_of_the_stack() {
 #[case::unknown_version(b"GET / HTTP/9.9\r\n\r\n", 400)]
 #[tokio::test]
 async fn what_is_not_http_is_a_400(#[case] bytes: &[u8], #[case] status: u16) {
-    let server = stand().await;
+    let server = environment().await;
     assert_eq!(send(server.address(), bytes).await.status, status);
     it_sells(server.address()).await;
 }
 
 #[tokio::test]
 async fn headers_without_end_are_refused() {
-    let server = stand().await;
+    let server = environment().await;
     let long = format!("GET /livez HTTP/1.1\r\nX-Long: {}\r\n\r\n", "x".repeat(64 * 1024));
     assert_eq!(send(server.address(), long.as_bytes()).await.status, 431);
     let many = format!("GET /livez HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(200));
@@ -167,9 +169,9 @@ async fn headers_without_end_are_refused() {
 }
 
 #[tokio::test]
-async fn slow_headers_and_idle_connections_are_cut_off() {
+async fn slow_headers_and_idle_connections_are_closed() {
     let server = with_limits(Limits {
-        header_time: SHORT,
+        header_timeout: SHORT,
         ..Limits::default()
     })
     .await;
@@ -182,16 +184,16 @@ async fn slow_headers_and_idle_connections_are_cut_off() {
     tokio::join!(closed(idle), closed(slow), closed(kept_alive));
     assert!(
         began.elapsed() < Duration::from_secs(10),
-        "cut off by something else after {:?}",
+        "closed by another timeout after {:?}",
         began.elapsed()
     );
     it_sells(server.address()).await;
 }
 
 #[tokio::test]
-async fn a_slow_body_is_answered_and_cut_off() {
+async fn a_slow_body_is_answered_and_its_connection_closed() {
     let server = with_limits(Limits {
-        body_time: SHORT,
+        body_timeout: SHORT,
         ..Limits::default()
     })
     .await;
@@ -207,8 +209,8 @@ async fn a_slow_body_is_answered_and_cut_off() {
 }
 
 #[tokio::test]
-async fn a_body_that_breaks_off_harms_nobody() {
-    let server = stand().await;
+async fn an_incomplete_body_affects_no_other_client() {
+    let server = environment().await;
     let mut broken = TcpStream::connect(server.address()).await.expect("it listens");
     broken
         .write_all(format!("{HEAD}Content-Length: 16\r\n\r\n{{").as_bytes())
@@ -221,7 +223,7 @@ async fn a_body_that_breaks_off_harms_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
-    let server = stand().await;
+    let server = environment().await;
     let mut idle = Vec::new();
     for n in 0..2_000 {
         let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
@@ -240,22 +242,22 @@ async fn two_thousand_idle_connections_do_not_keep_others_waiting() {
         began.elapsed()
     );
 
-    // Nor do they hold up the end: none of them has asked for anything.
+    // Nor do they delay the shutdown: none of them has sent a complete request.
     let began = Instant::now();
     let address = server.address();
-    within("the end", server.server.shut_down())
+    within("the shutdown", server.server.shut_down())
         .await
         .expect("nothing is in flight");
     assert!(
         began.elapsed() < Duration::from_secs(5),
-        "the end took {:?}",
+        "the shutdown took {:?}",
         began.elapsed()
     );
-    TcpStream::connect(address).await.expect_err("nobody listens any more");
+    TcpStream::connect(address).await.expect_err("the listener is closed");
 }
 
 #[tokio::test]
-async fn over_the_limit_of_connections_the_next_waits_until_one_leaves() {
+async fn a_connection_over_the_limit_waits_until_one_is_closed() {
     let server = with_limits(Limits {
         connections: 2,
         ..Limits::default()
@@ -279,9 +281,10 @@ async fn over_the_limit_of_connections_the_next_waits_until_one_leaves() {
     assert_eq!(within("the third", third).await.expect("no panic").status, 201);
 }
 
-/// Who hangs up leaves a reservation that waits, and comes again: without a bound they would be more and more.
+/// The reservation of a client that disconnects stays in flight. Without a limit, a client that
+/// reconnects and retries would pile up reservations.
 #[tokio::test]
-async fn over_the_limit_of_reservations_the_next_is_told_to_come_again() {
+async fn a_reservation_over_the_limit_is_answered_overloaded() {
     let one = Limits {
         reservations: 1,
         ..Limits::default()
@@ -292,41 +295,44 @@ async fn over_the_limit_of_reservations_the_next_is_told_to_come_again() {
     let metrics = ask(server.address(), "GET", "/metrics", &[], "").await;
     let counted = r#"oversold_reservations_total{answer="overloaded"} 1"#;
     assert!(metrics.text().contains(counted), "{}", metrics.text());
-    holder.let_go().await;
-    until("there is room again", async || {
+    holder.release().await;
+    until("a permit to be free again", async || {
         reserve(server.address(), 1, "fine").await.status == 201
     })
     .await;
 }
 
-/// It asks again and again, and takes none of the answers.
+/// It pipelines requests and never reads the responses.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn who_does_not_take_what_it_asked_for_is_cut_off() {
+async fn a_client_that_never_reads_its_responses_is_disconnected() {
     let server = with_limits(Limits {
         connections: 1,
-        untaken_time: SHORT,
+        tcp_user_timeout: SHORT,
         ..Limits::default()
     })
     .await;
-    let mut greedy = TcpStream::connect(server.address()).await.expect("it listens");
+    let mut client = TcpStream::connect(server.address()).await.expect("it listens");
     let asks = async {
-        while greedy
+        while client
             .write_all(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
             .await
             .is_ok()
         {}
     };
     let full = tokio::time::timeout(SHORT, asks).await;
-    assert!(full.is_err(), "the fault did not strike: somebody takes it");
+    assert!(
+        full.is_err(),
+        "the fault was not injected: the connection takes everything"
+    );
     let next = within("the next client", reserve(server.address(), 1, "fine")).await;
     assert_eq!(next.status, 201);
-    drop(greedy);
+    drop(client);
 }
 
 #[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
-    let server = stand().await;
+    let server = environment().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     let mut requests = String::new();
     for buyer in 0..50 {
@@ -342,7 +348,7 @@ async fn pipelined_requests_are_answered_in_order() {
 
 #[tokio::test]
 async fn http_1_0_is_answered_and_closed() {
-    let server = stand().await;
+    let server = environment().await;
     let mut stream = TcpStream::connect(server.address()).await.expect("it listens");
     stream
         .write_all(b"GET /livez HTTP/1.0\r\n\r\n")
@@ -353,10 +359,10 @@ async fn http_1_0_is_answered_and_closed() {
     closed(stream).await;
 }
 
-/// A server with one reservation in flight, which waits for a lock.
-async fn with_one_in_flight(limits: Limits) -> (TestEnvironment, Holder, TcpStream) {
+/// A server with one reservation in flight, blocked by a lock.
+async fn with_one_in_flight(limits: Limits) -> (TestEnvironment, LockHolder, TcpStream) {
     let server = with_limits(limits).await;
-    let holder = server.hold_up_buyer_42().await;
+    let holder = server.block_buyer_42().await;
     let mut buyer = TcpStream::connect(server.address()).await.expect("it listens");
     let body = r#"{"buyer_id": 42}"#;
     let request = format!(
@@ -380,7 +386,7 @@ async fn with_one_in_flight(limits: Limits) -> (TestEnvironment, Holder, TcpStre
 }
 
 #[tokio::test]
-async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
+async fn a_shutdown_completes_requests_in_flight_and_closes_idle_connections() {
     let (
         TestEnvironment {
             server,
@@ -392,64 +398,68 @@ async fn the_end_answers_what_is_in_flight_and_closes_what_is_idle() {
     let address = server.address();
     let fresh = TcpStream::connect(address).await.expect("it listens");
     let kept_alive = kept_alive(address).await;
-    let mut half_said = TcpStream::connect(address).await.expect("it listens");
-    half_said
+    let mut incomplete = TcpStream::connect(address).await.expect("it listens");
+    incomplete
         .write_all(b"GET /livez HTTP/1.1\r\nX-")
         .await
         .expect("it reads");
 
-    let end = tokio::spawn(server.shut_down());
-    tokio::join!(closed(fresh), closed(kept_alive), closed(half_said));
-    TcpStream::connect(address).await.expect_err("nobody listens any more");
-    assert!(!end.is_finished(), "it did not wait for the request in flight");
+    let shutdown = tokio::spawn(server.shut_down());
+    tokio::join!(closed(fresh), closed(kept_alive), closed(incomplete));
+    TcpStream::connect(address).await.expect_err("the listener is closed");
+    assert!(
+        !shutdown.is_finished(),
+        "the shutdown did not wait for the request in flight"
+    );
 
-    holder.let_go().await;
+    holder.release().await;
     let answer = read_answer(&mut buyer).await.expect("an answer");
     assert_eq!((answer.status, answer.header("connection")), (201, "close"));
-    within("the end", end)
+    within("the shutdown", shutdown)
         .await
         .expect("no panic")
-        .expect("all was drained");
+        .expect("drained");
 }
 
-/// The client had no way to know: its request may have been on its way when the stop came.
+/// The client cannot know of the shutdown: its request may have been on its way.
 #[tokio::test]
-async fn who_asks_on_a_connection_that_is_kept_alive_when_the_end_has_come_is_answered_for_the_last_time() {
+async fn a_kept_alive_connection_is_served_once_more_in_the_grace_period() {
     let TestEnvironment {
         server,
         database: _database,
     } = with_limits(Limits {
-        last_words: Limits::default().drain_time,
+        shutdown_grace: Limits::default().drain_timeout,
         ..Limits::default()
     })
     .await;
     let address = server.address();
     let mut kept_alive = kept_alive(address).await;
 
-    let end = tokio::spawn(server.shut_down());
-    nobody_listens(address).await;
+    let shutdown = tokio::spawn(server.shut_down());
+    listener_closed(address).await;
     kept_alive.write_all(LIVEZ).await.expect("it reads");
     let answer = read_answer(&mut kept_alive).await.expect("an answer");
     assert_eq!((answer.status, answer.header("connection")), (200, "close"));
     closed(kept_alive).await;
 
-    within("the end", end)
+    within("the shutdown", shutdown)
         .await
         .expect("no panic")
-        .expect("all was drained");
+        .expect("drained");
 }
 
-/// On this one thread the server accepts nobody while the crowd connects, so the kernel has all of it when the stop comes.
+/// The test is single-threaded: the server accepts no connection while the clients connect, so all
+/// of them are in the backlog at the shutdown.
 #[tokio::test]
-async fn who_was_connected_before_the_end_is_answered_however_many_they_are() {
-    const CROWD: usize = 500;
+async fn every_client_in_the_backlog_is_served_before_the_shutdown() {
+    const CLIENTS: usize = 500;
 
     let TestEnvironment {
         server,
         database: _database,
-    } = stand().await;
+    } = environment().await;
     let address = server.address();
-    let crowd: Vec<std::net::TcpStream> = (0..CROWD)
+    let clients: Vec<std::net::TcpStream> = (0..CLIENTS)
         .map(|_| {
             let mut stream = std::net::TcpStream::connect(address).expect("it listens");
             let request = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
@@ -457,10 +467,10 @@ async fn who_was_connected_before_the_end_is_answered_however_many_they_are() {
             stream
         })
         .collect();
-    within("the end", server.shut_down()).await.expect("all was drained");
+    within("the shutdown", server.shut_down()).await.expect("drained");
 
     let mut answered = 0;
-    for stream in crowd {
+    for stream in clients {
         stream.set_nonblocking(true).expect("a socket");
         let mut stream = TcpStream::from_std(stream).expect("a socket");
         answered += usize::from(
@@ -469,11 +479,11 @@ async fn who_was_connected_before_the_end_is_answered_however_many_they_are() {
                 .is_some_and(|answer| answer.status == 200),
         );
     }
-    assert_eq!(answered, CROWD, "answered of {CROWD}");
+    assert_eq!(answered, CLIENTS, "answered of {CLIENTS}");
 }
 
 #[tokio::test]
-async fn who_waits_for_a_place_when_the_end_comes_gets_one_as_others_leave() {
+async fn a_client_that_waits_for_a_connection_permit_is_served_in_the_shutdown() {
     let one_at_a_time = Limits {
         connections: 1,
         ..Limits::default()
@@ -492,54 +502,54 @@ async fn who_waits_for_a_place_when_the_end_comes_gets_one_as_others_leave() {
     next.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         .await
         .expect("the kernel takes it");
-    let (end, ()) = tokio::join!(within("the end", server.shut_down()), holder.let_go());
-    end.expect("all was drained");
+    let (shutdown, ()) = tokio::join!(within("the shutdown", server.shut_down()), holder.release());
+    shutdown.expect("drained");
     for (stream, status) in [(&mut buyer, 201), (&mut next, 200)] {
         assert_eq!(read_answer(stream).await.expect("an answer").status, status);
     }
 }
 
 #[tokio::test]
-async fn the_end_waits_for_a_reservation_whose_buyer_hung_up() {
+async fn a_shutdown_waits_for_a_reservation_whose_client_disconnected() {
     let (TestEnvironment { server, database }, holder, buyer) = with_one_in_flight(Limits::default()).await;
     drop(buyer);
-    let (end, ()) = tokio::join!(within("the end", server.shut_down()), holder.let_go());
-    end.expect("all was drained");
+    let (shutdown, ()) = tokio::join!(within("the shutdown", server.shut_down()), holder.release());
+    shutdown.expect("drained");
     assert_eq!(reservations(&database).await, 1);
 }
 
 #[tokio::test]
-async fn the_end_does_not_wait_for_ever_and_says_what_it_cut_off() {
+async fn a_shutdown_gives_up_at_the_drain_timeout_and_reports_what_it_aborted() {
     let short = Limits {
-        drain_time: SHORT,
+        drain_timeout: SHORT,
         ..Limits::default()
     };
-    let (stand, _holder, _buyer) = with_one_in_flight(short).await;
-    let cut_off = within("the end", stand.server.shut_down())
+    let (environment, _holder, _buyer) = with_one_in_flight(short).await;
+    let timeout = within("the shutdown", environment.server.shut_down())
         .await
         .expect_err("something is in flight");
-    assert_eq!((cut_off.connections, cut_off.reservations), (1, 1));
+    assert_eq!((timeout.connections, timeout.reservations), (1, 1));
     assert!(
-        cut_off.to_string().contains("1 connections and 1 reservations"),
-        "{cut_off}"
+        timeout.to_string().contains("1 connections and 1 reservations"),
+        "{timeout}"
     );
 
-    // A buyer who hung up leaves a reservation that is in flight all the same.
-    let (stand, _holder, buyer) = with_one_in_flight(short).await;
+    // The reservation of a disconnected client is still in flight.
+    let (environment, _holder, buyer) = with_one_in_flight(short).await;
     drop(buyer);
-    let cut_off = within("the end", stand.server.shut_down())
+    let timeout = within("the shutdown", environment.server.shut_down())
         .await
         .expect_err("something is in flight");
-    assert_eq!((cut_off.connections, cut_off.reservations), (0, 1));
+    assert_eq!((timeout.connections, timeout.reservations), (0, 1));
 }
 
 #[tokio::test]
-async fn a_server_that_is_dropped_stops_to_listen() {
+async fn a_dropped_server_stops_listening() {
     let TestEnvironment {
         server,
         database: _database,
-    } = stand().await;
+    } = environment().await;
     let address = server.address();
     drop(server);
-    nobody_listens(address).await;
+    listener_closed(address).await;
 }

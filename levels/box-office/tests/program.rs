@@ -1,8 +1,10 @@
-//! A level's server as a program: settings, the line it is ready with, signals, exit codes, and what it must not say.
+//! A level's server as a program: settings, the ready line, signals, exit codes, and secrets that
+//! must not leak.
 //!
-//! This test binary is that program as well: told by a variable, it acts as the server of the test double.
+//! This test binary is also that program: with a variable set, it acts as the server of the test
+//! double.
 
-mod house;
+mod common;
 
 use std::{
     ffi::OsString,
@@ -14,28 +16,28 @@ use std::{
 };
 
 use box_office::{Limits, Settings};
+use common::{LEVEL, TestEnvironment, ask, environment, listener_closed, on, reserve};
 use harness::until;
-use house::{LEVEL, TestEnvironment, ask, nobody_listens, on, reserve, stand};
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::{io::AsyncWriteExt, net::TcpStream, runtime::Runtime};
 
 const ACT_AS_SERVER: &str = "BOX_OFFICE_TEST_ACTS_AS_SERVER";
-/// What the variable holds for a server that hardly waits for what is in flight when it ends.
-const IN_A_HURRY: &str = "in a hurry";
+/// The value of the variable for a server with a short drain timeout.
+const SHORT_DRAIN: &str = "short drain";
 
 fn main() -> ExitCode {
     if let Some(how) = std::env::var_os(ACT_AS_SERVER) {
-        return if how == IN_A_HURRY {
-            serve_in_a_hurry()
+        return if how == SHORT_DRAIN {
+            serve_with_short_drain()
         } else {
             box_office::main(&LEVEL)
         };
     }
-    let mut trials: Vec<Trial> = WRONG
+    let mut trials: Vec<Trial> = INVALID_SETTINGS
         .iter()
-        .map(|wrong| trial(wrong.name, || says_what_is_wrong(wrong)))
+        .map(|invalid| trial(invalid.name, || exits_with_its_error(invalid)))
         .collect();
     trials.extend([
         trial("a_value_that_is_not_utf8_is_named", a_value_that_is_not_utf8_is_named),
@@ -50,14 +52,14 @@ fn main() -> ExitCode {
             help_names_every_variable_and_strategy_and_no_secret,
         ),
         trial("it_is_ready_with_one_line_and_ends_with_0_on_sigterm", || {
-            ends_on(Signal::TERM)
+            shuts_down_on(Signal::TERM)
         }),
         trial("it_is_ready_with_one_line_and_ends_with_0_on_ctrl_c", || {
-            ends_on(Signal::INT)
+            shuts_down_on(Signal::INT)
         }),
         trial(
-            "an_end_that_cuts_a_reservation_off_is_exit_code_1",
-            an_end_that_cuts_a_reservation_off_is_exit_code_1,
+            "a_shutdown_that_aborts_a_reservation_is_exit_code_1",
+            a_shutdown_that_aborts_a_reservation_is_exit_code_1,
         ),
         trial(
             "json_log_lines_are_json_even_after_a_panic",
@@ -68,10 +70,10 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-fn serve_in_a_hurry() -> ExitCode {
+fn serve_with_short_drain() -> ExitCode {
     let url = std::env::var("DATABASE_URL").expect("a database");
     let limits = Limits {
-        drain_time: Duration::from_millis(300),
+        drain_timeout: Duration::from_millis(300),
         ..Limits::default()
     };
     let settings = Settings { limits, ..on(&url) };
@@ -85,7 +87,7 @@ fn trial(name: &str, test: impl FnOnce() + Send + 'static) -> Trial {
     })
 }
 
-/// The program, with nothing in its environment but this.
+/// The program with only these variables in its environment.
 fn program(variables: &[(&str, &str)], flags: &[&str]) -> Command {
     let mut program = Command::new(std::env::current_exe().expect("this test binary"));
     program
@@ -100,171 +102,171 @@ fn program(variables: &[(&str, &str)], flags: &[&str]) -> Command {
     program
 }
 
-/// A setting that is wrong, and the one line that says so.
-struct Wrong {
+/// An invalid setting and its one-line error.
+struct InvalidSetting {
     name: &'static str,
     variables: &'static [(&'static str, &'static str)],
     flags: &'static [&'static str],
     line: &'static str,
 }
 
-/// Nobody answers here; no row of the table gets so far as to ask.
-const NOBODY: (&str, &str) = ("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1:1/oversold");
+/// Nothing listens here. No case of the table gets as far as connecting.
+const UNREACHABLE: (&str, &str) = ("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1:1/oversold");
 
-const WRONG: &[Wrong] = &[
-    Wrong {
+const INVALID_SETTINGS: &[InvalidSetting] = &[
+    InvalidSetting {
         name: "a_missing_database_url_is_named",
         variables: &[],
         flags: &[],
-        line: "DATABASE_URL (--database-url) is not set; it takes the URL of a Postgres database, \
+        line: "DATABASE_URL (--database-url) is not set; expected the URL of a Postgres database, \
                such as postgres://user:password@localhost:5432/oversold",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_database_url_of_another_database_is_not_shown",
         variables: &[("DATABASE_URL", "mysql://ann:hunter2@localhost/oversold")],
         flags: &[],
-        line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
+        line: "DATABASE_URL (--database-url) holds an invalid value (not shown: it is a secret); expected the URL of a \
                Postgres database, such as postgres://user:password@localhost:5432/oversold",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_broken_database_url_is_not_shown",
         variables: &[],
         flags: &["--database-url", "postgres://ann:hunter2@localhost:port/oversold"],
-        line: "DATABASE_URL (--database-url) holds something else (not shown: it is a secret); it takes the URL of a \
+        line: "DATABASE_URL (--database-url) holds an invalid value (not shown: it is a secret); expected the URL of a \
                Postgres database, such as postgres://user:password@localhost:5432/oversold",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_port_that_is_no_number_is_named",
-        variables: &[NOBODY, ("PORT", "http")],
+        variables: &[UNREACHABLE, ("PORT", "http")],
         flags: &[],
-        line: r#"PORT (--port) holds "http"; it takes a port number, 0 (any free one) to 65535"#,
+        line: r#"PORT (--port) holds "http"; expected a port number, 0 (any free one) to 65535"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_port_that_is_too_big_is_named",
-        variables: &[NOBODY],
+        variables: &[UNREACHABLE],
         flags: &["--port", "65536"],
-        line: r#"PORT (--port) holds "65536"; it takes a port number, 0 (any free one) to 65535"#,
+        line: r#"PORT (--port) holds "65536"; expected a port number, 0 (any free one) to 65535"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "an_empty_value_is_named",
-        variables: &[NOBODY, ("PORT", "")],
+        variables: &[UNREACHABLE, ("PORT", "")],
         flags: &[],
-        line: "PORT (--port) holds nothing; it takes a port number, 0 (any free one) to 65535",
+        line: "PORT (--port) is empty; expected a port number, 0 (any free one) to 65535",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_host_that_is_no_address_is_named",
-        variables: &[NOBODY, ("HOST", "localhost")],
+        variables: &[UNREACHABLE, ("HOST", "localhost")],
         flags: &[],
-        line: r#"HOST (--host) holds "localhost"; it takes an IP address, such as 127.0.0.1, or 0.0.0.0 for every interface"#,
+        line: r#"HOST (--host) holds "localhost"; expected an IP address, such as 127.0.0.1, or 0.0.0.0 for every interface"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_pool_of_nothing_is_named",
-        variables: &[NOBODY, ("DATABASE_POOL_SIZE", "0")],
+        variables: &[UNREACHABLE, ("DATABASE_POOL_SIZE", "0")],
         flags: &[],
-        line: r#"DATABASE_POOL_SIZE (--database-pool-size) holds "0"; it takes a number of connections, 1 to 1000"#,
+        line: r#"DATABASE_POOL_SIZE (--database-pool-size) holds "0"; expected a number of connections, 1 to 1000"#,
     },
-    Wrong {
-        name: "a_negative_hold_is_named",
-        variables: &[NOBODY, ("WORK_MS", "-1")],
+    InvalidSetting {
+        name: "negative_work_is_named",
+        variables: &[UNREACHABLE, ("WORK_MS", "-1")],
         flags: &[],
-        line: r#"WORK_MS (--work-ms) holds "-1"; it takes a number of milliseconds, 0 to 10000"#,
+        line: r#"WORK_MS (--work-ms) holds "-1"; expected a number of milliseconds, 0 to 10000"#,
     },
-    Wrong {
-        name: "a_place_to_stop_at_without_its_time_is_named",
-        variables: &[NOBODY, ("OVERSOLD_STOP_AT", "stock read")],
+    InvalidSetting {
+        name: "a_breakpoint_without_its_hit_is_named",
+        variables: &[UNREACHABLE, ("OVERSOLD_STOP_AT", "stock read")],
         flags: &[],
-        line: r#"OVERSOLD_STOP_AT (--stop-at) holds "stock read"; it takes a scheduling point and which time it is come to, such as stock read#1"#,
+        line: r#"OVERSOLD_STOP_AT (--stop-at) holds "stock read"; expected a scheduling point and the number of the hit, such as stock read#1"#,
     },
-    Wrong {
-        name: "a_hold_over_the_time_outs_is_named",
-        variables: &[NOBODY, ("WORK_MS", "10001")],
+    InvalidSetting {
+        name: "work_over_the_timeouts_is_named",
+        variables: &[UNREACHABLE, ("WORK_MS", "10001")],
         flags: &[],
-        line: r#"WORK_MS (--work-ms) holds "10001"; it takes a number of milliseconds, 0 to 10000"#,
+        line: r#"WORK_MS (--work-ms) holds "10001"; expected a number of milliseconds, 0 to 10000"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "an_instance_of_two_words_is_named",
-        variables: &[NOBODY, ("INSTANCE", "two words")],
+        variables: &[UNREACHABLE, ("INSTANCE", "two words")],
         flags: &[],
-        line: r#"INSTANCE (--instance) holds "two words"; it takes a name of 1 to 40 visible ASCII characters without spaces"#,
+        line: r#"INSTANCE (--instance) holds "two words"; expected a name of 1 to 40 visible ASCII characters without spaces"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "an_unknown_log_format_is_named",
-        variables: &[NOBODY, ("LOG_FORMAT", "xml")],
+        variables: &[UNREACHABLE, ("LOG_FORMAT", "xml")],
         flags: &[],
-        line: r#"LOG_FORMAT (--log-format) holds "xml"; it takes pretty or json"#,
+        line: r#"LOG_FORMAT (--log-format) holds "xml"; expected pretty or json"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_log_filter_that_is_none_is_named",
-        variables: &[NOBODY, ("RUST_LOG", "box_office=loud")],
+        variables: &[UNREACHABLE, ("RUST_LOG", "box_office=loud")],
         flags: &[],
-        line: r#"RUST_LOG (--log) holds "box_office=loud"; it takes a tracing filter, such as info or box_office=debug"#,
+        line: r#"RUST_LOG (--log) holds "box_office=loud"; expected a tracing filter, such as info or box_office=debug"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_redis_url_of_something_else_is_not_shown",
-        variables: &[NOBODY, ("REDIS_URL", "http://ann:hunter2@localhost:6379")],
+        variables: &[UNREACHABLE, ("REDIS_URL", "http://ann:hunter2@localhost:6379")],
         flags: &[],
-        line: "REDIS_URL (--redis-url) holds something else (not shown: it is a secret); it takes the URL of a Redis \
+        line: "REDIS_URL (--redis-url) holds an invalid value (not shown: it is a secret); expected the URL of a Redis \
                server, such as redis://:password@localhost:6379/0",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_broken_redis_url_is_not_shown",
-        variables: &[NOBODY],
+        variables: &[UNREACHABLE],
         flags: &["--redis-url", "redis://ann:hunter2@localhost:port/0"],
-        line: "REDIS_URL (--redis-url) holds something else (not shown: it is a secret); it takes the URL of a Redis \
+        line: "REDIS_URL (--redis-url) holds an invalid value (not shown: it is a secret); expected the URL of a Redis \
                server, such as redis://:password@localhost:6379/0",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_redis_prefix_of_two_words_is_named",
-        variables: &[NOBODY, ("REDIS_PREFIX", "two words")],
+        variables: &[UNREACHABLE, ("REDIS_PREFIX", "two words")],
         flags: &[],
-        line: r#"REDIS_PREFIX (--redis-prefix) holds "two words"; it takes at most 100 visible ASCII characters without spaces"#,
+        line: r#"REDIS_PREFIX (--redis-prefix) holds "two words"; expected at most 100 visible ASCII characters without spaces"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_lease_of_next_to_nothing_is_named",
-        variables: &[NOBODY, ("LOCK_LEASE_MS", "9")],
+        variables: &[UNREACHABLE, ("LOCK_LEASE_MS", "9")],
         flags: &[],
-        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "9"; it takes a number of milliseconds, 10 to 600000"#,
+        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "9"; expected a number of milliseconds, 10 to 600000"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_lease_with_a_unit_is_named",
-        variables: &[NOBODY, ("LOCK_LEASE_MS", "10s")],
+        variables: &[UNREACHABLE, ("LOCK_LEASE_MS", "10s")],
         flags: &[],
-        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "10s"; it takes a number of milliseconds, 10 to 600000"#,
+        line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "10s"; expected a number of milliseconds, 10 to 600000"#,
     },
-    Wrong {
-        name: "an_unknown_strategy_is_told_the_known",
-        variables: &[NOBODY, ("STRATEGY", "hope")],
+    InvalidSetting {
+        name: "an_unknown_strategy_lists_the_known_ones",
+        variables: &[UNREACHABLE, ("STRATEGY", "hope")],
         flags: &[],
-        line: r#"STRATEGY (--strategy) holds "hope"; it takes obedient or stillborn"#,
+        line: r#"STRATEGY (--strategy) holds "hope"; expected scripted or unopenable"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "a_bad_admin_token_is_not_shown",
-        variables: &[NOBODY, ("OVERSOLD_ADMIN_TOKEN", "hunter2 hunter2")],
+        variables: &[UNREACHABLE, ("OVERSOLD_ADMIN_TOKEN", "hunter2 hunter2")],
         flags: &[],
-        line: "OVERSOLD_ADMIN_TOKEN (--admin-token) holds something else (not shown: it is a secret); \
-               it takes one or more visible ASCII characters without spaces",
+        line: "OVERSOLD_ADMIN_TOKEN (--admin-token) holds an invalid value (not shown: it is a secret); \
+               expected one or more visible ASCII characters without spaces",
     },
-    Wrong {
+    InvalidSetting {
         name: "a_trace_file_that_cannot_be_written_is_named",
-        variables: &[NOBODY, ("OVERSOLD_TRACE_FILE", "/no/such/folder/trace")],
+        variables: &[UNREACHABLE, ("OVERSOLD_TRACE_FILE", "/no/such/folder/trace")],
         flags: &[],
-        line: r#"OVERSOLD_TRACE_FILE (--trace-file) holds "/no/such/folder/trace"; it takes a file that can be written: No such file or directory (os error 2)"#,
+        line: r#"OVERSOLD_TRACE_FILE (--trace-file) holds "/no/such/folder/trace"; expected a writable file: No such file or directory (os error 2)"#,
     },
-    Wrong {
+    InvalidSetting {
         name: "an_unknown_flag_is_named",
-        variables: &[NOBODY],
+        variables: &[UNREACHABLE],
         flags: &["--fast"],
-        line: "unexpected argument '--fast' found; --help lists what there is",
+        line: "unexpected argument '--fast' found; see --help",
     },
 ];
 
-fn says_what_is_wrong(wrong: &Wrong) {
-    let output = program(wrong.variables, wrong.flags).output().expect("it runs");
-    fails_with(&output, 2, wrong.line);
+fn exits_with_its_error(invalid: &InvalidSetting) {
+    let output = program(invalid.variables, invalid.flags).output().expect("it runs");
+    assert_fails_with(&output, 2, invalid.line);
 }
 
 #[track_caller]
-fn fails_with(output: &Output, code: i32, line: &str) {
+fn assert_fails_with(output: &Output, code: i32, line: &str) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(stderr, format!("error: {line}\n"));
     assert_eq!(
@@ -274,16 +276,12 @@ fn fails_with(output: &Output, code: i32, line: &str) {
 }
 
 fn a_value_that_is_not_utf8_is_named() {
-    let mut program = program(&[NOBODY], &[]);
+    let mut program = program(&[UNREACHABLE], &[]);
     let output = program
         .env("PORT", OsString::from_vec(vec![0xff]))
         .output()
         .expect("it runs");
-    fails_with(
-        &output,
-        2,
-        "PORT (--port) holds something that is not UTF-8; it takes text",
-    );
+    assert_fails_with(&output, 2, "PORT (--port) is not valid UTF-8");
 }
 
 fn in_a_runtime<F: Future>(test: F) -> F::Output {
@@ -292,13 +290,13 @@ fn in_a_runtime<F: Future>(test: F) -> F::Output {
 
 fn a_port_in_use_is_named() {
     in_a_runtime(async {
-        let taken = stand().await;
+        let taken = environment().await;
         let port = taken.address().port().to_string();
         let url = taken.database.url();
         let output = program(&[("DATABASE_URL", &url), ("PORT", &port)], &[])
             .output()
             .expect("it runs");
-        let line = format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}; it can't be listened on");
+        let line = format!("HOST and PORT (--host, --port) say 127.0.0.1:{port}, which can't be bound");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
             stderr.starts_with(&format!("error: {line}: Address already in use")),
@@ -309,8 +307,8 @@ fn a_port_in_use_is_named() {
 }
 
 fn a_missing_database_is_exit_code_3() {
-    let nobody = program(&[NOBODY], &[]).output().expect("it runs");
-    let stderr = String::from_utf8_lossy(&nobody.stderr);
+    let unreachable = program(&[UNREACHABLE], &[]).output().expect("it runs");
+    let stderr = String::from_utf8_lossy(&unreachable.stderr);
     let start = "error: DATABASE_URL (--database-url): no connection to Postgres at 127.0.0.1:1, database oversold: ";
     assert!(
         stderr.starts_with(start) && stderr.contains("Connection refused"),
@@ -318,19 +316,19 @@ fn a_missing_database_is_exit_code_3() {
     );
     assert!(!stderr.contains("hunter2") && stderr.lines().count() == 1, "{stderr}");
     assert_eq!(
-        (nobody.status.code(), nobody.stdout.as_slice()),
+        (unreachable.status.code(), unreachable.stdout.as_slice()),
         (Some(3), b"".as_slice())
     );
 
     in_a_runtime(async {
-        let stand = stand().await;
-        let url = stand.database.url();
+        let environment = environment().await;
+        let url = environment.database.url();
         let (place, options) = url.split_once('?').unwrap_or((&url, ""));
-        let url = format!("{place}_of_nobody?{options}");
+        let url = format!("{place}_missing?{options}");
         let unknown = program(&[("DATABASE_URL", &url)], &[]).output().expect("it runs");
         let stderr = String::from_utf8_lossy(&unknown.stderr);
         assert!(
-            stderr.contains("_of_nobody") && stderr.contains("does not exist"),
+            stderr.contains("_missing") && stderr.contains("does not exist"),
             "{stderr}"
         );
         assert_eq!(
@@ -343,16 +341,16 @@ fn a_missing_database_is_exit_code_3() {
 
 fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
     in_a_runtime(async {
-        let url = stand().await.database;
-        let output = program(&[("DATABASE_URL", &url.url()), ("STRATEGY", "stillborn")], &[])
+        let url = environment().await.database;
+        let output = program(&[("DATABASE_URL", &url.url()), ("STRATEGY", "unopenable")], &[])
             .output()
             .expect("it runs");
-        fails_with(&output, 3, "stillborn can't be made ready: it was never alive");
+        assert_fails_with(&output, 3, "unopenable failed to start: it was never alive");
     });
 }
 
 fn help_names_every_variable_and_strategy_and_no_secret() {
-    let secrets = [NOBODY, ("OVERSOLD_ADMIN_TOKEN", "hunter2")];
+    let secrets = [UNREACHABLE, ("OVERSOLD_ADMIN_TOKEN", "hunter2")];
     let output = program(&secrets, &["--help"]).output().expect("it runs");
     let help = String::from_utf8(output.stdout).expect("text");
     assert_eq!(output.status.code(), Some(0));
@@ -381,7 +379,7 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
     assert!(!help.contains("hunter2"), "{help}");
 }
 
-/// A server that runs as a process. It is killed if its test ends before it does.
+/// A server process. It is killed when it is dropped.
 struct Process {
     child: Child,
     stdout: BufReader<ChildStdout>,
@@ -389,28 +387,28 @@ struct Process {
 }
 
 impl Process {
-    /// Starts it, and reads where it listens.
-    fn start(stand: &TestEnvironment, variables: &[(&str, &str)]) -> Self {
-        let url = stand.database.url();
+    /// Starts it, and reads its address from the ready line.
+    fn start(environment: &TestEnvironment, variables: &[(&str, &str)]) -> Self {
+        let url = environment.database.url();
         let mut program = program(variables, &["--port", "0"]);
         let mut child = program.env("DATABASE_URL", url).spawn().expect("it starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("its stdout"));
         let mut ready = String::new();
         stdout.read_line(&mut ready).expect("its line");
         let address = ready
-            .strip_prefix("lv0/obedient listens on http://")
+            .strip_prefix("lv0/scripted listens on http://")
             .unwrap_or_else(|| panic!("{ready:?}"));
         let address = address.trim_end().parse().expect("an address");
         Self { child, stdout, address }
     }
 
-    fn tell(&self, signal: Signal) {
+    fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).expect("it lives");
     }
 
-    /// Waits for its end: the exit code, the rest of stdout, and stderr.
-    fn end(mut self) -> (Option<i32>, String, String) {
+    /// Waits for the exit: the exit code, the rest of stdout, and stderr.
+    fn wait(mut self) -> (Option<i32>, String, String) {
         let (mut stdout, mut stderr) = (String::new(), String::new());
         self.stdout.read_to_string(&mut stdout).expect("text");
         let mut errors = self.child.stderr.take().expect("its stderr");
@@ -421,7 +419,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It has ended already, unless the test failed.
+        // It has already exited, unless the test failed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -435,52 +433,52 @@ async fn one_in_flight(address: SocketAddr) {
     .await;
 }
 
-fn ends_on(signal: Signal) {
+fn shuts_down_on(signal: Signal) {
     in_a_runtime(async {
-        let stand = stand().await;
-        let process = Process::start(&stand, &[]);
+        let environment = environment().await;
+        let process = Process::start(&environment, &[]);
         let address = process.address;
         assert_eq!(reserve(address, 1, "fine").await.status, 201);
 
-        let holder = stand.hold_up_buyer_42().await;
+        let holder = environment.block_buyer_42().await;
         let in_flight = tokio::spawn(async move { reserve(address, 42, "wait").await });
         one_in_flight(address).await;
-        process.tell(signal);
-        nobody_listens(address).await;
-        holder.let_go().await;
+        process.signal(signal);
+        listener_closed(address).await;
+        holder.release().await;
 
         assert_eq!(in_flight.await.expect("no panic").status, 201);
-        let (code, stdout, stderr) = process.end();
+        let (code, stdout, stderr) = process.wait();
         assert_eq!((code, stdout.as_str()), (Some(0), ""), "{stderr}");
         assert!(
-            stderr.contains("told to stop") && stderr.contains("drained"),
+            stderr.contains("shutting down") && stderr.contains("drained"),
             "{stderr}"
         );
     });
 }
 
-fn an_end_that_cuts_a_reservation_off_is_exit_code_1() {
+fn a_shutdown_that_aborts_a_reservation_is_exit_code_1() {
     in_a_runtime(async {
-        let stand = stand().await;
-        let process = Process::start(&stand, &[(ACT_AS_SERVER, IN_A_HURRY)]);
-        let _holder = stand.hold_up_buyer_42().await;
+        let environment = environment().await;
+        let process = Process::start(&environment, &[(ACT_AS_SERVER, SHORT_DRAIN)]);
+        let _holder = environment.block_buyer_42().await;
         let mut buyer = TcpStream::connect(process.address).await.expect("it listens");
         let request = "POST /api/sales/1/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
                        Idempotency-Key: wait\r\nContent-Length: 16\r\n\r\n{\"buyer_id\": 42}";
         buyer.write_all(request.as_bytes()).await.expect("it reads");
         one_in_flight(process.address).await;
 
-        process.tell(Signal::TERM);
-        let (code, stdout, stderr) = process.end();
+        process.signal(Signal::TERM);
+        let (code, stdout, stderr) = process.wait();
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
-        assert!(stderr.contains("1 reservations were cut off"), "{stderr}");
+        assert!(stderr.contains("1 reservations were aborted"), "{stderr}");
     });
 }
 
 fn json_log_lines_are_json_even_after_a_panic() {
     in_a_runtime(async {
-        let stand = stand().await;
-        let process = Process::start(&stand, &[("LOG_FORMAT", "json"), ("INSTANCE", "box-3")]);
+        let environment = environment().await;
+        let process = Process::start(&environment, &[("LOG_FORMAT", "json"), ("INSTANCE", "box-3")]);
         let headers = [
             ("Content-Type", "application/json"),
             ("Idempotency-Key", "panic"),
@@ -490,8 +488,8 @@ fn json_log_lines_are_json_even_after_a_panic() {
         ask(process.address, "POST", path, &headers, r#"{"buyer_id": 1}"#)
             .await
             .is_problem(500, "crashed");
-        process.tell(Signal::TERM);
-        let (_, _, stderr) = process.end();
+        process.signal(Signal::TERM);
+        let (_, _, stderr) = process.wait();
         let lines: Vec<Value> = stderr
             .lines()
             .map(|line| serde_json::from_str(line).unwrap_or_else(|why| panic!("{why}: {line}")))
@@ -514,8 +512,11 @@ fn json_log_lines_are_json_even_after_a_panic() {
 
 fn secrets_are_in_no_log_line() {
     in_a_runtime(async {
-        let stand = stand().await;
-        let process = Process::start(&stand, &[("RUST_LOG", "trace"), ("OVERSOLD_ADMIN_TOKEN", "hunter2")]);
+        let environment = environment().await;
+        let process = Process::start(
+            &environment,
+            &[("RUST_LOG", "trace"), ("OVERSOLD_ADMIN_TOKEN", "hunter2")],
+        );
         let headers = [
             ("Content-Type", "application/json"),
             ("Authorization", "Bearer hunter2"),
@@ -529,8 +530,8 @@ fn secrets_are_in_no_log_line() {
         )
         .await;
         assert_eq!(opened.status, 201);
-        process.tell(Signal::TERM);
-        let (_, _, stderr) = process.end();
+        process.signal(Signal::TERM);
+        let (_, _, stderr) = process.wait();
         assert!(stderr.contains("answered") && !stderr.contains("hunter2"), "{stderr}");
     });
 }

@@ -1,13 +1,13 @@
-//! Read the stock, check it, and let the database subtract.
+//! Read the stock, check it, and let the database decrement it.
 //!
-//! `stock = stock - 1` is atomic: the second update waits for the first and subtracts from what that one left, so no update is lost.
-//! The check is what is stale: everyone who read 1 passes it, and the stock goes below zero.
+//! `stock = stock - 1` is atomic: a concurrent update waits for the row lock, so none is lost.
+//! The check is stale: every transaction that has read 1 passes it, and the stock goes negative.
 //!
-//! Guarantee: the stock always says how many were sold; nothing keeps that number under the capacity.
-//! Where it ends: at the second buyer in the same instant.
-//! Anomaly: check-then-act, also called time of check to time of use. Costs nothing.
+//! Guarantee: stock + sold = capacity. It does not hold the stock at zero or above.
+//! It ends at two concurrent buyers.
+//! Anomaly: check-then-act, also called time of check to time of use (TOCTOU). Cost: none.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-decrement: negative stock".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-decrement".
 
 use async_trait::async_trait;
 use box_office::{
@@ -15,7 +15,7 @@ use box_office::{
 };
 use uuid::Uuid;
 
-/// Sells by checking the stock and letting the database subtract.
+/// Reserves by checking the stock and letting the database decrement it.
 pub struct CheckThenDecrement {
     context: StrategyContext,
 }
@@ -59,7 +59,7 @@ impl Reserve for CheckThenDecrement {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());

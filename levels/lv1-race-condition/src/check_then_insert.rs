@@ -1,12 +1,12 @@
-//! Look for the buyer's reservation; where there is none, take a ticket and insert one.
+//! Select the buyer's reservation; if there is none, decrement the stock and insert one.
 //!
-//! The stock is safe here: check and decrement are one statement. The buyer's own rule is not: two clicks both look before either
-//! has committed, both find nothing, and both insert.
+//! The stock is safe: its check and its decrement are one statement. Reservations are not: two
+//! concurrent requests of a buyer both select before either commits, find no row, and both insert.
 //!
-//! Guarantee: never more tickets than the capacity. Where it ends: at a buyer's second click in the same instant.
-//! Anomaly: check-then-act on a row that is not there yet, which no row lock can protect. Costs nothing.
+//! Guarantee: at most `capacity` tickets. It ends at two concurrent requests of one buyer.
+//! Anomaly: check-then-act on a row that does not exist yet: there is no row to lock. Cost: none.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert: two clicks, two tickets".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "check-then-insert".
 
 use async_trait::async_trait;
 use box_office::{
@@ -14,7 +14,7 @@ use box_office::{
 };
 use uuid::Uuid;
 
-/// Sells by looking for an earlier reservation before inserting one.
+/// Reserves by selecting an existing reservation before inserting one.
 pub struct CheckThenInsert {
     context: StrategyContext,
 }
@@ -51,7 +51,7 @@ impl Reserve for CheckThenInsert {
             .saw(if earlier.is_some() { "one" } else { "none" })
             .await;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         steps.at("decided to sell").await;
         self.context.simulate_work().await;

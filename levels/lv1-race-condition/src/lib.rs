@@ -1,7 +1,7 @@
-//! LV.1: what happens when nobody keeps the guarantee.
+//! LV.1: race conditions without any concurrency control.
 //!
-//! Three strategies that a careful beginner would write, each in a transaction, each right when tried alone. None is right when
-//! two buyers come at once. Nothing here is a data race: the compiler has nothing to object to.
+//! Three strategies of a careful beginner. Each runs in a transaction and passes every
+//! sequential test; each fails under concurrency. None has a data race, so the compiler accepts it.
 
 mod check_then_decrement;
 mod check_then_insert;
@@ -13,13 +13,13 @@ pub use check_then_decrement::CheckThenDecrement;
 pub use check_then_insert::CheckThenInsert;
 pub use read_then_write::ReadThenWrite;
 
-/// Tables without a constraint that could keep a guarantee in a strategy's place.
+/// The schema `bare`: no constraint that could enforce an invariant in place of the strategy.
 pub const BARE: Schema = Schema {
     name: "bare",
     migrations: &sqlx::migrate!("migrations/bare"),
 };
 
-/// The level, as the server, the suite and the runner use it.
+/// The level, for its server, the tests and the runner.
 pub static LEVEL: Level = Level {
     name: "lv1",
     package: "lv1-race-condition",

@@ -1,13 +1,13 @@
-//! Read the stock, check it, write it back less one.
+//! Read the stock, check it, and write the decremented value back (read-modify-write).
 //!
-//! Every line is right, and so is every run in which the buyers come one after another. But between "stock read" and "stock written"
-//! the world moves on: two buyers read the same stock, both write the same new value, and one of the two sales leaves no trace in it.
+//! Two concurrent transactions read the same stock and write the same new value: one sale is lost.
+//! It is correct while buyers come one after another, so no sequential test fails.
 //!
-//! Guarantee: none on the number of tickets sold. Where it ends: at the second buyer in the same instant.
-//! Anomaly: the lost update. Read committed, the default isolation level of Postgres, allows it.
-//! What it costs: nothing, which is why it is written so often.
+//! Guarantee: none on the number of tickets sold. It ends at two concurrent buyers.
+//! Anomaly: the lost update. `read committed`, the default isolation level of Postgres, allows it.
+//! Cost: none, which is why this code is so common.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write: the lost update".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level". Book: LV.1, "read-then-write".
 
 use async_trait::async_trait;
 use box_office::{
@@ -15,7 +15,7 @@ use box_office::{
 };
 use uuid::Uuid;
 
-/// Sells by reading the stock and writing it back.
+/// Reserves by reading the stock and writing it back.
 pub struct ReadThenWrite {
     context: StrategyContext,
 }
@@ -59,7 +59,7 @@ impl Reserve for ReadThenWrite {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());

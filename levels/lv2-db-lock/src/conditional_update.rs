@@ -44,7 +44,7 @@ impl ConditionalUpdate {
         .fetch_optional(&self.context.database)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         let known: bool = sqlx::query_scalar("select exists (select from sale where id = $1)")
             .bind(order.sale)

@@ -79,7 +79,7 @@ impl Mutex {
         .fetch_optional(&mut **tx)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());

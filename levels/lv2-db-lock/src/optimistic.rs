@@ -86,7 +86,7 @@ impl Optimistic {
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(Attempt::Sold(earlier.answer(order)?));
+            return Ok(Attempt::Sold(earlier.resolve(order)?));
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
@@ -147,7 +147,7 @@ impl Reserve for Optimistic {
             if attempt == ATTEMPTS || started.elapsed() > DEADLINE {
                 break;
             }
-            self.context.counts.retries.inc();
+            self.context.metrics.retries.inc();
             // Full jitter, and no connection held: those who collided together do not come back together.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;

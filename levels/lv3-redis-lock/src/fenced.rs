@@ -80,7 +80,7 @@ impl Fenced {
         .fetch_optional(&self.context.database)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());

@@ -64,7 +64,7 @@ impl Spin {
         .fetch_optional(&mut **tx)
         .await?;
         if let Some(earlier) = earlier {
-            return Ok(earlier.answer(order)?);
+            return Ok(earlier.resolve(order)?);
         }
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());

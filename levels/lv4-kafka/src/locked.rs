@@ -61,7 +61,7 @@ impl Open for Locked {
             config.set("enable.auto.commit", "false");
             // ANCHOR_END: consumer
             let inbox = Inbox::open(&locked.path.place, &config)?;
-            let steps = locked.path.context.watch.steps(&format!("consumer {number}"));
+            let steps = locked.path.context.instrumentation.steps(&format!("consumer {number}"));
             locked
                 .path
                 .work(inbox.joined(), locked.clone().decide_all(inbox, steps));

@@ -1,9 +1,12 @@
-//! How a decision is written into its row.
+//! How a decision is stored in its row.
 
-use box_office::Refusal;
+use box_office::{ProblemKind, Refusal};
 use uuid::Uuid;
 
-/// The columns of a decision.
+/// The columns of a decision in `reservation`.
+///
+/// `reason` is the name of the [`ProblemKind`] of the refusal, so that a stored reason is the same word as a `type`
+/// in an HTTP response.
 pub(crate) struct Reason {
     pub(crate) status: &'static str,
     pub(crate) reason: Option<&'static str>,
@@ -12,23 +15,10 @@ pub(crate) struct Reason {
 
 impl From<Option<Refusal>> for Reason {
     fn from(refused: Option<Refusal>) -> Self {
-        let Some(refusal) = refused else {
-            return Self {
-                status: "confirmed",
-                reason: None,
-                earlier: None,
-            };
-        };
-        let (reason, earlier) = match refusal {
-            Refusal::SoldOut => ("sold-out", None),
-            Refusal::AlreadyReserved { earlier } => ("already-reserved", Some(earlier.id)),
-            Refusal::KeyOfAnotherBuyer => ("key-of-another-buyer", None),
-            Refusal::UnknownSale => ("unknown-sale", None),
-        };
         Self {
-            status: "refused",
-            reason: Some(reason),
-            earlier,
+            status: if refused.is_some() { "refused" } else { "confirmed" },
+            reason: refused.map(|refusal| ProblemKind::from(refusal).name()),
+            earlier: refused.and_then(Refusal::earlier).map(|earlier| earlier.id),
         }
     }
 }

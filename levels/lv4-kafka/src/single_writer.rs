@@ -72,7 +72,7 @@ impl Open for SingleWriter {
             let mut config = member(&writer.path.place);
             config.set("enable.auto.commit", "false");
             let inbox = Inbox::open(&writer.path.place, &config)?;
-            let steps = writer.path.context.watch.steps(&format!("consumer {number}"));
+            let steps = writer.path.context.instrumentation.steps(&format!("consumer {number}"));
             writer
                 .path
                 .work(inbox.joined(), writer.clone().decide_all(inbox, steps));

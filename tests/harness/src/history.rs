@@ -7,7 +7,7 @@
 
 use std::io::{self, BufRead, Write};
 
-use box_office::{BuyerId, SaleId};
+use box_office::{BuyerId, ProblemKind, Refusal, SaleId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -101,7 +101,11 @@ pub enum Answer {
     },
 }
 
-/// Why a buyer was refused.
+/// The reason of a refusal, as the client observed it.
+///
+/// It is separate from [`Refusal`], the reason that a strategy gives. It is part of the format of history files, which
+/// must stay readable when box-office changes; it covers servers other than the levels', with reasons that no level
+/// gives; and the judge must not depend on the code that it judges.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Refused {
@@ -122,6 +126,36 @@ pub enum Refused {
     Declined,
     /// Too many requests from this client.
     RateLimited,
+}
+
+impl Refused {
+    /// The reason of this name: the last segment of a problem's `type`, or the `reason` of a reservation. `None` if the
+    /// name is no reason of a refusal, or if the existing reservation is missing from `already-reserved`.
+    pub fn from_name(name: &str, earlier: Option<Uuid>) -> Option<Self> {
+        match name {
+            "expired" => return Some(Self::Expired),
+            "declined" => return Some(Self::Declined),
+            _ => {}
+        }
+        match ProblemKind::from_name(name)? {
+            ProblemKind::SoldOut => Some(Self::SoldOut),
+            ProblemKind::AlreadyReserved => earlier.map(|earlier| Self::AlreadyReserved { earlier }),
+            ProblemKind::KeyOfAnotherBuyer => Some(Self::KeyOfAnotherBuyer),
+            ProblemKind::UnknownSale => Some(Self::UnknownSale),
+            _ => None,
+        }
+    }
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::SoldOut => Self::SoldOut,
+            Refusal::AlreadyReserved { earlier } => Self::AlreadyReserved { earlier: earlier.id },
+            Refusal::KeyOfAnotherBuyer => Self::KeyOfAnotherBuyer,
+            Refusal::UnknownSale => Self::UnknownSale,
+        }
+    }
 }
 
 /// The final state of an accepted order, as its client observed it.

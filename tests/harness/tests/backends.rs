@@ -88,7 +88,7 @@ fn required() -> Result<Vec<Source>, String> {
         .map(|name| {
             let mut known = [Source::Docker, Source::Native].into_iter();
             known.find(|source| source.name() == name).ok_or_else(|| {
-                format!("OVERSOLD_REQUIRE lists `{name}`; it takes `docker` and `native`, with a comma between them")
+                format!("OVERSOLD_REQUIRE lists `{name}`; expected `docker` and `native`, with a comma between them")
             })
         })
         .collect()
@@ -1391,12 +1391,12 @@ fn every_bad_setting_gets_one_clear_line(service: Service) {
         (
             "OVERSOLD_BACKENDS",
             "podman",
-            "OVERSOLD_BACKENDS is `podman`; it takes `docker` or `native`",
+            "OVERSOLD_BACKENDS is `podman`; expected `docker` or `native`",
         ),
         (
             "OVERSOLD_BACKENDS",
             "external",
-            "OVERSOLD_BACKENDS is `external`; it takes `docker` or `native`",
+            "OVERSOLD_BACKENDS is `external`; expected `docker` or `native`",
         ),
     ] {
         let said = Role::new(service, "find", temp().path()).set(setting, value).said();
@@ -1536,7 +1536,7 @@ fn a_bad_list_of_required_sources_is_refused() {
         .set("OVERSOLD_REQUIRE", "native,podman")
         .ends();
     assert_eq!(output.status.code(), Some(2));
-    let line = "OVERSOLD_REQUIRE lists `podman`; it takes `docker` and `native`, with a comma between them\n";
+    let line = "OVERSOLD_REQUIRE lists `podman`; expected `docker` and `native`, with a comma between them\n";
     assert_eq!(String::from_utf8_lossy(&output.stderr), line);
 }
 
@@ -1874,7 +1874,7 @@ fn setup_says_what_to_run(service: Service) {
         (
             "podman",
             2,
-            ["OVERSOLD_BACKENDS is `podman`", "it takes `docker` or `native`", ""],
+            ["OVERSOLD_BACKENDS is `podman`", "expected `docker` or `native`", ""],
         ),
     ] {
         let output = nothing().env("OVERSOLD_BACKENDS", forced).output().unwrap();

@@ -1,4 +1,4 @@
-//! How an accepted order ends, told as it happens.
+//! The state changes of an accepted order as server-sent events.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
@@ -19,30 +19,32 @@ use crate::{
     problem::{Problem, ProblemKind},
 };
 
-/// How long the strategy is asked to wait for an event at a time.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The timeout of one poll of the strategy for new events.
+const POLL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long it is asked whether there are events after the last one.
-const A_LOOK: Duration = Duration::from_secs(1);
+/// The timeout for reading stored events after the client's last one.
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often a quiet stream says that it is still there, for proxies that close what is silent.
+/// The interval of keep-alive comments: proxies close silent connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Tells how a reservation ends, as server-sent events: each is named after the status, and holds the reservation as JSON.
+/// Streams the state changes of a reservation as server-sent events. An event is named after the
+/// status; its data is the reservation as JSON.
 ///
-/// The first event of an order that is not decided yet is `accepted`, and the stream ends after the one that is final. It also ends when
-/// this server does or can't read its database: the client comes back, to any instance, and says with `Last-Event-ID` where it was.
+/// The first event of an unprocessed order is `accepted`, and the stream ends after the final
+/// state. It also ends when this server shuts down or its database is unavailable: the client
+/// reconnects, to any instance, and resumes with `Last-Event-ID`.
 #[utoipa::path(
     get,
     path = "/api/reservations/{id}/events",
     operation_id = "events",
     params(
         ("id" = Uuid, Path, description = "The reservation"),
-        ("Last-Event-ID" = Option<i64>, Header, description = "The number of the last event that the client has seen", minimum = 0),
+        ("Last-Event-ID" = Option<i64>, Header, description = "The id of the last event that the client has received", minimum = 0),
     ),
     responses(
         (status = 200, description = "The events", body = str, content_type = "text/event-stream"),
-        (status = 204, description = "There will be no more events after the last one: the client stays away"),
+        (status = 204, description = "The client has received the last event: it must not reconnect"),
     )
 )]
 pub(super) async fn follow(
@@ -57,24 +59,25 @@ pub(super) async fn follow(
         if seen.is_none() {
             next.push_back(Event { number: 0, reservation });
         }
-    } else if let Some(events) = app.seller.events(id, seen.unwrap_or(0), A_LOOK).await? {
+    } else if let Some(events) = app.strategy.events(id, seen.unwrap_or(0), REPLAY_TIMEOUT).await? {
         next.extend(events);
     } else if seen.is_none_or(|seen| seen < 1) {
-        // A strategy without events: its row was final from the start.
+        // A strategy without events: its rows are final from the start.
         next.push_back(Event { number: 1, reservation });
     }
-    // Who has seen a stored event of an order that is final has seen the last. Who has not is still to be told, and if it was not found in time it comes.
+    // A client that has received a stored event of a final order has received the last one. For any
+    // other client the stream stays open, even if the event could not be read within the timeout.
     if next.is_empty() && seen.is_some_and(|seen| seen > 0) && reservations::find(&app, id).await?.is_final() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let events = Sse::new(told(Following {
+    let events = Sse::new(stream_of(Subscription {
         app,
         id,
         seen: seen.unwrap_or(0),
         next,
         ended: false,
     }));
-    // nginx would keep the events back until it has a bufferful.
+    // nginx would otherwise buffer the events.
     let unbuffered = (
         HeaderName::from_static("x-accel-buffering"),
         HeaderValue::from_static("no"),
@@ -82,8 +85,8 @@ pub(super) async fn follow(
     Ok(([unbuffered], events.keep_alive(KeepAlive::new().interval(KEEP_ALIVE))).into_response())
 }
 
-/// One client on its way through the events of one reservation. It holds no more than it was just given.
-struct Following {
+/// The position of one client in the events of one reservation.
+struct Subscription {
     app: Arc<App>,
     id: Uuid,
     seen: i64,
@@ -91,35 +94,36 @@ struct Following {
     ended: bool,
 }
 
-fn told(following: Following) -> impl Stream<Item = Result<SseEvent, Infallible>> {
-    stream::unfold(following, async |mut following: Following| {
-        if following.ended {
+fn stream_of(subscription: Subscription) -> impl Stream<Item = Result<SseEvent, Infallible>> {
+    stream::unfold(subscription, async |mut subscription: Subscription| {
+        if subscription.ended {
             return None;
         }
-        while following.next.is_empty() {
-            let app = Arc::clone(&following.app);
+        while subscription.next.is_empty() {
+            let app = Arc::clone(&subscription.app);
             let events = tokio::select! {
                 () = app.stop.cancelled() => return None,
-                events = app.seller.events(following.id, following.seen, PATIENCE) => events,
+                events = app.strategy.events(subscription.id, subscription.seen, POLL_TIMEOUT) => events,
             };
-            following.next.extend(events.ok().flatten()?);
+            subscription.next.extend(events.ok().flatten()?);
         }
-        let event = following.next.pop_front()?;
-        following.seen = event.number;
-        following.ended = event.reservation.is_final();
-        Some((Ok(written(&event)), following))
+        let event = subscription.next.pop_front()?;
+        subscription.seen = event.number;
+        subscription.ended = event.reservation.is_final();
+        Some((Ok(to_sse(&event)), subscription))
     })
 }
 
-fn written(event: &Event) -> SseEvent {
+fn to_sse(event: &Event) -> SseEvent {
     let data: &api::Reservation = &event.reservation;
     SseEvent::default()
         .id(event.number.to_string())
         .event(&data.status)
         .json_data(data)
-        .expect("strings and numbers are always JSON")
+        .expect("a reservation always serializes to JSON")
 }
 
+/// Parses `Last-Event-ID`: digits only.
 fn last_event_id(headers: &HeaderMap) -> Result<Option<i64>, Problem> {
     let Some(sent) = headers.get("last-event-id") else {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! What clients send, read with suspicion: whatever is wrong with it becomes a problem that says what.
+//! Extractors: validate the input of requests, and reject it with a problem that names the error.
 
 use std::sync::Arc;
 
@@ -27,13 +27,13 @@ impl FromRequestParts<Arc<App>> for SaleInPath {
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Problem> {
         let malformed = || {
-            let detail = "a sale's id is a whole number from 0 to 9223372036854775807, in digits";
+            let detail = "expected the id of a sale: a whole number from 0 to 9223372036854775807, in digits";
             Problem::new(ProblemKind::MalformedPath, detail)
         };
         let Path(text) = Path::<String>::from_request_parts(parts, app)
             .await
             .map_err(|_| malformed())?;
-        // `parse` alone would take "+7", "-0" and "007" as well: one sale, one path.
+        // `parse` also accepts "+7", "-0" and "007", but a sale has one canonical path.
         if !text.bytes().all(|byte| byte.is_ascii_digit()) || text.len() > 1 && text.starts_with('0') {
             return Err(malformed());
         }
@@ -41,7 +41,7 @@ impl FromRequestParts<Arc<App>> for SaleInPath {
     }
 }
 
-/// The `{id}` of `/api/reservations/{id}`. What can't be an id is no reservation's.
+/// The `{id}` of `/api/reservations/{id}`. A malformed id is a [`ProblemKind::UnknownReservation`].
 pub(super) struct ReservationInPath(pub(super) Uuid);
 
 impl FromRequestParts<Arc<App>> for ReservationInPath {
@@ -56,7 +56,10 @@ impl FromRequestParts<Arc<App>> for ReservationInPath {
     }
 }
 
-/// Reads `Idempotency-Key`. A buyer who sends none gets a key that nobody else has.
+/// Parses `Idempotency-Key`; without the header, the key is random.
+///
+/// # Errors
+/// [`ProblemKind::MalformedKey`].
 pub(super) fn request_key(headers: &HeaderMap) -> Result<RequestKey, Problem> {
     let malformed = |detail: String| Problem::new(ProblemKind::MalformedKey, detail);
     let mut sent = headers.get_all("idempotency-key").iter();
@@ -70,7 +73,7 @@ pub(super) fn request_key(headers: &HeaderMap) -> Result<RequestKey, Problem> {
     RequestKey::try_from(key).map_err(|why| malformed(format!("`Idempotency-Key`: {why}")))
 }
 
-/// A body of JSON.
+/// A JSON body.
 pub(super) struct JsonBody<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonBody<T> {
@@ -91,35 +94,38 @@ fn is_json(headers: &HeaderMap) -> bool {
     essence.is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
 }
 
+/// Reads the body, within its size limit and timeout.
 async fn read(body: Body, limits: &Limits) -> Result<Bytes, Problem> {
     let too_large = || {
         let detail = format!("the body is longer than {} bytes", limits.body_bytes);
         Problem::new(ProblemKind::BodyTooLarge, detail)
     };
-    // A length that is declared is enough to refuse: nothing is read, and no "100 Continue" invites the rest.
+    // A declared length over the limit is rejected before anything is read, so no "100 Continue" is
+    // sent.
     if body.size_hint().lower() > limits.body_bytes as u64 {
         return Err(too_large());
     }
     let whole = Limited::new(body, limits.body_bytes).collect();
-    match timeout(limits.body_time, whole).await {
+    match timeout(limits.body_timeout, whole).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(_)) => Err(Problem::new(ProblemKind::MalformedBody, "the body broke off")),
+        Ok(Err(_)) => Err(Problem::new(ProblemKind::MalformedBody, "the body is incomplete")),
         Err(_) => {
-            let detail = format!("the body did not come within {:?}", limits.body_time);
+            let detail = format!("the body was not received within {:?}", limits.body_timeout);
             Err(Problem::new(ProblemKind::BodyTooSlow, detail))
         }
     }
 }
 
-/// Tells what is not JSON from what is not the JSON that the call takes.
+/// Parses the body: [`ProblemKind::MalformedBody`] if it is not JSON, [`ProblemKind::InvalidBody`]
+/// if it does not match the schema.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let malformed = |why: String| Problem::new(ProblemKind::MalformedBody, why);
     let text = std::str::from_utf8(bytes).map_err(|why| malformed(format!("the body is not UTF-8: {why}")))?;
-    // Looks at the whole text without building anything from it, however deep it nests.
+    // Validates the whole text without building a value, at any depth of nesting.
     serde_json::from_str::<IgnoredAny>(text).map_err(|why| malformed(format!("the body is not JSON: {why}")))?;
 
-    // serde would take `[42]` for `{"buyer_id": 42}`.
+    // serde would also accept `[42]` for `{"buyer_id": 42}`.
     if !text.trim_ascii_start().starts_with('{') {
         return Err(Problem::new(ProblemKind::InvalidBody, "the body is not a JSON object"));
     }
@@ -128,7 +134,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
         let field = why.path().to_string();
         let why = why.into_inner();
         let detail = match field.as_str() {
-            // The whole body: serde's words name the field.
+            // The whole body: serde's message names the field.
             "." => format!("the body: {why}"),
             field => format!("`{field}`: {why}"),
         };

@@ -1,8 +1,8 @@
-//! The HTTP contract: the same for every level.
+//! The HTTP API, the same for every level.
 
-mod envelope;
 mod events;
 mod input;
+mod middleware;
 mod openapi;
 mod operations;
 mod reservations;
@@ -27,24 +27,25 @@ use crate::{
     problem::{Problem, ProblemKind},
 };
 
-/// What every handler can reach: all that one server has.
+/// The state of a server, shared by all handlers.
 pub(crate) struct App {
-    pub(crate) seller: Box<dyn Reserve>,
+    pub(crate) strategy: Box<dyn Reserve>,
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
-    pub(crate) watch: Instrumentation,
-    /// Reservations run here, so that a buyer who hangs up does not cut a transaction in half.
+    pub(crate) instrumentation: Instrumentation,
+    /// The tasks of reservations in flight. They outlive their connections, so that a client that
+    /// disconnects does not cancel a transaction half-way.
     pub(crate) reservations: TaskTracker,
-    /// How many more may run.
-    pub(crate) room: Arc<Semaphore>,
+    /// Permits for further reservations.
+    pub(crate) permits: Arc<Semaphore>,
     pub(crate) admin_token: Option<AdminToken>,
     pub(crate) limits: Limits,
-    /// Told when the server ends.
+    /// Cancelled when the server shuts down.
     pub(crate) stop: CancellationToken,
 }
 
-/// Every path, with what it takes.
-fn table() -> [(&'static str, MethodRouter<Arc<App>>); 9] {
+/// All paths and their handlers.
+fn route_table() -> [(&'static str, MethodRouter<Arc<App>>); 9] {
     [
         ("/api/sales/{id}/reservations", post(reservations::reserve)),
         ("/api/reservations/{id}", get(reservations::look_up)),
@@ -58,17 +59,17 @@ fn table() -> [(&'static str, MethodRouter<Arc<App>>); 9] {
     ]
 }
 
-/// The contract, ready to be served.
+/// The router with its middleware.
 pub(crate) fn routes(app: Arc<App>) -> Router {
-    table()
+    route_table()
         .into_iter()
         .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .fallback(async || Problem::from(ProblemKind::NotFound))
         .method_not_allowed_fallback(async || Problem::from(ProblemKind::MethodNotAllowed))
         .layer(CatchPanicLayer::custom(|_| -> Response {
-            // The panic hook has told the log.
+            // The panic hook has logged it.
             Problem::from(ProblemKind::Crashed).into_response()
         }))
-        .layer(from_fn_with_state(Arc::clone(&app), envelope::envelope))
+        .layer(from_fn_with_state(Arc::clone(&app), middleware::finish_response))
         .with_state(app)
 }

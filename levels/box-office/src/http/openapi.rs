@@ -1,4 +1,4 @@
-//! The contract for machines: OpenAPI 3.1, with every status and every problem of every call.
+//! The OpenAPI 3.1 document, with every status and problem type of every operation.
 
 use std::collections::BTreeMap;
 
@@ -19,13 +19,13 @@ use crate::{
     problem::ProblemKind::{self, *},
 };
 
-/// What every call can meet that asks the database.
+/// The problems of every operation that queries the database.
 const DATABASE: &[ProblemKind] = &[Overloaded, TimedOut, BackendAway];
 
-/// What every call can meet that takes a body.
+/// The problems of every operation with a request body.
 const BODY: &[ProblemKind] = &[MalformedBody, InvalidBody, BodyTooLarge, BodyTooSlow, NotJson];
 
-/// The problems of every call.
+/// The problems of every operation.
 const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
     (
         HttpMethod::Post,
@@ -68,13 +68,13 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
     (HttpMethod::Get, "/openapi.json", &[]),
 ];
 
-/// What the handlers say of themselves.
+/// The document, from the annotations of the handlers.
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "Oversold",
-        description = "Sells tickets. What is not a success is problem details as in RFC 9457; their `type` is a path on \
-                       this server, which explains the problem. A path that is not listed here is answered with 404 \
+        description = "Sells tickets. Errors are problem details (RFC 9457), whose `type` is a path on this server that \
+                       documents the problem. A path that is not listed here is answered with 404 \
                        `/problems/not-found`, a method that is not listed with 405 `/problems/method-not-allowed`."
     ),
     paths(
@@ -90,11 +90,11 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
         document,
     ),
     components(schemas(api::Problem)),
-    modifiers(&WhatAllShare)
+    modifiers(&CommonResponses)
 )]
-struct Contract;
+struct ApiDocument;
 
-/// This document.
+/// This OpenAPI document.
 #[utoipa::path(
     get,
     path = "/openapi.json",
@@ -102,17 +102,21 @@ struct Contract;
     responses((status = 200, description = "This document", body = Object))
 )]
 pub(super) async fn document() -> Json<openapi::OpenApi> {
-    Json(Contract::openapi())
+    Json(ApiDocument::openapi())
 }
 
-/// Adds what is the same for many calls: problems, request ids, and the admin token.
-struct WhatAllShare;
+/// Adds what many operations share: problems, request ids, and the admin token.
+struct CommonResponses;
 
-impl Modify for WhatAllShare {
+impl Modify for CommonResponses {
     fn modify(&self, contract: &mut openapi::OpenApi) {
         for (method, path, problems) in PROBLEMS {
-            let operation = contract.paths.paths.get_mut(path).and_then(|item| call(item, &method));
-            let operation = operation.expect("every row of PROBLEMS is a documented call");
+            let operation = contract
+                .paths
+                .paths
+                .get_mut(path)
+                .and_then(|item| operation_of(item, &method));
+            let operation = operation.expect("every row of PROBLEMS is a documented operation");
             document_problems(operation, problems.concat());
         }
         let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
@@ -123,7 +127,7 @@ impl Modify for WhatAllShare {
     }
 }
 
-fn call<'a>(item: &'a mut openapi::PathItem, method: &HttpMethod) -> Option<&'a mut Operation> {
+fn operation_of<'a>(item: &'a mut openapi::PathItem, method: &HttpMethod) -> Option<&'a mut Operation> {
     match method {
         HttpMethod::Get => item.get.as_mut(),
         HttpMethod::Post => item.post.as_mut(),
@@ -144,14 +148,14 @@ fn document_problems(operation: &mut Operation, problems: Vec<ProblemKind>) {
     for response in responses.values_mut() {
         if let RefOr::T(response) = response {
             let id = HeaderBuilder::new().description(Some(
-                "Names this request in the server's log: the client's own, or a fresh one",
+                "The id of this request in the server's log: the client's own, or a new one",
             ));
             response.headers.insert("X-Request-Id".to_owned(), RefOr::T(id.build()));
         }
     }
 }
 
-/// All problems of one status are one response, told apart by `type`.
+/// The response for all problems of one status, distinguished by `type`.
 fn response(problems: &[ProblemKind]) -> Response {
     let lines: Vec<String> = problems
         .iter()
@@ -186,13 +190,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_served_is_what_is_documented() {
+    fn the_documented_paths_are_the_served_paths() {
         let served: Vec<&str> = {
-            let mut paths = super::super::table().map(|(path, _)| path);
+            let mut paths = super::super::route_table().map(|(path, _)| path);
             paths.sort_unstable();
             paths.to_vec()
         };
-        let contract = Contract::openapi();
+        let contract = ApiDocument::openapi();
         let documented: Vec<&str> = contract.paths.paths.keys().map(String::as_str).collect();
         assert_eq!(served, documented);
     }

@@ -1,4 +1,4 @@
-//! Buying a ticket, and looking at it.
+//! Reserving a ticket, and reading a reservation.
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
@@ -10,22 +10,22 @@ use axum::{
 };
 use futures_util::FutureExt;
 use tracing::Instrument;
+use uuid::Uuid;
 
 use super::{
     App,
-    envelope::RequestId,
     input::{JsonBody, ReservationInPath, SaleInPath, request_key},
+    middleware::RequestId,
 };
 use crate::{
     Indeterminate, Order, Outcome, ReserveError, api,
     problem::{Problem, ProblemKind},
 };
-use uuid::Uuid;
 
-/// Buys one ticket.
+/// Reserves one ticket.
 ///
-/// The same `Idempotency-Key` always leads to the same reservation: whoever is left without a final answer repeats the
-/// request with the same key.
+/// The same `Idempotency-Key` always yields the same reservation: a client without a final answer
+/// retries with the same key.
 #[utoipa::path(
     post,
     path = "/api/sales/{id}/reservations",
@@ -35,7 +35,7 @@ use uuid::Uuid;
         (
             "Idempotency-Key" = Option<String>,
             Header,
-            description = "The request key. Without one, every request is a new one",
+            description = "The request key. Without it, every request is a new order",
             min_length = 1,
             max_length = 128,
             pattern = "^[!-~]+$"
@@ -51,8 +51,8 @@ use uuid::Uuid;
         ),
         (
             status = 202,
-            description = "Accepted: the order is durable and will be decided. How it ended stands at its `Location`, and is told by \
-                           the events there. A refusal is a final state then, with the `reason` that is a problem's name elsewhere",
+            description = "Accepted: the order is durable and is processed asynchronously. Its final state follows at its \
+                           `Location`, and as an event. A refusal is a final state then, whose `reason` is the name of a problem",
             body = api::Reservation,
             headers(("Location" = String, description = "The reservation")),
         ),
@@ -70,7 +70,7 @@ pub(super) async fn reserve(
         buyer: body.buyer_id,
         key: request_key(&headers)?,
     };
-    let (code, reservation, status) = match in_a_task(app, request, order).await? {
+    let (code, reservation, status) = match reserve_detached(app, request, order).await? {
         Outcome::Confirmed(reservation) => (StatusCode::CREATED, reservation, "confirmed"),
         Outcome::Accepted(reservation) => (StatusCode::ACCEPTED, reservation, api::Reservation::ACCEPTED),
     };
@@ -87,41 +87,42 @@ pub(super) async fn reserve(
 }
 
 // ANCHOR: task
-/// Lets the strategy sell in a task of its own, which goes on when the client hangs up and this future is dropped. So there has to be room for it:
-/// those who hang up and come again would be without number.
-async fn in_a_task(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
-    let Ok(room) = Arc::clone(&app.room).try_acquire_owned() else {
-        let refused = Err(Indeterminate::Overloaded.into());
-        app.metrics.reserved(Some(&refused));
-        return refused;
+/// Runs the reservation in a task of its own, which completes even if the client disconnects and
+/// this future is dropped. Such tasks outlive their connections, so a semaphore bounds their
+/// number.
+async fn reserve_detached(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
+    let Ok(permit) = Arc::clone(&app.permits).try_acquire_owned() else {
+        let overloaded = Err(Indeterminate::Overloaded.into());
+        app.metrics.count_reservation(Some(&overloaded));
+        return overloaded;
     };
-    let steps = app.watch.steps(&request.0);
+    let steps = app.instrumentation.steps(&request.0);
     let tracker = app.reservations.clone();
     let task = async move {
-        let _room = room;
-        let result = AssertUnwindSafe(app.seller.reserve(&order, &steps))
+        let _permit = permit;
+        let result = AssertUnwindSafe(app.strategy.reserve(&order, &steps))
             .catch_unwind()
             .await;
-        app.metrics.reserved(result.as_ref().ok());
+        app.metrics.count_reservation(result.as_ref().ok());
         result
     };
     match tracker.spawn(task.in_current_span()).await {
         Ok(Ok(result)) => result,
-        // The request goes down as if it had panicked itself, and is answered by the layer that catches panics.
+        // Propagates the panic to this request, which `CatchPanicLayer` answers.
         Ok(Err(panic)) => std::panic::resume_unwind(panic),
-        // The runtime ends, and took the task with it.
+        // The runtime is shutting down, and has cancelled the task.
         Err(_) => Err(Indeterminate::TimedOut.into()),
     }
 }
 // ANCHOR_END: task
 
-/// Shows a reservation.
+/// Reads a reservation.
 #[utoipa::path(
     get,
     path = "/api/reservations/{id}",
     operation_id = "reservation",
     params(("id" = Uuid, Path, description = "The reservation")),
-    responses((status = 200, description = "As it is", body = api::Reservation))
+    responses((status = 200, description = "The reservation", body = api::Reservation))
 )]
 pub(super) async fn look_up(
     State(app): State<Arc<App>>,
@@ -130,9 +131,12 @@ pub(super) async fn look_up(
     find(&app, id).await.map(Json)
 }
 
-/// The reservation as its row says it; without a row, as an order that was accepted, if it was.
+/// The reservation from its row, or an accepted order without a row.
+///
+/// # Errors
+/// [`ProblemKind::UnknownReservation`] if there is neither, or the problem of a database error.
 pub(super) async fn find(app: &App, id: Uuid) -> Result<api::Reservation, Problem> {
-    // Why an order was refused stands only in the views of levels that store it.
+    // `select *`: only the views of some levels have the columns of a refusal.
     let row = sqlx::query_as(
         "select *
            from reservation_now
@@ -141,6 +145,6 @@ pub(super) async fn find(app: &App, id: Uuid) -> Result<api::Reservation, Proble
     .bind(id)
     .fetch_optional(&app.database)
     .await?;
-    let accepted = || app.seller.accepted(id).then(|| api::Reservation::accepted(id));
+    let accepted = || app.strategy.accepted(id).then(|| api::Reservation::accepted(id));
     row.or_else(accepted).ok_or(ProblemKind::UnknownReservation.into())
 }

@@ -1,4 +1,4 @@
-//! Opening a sale, and looking at it.
+//! Opening a sale, and reading it.
 
 use std::sync::Arc;
 
@@ -18,13 +18,13 @@ use crate::{
     problem::{Problem, ProblemKind},
 };
 
-/// Shows a sale.
+/// Reads a sale.
 #[utoipa::path(
     get,
     path = "/api/sales/{id}",
     operation_id = "sale",
     params(("id" = i64, Path, description = "The sale", minimum = 0)),
-    responses((status = 200, description = "As it is", body = api::Sale))
+    responses((status = 200, description = "The sale", body = api::Sale))
 )]
 pub(super) async fn look_up(
     State(app): State<Arc<App>>,
@@ -52,7 +52,7 @@ async fn find(database: &PgPool, sale: SaleId) -> Result<api::Sale, Problem> {
     found.ok_or(ProblemKind::UnknownSale.into())
 }
 
-/// Opens a sale. The same again changes nothing.
+/// Opens a sale. Idempotent: the same request again changes nothing.
 #[utoipa::path(
     put,
     path = "/api/sales/{id}",
@@ -60,8 +60,8 @@ async fn find(database: &PgPool, sale: SaleId) -> Result<api::Sale, Problem> {
     params(("id" = i64, Path, description = "The sale", minimum = 0)),
     request_body = api::NewSale,
     responses(
-        (status = 201, description = "Open", body = api::Sale),
-        (status = 200, description = "Open already, and no different", body = api::Sale),
+        (status = 201, description = "The sale was opened", body = api::Sale),
+        (status = 200, description = "The sale was already open, with the same name and capacity", body = api::Sale),
     ),
     security(("admin token" = []))
 )]
@@ -98,7 +98,7 @@ pub(super) async fn open(
     Ok((status, Json(sale)))
 }
 
-/// Proof that the request carries the admin token.
+/// An extractor that requires the admin token.
 pub(super) struct Admin;
 
 impl FromRequestParts<Arc<App>> for Admin {
@@ -111,7 +111,7 @@ impl FromRequestParts<Arc<App>> for Admin {
             scheme.eq_ignore_ascii_case(b"Bearer ").then_some(offered)
         });
         match offered {
-            Some(offered) if token.is(offered) => Ok(Self),
+            Some(offered) if token.matches(offered) => Ok(Self),
             _ => Err(ProblemKind::Unauthorized.into()),
         }
     }

@@ -173,12 +173,12 @@ impl Path {
         tokio::spawn(tell_lag(
             onlooker(&place)?,
             place.clone(),
-            context.counts.lag.clone(),
+            context.metrics.lag.clone(),
             stop.clone(),
         ));
         Ok(Arc::new(Self {
             topic: topic(&place),
-            dead_letters: DeadLetters::new(producer.clone(), &place, context.counts.clone()),
+            dead_letters: DeadLetters::new(producer.clone(), &place, context.metrics.clone()),
             producer,
             ids,
             events,
@@ -350,9 +350,9 @@ async fn tell_lag(onlooker: BaseConsumer, place: KafkaConfig, lag: ConsumerLag, 
         match tokio::task::spawn_blocking(move || behind(&onlooker, &place, LAG_EVERY)).await {
             Ok(Ok(behind)) => behind
                 .into_iter()
-                .for_each(|(partition, behind)| lag.is(partition, behind)),
+                .for_each(|(partition, behind)| lag.set(partition, behind)),
             // The broker is away, or this process ends.
-            _ => lag.is_unknown(),
+            _ => lag.clear(),
         }
     }
     // To drop a client takes a while, and must not take it on a thread that others need.

@@ -140,7 +140,7 @@ impl fmt::Display for Report {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Missing {
     /// A setting can't be understood.
-    #[error("{variable} is `{held}`; it takes {takes}")]
+    #[error("{variable} is `{held}`; expected {takes}")]
     BadSetting {
         /// The environment variable.
         variable: &'static str,

@@ -368,14 +368,7 @@ impl State {
     fn decided(&self) -> Option<Option<Refused>> {
         match (self.status.as_str(), self.reason.as_deref()) {
             ("confirmed", _) => Some(None),
-            ("refused", Some("sold-out")) => Some(Some(Refused::SoldOut)),
-            ("refused", Some("expired")) => Some(Some(Refused::Expired)),
-            ("refused", Some("declined")) => Some(Some(Refused::Declined)),
-            ("refused", Some("key-of-another-buyer")) => Some(Some(Refused::KeyOfAnotherBuyer)),
-            ("refused", Some("already-reserved")) => {
-                let earlier = self.earlier?;
-                Some(Some(Refused::AlreadyReserved { earlier }))
-            }
+            ("refused", Some(reason)) => Refused::from_name(reason, self.earlier).map(Some),
             _ => None,
         }
     }
@@ -430,15 +423,7 @@ fn reservation(answered: &Answered) -> Option<Uuid> {
 fn refused(answered: &Answered) -> Option<Refused> {
     let problem: api::Problem = serde_json::from_slice(&answered.body).ok()?;
     let kind = ProblemKind::from_uri(&problem.kind).filter(|kind| kind.status() == answered.status)?;
-    match kind {
-        ProblemKind::SoldOut => Some(Refused::SoldOut),
-        ProblemKind::AlreadyReserved => problem
-            .reservation_id
-            .map(|earlier| Refused::AlreadyReserved { earlier }),
-        ProblemKind::KeyOfAnotherBuyer => Some(Refused::KeyOfAnotherBuyer),
-        ProblemKind::UnknownSale => Some(Refused::UnknownSale),
-        _ => None,
-    }
+    Refused::from_name(kind.name(), problem.reservation_id)
 }
 
 fn order(sale: SaleId, buyer: BuyerId, key: &str, number: u64) -> anyhow::Result<HttpRequest<Full<Bytes>>> {

@@ -87,10 +87,10 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         let context = StrategyContext {
             database: pool.clone(),
             work: Duration::ZERO,
-            counts: StrategyMetrics::default(),
+            metrics: StrategyMetrics::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
-            watch: Instrumentation::default(),
+            instrumentation: Instrumentation::default(),
         };
         let reserve = (strategy.open)(context).await?;
         open_sale(&observer, sale, 2).await?;

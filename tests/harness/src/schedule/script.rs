@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use box_office::{
-    BuyerId, Instrumentation, Invariant, Observer, Order, Outcome, Promise, Refusal, RequestKey, Reserve, ReserveError,
-    SaleId, Sighting, Steps, Strategy, StrategyContext, StrategyMetrics, trace::now_monotonic_us,
+    BuyerId, Instrumentation, Invariant, Observer, Order, Outcome, Promise, RequestKey, Reserve, ReserveError, SaleId,
+    Sighting, Steps, Strategy, StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::{
     FutureExt,
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     backends::TestEnvironment,
-    history::{Answer, FORMAT_VERSION, Header, History, Micros, Refused, Request, Step},
+    history::{Answer, FORMAT_VERSION, Header, History, Micros, Request, Step},
     judge::in_words,
     rows,
 };
@@ -134,10 +134,10 @@ impl ScheduleRunner {
         let context = StrategyContext {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             work: Duration::ZERO,
-            counts: StrategyMetrics::default(),
+            metrics: StrategyMetrics::default(),
             redis: stand.redis(LEASE)?,
             kafka: None,
-            watch: Instrumentation::default(),
+            instrumentation: Instrumentation::default(),
         };
         Ok(Self {
             strategy,
@@ -708,12 +708,7 @@ pub(super) fn answer_of(result: Result<Outcome, ReserveError>) -> Answer {
             reservation: reservation.id,
             ending: None,
         },
-        Err(ReserveError::Refused(refusal)) => Answer::Refused(match refusal {
-            Refusal::SoldOut => Refused::SoldOut,
-            Refusal::AlreadyReserved { earlier } => Refused::AlreadyReserved { earlier: earlier.id },
-            Refusal::KeyOfAnotherBuyer => Refused::KeyOfAnotherBuyer,
-            Refusal::UnknownSale => Refused::UnknownSale,
-        }),
+        Err(ReserveError::Refused(refusal)) => Answer::Refused(refusal.into()),
         Err(ReserveError::Indeterminate(_)) => Answer::Indeterminate,
     }
 }

@@ -1,5 +1,5 @@
-//! What every request and every answer goes through: the request's id, its span in the log, its latency, and the body of
-//! its problem.
+//! The middleware around every request: request id, tracing span, latency metric, and the body of
+//! problem details.
 
 use std::sync::Arc;
 
@@ -19,21 +19,23 @@ use crate::problem::Problem;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Names a request in its answer, its problem, the log and the trace.
+/// The id of a request in its response, problem details, log lines and trace.
 #[derive(Clone)]
 pub(super) struct RequestId(pub(super) Arc<str>);
 
 impl RequestId {
+    /// The maximum length of a client's id, in characters.
     const MAX_LENGTH: usize = 128;
 
-    /// The client's own, if it is one line of plain text that can be put anywhere; a fresh one otherwise.
+    /// The client's `X-Request-Id` if it is visible ASCII, which is safe in logs and headers; else
+    /// a new UUID.
     fn of(headers: &HeaderMap) -> Self {
-        let sane = |value: &HeaderValue| {
+        let is_valid = |value: &HeaderValue| {
             let bytes = value.as_bytes();
             let fits = (1..=Self::MAX_LENGTH).contains(&bytes.len());
             fits && bytes.iter().all(u8::is_ascii_graphic)
         };
-        let sent = headers.get(X_REQUEST_ID).filter(|value| sane(value));
+        let sent = headers.get(X_REQUEST_ID).filter(|value| is_valid(value));
         match sent.and_then(|value| value.to_str().ok()) {
             Some(id) => Self(id.into()),
             None => Self(Uuid::new_v4().to_string().into()),
@@ -41,10 +43,11 @@ impl RequestId {
     }
 }
 
-pub(super) async fn envelope(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+/// The middleware of every route.
+pub(super) async fn finish_response(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
     let id = RequestId::of(request.headers());
-    let method = known(request.method());
+    let method = method_label(request.method());
     let path = request.extensions().get::<MatchedPath>().cloned();
     let route = path.as_ref().map_or("unknown", MatchedPath::as_str);
     let span = tracing::info_span!("request", id = &*id.0, method, route);
@@ -64,12 +67,12 @@ pub(super) async fn envelope(State(app): State<Arc<App>>, mut request: Request, 
             .insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let status = response.status().as_u16();
-    app.metrics.answered(method, route, status, began.elapsed());
+    app.metrics.observe_response(method, route, status, began.elapsed());
     tracing::debug!(parent: &span, status, took_us = began.elapsed().as_micros(), "answered");
     response
 }
 
-/// Puts the body where the problem was, and leaves status and headers as they are.
+/// Writes the body of the problem details. Status and other headers stay.
 fn write_problem(problem: &Problem, id: &RequestId, response: &mut Response) {
     let written = Json(problem.body(&id.0)).into_response();
     *response.body_mut() = written.into_body();
@@ -81,8 +84,8 @@ fn write_problem(problem: &Problem, id: &RequestId, response: &mut Response) {
     );
 }
 
-/// The method as a label: a client can make up any word for one.
-fn known(method: &Method) -> &'static str {
+/// The method as a metric label. Clients can send arbitrary methods, so unknown ones are `other`.
+fn method_label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
         Method::HEAD => "HEAD",

@@ -1,6 +1,7 @@
-//! A level whose only strategy answers as its request key asks it to: what is under test here is the house around it.
+//! A level of test doubles: the strategy `scripted` answers as its request key says. The server
+//! around it is under test.
 //!
-//! Every test binary uses a part of it.
+//! Every test binary uses a part of this module.
 
 #![allow(dead_code)]
 
@@ -28,11 +29,11 @@ static MIGRATIONS: Migrator = sqlx::migrate!("tests/migrations");
 pub(crate) static LEVEL: Level = Level {
     name: "lv0",
     package: "lv0-test-double",
-    summary: "answers as it is asked to",
+    summary: "test doubles",
     lag: None,
     strategies: &[
         Strategy {
-            name: "obedient",
+            name: "scripted",
             summary: "answers as its request key says",
             guarantee: Guarantee::uniform(Promises::ALL_KEPT),
             clicks: 1,
@@ -41,11 +42,11 @@ pub(crate) static LEVEL: Level = Level {
                 migrations: &MIGRATIONS,
             },
             needs: &[],
-            open: |context| Box::pin(async { Ok(Box::new(Obedient { context }) as Box<dyn Reserve>) }),
+            open: |context| Box::pin(async { Ok(Box::new(Scripted { context }) as Box<dyn Reserve>) }),
         },
         Strategy {
-            name: "stillborn",
-            summary: "can't be opened",
+            name: "unopenable",
+            summary: "fails to open",
             guarantee: Guarantee::uniform(Promises::ALL_KEPT),
             clicks: 1,
             schema: Schema {
@@ -59,15 +60,15 @@ pub(crate) static LEVEL: Level = Level {
     mutants: &[],
 };
 
-/// The reservation that `already-reserved` names.
+/// The existing reservation that `already-reserved` names.
 pub(crate) const EARLIER: Uuid = Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0042);
 
-struct Obedient {
+struct Scripted {
     context: StrategyContext,
 }
 
 #[async_trait]
-impl Reserve for Obedient {
+impl Reserve for Scripted {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         steps.at("asked").saw(order.key.as_str()).await;
         self.context.simulate_work().await;
@@ -108,7 +109,7 @@ impl Reserve for Obedient {
     }
 }
 
-/// A lock that a test can hold: the reservation of this buyer waits until it lets go.
+/// Takes an advisory lock, which a test can hold to block the reservation of this buyer.
 async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Result<()> {
     sqlx::query("select pg_advisory_xact_lock($1)")
         .bind(buyer)
@@ -119,13 +120,13 @@ async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Result<()> {
 
 pub(crate) const TOKEN: &str = "open-sesame";
 
-/// A database of this test's own, with the tables in it.
+/// A migrated database for one test.
 pub(crate) async fn database() -> Database {
     let postgres = backends::postgres().await.unwrap_or_else(|missing| panic!("{missing}"));
     postgres.database(LEVEL.strategies[0].schema).await.expect("a database")
 }
 
-/// Settings for a server on this database, at any free port.
+/// Settings of a server on this database, on any free port.
 pub(crate) fn on(url: &str) -> Settings {
     Settings {
         database_url: Some(url.parse::<DatabaseUrl>().expect("a URL")),
@@ -135,19 +136,19 @@ pub(crate) fn on(url: &str) -> Settings {
     }
 }
 
-/// A server of the obedient strategy, and the database it sells from.
+/// A server of the scripted strategy, and its database.
 pub(crate) struct TestEnvironment {
     pub(crate) server: Server,
     pub(crate) database: Database,
 }
 
-/// Opens a stand.
-pub(crate) async fn stand() -> TestEnvironment {
-    stand_with(|_| ()).await
+/// Starts a server on a new database.
+pub(crate) async fn environment() -> TestEnvironment {
+    environment_with(|_| ()).await
 }
 
-/// Opens a stand with settings of its own.
-pub(crate) async fn stand_with(change: impl FnOnce(&mut Settings)) -> TestEnvironment {
+/// The same, with changed settings.
+pub(crate) async fn environment_with(change: impl FnOnce(&mut Settings)) -> TestEnvironment {
     let database = database().await;
     let mut settings = on(&database.url());
     change(&mut settings);
@@ -157,7 +158,7 @@ pub(crate) async fn stand_with(change: impl FnOnce(&mut Settings)) -> TestEnviro
     }
 }
 
-/// Starts a server of the obedient strategy.
+/// Starts a server of the scripted strategy.
 pub(crate) async fn start(settings: &Settings) -> Server {
     box_office::raise_open_files_limit();
     Server::start(&LEVEL, &LEVEL.strategies[0], settings)
@@ -170,26 +171,26 @@ impl TestEnvironment {
         self.server.address()
     }
 
-    /// A connection past the server.
+    /// A connection to the database, bypassing the server.
     pub(crate) async fn connect(&self) -> PgConnection {
         PgConnection::connect(&self.database.url())
             .await
             .expect("the database is there")
     }
 
-    /// Makes the reservations of buyer 42 wait until the connection lets go.
-    pub(crate) async fn hold_up_buyer_42(&self) -> Holder {
+    /// Blocks the reservations of buyer 42 until the lock is released.
+    pub(crate) async fn block_buyer_42(&self) -> LockHolder {
         let mut connection = self.connect().await;
         sqlx::query("begin")
             .execute(&mut connection)
             .await
             .expect("a transaction");
         lock(&mut connection, 42).await.expect("the lock");
-        Holder(connection)
+        LockHolder(connection)
     }
 }
 
-/// How many reservations there are.
+/// The number of reservations in the database.
 pub(crate) async fn reservations(database: &Database) -> i64 {
     let mut connection = PgConnection::connect(&database.url())
         .await
@@ -201,15 +202,15 @@ pub(crate) async fn reservations(database: &Database) -> i64 {
 }
 
 /// Holds the lock that buyer 42 waits for.
-pub(crate) struct Holder(PgConnection);
+pub(crate) struct LockHolder(PgConnection);
 
-impl Holder {
-    pub(crate) async fn let_go(self) {
+impl LockHolder {
+    pub(crate) async fn release(self) {
         self.0.close().await.expect("the connection closes");
     }
 }
 
-/// What came back.
+/// An HTTP response.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -218,7 +219,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// A header; empty if it is not there.
+    /// A header; empty if it is absent.
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", String::as_str)
     }
@@ -231,7 +232,7 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|why| panic!("{why} in {self:?}"))
     }
 
-    /// Whether the answer is exactly this problem, whole in every part that all problems have.
+    /// Asserts that the response is this problem, with all members that every problem has.
     #[track_caller]
     pub(crate) fn is_problem(&self, status: u16, name: &str) {
         assert_eq!(self.header("content-type"), "application/problem+json", "{self:?}");
@@ -258,7 +259,7 @@ impl Answer {
     }
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 pub(crate) async fn ask(to: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
     let mut request = format!("{method} {path} HTTP/1.1\r\nHost: box-office\r\nConnection: close\r\n");
     for (name, value) in headers {
@@ -268,21 +269,21 @@ pub(crate) async fn ask(to: SocketAddr, method: &str, path: &str, headers: &[(&s
     send(to, request.as_bytes()).await
 }
 
-/// Reserves a ticket of sale 1, under this key.
+/// Reserves a ticket of sale 1 with this request key.
 pub(crate) async fn reserve(to: SocketAddr, buyer: i64, key: &str) -> Answer {
     let headers = [("Content-Type", "application/json"), ("Idempotency-Key", key)];
     let body = format!(r#"{{"buyer_id": {buyer}}}"#);
     ask(to, "POST", "/api/sales/1/reservations", &headers, &body).await
 }
 
-/// Raw bytes, on a connection of their own, and the first answer.
+/// Sends raw bytes on a new connection, and reads the first response.
 pub(crate) async fn send(to: SocketAddr, request: &[u8]) -> Answer {
     let mut stream = TcpStream::connect(to).await.expect("it listens");
     stream.write_all(request).await.expect("it reads");
     read_answer(&mut stream).await.expect("an answer")
 }
 
-/// The next answer on a connection; `None`: it was closed before one came.
+/// Reads the next response. `None`: the connection was closed first.
 pub(crate) async fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -303,14 +304,14 @@ pub(crate) async fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     Some(Answer { status, headers, body })
 }
 
-/// What was waited for, or a failure that names it.
+/// The output of the future; panics with `what` after 20 s.
 pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(20), future)
         .await
         .unwrap_or_else(|_| panic!("waited 20 s for {what}"))
 }
 
-/// Waits until a server that was told to stop has closed its listener.
-pub(crate) async fn nobody_listens(at: SocketAddr) {
+/// Waits until a server that is shutting down has closed its listener.
+pub(crate) async fn listener_closed(at: SocketAddr) {
     until("the listener to close", async || TcpStream::connect(at).await.is_err()).await;
 }
