@@ -1,0 +1,293 @@
+//! Child processes that run this program in a role, and what they leave behind.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use harness::backends::Source;
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::service::Service;
+
+/// Names what a child of this test is to do.
+pub(crate) const ROLE: &str = "OVERSOLD_TEST_ROLE";
+
+/// Names the service it is to do that on.
+pub(crate) const SERVICE: &str = "OVERSOLD_TEST_SERVICE";
+
+/// How long anything may take that should happen at once.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often a condition is looked at that is waited for.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(10);
+
+/// A child that plays a role, with no setting but those it is given.
+pub(crate) struct Role(pub(crate) Command);
+
+impl Role {
+    pub(crate) fn new(service: Service, role: &str, temp: &Path) -> Self {
+        let mut command = with_ctrl_c(env::current_exe().unwrap());
+        command
+            .env(ROLE, role)
+            .env(SERVICE, service.name())
+            .env("TMPDIR", temp)
+            .stdin(Stdio::piped())
+            .process_group(0);
+        for setting in [
+            "DATABASE_URL",
+            "REDIS_URL",
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "OVERSOLD_BACKENDS",
+            "OVERSOLD_REQUIRE",
+        ] {
+            command.env_remove(setting);
+        }
+        Self(command)
+    }
+
+    pub(crate) fn set(mut self, setting: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.0.env(setting, value);
+        self
+    }
+
+    pub(crate) fn forced(self, source: Source) -> Self {
+        self.set("OVERSOLD_BACKENDS", source.name())
+    }
+
+    pub(crate) fn ends(mut self) -> Output {
+        self.0.stdin(Stdio::null()).output().unwrap()
+    }
+
+    pub(crate) fn succeeds(self) -> Output {
+        let output = self.ends();
+        assert!(output.status.success(), "{}", text(&output));
+        output
+    }
+
+    /// What it says on stdout.
+    pub(crate) fn said(self) -> Value {
+        let output = self.succeeds();
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output)))
+    }
+
+    /// Starts it and waits for its first words.
+    pub(crate) fn held(mut self) -> Held {
+        let mut child = self.0.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut said = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut said)
+            .unwrap();
+        let stdin = child.stdin.take();
+        let said = serde_json::from_str(&said).expect("the child says what it holds");
+        Held { child, stdin, said }
+    }
+}
+
+/// A command for which Ctrl-C is not ignored, even if this test runs in the background of a shell, where it is.
+fn with_ctrl_c(program: PathBuf) -> Command {
+    let env_can = Command::new("env")
+        .args(["--default-signal=INT", "true"])
+        .stderr(Stdio::null())
+        .status();
+    if env_can.is_ok_and(|status| status.success()) {
+        let mut command = Command::new("env");
+        command.arg("--default-signal=INT").arg(program);
+        command
+    } else {
+        Command::new(program)
+    }
+}
+
+/// A child that holds a server.
+pub(crate) struct Held {
+    pub(crate) child: Child,
+    pub(crate) stdin: Option<ChildStdin>,
+    pub(crate) said: Value,
+}
+
+impl Held {
+    pub(crate) fn word(&self, word: &str) -> &str {
+        self.said[word].as_str().unwrap()
+    }
+
+    pub(crate) fn folder(&self) -> PathBuf {
+        PathBuf::from(self.word("folder"))
+    }
+
+    /// The processes that were started for its folders: the keeper, the server, and the server's own.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        let table = processes();
+        let mut folders = self.elsewhere();
+        folders.push(self.folder());
+        let ours = |process: &&Process| {
+            folders
+                .iter()
+                .any(|folder| process.line.contains(folder.to_str().unwrap()))
+        };
+        let mut pids: Vec<u32> = table.iter().filter(ours).map(|process| process.pid).collect();
+        // A server may change how it is shown.
+        let book = self.folder().join("pids");
+        pids.extend(names_in(&book).into_iter().map(|entry| {
+            let entry = fs::read_to_string(book.join(entry)).unwrap();
+            entry.split_whitespace().next().unwrap().parse::<u32>().unwrap()
+        }));
+        pids.sort_unstable();
+        pids.dedup();
+        let children = table.iter().filter(|process| pids.contains(&process.parent));
+        pids.extend(children.map(|process| process.pid).collect::<Vec<_>>());
+        pids
+    }
+
+    pub(crate) fn keeper(&self) -> Pid {
+        let table = processes();
+        let keeper = table
+            .iter()
+            .find(|process| process.line.contains(&format!("keep {}", self.word("folder"))));
+        Pid::from_raw(i32::try_from(keeper.unwrap().pid).unwrap()).unwrap()
+    }
+
+    pub(crate) fn containers(&self) -> Vec<String> {
+        names_in(&self.folder().join("containers"))
+    }
+
+    /// The folders it has in other places.
+    pub(crate) fn elsewhere(&self) -> Vec<PathBuf> {
+        let book = self.folder().join("elsewhere");
+        let entries = names_in(&book).into_iter();
+        entries
+            .map(|entry| PathBuf::from(fs::read_to_string(book.join(entry)).unwrap().trim()))
+            .collect()
+    }
+
+    pub(crate) fn end(&mut self, end: End) {
+        let stdin = self.stdin.take();
+        match end {
+            End::Exit => drop(stdin),
+            End::Panic => writeln!(stdin.unwrap(), "panic").unwrap(),
+            End::CtrlC => kill_process_group(Pid::from_child(&self.child), Signal::INT).unwrap(),
+            End::Kill => kill_process(Pid::from_child(&self.child), Signal::KILL).unwrap(),
+        }
+        let status = self.child.wait().unwrap();
+        assert_eq!(status.success(), end == End::Exit, "{status}");
+    }
+}
+
+/// How a child ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Exit,
+    Panic,
+    CtrlC,
+    Kill,
+}
+
+impl End {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Exit => "exit",
+            Self::Panic => "a_panic",
+            Self::CtrlC => "ctrl_c",
+            Self::Kill => "sigkill",
+        }
+    }
+}
+
+pub(crate) fn text(output: &Output) -> String {
+    let [stdout, stderr] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+    format!("{}\n{stdout}{stderr}", output.status)
+}
+
+/// A temporary folder for children, which a server that runs as another user can reach. It must become empty after the last of them.
+pub(crate) struct Temp(TempDir);
+
+pub(crate) fn temp() -> Temp {
+    let temp = tempfile::tempdir().unwrap();
+    fs::set_permissions(temp.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    Temp(temp)
+}
+
+impl Temp {
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(crate) fn becomes_empty(&self) {
+        until(&format!("{} to become empty", self.path().display()), || {
+            names_in(self.path()).is_empty()
+        });
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        // A keeper whose folder is taken away can't know what to end. A failed test waits too, but has said already what is wrong.
+        let began = Instant::now();
+        while thread::panicking() && began.elapsed() < PATIENCE && !names_in(self.path()).is_empty() {
+            thread::sleep(LOOK_AGAIN_AFTER);
+        }
+        if !thread::panicking() {
+            self.becomes_empty();
+        }
+    }
+}
+
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pub(crate) parent: u32,
+    pub(crate) line: String,
+}
+
+/// All processes that have not ended.
+pub(crate) fn processes() -> Vec<Process> {
+    let listed = Command::new("ps")
+        .args(["-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "state=", "-o", "args="])
+        .output()
+        .unwrap();
+    let process = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (pid, parent) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        let ended = words.next()?.starts_with('Z');
+        let line = words.collect::<Vec<_>>().join(" ");
+        (!ended).then_some(Process { pid, parent, line })
+    };
+    String::from_utf8_lossy(&listed.stdout)
+        .lines()
+        .filter_map(process)
+        .collect()
+}
+
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        thread::sleep(LOOK_AGAIN_AFTER);
+    }
+}
+
+pub(crate) fn names_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect()
+}
+
+/// Whether the engine has a container of this name, running or not.
+pub(crate) fn container_exists(name: &str) -> bool {
+    let filter = format!("name=^/{name}$");
+    let listed = Command::new("docker")
+        .args(["container", "ls", "--all", "--quiet", "--filter", &filter])
+        .output()
+        .unwrap();
+    assert!(listed.status.success(), "{}", text(&listed));
+    !listed.stdout.is_empty()
+}
