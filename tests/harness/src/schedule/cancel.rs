@@ -8,14 +8,14 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, Instrumentation, Order, Outcome, RequestKey, ReserveError, SaleId, Steps, Strategy, StrategyContext,
-    StrategyMetrics, trace::now_monotonic_us,
+    BuyerId, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps, Strategy,
+    StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
 use tokio::time::timeout;
 
-use super::script::{answer_of, open_sale};
+use super::runner::{answer_of, open_sale};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
@@ -96,7 +96,7 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         open_sale(&observer, sale, 2).await?;
 
         let first = order(sale, 1)?;
-        let mut requests = vec![request(&first)];
+        let requests = vec![request(&first)];
         let unobserved = Steps::unobserved();
         let limited = Limited {
             reserving: reserve.reserve(&first, &unobserved),
@@ -121,40 +121,7 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         nothing_left_open(&observer)
             .await
             .with_context(|| format!("cancelled after {polls} polls"))?;
-        let after = async {
-            let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
-            drop(whole.await.context("the pool is not whole")?);
-            for buyer in [1, 2] {
-                let order = order(sale, buyer)?;
-                let mut request = request(&order);
-                request.answer = answer_of(reserve.reserve(&order, &Steps::unobserved()).await);
-                request.answered_us = Some(now_monotonic_us());
-                ensure!(
-                    matches!(request.answer, Answer::Confirmed { .. }),
-                    "buyer {buyer}, who comes after it, is told {:?}",
-                    request.answer
-                );
-                requests.push(request);
-            }
-            let sold = rows::read(&observer, sale).await?;
-            let history = History {
-                header: Header {
-                    version: FORMAT_VERSION,
-                    strategy: strategy.name.to_owned(),
-                    sale,
-                    capacity: 2,
-                    deadline_us: Micros::MAX / 2,
-                    expiry_us: None,
-                    stock: Some(sold.stock),
-                },
-                requests,
-                rows: Some(sold.rows),
-                faults: vec![],
-            };
-            let verdict = judge(&history);
-            ensure!(verdict.findings.is_empty(), "{verdict}");
-            Ok(())
-        };
+        let after = all_are_served(&*reserve, strategy, &observer, &pool, sale, requests);
         timeout(PATIENCE, after)
             .await
             .with_context(|| format!("{PATIENCE:?} later somebody still waits"))
@@ -163,6 +130,50 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         pool.close().await;
         polls += 1;
     }
+}
+
+/// After a cancelled reservation, the pool is whole, its buyer gets the one ticket under the same key, the next buyer the other, and the judge
+/// finds nothing.
+async fn all_are_served(
+    reserve: &dyn Reserve,
+    strategy: &Strategy,
+    observer: &PgPool,
+    pool: &PgPool,
+    sale: SaleId,
+    mut requests: Vec<Request>,
+) -> anyhow::Result<()> {
+    let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
+    drop(whole.await.context("the pool is not whole")?);
+    for buyer in [1, 2] {
+        let order = order(sale, buyer)?;
+        let mut request = request(&order);
+        request.answer = answer_of(reserve.reserve(&order, &Steps::unobserved()).await);
+        request.answered_us = Some(now_monotonic_us());
+        ensure!(
+            matches!(request.answer, Answer::Confirmed { .. }),
+            "buyer {buyer}, who comes after it, is told {:?}",
+            request.answer
+        );
+        requests.push(request);
+    }
+    let sold = rows::read(observer, sale).await?;
+    let history = History {
+        header: Header {
+            version: FORMAT_VERSION,
+            strategy: strategy.name.to_owned(),
+            sale,
+            capacity: 2,
+            deadline_us: Micros::MAX / 2,
+            expiry_us: None,
+            stock: Some(sold.stock),
+        },
+        requests,
+        rows: Some(sold.rows),
+        faults: vec![],
+    };
+    let verdict = judge(&history);
+    ensure!(verdict.findings.is_empty(), "{verdict}");
+    Ok(())
 }
 
 /// Waits until no transaction that nobody runs any more holds locks in this database.

@@ -53,7 +53,7 @@ pub struct Broken {
 /// Whose keys the requests of a scenario carry.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keys {
-    ManagedServer,
+    Own,
     TheFirstOnes,
 }
 
@@ -69,7 +69,7 @@ impl ScheduleRunner {
     /// # Errors
     /// A step did not end in time, or there are too many orders.
     pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Explored> {
-        self.every_order(scenario, Keys::ManagedServer).await
+        self.every_order(scenario, Keys::Own).await
     }
 
     /// The same, but all requests carry one key, that of the first.

@@ -7,11 +7,15 @@ mod blocked;
 mod cancel;
 mod explore;
 mod hang_up;
-mod script;
+mod runner;
+mod settle;
+mod state;
+mod stepping;
 mod trace;
 
 pub use cancel::{cancelled_after_every_poll, never_cancelled};
 pub use explore::{Broken, Explored, Scenario};
 pub use hang_up::{hung_up_at_every_point, never_hung_up};
-pub use script::{RequestHandle, ScheduleRunner, Script};
+pub use runner::ScheduleRunner;
+pub use stepping::{RequestHandle, Script};
 pub use trace::{Event, Happened, Trace};

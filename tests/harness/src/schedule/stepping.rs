@@ -1,0 +1,277 @@
+//! A schedule: a handful of requests of one sale, moved one step at a time.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use anyhow::{anyhow, bail};
+use box_office::{BuyerId, Order, RequestKey, SaleId};
+use tokio::sync::Semaphore;
+
+use super::{
+    runner::ScheduleRunner,
+    settle::PATIENCE,
+    state::{LaneState, Moved, Shared, Standing},
+    trace::{Happened, Trace},
+};
+use crate::{
+    history::{FORMAT_VERSION, Header, History, Micros, Request},
+    rows,
+};
+
+/// One request of a script, by which it is told apart from the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestHandle(usize);
+
+/// A sale of which every request is held at its scheduling points.
+pub struct Script<'a> {
+    pub(super) rehearsal: &'a ScheduleRunner,
+    pub(super) sale: SaleId,
+    pub(super) capacity: u32,
+    pub(super) requests: Vec<Requested>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) started_us: Micros,
+    /// The requests that were blocked by Postgres when last it was asked.
+    pub(super) blocked: HashSet<usize>,
+}
+
+pub(super) struct Requested {
+    pub(super) order: Order,
+    pub(super) go: Arc<Semaphore>,
+}
+
+impl Script<'_> {
+    /// Nobody is held at these points any more; they are written down all the same.
+    pub fn passes(&mut self, points: &'static [&'static str]) {
+        self.shared.board().passes = points;
+    }
+
+    /// The number of its sale.
+    pub fn sale(&self) -> SaleId {
+        self.sale
+    }
+
+    /// A new buyer, who will send one request under a key of its own.
+    pub fn buyer(&mut self, name: &str) -> RequestHandle {
+        let buyer = 1 + self
+            .requests
+            .iter()
+            .map(|request| request.order.buyer)
+            .max()
+            .unwrap_or(0);
+        self.request(name.to_owned(), buyer)
+    }
+
+    /// Another click of the same buyer: one more request, under another key.
+    pub fn click(&mut self, of: RequestHandle) -> RequestHandle {
+        let buyer = self.requests[of.0].order.buyer;
+        let clicks = self
+            .requests
+            .iter()
+            .filter(|request| request.order.buyer == buyer)
+            .count();
+        let name = format!("{}, click {}", self.name(of.0), clicks + 1);
+        self.request(name, buyer)
+    }
+
+    /// Gives a request that has not been moved yet the key of another: one order sent twice, or a stranger who uses its key.
+    pub fn takes_the_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
+        self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
+    }
+
+    fn request(&mut self, name: String, buyer: BuyerId) -> RequestHandle {
+        let lane = self.requests.len();
+        self.requests.push(Requested {
+            order: Order {
+                sale: self.sale,
+                buyer,
+                key: RequestKey::fresh(),
+            },
+            go: Arc::new(Semaphore::new(0)),
+        });
+        let mut board = self.shared.board();
+        board.trace.lanes.push(name);
+        board.lanes.push(LaneState {
+            standing: Standing::NotStarted,
+            sent_us: 0,
+            answered_us: None,
+            answer: None,
+            steps: vec![],
+        });
+        RequestHandle(lane)
+    }
+
+    /// Moves a request until it stands at the point `step`.
+    ///
+    /// # Errors
+    /// It answered or was blocked before it came there; the error names the point and shows the trace.
+    pub async fn run_until(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
+        loop {
+            match self.advance(lane.0).await? {
+                Moved::Held(reached) if reached == step => return Ok(()),
+                Moved::Held(_) => {}
+                Moved::Answered => bail!(
+                    "{} answered and never reached \"{step}\"\n{}",
+                    self.name(lane.0),
+                    self.trace()
+                ),
+                Moved::Blocked => bail!(
+                    "{} is blocked and did not reach \"{step}\"\n{}",
+                    self.name(lane.0),
+                    self.trace()
+                ),
+            }
+        }
+    }
+
+    /// Moves a request until it stands at the point `step`, or is blocked, or has answered: whichever comes first.
+    ///
+    /// # Errors
+    /// A step did not end in time.
+    pub async fn run_towards(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
+        while let Moved::Held(reached) = self.advance(lane.0).await? {
+            if reached == step {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a request until it is blocked by one that is held.
+    ///
+    /// # Errors
+    /// It answered without ever being blocked.
+    pub async fn run_until_blocked(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
+        loop {
+            match self.advance(lane.0).await? {
+                Moved::Blocked => return Ok(()),
+                Moved::Held(_) => {}
+                Moved::Answered => bail!("{} answered and was never blocked\n{}", self.name(lane.0), self.trace()),
+            }
+        }
+    }
+
+    /// Moves a request until it has its answer.
+    ///
+    /// # Errors
+    /// It is blocked by a request that is held: move that one first.
+    pub async fn run_to_its_answer(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
+        loop {
+            match self.advance(lane.0).await? {
+                Moved::Answered => return Ok(()),
+                Moved::Held(_) => {}
+                Moved::Blocked => bail!(
+                    "{} is blocked and can't come to its answer\n{}",
+                    self.name(lane.0),
+                    self.trace()
+                ),
+            }
+        }
+    }
+
+    /// Lets a request pass one point, and waits until everything stands still again.
+    ///
+    /// # Errors
+    /// The step did not end in time.
+    pub async fn step(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
+        self.advance(lane.0).await.map(drop)
+    }
+
+    /// The requests that would move if they were let: neither answered nor blocked.
+    pub fn movable(&self) -> Vec<RequestHandle> {
+        let board = self.shared.board();
+        let lanes = board.lanes.iter().enumerate();
+        lanes
+            .filter(|(_, state)| matches!(state.standing, Standing::NotStarted | Standing::Held(_)))
+            .map(|(lane, _)| RequestHandle(lane))
+            .collect()
+    }
+
+    /// Lets everybody who can move go on to an answer, in the order in which they came.
+    ///
+    /// # Errors
+    /// A step did not end in time, or somebody never got an answer.
+    pub async fn run_everybody_to_an_answer(&mut self) -> anyhow::Result<()> {
+        while let Some(&first) = self.movable().first() {
+            self.step(first).await?;
+        }
+        self.everybody_has_answered()
+    }
+
+    /// Whether a request ever had to wait for another.
+    pub fn was_anybody_blocked(&self) -> bool {
+        let board = self.shared.board();
+        board
+            .trace
+            .events
+            .iter()
+            .any(|event| matches!(event.happened, Happened::Waits { .. }))
+    }
+
+    /// Nobody is left who waits for somebody that is gone.
+    ///
+    /// # Errors
+    /// Names who is.
+    pub fn everybody_has_answered(&self) -> anyhow::Result<()> {
+        let board = self.shared.board();
+        match board
+            .lanes
+            .iter()
+            .position(|state| state.standing != Standing::Answered)
+        {
+            None => Ok(()),
+            Some(lane) => bail!("{} never gets an answer\n{}", board.trace.lanes[lane], board.trace),
+        }
+    }
+
+    /// What has happened so far.
+    pub fn trace(&self) -> Trace {
+        self.shared.board().trace.clone()
+    }
+
+    /// The history of the script, with the rows as they are.
+    ///
+    /// # Errors
+    /// A request has no answer yet, or the rows can't be read.
+    pub async fn history(&self) -> anyhow::Result<History> {
+        let sold = rows::read(&self.rehearsal.observer, self.sale).await?;
+        let board = self.shared.board();
+        let requests = board
+            .lanes
+            .iter()
+            .zip(&self.requests)
+            .enumerate()
+            .map(|(index, (lane, request))| {
+                let answer = lane.answer.clone();
+                Ok(Request {
+                    request: index as u64,
+                    buyer: request.order.buyer,
+                    key: request.order.key.to_string(),
+                    sent_us: lane.sent_us,
+                    answered_us: lane.answered_us,
+                    answer: answer.ok_or_else(|| anyhow!("{} has no answer yet", board.trace.lanes[index]))?,
+                    steps: lane.steps.clone(),
+                })
+            });
+        Ok(History {
+            header: Header {
+                version: FORMAT_VERSION,
+                strategy: self.rehearsal.strategy.name.to_owned(),
+                sale: self.sale,
+                capacity: u64::from(self.capacity),
+                deadline_us: micros(PATIENCE) * self.requests.len() as Micros,
+                expiry_us: None,
+                stock: Some(sold.stock),
+            },
+            requests: requests.collect::<anyhow::Result<_>>()?,
+            rows: Some(sold.rows),
+            faults: vec![],
+        })
+    }
+
+    pub(super) fn name(&self, lane: usize) -> String {
+        self.shared.board().trace.lanes[lane].clone()
+    }
+}
+
+fn micros(duration: Duration) -> Micros {
+    u64::try_from(duration.as_micros()).unwrap_or(Micros::MAX)
+}
