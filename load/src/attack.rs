@@ -23,7 +23,7 @@ use goose::{
 };
 use harness::{
     history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
-    rush::{Answered, Clock, Report, Understood, are_events, decided, jittered, look_again, retry_after, understand},
+    rush::{Answered, Classified, Clock, Report, classify, decided, is_event_stream, jittered, recheck, retry_after},
 };
 use tokio::{
     sync::{Barrier, mpsc, watch},
@@ -113,7 +113,7 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         .map_err(|error| anyhow!("Goose did not end well: {error}"))?;
 
     requests.sort_by_key(|request| (request.sent_us, request.request));
-    look_again(&mut requests, rush.host.address().await?, opened_us).await;
+    recheck(&mut requests, rush.host.address().await?, opened_us).await;
     let sale = rush.host.sale(rush.sale).await?;
     let history = History {
         header: Header {
@@ -198,9 +198,9 @@ impl Shop {
             if let Some(answered) = self.ask(user, &request).await {
                 request.answered_us = Some(now_monotonic_us() - opened_us);
                 pause = retry_after(&answered.headers).unwrap_or(PAUSE);
-                request.answer = match understand(&answered) {
-                    Understood::Final(answer) => answer,
-                    Understood::Accepted { reservation, location } => Answer::Accepted {
+                request.answer = match classify(&answered) {
+                    Classified::Final(answer) => answer,
+                    Classified::Accepted { reservation, location } => Answer::Accepted {
                         reservation,
                         ending: timeout(self.patience, self.follow(user, &location, opened_us))
                             .await
@@ -231,7 +231,7 @@ impl Shop {
                 .path(path)
                 .build();
             let state = send(user, ready).await;
-            if state.as_ref().is_some_and(|answered| !are_events(answered)) {
+            if state.as_ref().is_some_and(|answered| !is_event_stream(answered)) {
                 path = location;
             }
             if let Some(refused) = state.as_ref().and_then(decided) {

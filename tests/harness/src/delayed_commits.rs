@@ -16,8 +16,8 @@ impl DelayedCommits {
     ///
     /// # Errors
     /// The database does not do as asked.
-    pub async fn on(stand: &TestEnvironment) -> anyhow::Result<Self> {
-        let database = stand.database().pool(2).await?;
+    pub async fn on(environment: &TestEnvironment) -> anyhow::Result<Self> {
+        let database = environment.database().pool(2).await?;
         let mut holds = database.acquire().await?;
         // A trigger that is put off runs inside of the commit. It waits for longer than any statement may.
         sqlx::raw_sql(
@@ -54,7 +54,7 @@ impl DelayedCommits {
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn have_struck(&self) -> sqlx::Result<bool> {
+    pub async fn has_struck(&self) -> sqlx::Result<bool> {
         Ok(self.waiting("advisory").await? > 0)
     }
 
@@ -81,7 +81,7 @@ impl DelayedCommits {
     ///
     /// # Panics
     /// After 20 seconds some still are not.
-    pub async fn go_on(mut self) -> sqlx::Result<()> {
+    pub async fn release(mut self) -> sqlx::Result<()> {
         sqlx::query("select pg_advisory_unlock(1)")
             .execute(&mut *self.holds)
             .await?;

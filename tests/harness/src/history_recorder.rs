@@ -15,7 +15,7 @@ use crate::{
     http_contract::TestServer,
     judge::{Verdict, judge},
     rows,
-    rush::{SALE, Understood, decided, understand},
+    rush::{Classified, SALE, classify, decided},
 };
 
 /// What the buyers of [`SALE`] were told, and what befell the servers.
@@ -43,7 +43,7 @@ impl HistoryRecorder {
 
     /// A buyer asks this server for a ticket. Whoever asks again carries the same key. A connection that breaks is an answer too: undecided. An
     /// order that is accepted has no ending yet.
-    pub async fn ask(&self, talk: &TestServer, buyer: BuyerId) -> Answer {
+    pub async fn reserve(&self, server: &TestServer, buyer: BuyerId) -> Answer {
         let key = key_of(buyer);
         let number = {
             let mut written = self.written();
@@ -59,12 +59,12 @@ impl HistoryRecorder {
             });
             number
         };
-        let Ok(answered) = talk.reserve(SALE, buyer, Some(&key)).await else {
+        let Ok(answered) = server.reserve(SALE, buyer, Some(&key)).await else {
             return Answer::Indeterminate;
         };
-        let answer = match understand(&answered) {
-            Understood::Final(answer) => answer,
-            Understood::Accepted { reservation, .. } => Answer::Accepted {
+        let answer = match classify(&answered) {
+            Classified::Final(answer) => answer,
+            Classified::Accepted { reservation, .. } => Answer::Accepted {
                 reservation,
                 ending: None,
             },
@@ -76,7 +76,7 @@ impl HistoryRecorder {
     }
 
     /// An order of this buyer was put into the topic by hand, as if a server had accepted it.
-    pub fn accepted_by_hand(&self, buyer: BuyerId, reservation: Uuid) {
+    pub fn record_accepted(&self, buyer: BuyerId, reservation: Uuid) {
         let now = self.now();
         let mut written = self.written();
         let request = Request {
@@ -99,7 +99,7 @@ impl HistoryRecorder {
     ///
     /// # Errors
     /// The server gives no answer.
-    pub async fn ask_how_they_ended(&self, talk: &TestServer, patience: Duration) -> anyhow::Result<()> {
+    pub async fn record_outcomes(&self, server: &TestServer, within: Duration) -> anyhow::Result<()> {
         let accepted: Vec<(usize, Uuid)> = {
             let written = self.written();
             let accepted = written.requests.iter().enumerate();
@@ -111,9 +111,9 @@ impl HistoryRecorder {
                 .collect()
         };
         for (number, reservation) in accepted {
-            let state = talk.get(&format!("/api/reservations/{reservation}")).await?;
+            let state = server.get(&format!("/api/reservations/{reservation}")).await?;
             let Some(refused) = decided(&state) else { continue };
-            if !matches!(timeout(patience, talk.final_state(reservation)).await, Ok(Ok(_))) {
+            if !matches!(timeout(within, server.final_state(reservation)).await, Ok(Ok(_))) {
                 continue;
             }
             let at_us = self.now();
@@ -143,7 +143,7 @@ impl HistoryRecorder {
     }
 
     /// Something struck, and is not mended yet.
-    pub fn struck(&self, fault: &str) {
+    pub fn record_fault(&self, fault: &str) {
         let struck_us = self.now();
         self.written().faults.push(Fault {
             fault: fault.to_owned(),
@@ -153,7 +153,7 @@ impl HistoryRecorder {
     }
 
     /// All that struck is mended.
-    pub fn healed(&self) {
+    pub fn record_recovery(&self) {
         let now = self.now();
         for fault in &mut self.written().faults {
             fault.healed_us.get_or_insert(now);
@@ -164,8 +164,8 @@ impl HistoryRecorder {
     ///
     /// # Errors
     /// The rows can't be read.
-    pub async fn verdict(&self, stand: &TestEnvironment) -> anyhow::Result<Verdict> {
-        let pool = stand.database().pool(1).await?;
+    pub async fn verdict(&self, environment: &TestEnvironment) -> anyhow::Result<Verdict> {
+        let pool = environment.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
         let written = self.written();

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long any single answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A level's server that a test talks to.
 pub struct TestServer {
@@ -43,27 +43,27 @@ impl TestServer {
     ///
     /// # Errors
     /// It does not start.
-    pub async fn with(
-        stand: &TestEnvironment,
+    pub async fn start(
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Self> {
-        Self::during(&Rush::default(), stand, program, level, strategy).await
+        Self::start_for(&Rush::default(), environment, program, level, strategy).await
     }
 
     /// Starts one server, as this rush would.
     ///
     /// # Errors
     /// It does not start.
-    pub async fn during(
+    pub async fn start_for(
         rush: &Rush,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Self> {
-        let servers = Servers::start(rush, stand, program, level, strategy).await?;
+        let servers = Servers::start(rush, environment, program, level, strategy).await?;
         let address = *servers.live().borrow().first().context("one was started")?;
         Ok(Self { servers, address })
     }
@@ -86,14 +86,14 @@ impl TestServer {
     /// # Errors
     /// It did not.
     pub async fn stop(self) -> anyhow::Result<()> {
-        self.stop_and_tell().await.map(drop)
+        self.stop_with_steps().await.map(drop)
     }
 
     /// The same; tells the steps that it wrote down, if it did.
     ///
     /// # Errors
     /// It did not leave with exit code 0.
-    pub async fn stop_and_tell(self) -> anyhow::Result<Steps> {
+    pub async fn stop_with_steps(self) -> anyhow::Result<Steps> {
         self.servers.stop().await
     }
 
@@ -101,7 +101,7 @@ impl TestServer {
     ///
     /// # Errors
     /// It runs for longer than `patience`.
-    pub async fn stands_still(&self, patience: Duration) -> anyhow::Result<()> {
+    pub async fn wait_until_stopped(&self, within: Duration) -> anyhow::Result<()> {
         let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let pid = self.process().await?;
         let seen = async {
@@ -110,16 +110,16 @@ impl TestServer {
             }
             anyhow::Ok(())
         };
-        timeout(patience, seen)
+        timeout(within, seen)
             .await
-            .map_err(|_| anyhow!("after {patience:?} the server still runs"))?
+            .map_err(|_| anyhow!("after {within:?} the server still runs"))?
     }
 
     /// Lets a stopped process go on (SIGCONT).
     ///
     /// # Errors
     /// It has left.
-    pub async fn goes_on(&self) -> anyhow::Result<()> {
+    pub async fn resume(&self) -> anyhow::Result<()> {
         Ok(kill_process(self.process().await?, Signal::CONT)?)
     }
 
@@ -148,7 +148,7 @@ impl TestServer {
         }
         let request = request.body(Full::<Bytes>::from(call.body.unwrap_or_default()))?;
         let mut connection = Connection::open(self.address).await?;
-        timeout(PATIENCE, connection.send(request))
+        timeout(TIMEOUT, connection.send(request))
             .await
             .context("no answer in time")?
     }
@@ -178,7 +178,7 @@ impl TestServer {
             request = request.header("last-event-id", seen.to_string());
         }
         let mut connection = Connection::open(self.address).await?;
-        let answered = timeout(PATIENCE, connection.send(request.body(Full::default())?))
+        let answered = timeout(TIMEOUT, connection.send(request.body(Full::default())?))
             .await
             .context("the events do not end in time")??;
         if answered.status == StatusCode::NO_CONTENT {
@@ -222,7 +222,7 @@ impl TestServer {
     ///
     /// # Errors
     /// What came instead.
-    pub async fn confirms(&self, answered: &Answered) -> anyhow::Result<api::Reservation> {
+    pub async fn expect_confirmed(&self, answered: &Answered) -> anyhow::Result<api::Reservation> {
         let reservation: api::Reservation = answered.json()?;
         let reservation = match answered.status {
             StatusCode::CREATED => reservation,
@@ -237,7 +237,7 @@ impl TestServer {
     ///
     /// # Errors
     /// What came instead.
-    pub async fn refuses(&self, answered: &Answered, kind: ProblemKind) -> anyhow::Result<Option<Uuid>> {
+    pub async fn expect_refused(&self, answered: &Answered, kind: ProblemKind) -> anyhow::Result<Option<Uuid>> {
         if answered.status != StatusCode::ACCEPTED {
             return Ok(answered.is(kind)?.reservation_id);
         }
@@ -297,15 +297,15 @@ impl TestServer {
     ///
     /// # Errors
     /// It was open already, or there is no answer.
-    pub async fn opens_a_sale(&self, capacity: u32) -> anyhow::Result<()> {
-        self.opens(SALE, capacity).await
+    pub async fn create_rush_sale(&self, capacity: u32) -> anyhow::Result<()> {
+        self.create_sale(SALE, capacity).await
     }
 
     /// Opens any sale, as an administrator.
     ///
     /// # Errors
     /// It was open already, or there is no answer.
-    pub async fn opens(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
+    pub async fn create_sale(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
         self.servers.open_sale(sale, capacity).await
     }
 
@@ -326,7 +326,7 @@ impl TestServer {
         // The server may well close before it has read everything.
         let _ = stream.write_all(bytes).await;
         let mut answer = vec![0; 4096];
-        let read = timeout(PATIENCE, stream.read(&mut answer))
+        let read = timeout(TIMEOUT, stream.read(&mut answer))
             .await
             .context("neither answered nor closed")?;
         answer.truncate(read.unwrap_or(0));
@@ -388,84 +388,97 @@ impl Answered {
 ///
 /// # Errors
 /// The first thing that is not as the contract says.
-pub async fn sells_refuses_and_repeats(talk: &TestServer) -> anyhow::Result<()> {
+pub async fn sells_refuses_and_repeats(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         AlreadyReserved, KeyOfAnotherBuyer, SaleDiffers, SoldOut, Unauthorized, UnknownReservation, UnknownSale,
     };
 
-    let token = talk.servers.admin_token();
-    talk.open_sale(SALE, 2, None).await?.is(Unauthorized)?;
-    talk.open_sale(SALE, 2, Some("wrong")).await?.is(Unauthorized)?;
-    talk.get(&format!("/api/sales/{SALE}")).await?.is(UnknownSale)?;
-    ensure!(talk.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::CREATED);
-    ensure!(talk.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::OK);
-    talk.open_sale(SALE, 3, Some(token)).await?.is(SaleDiffers)?;
+    let token = server.servers.admin_token();
+    server.open_sale(SALE, 2, None).await?.is(Unauthorized)?;
+    server.open_sale(SALE, 2, Some("wrong")).await?.is(Unauthorized)?;
+    server.get(&format!("/api/sales/{SALE}")).await?.is(UnknownSale)?;
+    ensure!(server.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::CREATED);
+    ensure!(server.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::OK);
+    server.open_sale(SALE, 3, Some(token)).await?.is(SaleDiffers)?;
 
-    let first = talk.reserve(SALE, 1, Some("a")).await?;
+    let first = server.reserve(SALE, 1, Some("a")).await?;
     let location = first
         .headers
         .get(header::LOCATION)
         .context("201 and 202 say where the reservation is")?
         .to_str()?;
-    let reservation = talk.confirms(&first).await?;
+    let reservation = server.expect_confirmed(&first).await?;
     ensure!((reservation.sale_id, reservation.buyer_id) == (Some(SALE), Some(1)));
-    ensure!(talk.get(location).await?.json::<api::Reservation>()? == reservation);
+    ensure!(server.get(location).await?.json::<api::Reservation>()? == reservation);
 
-    let again = talk.reserve(SALE, 1, Some("a")).await?;
+    let again = server.reserve(SALE, 1, Some("a")).await?;
     ensure!(
         again.status == first.status && again.body == first.body,
         "a repeat answers as the first did"
     );
-    ensure!(talk.confirms(&again).await? == reservation);
-    let other_key = talk.reserve(SALE, 1, Some("b")).await?;
-    let earlier = talk.refuses(&other_key, AlreadyReserved).await?;
+    ensure!(server.expect_confirmed(&again).await? == reservation);
+    let other_key = server.reserve(SALE, 1, Some("b")).await?;
+    let earlier = server.expect_refused(&other_key, AlreadyReserved).await?;
     ensure!(
         earlier == Some(reservation.id),
         "it names the reservation that is there, and not {earlier:?}"
     );
-    let other_buyer = talk.reserve(SALE, 2, Some("a")).await?;
-    talk.refuses(&other_buyer, KeyOfAnotherBuyer).await?;
-    talk.reserve(99, 1, None).await?.is(UnknownSale)?;
-    sells_elsewhere(talk, &reservation).await?;
+    let other_buyer = server.reserve(SALE, 2, Some("a")).await?;
+    server.expect_refused(&other_buyer, KeyOfAnotherBuyer).await?;
+    server.reserve(99, 1, None).await?.is(UnknownSale)?;
+    sells_elsewhere(server, &reservation).await?;
 
-    let without_key = talk.reserve(SALE, 2, None).await?;
-    talk.confirms(&without_key).await.context("a key is optional")?;
-    let too_late = talk.reserve(SALE, 3, None).await?;
-    talk.refuses(&too_late, SoldOut).await?;
-    let repeat_after_the_end = talk.reserve(SALE, 1, Some("a")).await?;
+    let without_key = server.reserve(SALE, 2, None).await?;
+    server
+        .expect_confirmed(&without_key)
+        .await
+        .context("a key is optional")?;
+    let too_late = server.reserve(SALE, 3, None).await?;
+    server.expect_refused(&too_late, SoldOut).await?;
+    let repeat_after_the_end = server.reserve(SALE, 1, Some("a")).await?;
     ensure!(
-        talk.confirms(&repeat_after_the_end).await? == reservation,
+        server.expect_confirmed(&repeat_after_the_end).await? == reservation,
         "sold out, and yet the same answer"
     );
-    let sale = talk.sale(SALE).await?;
+    let sale = server.sale(SALE).await?;
     ensure!((sale.capacity, sale.stock, sale.reserved) == (2, 0, 2), "{sale:?}");
 
-    talk.get(&format!("/api/reservations/{}", Uuid::new_v4()))
+    server
+        .get(&format!("/api/reservations/{}", Uuid::new_v4()))
         .await?
         .is(UnknownReservation)?;
     Ok(())
 }
 
 /// While one sale is open, so is another, to the same buyers, under the same keys: neither knows of the other.
-async fn sells_elsewhere(talk: &TestServer, here: &api::Reservation) -> anyhow::Result<()> {
+async fn sells_elsewhere(server: &TestServer, here: &api::Reservation) -> anyhow::Result<()> {
     const ELSEWHERE: SaleId = 2;
 
-    let before = talk.sale(SALE).await?;
-    talk.opens(ELSEWHERE, 5).await?;
-    let first = talk
-        .confirms(&talk.reserve(ELSEWHERE, 1, Some("a")).await?)
+    let before = server.sale(SALE).await?;
+    server.create_sale(ELSEWHERE, 5).await?;
+    let first = server
+        .expect_confirmed(&server.reserve(ELSEWHERE, 1, Some("a")).await?)
         .await
         .context("a ticket for one sale is none for another")?;
     ensure!(first.id != here.id, "one reservation for two sales");
-    let second = talk.confirms(&talk.reserve(ELSEWHERE, 2, Some("c")).await?).await?;
+    let second = server
+        .expect_confirmed(&server.reserve(ELSEWHERE, 2, Some("c")).await?)
+        .await?;
     // Whoever has a ticket is told more of the key than of the ticket.
-    let others_key = talk.reserve(ELSEWHERE, 1, Some("c")).await?;
-    talk.refuses(&others_key, ProblemKind::KeyOfAnotherBuyer).await?;
-    ensure!(talk.confirms(&talk.reserve(ELSEWHERE, 2, Some("c")).await?).await? == second);
+    let others_key = server.reserve(ELSEWHERE, 1, Some("c")).await?;
+    server
+        .expect_refused(&others_key, ProblemKind::KeyOfAnotherBuyer)
+        .await?;
+    ensure!(
+        server
+            .expect_confirmed(&server.reserve(ELSEWHERE, 2, Some("c")).await?)
+            .await?
+            == second
+    );
 
-    let sale = talk.sale(ELSEWHERE).await?;
+    let sale = server.sale(ELSEWHERE).await?;
     ensure!((sale.capacity, sale.stock, sale.reserved) == (5, 3, 2), "{sale:?}");
-    ensure!(talk.sale(SALE).await? == before, "another sale has changed this one");
+    ensure!(server.sale(SALE).await? == before, "another sale has changed this one");
     Ok(())
 }
 
@@ -473,7 +486,7 @@ async fn sells_elsewhere(talk: &TestServer, here: &api::Reservation) -> anyhow::
 ///
 /// # Errors
 /// The first answer that does not.
-pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
+pub async fn refuses_bad_input(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         BodyTooLarge, InvalidBody, MalformedBody, MalformedKey, MalformedPath, MethodNotAllowed, NotFound,
         UnknownReservation,
@@ -495,7 +508,7 @@ pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
         (deep, BodyTooLarge, ""),
     ] {
         let start = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
-        let answered = talk.post(SALE, None, body).await.with_context(|| start.clone())?;
+        let answered = server.post(SALE, None, body).await.with_context(|| start.clone())?;
         let told = answered.is(problem).with_context(|| start.clone())?;
         ensure!(
             told.detail.contains(says),
@@ -504,7 +517,8 @@ pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
         );
     }
     for key in ["with space", "", &"k".repeat(129)] {
-        talk.reserve(SALE, 1, Some(key))
+        server
+            .reserve(SALE, 1, Some(key))
             .await?
             .is(MalformedKey)
             .with_context(|| format!("key {key:?}"))?;
@@ -517,14 +531,14 @@ pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
         ("/api/nothing", NotFound),
         ("/api/sales/1/reservations", MethodNotAllowed),
     ] {
-        talk.get(path).await?.is(problem).with_context(|| path.to_owned())?;
+        server.get(path).await?.is(problem).with_context(|| path.to_owned())?;
     }
     for raw in [
         &b"\x00\xff\xfe garbage\r\n\r\n"[..],
         b"GET /\xff HTTP/1.1\r\n\r\n",
         b"POST / HTTP/9.9\r\n\r\n",
     ] {
-        let answer = talk.raw(raw).await?;
+        let answer = server.raw(raw).await?;
         ensure!(
             answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
             "{raw:?} is answered with {answer:?}"

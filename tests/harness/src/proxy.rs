@@ -22,33 +22,33 @@ const BEGINNING: usize = 16 * 1024;
 /// Forwards TCP connections to a server, as long as it is let. Ends when it is dropped, with all its connections.
 pub struct Proxy {
     port: u16,
-    cut: watch::Sender<Cut>,
+    fault: watch::Sender<Fault>,
     counted: Arc<Counted>,
     accepting: AbortHandle,
 }
 
 /// What does not get through.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cut {
+pub enum Fault {
     /// Everything does.
-    Nothing,
+    None,
     /// A connection ends, now or later, as soon as its client has said this word near its beginning, such as `SUBSCRIBE`.
-    Saying(&'static str),
+    CloseOn(&'static str),
     /// A connection whose client has said this word goes silent, for good: nothing gets through either way any more, and nobody hangs up. An empty
     /// word is said by everybody.
-    Silence(&'static str),
+    Blackhole(&'static str),
     /// Everything does, later by so much. What a client has said by then arrives together.
-    Slow(Duration),
+    Delay(Duration),
     /// Every connection ends, and whoever comes is turned away.
-    Everything,
+    CloseAll,
 }
 
 #[derive(Default)]
 struct Counted {
     to_server: AtomicU64,
-    cut: AtomicU64,
-    silenced: AtomicU64,
-    in_vain: AtomicU64,
+    closed: AtomicU64,
+    blackholed: AtomicU64,
+    discarded: AtomicU64,
 }
 
 impl Proxy {
@@ -59,12 +59,12 @@ impl Proxy {
     pub async fn before(server: String) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
-        let (cut, cuts) = watch::channel(Cut::Nothing);
+        let (fault, faults) = watch::channel(Fault::None);
         let counted = Arc::<Counted>::default();
-        let accepting = tokio::spawn(accept(listener, server, cuts, counted.clone())).abort_handle();
+        let accepting = tokio::spawn(accept(listener, server, faults, counted.clone())).abort_handle();
         Ok(Self {
             port,
-            cut,
+            fault,
             counted,
             accepting,
         })
@@ -79,7 +79,7 @@ impl Proxy {
     ///
     /// # Panics
     /// The address is no URL of a server.
-    pub fn instead_of(&self, url: &str) -> String {
+    pub fn url_through(&self, url: &str) -> String {
         let mut url = url::Url::parse(url).expect("a URL");
         url.set_host(Some("127.0.0.1")).expect("a URL with a host");
         url.set_port(Some(self.port)).expect("a URL with a port");
@@ -88,12 +88,12 @@ impl Proxy {
 
     /// Whether somebody's connection was cut or fell silent.
     pub fn has_struck(&self) -> bool {
-        self.connections_cut() + self.connections_silenced() > 0
+        self.connections_closed() + self.connections_blackholed() > 0
     }
 
-    /// From here on this does not get through, also on the connections that are there. [`Cut::Nothing`] mends it.
-    pub fn cuts(&self, cut: Cut) {
-        self.cut.send_replace(cut);
+    /// From here on this does not get through, also on the connections that are there. [`Fault::None`] mends it.
+    pub fn inject(&self, fault: Fault) {
+        self.fault.send_replace(fault);
     }
 
     /// Bytes that clients have sent and that went on to the server.
@@ -102,18 +102,18 @@ impl Proxy {
     }
 
     /// Connections that were cut or turned away.
-    pub fn connections_cut(&self) -> u64 {
-        self.counted.cut.load(Relaxed)
+    pub fn connections_closed(&self) -> u64 {
+        self.counted.closed.load(Relaxed)
     }
 
     /// Connections that went silent.
-    pub fn connections_silenced(&self) -> u64 {
-        self.counted.silenced.load(Relaxed)
+    pub fn connections_blackholed(&self) -> u64 {
+        self.counted.blackholed.load(Relaxed)
     }
 
     /// How often a client has said something on a connection that was silent by then.
-    pub fn said_in_vain(&self) -> u64 {
-        self.counted.in_vain.load(Relaxed)
+    pub fn chunks_discarded(&self) -> u64 {
+        self.counted.discarded.load(Relaxed)
     }
 }
 
@@ -123,11 +123,11 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, server: String, cuts: watch::Receiver<Cut>, counted: Arc<Counted>) {
+async fn accept(listener: TcpListener, server: String, faults: watch::Receiver<Fault>, counted: Arc<Counted>) {
     while let Ok((client, _)) = listener.accept().await {
-        let (server, cuts, counted) = (server.clone(), cuts.clone(), counted.clone());
+        let (server, faults, counted) = (server.clone(), faults.clone(), counted.clone());
         tokio::spawn(async move {
-            let turned_away = *cuts.borrow() == Cut::Everything;
+            let turned_away = *faults.borrow() == Fault::CloseAll;
             if !turned_away && let Ok(server) = TcpStream::connect(server).await {
                 // What is small must not wait for more.
                 let _ = (client.set_nodelay(true), server.set_nodelay(true));
@@ -135,21 +135,21 @@ async fn accept(listener: TcpListener, server: String, cuts: watch::Receiver<Cut
                 let (from_server, to_server) = server.into_split();
                 let silent = AtomicBool::new(false);
                 tokio::select! {
-                    () = forth(from_client, to_server, cuts, &counted, &silent) => {}
-                    () = back(from_server, to_client, &silent) => {}
+                    () = client_to_server(from_client, to_server, faults, &counted, &silent) => {}
+                    () = server_to_client(from_server, to_client, &silent) => {}
                 }
             } else {
-                counted.cut.fetch_add(1, Relaxed);
+                counted.closed.fetch_add(1, Relaxed);
             }
         });
     }
 }
 
 /// What the client says, until one of both closes or it is cut; or until the proxy is gone.
-async fn forth(
+async fn client_to_server(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
-    mut cuts: watch::Receiver<Cut>,
+    mut faults: watch::Receiver<Fault>,
     counted: &Counted,
     silent: &AtomicBool,
 ) {
@@ -159,24 +159,24 @@ async fn forth(
     loop {
         let has_said =
             |word: &str| word.is_empty() || beginning.windows(word.len()).any(|said| said == word.as_bytes());
-        let is_cut = match *cuts.borrow_and_update() {
-            Cut::Nothing | Cut::Slow(_) => false,
-            Cut::Saying(word) => has_said(word),
-            Cut::Silence(word) => {
+        let is_closed = match *faults.borrow_and_update() {
+            Fault::None | Fault::Delay(_) => false,
+            Fault::CloseOn(word) => has_said(word),
+            Fault::Blackhole(word) => {
                 if has_said(word) && !silent.swap(true, Relaxed) {
-                    counted.silenced.fetch_add(1, Relaxed);
+                    counted.blackholed.fetch_add(1, Relaxed);
                 }
                 false
             }
-            Cut::Everything => true,
+            Fault::CloseAll => true,
         };
-        if is_cut {
-            counted.cut.fetch_add(1, Relaxed);
+        if is_closed {
+            counted.closed.fetch_add(1, Relaxed);
             return;
         }
         // Only after that, or the server would hear what is to be cut.
         if silent.load(Relaxed) {
-            counted.in_vain.fetch_add(u64::from(unsent > 0), Relaxed);
+            counted.discarded.fetch_add(u64::from(unsent > 0), Relaxed);
         } else if to.write_all(&buffer[..unsent]).await.is_err() {
             return;
         } else {
@@ -184,13 +184,13 @@ async fn forth(
         }
         unsent = 0;
         tokio::select! {
-            changed = cuts.changed() => if changed.is_err() {
+            changed = faults.changed() => if changed.is_err() {
                 return;
             },
             read = from.read(&mut buffer) => {
                 let Ok(mut length @ 1..) = read else { return };
-                let slow = match *cuts.borrow() {
-                    Cut::Slow(by) => Some(by),
+                let slow = match *faults.borrow() {
+                    Fault::Delay(by) => Some(by),
                     _ => None,
                 };
                 if let Some(by) = slow {
@@ -208,7 +208,7 @@ async fn forth(
 }
 
 /// What the server says.
-async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silent: &AtomicBool) {
+async fn server_to_client(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silent: &AtomicBool) {
     let mut buffer = vec![0; BEGINNING];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         if !silent.load(Relaxed) && to.write_all(&buffer[..length]).await.is_err() {

@@ -29,7 +29,7 @@ const ENDLESS_BYTES: usize = 8 * 1024 * 1024;
 const MOST_KIB_EACH: u64 = 32;
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Holds 2,000 idle connections and 50 slow bodies open, sends endless ones, and sells: everybody else is served, and the memory of the process
 /// stays within a bound. The server cuts such clients off in the end, which is not waited for here.
@@ -38,12 +38,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Somebody was not served, or too much memory was taken.
-pub async fn bears_idle_and_slow_clients(talk: &TestServer) -> anyhow::Result<u64> {
+pub async fn withstands_idle_and_slow_clients(server: &TestServer) -> anyhow::Result<u64> {
     raise_open_files_limit();
-    let address = talk.address();
-    talk.opens_a_sale(20).await?;
-    sells(talk, 1..=10).await.context("before anybody came")?;
-    let before_kib = memory_kib(talk.pid().await?, "VmRSS:")?;
+    let address = server.address();
+    server.create_rush_sale(20).await?;
+    sells(server, 1..=10).await.context("before anybody came")?;
+    let before_kib = memory_kib(server.pid().await?, "VmRSS:")?;
 
     let mut held = vec![];
     for client in 0..IDLE {
@@ -59,26 +59,27 @@ pub async fn bears_idle_and_slow_clients(talk: &TestServer) -> anyhow::Result<u6
         held.push(connect(address, head.as_bytes()).await?);
     }
     let endless = (0..ENDLESS).map(|_| endless(address));
-    timeout(PATIENCE, try_join_all(endless))
+    timeout(TIMEOUT, try_join_all(endless))
         .await
         .context("an endless body was neither refused nor cut off")??;
-    sells(talk, 11..=20).await.context("beside them")?;
+    sells(server, 11..=20).await.context("beside them")?;
 
-    let grown_kib = memory_kib(talk.pid().await?, "VmHWM:")?.saturating_sub(before_kib);
+    let grown_kib = memory_kib(server.pid().await?, "VmHWM:")?.saturating_sub(before_kib);
     let clients = (IDLE + SLOW + ENDLESS) as u64;
     ensure!(
         grown_kib <= clients * MOST_KIB_EACH,
         "{clients} clients cost {grown_kib} KiB"
     );
     drop(held);
-    ensure!(talk.get("/livez").await?.status == 200);
+    ensure!(server.get("/livez").await?.status == 200);
     Ok(grown_kib)
 }
 
-async fn sells(talk: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
+async fn sells(server: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
     for buyer in buyers {
-        let answered = talk.reserve(SALE, buyer, None).await?;
-        talk.confirms(&answered)
+        let answered = server.reserve(SALE, buyer, None).await?;
+        server
+            .expect_confirmed(&answered)
             .await
             .with_context(|| format!("buyer {buyer}"))?;
     }
@@ -86,7 +87,7 @@ async fn sells(talk: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::
 }
 
 async fn connect(address: SocketAddr, says: &[u8]) -> anyhow::Result<TcpStream> {
-    let mut stream = timeout(PATIENCE, TcpStream::connect(address))
+    let mut stream = timeout(TIMEOUT, TcpStream::connect(address))
         .await
         .context("not accepted in time")??;
     stream.write_all(says).await?;

@@ -89,7 +89,7 @@ const FEW: Rush = Rush {
     work: Duration::ZERO,
     commit: Duration::ZERO,
     pool_size: None,
-    patience: Duration::from_secs(5),
+    timeout: Duration::from_secs(5),
     traced: false,
     faults: vec![],
 };

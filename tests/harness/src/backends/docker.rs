@@ -22,18 +22,18 @@ use testcontainers_modules::testcontainers::{
 };
 use tokio::{runtime::Runtime, sync::Mutex, time::timeout};
 
-use super::{free_port, keeper, root, setting};
+use super::{free_port, reaper, root, setting};
 
 /// How long an engine may take to say that it is there.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an orderly end may take, before the engine kills the container.
-const ENDS_WITHIN_S: i32 = 30;
+const SHUTDOWN_TIMEOUT_S: i32 = 30;
 /// How long an engine may need to hold a container still.
-const FROZEN_WITHIN: Duration = Duration::from_secs(10);
-/// How long removing a container may take. Then the keeper does it.
-const REMOVED_WITHIN: Duration = Duration::from_secs(30);
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long removing a container may take. Then the reaper does it.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a failed pull keeps other processes from trying it again.
-const PULL_AGAIN_AFTER: Duration = Duration::from_secs(5 * 60);
+const PULL_RETRY_INTERVAL: Duration = Duration::from_secs(5 * 60);
 /// How often another port is tried when somebody was quicker.
 const PORTS_TO_TRY: u32 = 3;
 
@@ -77,7 +77,7 @@ impl Container {
     ) -> anyhow::Result<Self> {
         let (repository, tag) = image.named()?;
         let named = move |port| request(port).with_name(&repository).with_tag(&tag);
-        on_engine(async move {
+        on_engine_runtime(async move {
             let engine = engine().await?;
             present(service, &engine, named(inside)).await?;
             let mut tries_left = PORTS_TO_TRY;
@@ -85,7 +85,7 @@ impl Container {
                 tries_left -= 1;
                 let port = free_port()?;
                 let name = format!("oversold-{service}-{:08x}", rand::random::<u32>());
-                keeper::enter_container(&name, address().as_deref())?;
+                reaper::register_container(&name, address().as_deref())?;
                 let request = named(port)
                     .with_container_name(&name)
                     .with_mapped_port(port, inside.tcp())
@@ -106,7 +106,7 @@ impl Container {
                         });
                     }
                     Err(error) if tries_left > 0 && format!("{error:?}").contains("port is already allocated") => {
-                        // It exists without running: the keeper has its name and removes it.
+                        // It exists without running: the reaper has its name and removes it.
                     }
                     Err(error) => return Err(error).context("the container did not start"),
                 }
@@ -122,7 +122,7 @@ impl Container {
 
     /// Lets it end in order, unless it is down.
     pub(super) async fn stop(&self) -> anyhow::Result<()> {
-        let options = StopContainerOptionsBuilder::new().t(ENDS_WITHIN_S).build();
+        let options = StopContainerOptionsBuilder::new().t(SHUTDOWN_TIMEOUT_S).build();
         self.ask(|engine, name| async move { engine.stop_container(&name, Some(options)).await })
             .await
     }
@@ -154,7 +154,7 @@ impl Container {
                 .await;
             match paused {
                 // What an engine on cgroups v1 says of a container in which many threads come and go: it gave up half-way, and all go on.
-                Err(why) if format!("{why:#}").contains("unable to freeze") && began.elapsed() < FROZEN_WITHIN => {}
+                Err(why) if format!("{why:#}").contains("unable to freeze") && began.elapsed() < FREEZE_TIMEOUT => {}
                 paused => return paused,
             }
         }
@@ -185,7 +185,7 @@ impl Container {
     }
 
     /// An error with its last words, unless it is up.
-    pub(super) async fn still_there(&self) -> anyhow::Result<()> {
+    pub(super) async fn ensure_running(&self) -> anyhow::Result<()> {
         if self.pid().await?.is_none() {
             bail!("its container ended: {}", self.log().await?);
         }
@@ -208,7 +208,7 @@ impl Container {
         F: Future<Output = Result<T, EngineError>> + Send,
     {
         let name = self.name.clone();
-        on_engine(async move { Ok(question(docker_client_instance().await?, name).await?) }).await
+        on_engine_runtime(async move { Ok(question(docker_client_instance().await?, name).await?) }).await
     }
 }
 
@@ -221,9 +221,9 @@ impl Drop for Container {
         RUNTIME.spawn(async move {
             let _ = removed.send(remove().await);
         });
-        // Until it is struck out, the keeper sees to it.
-        if let Ok(Ok(())) = wait.recv_timeout(REMOVED_WITHIN) {
-            let _ = keeper::strike_container(&self.name);
+        // Until it is struck out, the reaper sees to it.
+        if let Ok(Ok(())) = wait.recv_timeout(REMOVE_TIMEOUT) {
+            let _ = reaper::unregister_container(&self.name);
         }
     }
 }
@@ -246,7 +246,7 @@ impl ImageName {
     }
 }
 
-async fn on_engine<T: Send + 'static>(
+async fn on_engine_runtime<T: Send + 'static>(
     work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
 ) -> anyhow::Result<T> {
     RUNTIME.spawn(work).await?
@@ -259,7 +259,7 @@ async fn engine() -> anyhow::Result<Docker> {
         engine.ping().await.ok()?;
         Some(engine)
     };
-    match timeout(ANSWERS_WITHIN, answers).await {
+    match timeout(ENGINE_TIMEOUT, answers).await {
         Ok(Some(engine)) => Ok(engine),
         _ => bail!(
             "no Docker engine answers at {}",
@@ -268,7 +268,7 @@ async fn engine() -> anyhow::Result<Docker> {
     }
 }
 
-/// Where the engine is: what testcontainers makes of the environment, for the keeper, whose `docker` may make something else of it.
+/// Where the engine is: what testcontainers makes of the environment, for the reaper, whose `docker` may make something else of it.
 fn address() -> Option<String> {
     if let Some(host) = setting("DOCKER_HOST") {
         return Some(host.to_string_lossy().into_owned());
@@ -308,7 +308,7 @@ async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerReq
 async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>) -> Result<(), String> {
     let note = pull_note(image);
     if let Some(age_s) = age(&note)
-        .filter(|age| *age < PULL_AGAIN_AFTER)
+        .filter(|age| *age < PULL_RETRY_INTERVAL)
         .map(|age| age.as_secs())
     {
         let before = fs::read_to_string(&note).unwrap_or_default();

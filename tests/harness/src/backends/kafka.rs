@@ -3,7 +3,7 @@
 mod docker;
 mod native;
 mod prefix;
-mod wire;
+mod wire_protocol;
 
 use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
@@ -11,13 +11,13 @@ use anyhow::Context;
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, ManagedServer, NotReady},
+    managed_server::{ManagedServer, NotReady, ReadinessProbe},
     search::{Candidate, Service, search},
 };
 pub use native::programs;
 pub use prefix::Prefix;
 use prefix::Run;
-use wire::Connection;
+use wire_protocol::Connection;
 
 const SERVICE: Service = Service {
     name: "kafka",
@@ -31,7 +31,7 @@ const URL_VARIABLE: &str = "KAFKA_BOOTSTRAP_SERVERS";
 const CLUSTER_ID: &str = "5L6g3nShT-eMCtK--X86sw";
 
 /// How long it may take until a new topic can be written to.
-const MADE_WITHIN: Duration = Duration::from_secs(10);
+const CREATE_TOPIC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The settings of every broker that is started here.
 fn settings() -> [(&'static str, &'static str); 11] {
@@ -65,7 +65,7 @@ pub struct Kafka {
 
 enum Server {
     External(Run),
-    ManagedServer(Arc<ManagedServer>),
+    Managed(Arc<ManagedServer>),
 }
 
 impl Kafka {
@@ -83,11 +83,11 @@ impl Kafka {
     /// None can be started; the error says what was tried and how to get one.
     pub async fn private() -> Result<Private<Self>, Missing> {
         let kafka = Self::search(&[Source::Docker, Source::Native]).await?;
-        let own = match &kafka.server {
-            Server::ManagedServer(own) => Arc::clone(own),
+        let managed = match &kafka.server {
+            Server::Managed(managed) => Arc::clone(managed),
             Server::External(_) => unreachable!("nobody looked for an external one"),
         };
-        Ok(Private::new(kafka, own))
+        Ok(Private::new(kafka, managed))
     }
 
     async fn search(order: &[Source]) -> Result<Self, Missing> {
@@ -96,11 +96,11 @@ impl Kafka {
                 let servers = candidate.url.clone();
                 Self::new(Server::External(external(&servers).await?), servers, candidate).await
             }
-            own => {
-                let own = start(own).await?;
-                let (host, port) = own.address();
+            managed => {
+                let managed = start(managed).await?;
+                let (host, port) = managed.address();
                 let servers = format!("{host}:{port}");
-                Self::new(Server::ManagedServer(Arc::new(own)), servers, candidate).await
+                Self::new(Server::Managed(Arc::new(managed)), servers, candidate).await
             }
         })
         .await
@@ -152,8 +152,8 @@ impl Kafka {
             let mut connection = Connection::open(&self.servers).await?;
             connection.create_topic(name, partitions).await
         };
-        let made = tokio::time::timeout(MADE_WITHIN, making).await;
-        made.map_err(|_| anyhow::anyhow!("it has no leader after {MADE_WITHIN:?}"))
+        let made = tokio::time::timeout(CREATE_TOPIC_TIMEOUT, making).await;
+        made.map_err(|_| anyhow::anyhow!("it has no leader after {CREATE_TOPIC_TIMEOUT:?}"))
             .and_then(|made| Ok(made?))
             .with_context(|| format!("making {name} in Kafka at {}", self.servers))
     }
@@ -185,15 +185,15 @@ async fn external(servers: &str) -> anyhow::Result<Run> {
 
 /// Starts a broker, and waits until it answers.
 async fn start(source: Source) -> anyhow::Result<ManagedServer> {
-    let ask: Ask = Box::new(|host, port| Box::pin(ask(format!("{host}:{port}"))));
+    let probe: ReadinessProbe = Box::new(|host, port| Box::pin(probe(format!("{host}:{port}"))));
     match source {
-        Source::Docker => ManagedServer::in_container(docker::start().await?, ask).await,
-        _ => ManagedServer::as_process(tokio::task::spawn_blocking(native::prepare).await??, ask).await,
+        Source::Docker => ManagedServer::in_container(docker::start().await?, probe).await,
+        _ => ManagedServer::as_process(tokio::task::spawn_blocking(native::prepare).await??, probe).await,
     }
 }
 
 /// Asks a broker that was just started whether it is ready: it takes part in its cluster, and what it has can be written to.
-async fn ask(server: String) -> Result<(), NotReady> {
+async fn probe(server: String) -> Result<(), NotReady> {
     let asked = async { Connection::open(&server).await?.metadata().await };
     let error = match asked.await {
         Ok(metadata) if metadata.brokers > 0 && metadata.topics.iter().all(|topic| topic.led) => return Ok(()),
@@ -201,10 +201,13 @@ async fn ask(server: String) -> Result<(), NotReady> {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             return Err(NotReady {
                 error: error.into(),
-                comes_yet: false,
+                may_become_ready: false,
             });
         }
         Err(error) => error.into(),
     };
-    Err(NotReady { error, comes_yet: true })
+    Err(NotReady {
+        error,
+        may_become_ready: true,
+    })
 }

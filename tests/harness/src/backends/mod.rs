@@ -8,18 +8,18 @@
 //! 3. **native**: its programs are on this machine. `OVERSOLD_POSTGRES_BIN` and `OVERSOLD_REDIS_BIN` name their folders where they can't be
 //!    found. Kafka is Java and a folder of jars, which `OVERSOLD_KAFKA_JARS` names.
 //!
-//! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
+//! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`reaper`] when
 //! this process ends, in whatever way it ends.
 
 mod docker;
+mod environment;
 mod kafka;
-pub mod keeper;
+mod managed_server;
 mod native;
-mod own;
 mod postgres;
+pub mod reaper;
 mod redis;
 mod search;
-mod stand;
 
 use std::{
     collections::BTreeMap,
@@ -33,12 +33,12 @@ use std::{
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
+pub use environment::{Services, TestEnvironment};
 pub use kafka::{Kafka, Prefix as KafkaPrefix, programs as kafka_programs};
+pub use managed_server::Private;
 pub use native::on_path;
-pub use own::Private;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
 pub use redis::{Prefix, Redis, Reply};
-pub use stand::{Services, TestEnvironment};
 
 /// The Postgres of this process: found or started once, and shared by all its tests. It trades durability for speed.
 ///

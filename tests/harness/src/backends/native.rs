@@ -15,17 +15,17 @@ use std::{
 use anyhow::bail;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{free_port, keeper, setting};
+use super::{free_port, reaper, setting};
 
 /// How long an orderly shutdown may take.
-const ENDS_WITHIN: Duration = Duration::from_secs(30);
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Whether a server's data may lie in memory, for as long as nobody needs it afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Memory {
     IfThereIsRoom,
-    ReserveError,
+    Never,
 }
 
 /// The folders of a server: they go when this is dropped.
@@ -38,17 +38,17 @@ pub(super) struct Home {
 
 impl Home {
     pub(super) fn make(service: &str, memory: Memory) -> anyhow::Result<Self> {
-        let folder = keeper::folder(service)?;
+        let folder = reaper::folder(service)?;
         let in_memory = match memory {
-            Memory::IfThereIsRoom => keeper::folder_in_memory(service)?,
-            Memory::ReserveError => None,
+            Memory::IfThereIsRoom => reaper::folder_in_memory(service)?,
+            Memory::Never => None,
         };
         let home = Self {
             data_folder: in_memory.unwrap_or_else(|| folder.clone()),
             folder,
         };
-        home.hand_over(&home.folder)?;
-        home.hand_over(&home.data_folder)?;
+        home.chown_to_server_user(&home.folder)?;
+        home.chown_to_server_user(&home.data_folder)?;
         Ok(home)
     }
 
@@ -61,7 +61,7 @@ impl Home {
     }
 
     /// Gives a file to the user that the server runs as.
-    pub(super) fn hand_over(&self, file: &Path) -> anyhow::Result<()> {
+    pub(super) fn chown_to_server_user(&self, file: &Path) -> anyhow::Result<()> {
         if let Some(user) = unprivileged_user() {
             chown(file, Some(user.uid), Some(user.gid))?;
         }
@@ -71,7 +71,7 @@ impl Home {
     /// One of the service's programs, as the user that it runs as, writing to the log.
     pub(super) fn command(&self, program: &Path) -> anyhow::Result<Command> {
         let log = File::options().create(true).append(true).open(self.log_file())?;
-        let mut command = keeper::command(program)?;
+        let mut command = reaper::command(program)?;
         command
             .current_dir(&self.folder)
             .stdin(Stdio::null())
@@ -104,18 +104,18 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        // What goes wrong here, the keeper puts right.
+        // What goes wrong here, the reaper puts right.
         for folder in [&self.data_folder, &self.folder] {
-            let _ = keeper::clear(folder);
+            let _ = reaper::clear(folder);
         }
     }
 }
 
 /// Has a server be at this port: the arguments that tell it so. Asked once for each port that is tried.
-pub(super) type At = Box<dyn Fn(u16) -> anyhow::Result<Vec<OsString>> + Send + Sync>;
+pub(super) type PortArguments = Box<dyn Fn(u16) -> anyhow::Result<Vec<OsString>> + Send + Sync>;
 
 /// A port as a program takes it that has an argument for it.
-pub(super) fn port_argument(name: &'static str) -> At {
+pub(super) fn port_argument(name: &'static str) -> PortArguments {
     Box::new(move |port| Ok(vec![name.into(), port.to_string().into()]))
 }
 
@@ -124,49 +124,54 @@ pub(super) struct Process {
     home: Home,
     program: PathBuf,
     arguments: Vec<OsString>,
-    at: At,
+    arguments_for_port: PortArguments,
     port: u16,
     port_arguments: Vec<OsString>,
     /// What makes it shut down in order.
-    stopped_with: Signal,
+    stop_signal: Signal,
     /// What ends it at once when nobody needs its data any more.
-    dropped_with: Signal,
+    drop_signal: Signal,
     child: Mutex<Option<Child>>,
 }
 
 impl Process {
     /// A process that is yet to be launched.
-    pub(super) fn new(home: Home, program: PathBuf, arguments: Vec<OsString>, at: At) -> Self {
+    pub(super) fn new(
+        home: Home,
+        program: PathBuf,
+        arguments: Vec<OsString>,
+        arguments_for_port: PortArguments,
+    ) -> Self {
         Self {
             home,
             program,
             arguments,
-            at,
+            arguments_for_port,
             port: 0,
             port_arguments: Vec::new(),
             // For Postgres it is the "fast shutdown": clients are cut off, not waited for.
-            stopped_with: Signal::INT,
-            dropped_with: Signal::KILL,
+            stop_signal: Signal::INT,
+            drop_signal: Signal::KILL,
             child: Mutex::default(),
         }
     }
 
     /// One that another signal than SIGINT makes shut down in order.
-    pub(super) fn stopped_with(mut self, signal: Signal) -> Self {
-        self.stopped_with = signal;
+    pub(super) fn stop_signal(mut self, signal: Signal) -> Self {
+        self.stop_signal = signal;
         self
     }
 
     /// One that has something to tidy up even if nobody needs its data any more.
-    pub(super) fn dropped_with(mut self, signal: Signal) -> Self {
-        self.dropped_with = signal;
+    pub(super) fn drop_signal(mut self, signal: Signal) -> Self {
+        self.drop_signal = signal;
         self
     }
 
     /// Gives it a port that is free.
     pub(super) fn choose_port(&mut self) -> anyhow::Result<()> {
         self.port = free_port()?;
-        self.port_arguments = (self.at)(self.port)?;
+        self.port_arguments = (self.arguments_for_port)(self.port)?;
         Ok(())
     }
 
@@ -196,7 +201,7 @@ impl Process {
     }
 
     /// An error with its last words, unless it is up.
-    pub(super) fn still_there(&self) -> anyhow::Result<()> {
+    pub(super) fn ensure_running(&self) -> anyhow::Result<()> {
         let name = self.name();
         match self.child().as_mut() {
             Some(child) => match child.try_wait()? {
@@ -209,7 +214,7 @@ impl Process {
 
     /// Shuts it down in order, unless it is down.
     pub(super) async fn stop(&self) -> anyhow::Result<()> {
-        self.send(self.stopped_with)?;
+        self.send(self.stop_signal)?;
         self.ended().await
     }
 
@@ -263,14 +268,14 @@ impl Process {
                     return Ok(());
                 }
             }
-            if began.elapsed() > ENDS_WITHIN {
+            if began.elapsed() > SHUTDOWN_TIMEOUT {
                 bail!(
-                    "{} did not end within {ENDS_WITHIN:?}: {}",
+                    "{} did not end within {SHUTDOWN_TIMEOUT:?}: {}",
                     self.name(),
                     self.home.log()
                 );
             }
-            tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -297,8 +302,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // What goes wrong here, the keeper puts right.
-        let _ = self.send(self.dropped_with);
+        // What goes wrong here, the reaper puts right.
+        let _ = self.send(self.drop_signal);
         let _ = self.send(Signal::CONT);
         if let Some(mut child) = self.child().take() {
             let _ = child.wait();

@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, ManagedServer, NotReady},
+    managed_server::{ManagedServer, NotReady, ReadinessProbe},
     root,
     search::{Candidate, Service, search},
 };
@@ -84,7 +84,7 @@ pub struct Postgres {
 
 enum Server {
     External(ExternalOwner),
-    ManagedServer(Arc<ManagedServer>),
+    Managed(Arc<ManagedServer>),
 }
 
 impl Postgres {
@@ -102,18 +102,18 @@ impl Postgres {
     /// None can be started; the error says what was tried and how to get one.
     pub async fn private(durability: Durability) -> Result<Private, Missing> {
         let postgres = Self::search(&[Source::Docker, Source::Native], durability).await?;
-        let own = match &postgres.server {
-            Server::ManagedServer(own) => Arc::clone(own),
+        let managed = match &postgres.server {
+            Server::Managed(managed) => Arc::clone(managed),
             Server::External(_) => unreachable!("nobody looked for an external one"),
         };
-        Ok(Private::new(postgres, own))
+        Ok(Private::new(postgres, managed))
     }
 
     async fn search(order: &[Source], durability: Durability) -> Result<Self, Missing> {
         search(&SERVICE, order, async |candidate| {
             let (server, admin) = match candidate.source {
                 Source::External => external(&candidate.url).await?,
-                own => start(own, durability).await?,
+                managed => start(managed, durability).await?,
             };
             Self::new(server, admin, candidate).await
         })
@@ -151,21 +151,23 @@ impl Postgres {
 /// Starts a server, and waits until it answers.
 async fn start(source: Source, durability: Durability) -> anyhow::Result<(Server, PgConnectOptions)> {
     let password = Alphanumeric.sample_string(&mut rand::rng(), 32);
-    let ask: Ask = {
+    let probe: ReadinessProbe = {
         let password = password.clone();
-        Box::new(move |host, port| Box::pin(ask(admin(&host, port, &password))))
+        Box::new(move |host, port| Box::pin(probe(admin(&host, port, &password))))
     };
-    let own = match source {
-        Source::Docker => ManagedServer::in_container(docker::start(durability, password.clone()).await?, ask).await?,
+    let managed = match source {
+        Source::Docker => {
+            ManagedServer::in_container(docker::start(durability, password.clone()).await?, probe).await?
+        }
         _ => {
             let password = password.clone();
             let preparing = tokio::task::spawn_blocking(move || native::prepare(durability, &password));
-            ManagedServer::as_process(preparing.await??, ask).await?
+            ManagedServer::as_process(preparing.await??, probe).await?
         }
     };
-    let (host, port) = own.address();
+    let (host, port) = managed.address();
     let admin = admin(host, port, &password);
-    Ok((Server::ManagedServer(Arc::new(own)), admin))
+    Ok((Server::Managed(Arc::new(managed)), admin))
 }
 
 /// How to reach the database for administration of a server that was started here.
@@ -180,13 +182,13 @@ fn admin(host: &str, port: u16, password: &str) -> PgConnectOptions {
 }
 
 /// Asks a server that was just started whether it is ready.
-async fn ask(admin: PgConnectOptions) -> Result<(), NotReady> {
+async fn probe(admin: PgConnectOptions) -> Result<(), NotReady> {
     /// Postgres: it is starting up, or shutting down.
     const CANNOT_CONNECT_NOW: &str = "57P03";
 
     let asked = async { admin.connect().await?.close().await };
     asked.await.map_err(|error| NotReady {
-        comes_yet: match &error {
+        may_become_ready: match &error {
             sqlx::Error::Io(_) => true,
             sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
             _ => false,
@@ -216,7 +218,7 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
             .fetch_one(&mut connection)
             .await?;
     if !may_create {
-        bail!("the user of {shown} may not create databases, and every test has its own (`alter role … createdb`)");
+        bail!("the user of {shown} may not create databases, and every test has its managed (`alter role … createdb`)");
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))

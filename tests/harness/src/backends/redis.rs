@@ -12,7 +12,7 @@ use rand::distr::{Alphanumeric, SampleString};
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, ManagedServer, NotReady},
+    managed_server::{ManagedServer, NotReady, ReadinessProbe},
     search::{Candidate, Service, search},
 };
 use prefix::ExternalOwner;
@@ -47,7 +47,7 @@ pub struct Redis {
 
 enum Server {
     External(ExternalOwner),
-    ManagedServer(Arc<ManagedServer>),
+    Managed(Arc<ManagedServer>),
 }
 
 impl Redis {
@@ -65,11 +65,11 @@ impl Redis {
     /// None can be started; the error says what was tried and how to get one.
     pub async fn private() -> Result<Private<Self>, Missing> {
         let redis = Self::search(&[Source::Docker, Source::Native]).await?;
-        let own = match &redis.server {
-            Server::ManagedServer(own) => Arc::clone(own),
+        let managed = match &redis.server {
+            Server::Managed(managed) => Arc::clone(managed),
             Server::External(_) => unreachable!("nobody looked for an external one"),
         };
-        Ok(Private::new(redis, own))
+        Ok(Private::new(redis, managed))
     }
 
     async fn search(order: &[Source]) -> Result<Self, Missing> {
@@ -79,13 +79,13 @@ impl Redis {
                 let url = candidate.url.clone();
                 Self::new(Server::External(owner), place, url, candidate).await
             }
-            own => {
+            managed => {
                 let password = Alphanumeric.sample_string(&mut rand::rng(), 32);
-                let own = start(own, &password).await?;
-                let (host, port) = own.address();
+                let managed = start(managed, &password).await?;
+                let (host, port) = managed.address();
                 let place = Place::with_password(host, port, &password);
                 let url = format!("redis://:{password}@{host}:{port}/0");
-                Self::new(Server::ManagedServer(Arc::new(own)), place, url, candidate).await
+                Self::new(Server::Managed(Arc::new(managed)), place, url, candidate).await
             }
         })
         .await
@@ -149,21 +149,21 @@ async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
 
 /// Starts a server, and waits until it answers.
 async fn start(source: Source, password: &str) -> anyhow::Result<ManagedServer> {
-    let ask: Ask = {
+    let probe: ReadinessProbe = {
         let password = password.to_owned();
-        Box::new(move |host, port| Box::pin(ask(Place::with_password(&host, port, &password))))
+        Box::new(move |host, port| Box::pin(probe(Place::with_password(&host, port, &password))))
     };
     match source {
-        Source::Docker => ManagedServer::in_container(docker::start(password).await?, ask).await,
-        _ => ManagedServer::as_process(native::prepare(password)?, ask).await,
+        Source::Docker => ManagedServer::in_container(docker::start(password).await?, probe).await,
+        _ => ManagedServer::as_process(native::prepare(password)?, probe).await,
     }
 }
 
 /// Asks a server that was just started whether it is ready.
-async fn ask(place: Place) -> Result<(), NotReady> {
+async fn probe(place: Place) -> Result<(), NotReady> {
     let asked = async { place.connect().await?.obeyed(&["PING"]).await };
     asked.await.map(drop).map_err(|error| NotReady {
-        comes_yet: !matches!(
+        may_become_ready: !matches!(
             error.kind(),
             io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData
         ),

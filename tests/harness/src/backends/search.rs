@@ -55,16 +55,16 @@ pub(super) async fn search<T>(
     let Service { name, url_variable, .. } = service;
     let began = Instant::now();
     let forced = forced()?;
-    let mut passed_over = Vec::new();
+    let mut rejected = Vec::new();
     for &source in forced.as_ref().map_or(order, std::slice::from_ref) {
         let (url, reason) = match (source, setting(url_variable)) {
             (Source::External, None) => {
-                passed_over.push((source, format!("{url_variable} is not set")));
+                rejected.push((source, format!("{url_variable} is not set")));
                 continue;
             }
             (Source::External, Some(url)) => (url.to_string_lossy().into_owned(), format!("{url_variable} is set")),
             _ if forced.is_some() => (String::new(), "OVERSOLD_BACKENDS asks for it".to_owned()),
-            _ => (String::new(), reason(&passed_over)),
+            _ => (String::new(), reason(&rejected)),
         };
         let candidate = Candidate {
             service,
@@ -83,12 +83,12 @@ pub(super) async fn search<T>(
                     remedy: format!("Set {url_variable} to a server that answers, or unset it to have one started."),
                 });
             }
-            Err(error) => passed_over.push((source, format!("{error:#}"))),
+            Err(error) => rejected.push((source, format!("{error:#}"))),
         }
     }
     Err(Missing::Nowhere {
         service: name,
-        tried: passed_over,
+        tried: rejected,
         remedy: remedy(service, forced),
     })
 }
@@ -109,8 +109,8 @@ fn forced() -> Result<Option<Source>, Missing> {
 }
 
 /// Why no earlier source was chosen, in one line.
-fn reason(passed_over: &[(Source, String)]) -> String {
-    let reasons: Vec<&str> = passed_over
+fn reason(rejected: &[(Source, String)]) -> String {
+    let reasons: Vec<&str> = rejected
         .iter()
         .filter_map(|(_, reason)| reason.lines().next())
         .collect();

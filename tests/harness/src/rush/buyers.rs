@@ -31,7 +31,7 @@ use crate::history::{Answer, Ending, Micros, Refused, Request};
 const OPENING_AT_ONCE: usize = 64;
 
 /// How often an accepted order is asked about until its final state is there.
-const ASK_AGAIN: Duration = Duration::from_millis(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
 
 /// It is asked less and less often, down to this.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -71,7 +71,7 @@ struct Click {
     /// The instance at the other end.
     address: SocketAddr,
     live: watch::Receiver<Vec<SocketAddr>>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Gate {
@@ -105,7 +105,7 @@ impl Gate {
                     connection: Some(connection),
                     address,
                     live: live.clone(),
-                    patience: rush.patience,
+                    timeout: rush.timeout,
                 });
         let mut buyers = JoinSet::new();
         for buyer in 0..rush.buyers as usize {
@@ -144,7 +144,7 @@ impl Gate {
         let mut requests: Vec<Request> = sent.into_iter().map(|(request, _)| request).collect();
         let address = self.live.borrow().first().copied();
         if let Some(address) = address {
-            look_again(&mut requests, address, started_us).await;
+            recheck(&mut requests, address, started_us).await;
         }
         requests.sort_by_key(|request| (request.sent_us, request.request));
         Released {
@@ -156,7 +156,7 @@ impl Gate {
 }
 
 /// A final state never changes: everybody whose order was accepted asks once more, now that all is decided.
-pub async fn look_again(requests: &mut [Request], address: SocketAddr, started_us: Micros) {
+pub async fn recheck(requests: &mut [Request], address: SocketAddr, started_us: Micros) {
     let Ok(mut connection) = Connection::open(address).await else {
         return;
     };
@@ -215,7 +215,7 @@ impl Click {
             let undecided = request.answer == Answer::Indeterminate;
             requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
-            let left = self.patience.saturating_sub(Duration::from_micros(spent_us));
+            let left = self.timeout.saturating_sub(Duration::from_micros(spent_us));
             if !undecided || left.is_zero() {
                 return requests;
             }
@@ -237,7 +237,7 @@ impl Click {
         };
         let mut retry_after = jittered(Duration::from_millis(50));
         // The client's own deadline: it hangs up, the server may go on.
-        let sending = timeout(self.patience, self.send(number)).await;
+        let sending = timeout(self.timeout, self.send(number)).await;
         start.answered.send_modify(|answered| *answered += 1);
         // An order that is accepted may be followed elsewhere.
         let sent_to = self.address;
@@ -246,7 +246,7 @@ impl Click {
             if let Some(pause) = self::retry_after(&answered.headers) {
                 retry_after = jittered(pause);
             }
-            request.answer = self.understand(answered, started_us).await;
+            request.answer = self.classify(answered, started_us).await;
         }
         if request.answered_us.is_none() {
             self.connection = None;
@@ -277,11 +277,11 @@ impl Click {
         Ok(self.connection.insert(connection))
     }
 
-    async fn understand(&mut self, answered: Answered, started_us: Micros) -> Answer {
-        match understand(&answered) {
-            Understood::Final(answer) => answer,
-            Understood::Accepted { reservation, location } => {
-                let ending = timeout(self.patience, self.follow(&location, started_us))
+    async fn classify(&mut self, answered: Answered, started_us: Micros) -> Answer {
+        match classify(&answered) {
+            Classified::Final(answer) => answer,
+            Classified::Accepted { reservation, location } => {
+                let ending = timeout(self.timeout, self.follow(&location, started_us))
                     .await
                     .ok()
                     .flatten();
@@ -293,7 +293,7 @@ impl Click {
     /// Waits for the event that tells how an accepted order ended, at any instance that lives. Where there are no events, asks for its state
     /// again and again.
     async fn follow(&mut self, location: &str, started_us: Micros) -> Option<Ending> {
-        let mut pause = ASK_AGAIN;
+        let mut pause = FIRST_PAUSE;
         let mut events = true;
         loop {
             let state = match self.connection().await {
@@ -325,7 +325,7 @@ pub fn decided(answered: &Answered) -> Option<Option<Refused>> {
 }
 
 /// Whether an answer is a stream of events, read to its end.
-pub fn are_events(answered: &Answered) -> bool {
+pub fn is_event_stream(answered: &Answered) -> bool {
     let kind = answered.headers.get(header::CONTENT_TYPE);
     answered.status == StatusCode::OK && kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
 }
@@ -348,12 +348,12 @@ impl State {
     async fn told(connection: &mut Connection, location: &str) -> anyhow::Result<Option<Self>> {
         let request = HttpRequest::get(format!("{location}/events")).body(Full::default())?;
         let answered = connection.send(request).await?;
-        are_events(&answered).then(|| Self::of(&answered)).transpose()
+        is_event_stream(&answered).then(|| Self::of(&answered)).transpose()
     }
 
     /// As the body of an answer tells it, or the last of its events.
     fn of(answered: &Answered) -> anyhow::Result<Self> {
-        if !are_events(answered) {
+        if !is_event_stream(answered) {
             return Ok(serde_json::from_slice(&answered.body)?);
         }
         let text = str::from_utf8(&answered.body)?;
@@ -382,7 +382,7 @@ impl State {
 }
 
 /// What an HTTP answer to a reservation means.
-pub enum Understood {
+pub enum Classified {
     /// All there is to know.
     Final(Answer),
     /// 202: the final state comes later.
@@ -395,7 +395,7 @@ pub enum Understood {
 }
 
 /// What an HTTP answer means, by the contract that all levels share.
-pub fn understand(answered: &Answered) -> Understood {
+pub fn classify(answered: &Answered) -> Classified {
     let answer = match answered.status {
         StatusCode::CREATED => reservation(answered).map(|reservation| Answer::Confirmed { reservation }),
         StatusCode::ACCEPTED => {
@@ -405,7 +405,7 @@ pub fn understand(answered: &Answered) -> Understood {
                 .and_then(|location| location.to_str().ok());
             if let (Some(reservation), Some(location)) = (reservation(answered), location) {
                 let location = location.to_owned();
-                return Understood::Accepted { reservation, location };
+                return Classified::Accepted { reservation, location };
             }
             None
         }
@@ -413,7 +413,7 @@ pub fn understand(answered: &Answered) -> Understood {
         StatusCode::TOO_MANY_REQUESTS => Some(Answer::Refused(Refused::RateLimited)),
         _ => refused(answered).map(Answer::Refused),
     };
-    Understood::Final(answer.unwrap_or_else(|| {
+    Classified::Final(answer.unwrap_or_else(|| {
         let start: String = String::from_utf8_lossy(&answered.body).chars().take(200).collect();
         Answer::Unexpected {
             what: format!("{} {start}", answered.status),

@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use buyers::{Understood, are_events, decided, jittered, look_again, retry_after, understand};
+pub use buyers::{Classified, classify, decided, is_event_stream, jittered, recheck, retry_after};
 pub use connection::{Answered, Connection};
 pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
@@ -52,7 +52,7 @@ pub struct Rush {
     /// Connections in each server's pool. `None`: the server's own default.
     pub pool_size: Option<u32>,
     /// How long a buyer repeats an undecided request before giving up; also the deadline of a single request.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// Whether the servers write down every step of every request, for the evidence of a verdict.
     pub traced: bool,
     /// What to do to the servers while they sell. With faults, buyers come in waves: the first when the gate opens, one more when each fault
@@ -70,7 +70,7 @@ impl Default for Rush {
             work: Duration::ZERO,
             commit: Duration::ZERO,
             pool_size: None,
-            patience: Duration::from_secs(20),
+            timeout: Duration::from_secs(20),
             traced: false,
             faults: vec![],
         }
@@ -143,8 +143,8 @@ impl Rush {
     /// A backend is missing, or a server does not start or stop as it should. What buyers are told is never an error here: the judge
     /// decides about that.
     pub async fn run(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let stand = TestEnvironment::shared(strategy).await?;
-        self.run_on(&stand, program, level, strategy).await
+        let environment = TestEnvironment::shared(strategy).await?;
+        self.run_on(&environment, program, level, strategy).await
     }
 
     /// The same, and from when its buyers come it has the machine to itself, as far as other rushes of this process go that are run like this.
@@ -152,8 +152,8 @@ impl Rush {
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn run_alone(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let stand = TestEnvironment::shared(strategy).await?;
-        self.run_in_turn(Some(&ONE_AT_A_TIME), &stand, program, level, strategy)
+        let environment = TestEnvironment::shared(strategy).await?;
+        self.run_in_turn(Some(&ONE_AT_A_TIME), &environment, program, level, strategy)
             .await
     }
 
@@ -163,18 +163,18 @@ impl Rush {
     /// As [`run`](Self::run).
     pub async fn run_on(
         &self,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Report> {
-        self.run_in_turn(None, stand, program, level, strategy).await
+        self.run_in_turn(None, environment, program, level, strategy).await
     }
 
     async fn run_in_turn(
         &self,
         turns: Option<&Mutex<()>>,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -188,10 +188,10 @@ impl Rush {
                 fault.after_answers
             );
         }
-        let servers = Servers::start(self, stand, program, level, strategy).await?;
+        let servers = Servers::start(self, environment, program, level, strategy).await?;
         servers.open_sale(SALE, self.capacity).await?;
         if !self.commit.is_zero() {
-            slow_commits_down(stand.database(), self.commit).await?;
+            slow_commits_down(environment.database(), self.commit).await?;
         }
 
         let turn = match turns {
@@ -211,13 +211,13 @@ impl Rush {
         let (faults, struck) = faults?.into_iter().unzip();
 
         let mut requests = released.requests;
-        nothing_waits(level, stand, self.patience).await?;
+        nothing_waits(level, environment, self.timeout).await?;
         let retries = servers.retries().await?;
         drop(turn);
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
 
-        let pool = stand.database().pool(1).await?;
+        let pool = environment.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
         let history = History {
@@ -226,7 +226,7 @@ impl Rush {
                 strategy: format!("{}/{}", level.name, strategy.name),
                 sale: SALE,
                 capacity: self.capacity.into(),
-                deadline_us: micros(self.patience),
+                deadline_us: micros(self.timeout),
                 expiry_us: None,
                 stock: Some(sold.stock),
             },
@@ -243,14 +243,14 @@ impl Rush {
 }
 
 /// Waits until every message is passed by the group that decides. What is decided after the rows were read would be an oversell that nobody has seen.
-async fn nothing_waits(level: &Level, stand: &TestEnvironment, patience: Duration) -> anyhow::Result<()> {
+async fn nothing_waits(level: &Level, environment: &TestEnvironment, timeout: Duration) -> anyhow::Result<()> {
     const ANSWER: Duration = Duration::from_secs(5);
-    const LOOK_EVERY: Duration = Duration::from_millis(20);
+    const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-    let (Some(lag), Some(place)) = (level.lag, stand.kafka(0, ANSWER)) else {
+    let (Some(lag), Some(place)) = (level.lag, environment.kafka(0, ANSWER)) else {
         return Ok(());
     };
-    let gave_up = Instant::now() + patience;
+    let gave_up = Instant::now() + timeout;
     loop {
         let place = place.clone();
         let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await?;
@@ -261,10 +261,10 @@ async fn nothing_waits(level: &Level, stand: &TestEnvironment, patience: Duratio
         if gave_up <= Instant::now() {
             let waiting = waiting.context("nobody can say whether messages wait to be decided")?;
             bail!(
-                "{patience:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
+                "{timeout:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
             );
         }
-        sleep(LOOK_EVERY).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 

@@ -25,12 +25,12 @@ use uuid::Uuid;
 
 use super::{Rush, connection::Connection};
 use crate::{
-    backends::{TestEnvironment, keeper},
+    backends::{TestEnvironment, reaper},
     history::{self, Micros, Step},
 };
 
 /// How long a server may take to listen, or to leave.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How to start a server: a program, and the arguments and variables it takes. What a rush needs, it is told through its environment as well.
 #[derive(Clone, Debug)]
@@ -98,7 +98,7 @@ impl Servers {
     /// One does not start; with the end of its log.
     pub async fn start(
         rush: &Rush,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -109,7 +109,7 @@ impl Servers {
             level.name,
             strategy.name
         );
-        Self::start_named(rush, stand, program, strategy.name).await
+        Self::start_named(rush, environment, program, strategy.name).await
     }
 
     /// The same for a strategy that is known by its name only, as the program knows it.
@@ -118,12 +118,12 @@ impl Servers {
     /// As [`start`](Self::start).
     pub async fn start_named(
         rush: &Rush,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         strategy: &str,
     ) -> anyhow::Result<Self> {
         let admin_token = Uuid::new_v4().to_string();
-        let mut environment = stand.environment();
+        let mut environment = environment.variables();
         environment.extend([
             ("HOST", "127.0.0.1".to_owned()),
             ("PORT", "0".to_owned()),
@@ -136,7 +136,7 @@ impl Servers {
         }
         // Every buyer is an open file here as well.
         box_office::raise_open_files_limit();
-        let folder = keeper::folder("rush")?;
+        let folder = reaper::folder("rush")?;
         let mut servers = Self {
             program: program.clone(),
             environment,
@@ -291,7 +291,7 @@ impl Servers {
     async fn launch(&self, number: usize, generation: usize) -> anyhow::Result<Instance> {
         let name = format!("instance-{}-{generation}", number + 1);
         let log = self.folder.join(format!("{name}.log"));
-        let mut command = Command::from(keeper::command(&self.program.executable)?);
+        let mut command = Command::from(reaper::command(&self.program.executable)?);
         command
             .args(&self.program.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
@@ -313,7 +313,7 @@ impl Servers {
         let output = process.stdout.take().context("its output is piped")?;
         let mut line = String::new();
         let mut output = AsyncBufReader::new(output);
-        let read = timeout(PATIENCE, output.read_line(&mut line)).await;
+        let read = timeout(TIMEOUT, output.read_line(&mut line)).await;
         let address = line
             .trim()
             .rsplit_once("http://")
@@ -326,7 +326,7 @@ impl Servers {
                 traces,
             }),
             (Err(_), _) => bail!(
-                "after {PATIENCE:?} the server did not say where it listens\n{}",
+                "after {TIMEOUT:?} the server did not say where it listens\n{}",
                 tail(&log)
             ),
             (Ok(read), _) => {
@@ -341,9 +341,9 @@ impl Instance {
     async fn terminate(&mut self) -> anyhow::Result<ExitStatus> {
         let pid = self.process.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         kill_process(pid.context("it has left already")?, Signal::TERM)?;
-        timeout(PATIENCE, self.process.wait())
+        timeout(TIMEOUT, self.process.wait())
             .await
-            .map_err(|_| anyhow!("{PATIENCE:?} after SIGTERM the server still runs\n{}", tail(&self.log)))?
+            .map_err(|_| anyhow!("{TIMEOUT:?} after SIGTERM the server still runs\n{}", tail(&self.log)))?
             .map_err(Into::into)
     }
 }
@@ -385,9 +385,9 @@ async fn ready(instance: &Instance) -> anyhow::Result<()> {
             sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(PATIENCE, asked)
+    timeout(TIMEOUT, asked)
         .await
-        .map_err(|_| anyhow!("after {PATIENCE:?} the server is not ready\n{}", tail(&instance.log)))?
+        .map_err(|_| anyhow!("after {TIMEOUT:?} the server is not ready\n{}", tail(&instance.log)))?
 }
 
 /// The last lines of a log, for a message about a server that failed.

@@ -14,16 +14,16 @@ use sqlx::{
 #[derive(Clone, Default)]
 pub(super) struct Holders(Arc<Mutex<HashMap<i32, Holder>>>);
 
-/// One request of one script.
+/// One request of one schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
-    pub(super) script: i64,
+    pub(super) schedule: i64,
     pub(super) lane: usize,
 }
 
 tokio::task_local! {
     /// For which request the task works.
-    pub(super) static WORKS_FOR: Holder;
+    pub(super) static CURRENT_REQUEST: Holder;
 }
 
 impl Holders {
@@ -54,7 +54,7 @@ impl Holders {
 
     async fn take(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
         // The pool's own first connection is nobody's.
-        if let Ok(holder) = WORKS_FOR.try_with(|holder| *holder) {
+        if let Ok(holder) = CURRENT_REQUEST.try_with(|holder| *holder) {
             let pid = pid_of(connection).await?;
             self.all(|holders| holders.insert(pid, holder));
         }
@@ -91,7 +91,7 @@ pub(super) struct Blocked {
 
 impl Blocked {
     /// Asks Postgres which backends of the database wait for which.
-    pub(super) async fn look(observer: &PgPool) -> sqlx::Result<Self> {
+    pub(super) async fn query(observer: &PgPool) -> sqlx::Result<Self> {
         let waiting: Vec<(i32, Vec<i32>)> = sqlx::query_as(
             "select pid, pg_blocking_pids(pid)
                from pg_stat_activity

@@ -6,7 +6,7 @@
 
 use anyhow::ensure;
 
-use super::{RequestHandle, ScheduleRunner, Script, Trace};
+use super::{RequestHandle, Schedule, ScheduleRunner, Trace};
 use crate::{
     history::{Answer, History},
     judge::{Verdict, judge},
@@ -30,7 +30,7 @@ pub struct Scenario {
 
 /// What came of every order.
 #[derive(Debug)]
-pub struct Explored {
+pub struct Exploration {
     /// How many orders there were.
     pub orders: usize,
     /// In how many of them somebody was blocked, so that the order went on differently than was chosen.
@@ -68,7 +68,7 @@ impl ScheduleRunner {
     ///
     /// # Errors
     /// A step did not end in time, or there are too many orders.
-    pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Explored> {
+    pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
         self.every_order(scenario, Keys::Own).await
     }
 
@@ -76,12 +76,12 @@ impl ScheduleRunner {
     ///
     /// # Errors
     /// As [`explore`](Self::explore).
-    pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Explored> {
+    pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
         self.every_order(scenario, Keys::TheFirstOnes).await
     }
 
-    async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Explored> {
-        let mut explored = Explored {
+    async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Exploration> {
+        let mut explored = Exploration {
             orders: 0,
             blocked: 0,
             broken: vec![],
@@ -93,15 +93,15 @@ impl ScheduleRunner {
                 explored.orders < MOST_RUNS,
                 "more than {MOST_RUNS} orders: take fewer requests or preemptions"
             );
-            let (script, decisions) = self.one_order(scenario, keys, &prefix).await?;
+            let (schedule, decisions) = self.one_order(scenario, keys, &prefix).await?;
             explored.orders += 1;
-            explored.blocked += usize::from(script.was_anybody_blocked());
-            let history: History = script.history().await?;
+            explored.blocked += usize::from(schedule.was_blocked());
+            let history: History = schedule.history().await?;
             let verdict = judge(&history);
             if !verdict.findings.is_empty() {
                 explored.broken.push(Broken {
                     verdict,
-                    trace: script.trace(),
+                    trace: schedule.trace(),
                 });
             }
             let answers = history.requests.into_iter().map(|request| request.answer);
@@ -123,28 +123,28 @@ impl ScheduleRunner {
         scenario: Scenario,
         keys: Keys,
         prefix: &[usize],
-    ) -> anyhow::Result<(Script<'_>, Vec<Decision>)> {
+    ) -> anyhow::Result<(Schedule<'_>, Vec<Decision>)> {
         const NAMES: [&str; 3] = ["Ann", "Bob", "Carol"];
 
-        let mut script = self.sale(scenario.capacity).await?;
-        script.passes(scenario.passes);
+        let mut schedule = self.sale(scenario.capacity).await?;
+        schedule.passes(scenario.passes);
         for (&clicks, name) in scenario.clicks.iter().zip(NAMES) {
-            let first = script.buyer(name);
+            let first = schedule.buyer(name);
             for _ in 1..clicks {
-                script.click(first);
+                schedule.click(first);
             }
         }
         if keys == Keys::TheFirstOnes {
-            let lanes = script.movable();
+            let lanes = schedule.movable();
             for &lane in &lanes[1..] {
-                script.takes_the_key_of(lane, lanes[0]);
+                schedule.use_key_of(lane, lanes[0]);
             }
         }
         let mut decisions: Vec<Decision> = vec![];
         let mut moving: Option<RequestHandle> = None;
         let mut preemptions = 0;
         loop {
-            let mut movable = script.movable();
+            let mut movable = schedule.movable();
             if movable.is_empty() {
                 break;
             }
@@ -161,9 +161,9 @@ impl ScheduleRunner {
             preemptions += usize::from(moving.is_some_and(|lane| lane != next && movable.contains(&lane)));
             moving = Some(next);
             decisions.push(Decision { chosen, movable });
-            script.step(next).await?;
+            schedule.step(next).await?;
         }
-        script.everybody_has_answered()?;
-        Ok((script, decisions))
+        schedule.ensure_all_answered()?;
+        Ok((schedule, decisions))
     }
 }

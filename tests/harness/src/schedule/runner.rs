@@ -16,24 +16,24 @@ use box_office::{
 use sqlx::PgPool;
 use tokio::sync::Notify;
 
-use super::{blocked::Holders, state::Shared, stepping::Script};
+use super::{blocked::Holders, state::Shared, stepping::Schedule};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, Refused},
 };
 
-/// How long a lock in Redis outlives its holder: longer than any script. Here a lease ends when a test ends it, not by itself.
+/// How long a lock in Redis outlives its holder: longer than any schedule. Here a lease ends when a test ends it, not by itself.
 const LEASE: Duration = Duration::from_secs(600);
 
-/// A strategy on a database of its own, on which one script after another can be run.
+/// A strategy on a database of its own, on which one schedule after another can be run.
 pub struct ScheduleRunner {
     pub(super) strategy: &'static Strategy,
     pub(super) reserve: Arc<dyn Reserve>,
-    /// The script's own connection. Requests never use it.
+    /// The schedule's own connection. Requests never use it.
     pub(super) observer: PgPool,
     pub(super) holders: Holders,
     pub(super) sales: AtomicI64,
-    pub(super) stand: TestEnvironment,
+    pub(super) environment: TestEnvironment,
 }
 
 impl ScheduleRunner {
@@ -45,14 +45,14 @@ impl ScheduleRunner {
         /// More requests than this at once make no schedule that a person can read.
         const CONNECTIONS: u32 = 8;
 
-        let stand = TestEnvironment::shared(strategy).await?;
-        let database = stand.database();
+        let environment = TestEnvironment::shared(strategy).await?;
+        let database = environment.database();
         let holders = Holders::default();
         let context = StrategyContext {
             database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
             work: Duration::ZERO,
             counts: StrategyMetrics::default(),
-            redis: stand.redis(LEASE)?,
+            redis: environment.redis(LEASE)?,
             kafka: None,
             watch: Instrumentation::default(),
         };
@@ -62,29 +62,29 @@ impl ScheduleRunner {
             observer: database.pool(1).await?,
             holders,
             sales: AtomicI64::new(0),
-            stand,
+            environment,
         })
     }
 
     /// What the strategy stands on.
-    pub fn stand(&self) -> &TestEnvironment {
-        &self.stand
+    pub fn environment(&self) -> &TestEnvironment {
+        &self.environment
     }
 
-    /// Opens a new sale with so many tickets, for a script that nobody is in yet.
+    /// Opens a new sale with so many tickets, for a schedule that nobody is in yet.
     ///
     /// # Errors
     /// The database can't be written.
-    pub async fn sale(&self, capacity: u32) -> anyhow::Result<Script<'_>> {
+    pub async fn sale(&self, capacity: u32) -> anyhow::Result<Schedule<'_>> {
         let sale = 1 + self.sales.fetch_add(1, Ordering::Relaxed);
         open_sale(&self.observer, sale, capacity).await?;
-        Ok(Script {
-            rehearsal: self,
+        Ok(Schedule {
+            runner: self,
             sale,
             capacity,
             requests: vec![],
             shared: Arc::new(Shared {
-                board: Mutex::default(),
+                state: Mutex::default(),
                 changed: Notify::new(),
             }),
             started_us: now_monotonic_us(),
@@ -99,23 +99,23 @@ impl ScheduleRunner {
     ///
     /// # Errors
     /// Whatever moving a request fails with.
-    pub async fn both_look_before_either_writes(&self) -> anyhow::Result<Script<'_>> {
+    pub async fn both_read_before_either_writes(&self) -> anyhow::Result<Schedule<'_>> {
         const DECIDED: &str = "decided to sell";
         let promised = self.strategy.guarantee.single_instance;
         let by_clicks = promised.about(Invariant::NoDuplicate) == Promise::Breaks
             && promised.about(Invariant::NoOversell) == Promise::Keeps;
-        let mut script = self.sale(if by_clicks { 2 } else { 1 }).await?;
-        let first = script.buyer("Ann");
+        let mut schedule = self.sale(if by_clicks { 2 } else { 1 }).await?;
+        let first = schedule.buyer("Ann");
         let second = if by_clicks {
-            script.click(first)
+            schedule.click(first)
         } else {
-            script.buyer("Bob")
+            schedule.buyer("Bob")
         };
-        script.run_towards(first, DECIDED).await?;
-        script.run_towards(second, DECIDED).await?;
-        script.run_to_its_answer(first).await?;
-        script.run_to_its_answer(second).await?;
-        Ok(script)
+        schedule.run_towards(first, DECIDED).await?;
+        schedule.run_towards(second, DECIDED).await?;
+        schedule.run_to_completion(first).await?;
+        schedule.run_to_completion(second).await?;
+        Ok(schedule)
     }
 }
 

@@ -9,20 +9,20 @@ use futures_util::{
 };
 use tokio::sync::{Notify, Semaphore};
 
-use super::trace::{Event, Happened, Trace};
+use super::trace::{Event, EventKind, Trace};
 use crate::history::{Answer, Micros, Step};
 
 /// The point that a strategy marks after it has given back a lock of its own, one that it reports waiting for by [`Steps::blocked`].
 const LOCK_RELEASED: &str = "lock released";
 
-/// What the requests' tasks tell the script.
+/// What the requests' tasks tell the schedule.
 pub(super) struct Shared {
-    pub(super) board: Mutex<Board>,
+    pub(super) state: Mutex<State>,
     pub(super) changed: Notify,
 }
 
 #[derive(Default)]
-pub(super) struct Board {
+pub(super) struct State {
     pub(super) trace: Trace,
     pub(super) lanes: Vec<LaneState>,
     /// Locks that were given back while somebody waited, each of which one waiter is about to get. Below zero where a waiter was seen to get its
@@ -33,7 +33,7 @@ pub(super) struct Board {
 }
 
 pub(super) struct LaneState {
-    pub(super) standing: Standing,
+    pub(super) status: RequestStatus,
     pub(super) sent_us: Micros,
     pub(super) answered_us: Option<Micros>,
     pub(super) answer: Option<Answer>,
@@ -41,7 +41,7 @@ pub(super) struct LaneState {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum RequestStatus {
     NotStarted,
     Running,
     Held(&'static str),
@@ -52,51 +52,51 @@ pub(super) enum Standing {
 
 /// How a move ended for the request that was moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Moved {
+pub(super) enum StepOutcome {
     Held(&'static str),
     Answered,
     Blocked,
 }
 
 impl Shared {
-    pub(super) fn board(&self) -> MutexGuard<'_, Board> {
-        self.board.lock().expect("nobody panics while writing on the board")
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nobody panics while writing on the state")
     }
 }
 
-/// Holds one request at every point until the script lets it go.
-pub(super) struct Held {
+/// Holds one request at every point until the schedule lets it go.
+pub(super) struct HoldingObserver {
     pub(super) lane: usize,
     pub(super) shared: Arc<Shared>,
-    pub(super) go: Arc<Semaphore>,
+    pub(super) permits: Arc<Semaphore>,
     pub(super) started_us: Micros,
 }
 
-impl Observer for Held {
+impl Observer for HoldingObserver {
     fn at(&self, sighting: Sighting) -> BoxFuture<'_, ()> {
         let passes = {
-            let mut board = self.shared.board();
+            let mut state = self.shared.state();
             let place = format!("{}:{}", sighting.place.file(), sighting.place.line());
-            let passes = board.passes.contains(&sighting.step);
-            let standing = if passes {
-                Standing::Running
+            let passes = state.passes.contains(&sighting.step);
+            let status = if passes {
+                RequestStatus::Running
             } else {
-                Standing::Held(sighting.step)
+                RequestStatus::Held(sighting.step)
             };
-            board.got_on(self.lane, standing);
+            state.transition(self.lane, status);
             if sighting.step == LOCK_RELEASED {
-                board.releases += 1;
-                board.releases = board.releases.min(board.waiting().cast_signed());
+                state.releases += 1;
+                state.releases = state.releases.min(state.waiting().cast_signed());
             }
-            board.lanes[self.lane].steps.push(Step {
+            state.lanes[self.lane].steps.push(Step {
                 at_us: now_monotonic_us() - self.started_us,
                 step: sighting.step.to_owned(),
                 saw: sighting.saw.clone(),
                 place: place.clone(),
             });
-            board.trace.events.push(Event {
+            state.trace.events.push(Event {
                 lane: self.lane,
-                happened: Happened::Passed {
+                kind: EventKind::Passed {
                     step: sighting.step,
                     saw: sighting.saw,
                     place,
@@ -109,18 +109,18 @@ impl Observer for Held {
             return ready(()).boxed();
         }
         Box::pin(async {
-            let permit = self.go.acquire().await.expect("the script never closes it");
+            let permit = self.permits.acquire().await.expect("the schedule never closes it");
             permit.forget();
         })
     }
 
     fn blocked(&self, sighting: Sighting) {
         {
-            let mut board = self.shared.board();
-            board.lanes[self.lane].standing = Standing::Waiting;
-            board.trace.events.push(Event {
+            let mut state = self.shared.state();
+            state.lanes[self.lane].status = RequestStatus::Waiting;
+            state.trace.events.push(Event {
                 lane: self.lane,
-                happened: Happened::Waits {
+                kind: EventKind::Waits {
                     why: sighting.step.to_owned(),
                 },
             });
@@ -129,19 +129,19 @@ impl Observer for Held {
     }
 }
 
-impl Board {
-    /// A request came to a new standing by itself. If it was waiting, it has got the lock.
-    pub(super) fn got_on(&mut self, lane: usize, standing: Standing) {
-        if self.lanes[lane].standing == Standing::Waiting {
+impl State {
+    /// A request came to a new status by itself. If it was waiting, it has got the lock.
+    pub(super) fn transition(&mut self, lane: usize, status: RequestStatus) {
+        if self.lanes[lane].status == RequestStatus::Waiting {
             self.releases -= 1;
         }
-        self.lanes[lane].standing = standing;
+        self.lanes[lane].status = status;
     }
 
     pub(super) fn waiting(&self) -> usize {
         self.lanes
             .iter()
-            .filter(|lane| lane.standing == Standing::Waiting)
+            .filter(|lane| lane.status == RequestStatus::Waiting)
             .count()
     }
 }

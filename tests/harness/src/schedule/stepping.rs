@@ -8,40 +8,40 @@ use tokio::sync::Semaphore;
 
 use super::{
     runner::ScheduleRunner,
-    settle::PATIENCE,
-    state::{LaneState, Moved, Shared, Standing},
-    trace::{Happened, Trace},
+    settle::TIMEOUT,
+    state::{LaneState, RequestStatus, Shared, StepOutcome},
+    trace::{EventKind, Trace},
 };
 use crate::{
     history::{FORMAT_VERSION, Header, History, Micros, Request},
     rows,
 };
 
-/// One request of a script, by which it is told apart from the others.
+/// One request of a schedule, by which it is told apart from the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestHandle(usize);
 
 /// A sale of which every request is held at its scheduling points.
-pub struct Script<'a> {
-    pub(super) rehearsal: &'a ScheduleRunner,
+pub struct Schedule<'a> {
+    pub(super) runner: &'a ScheduleRunner,
     pub(super) sale: SaleId,
     pub(super) capacity: u32,
-    pub(super) requests: Vec<Requested>,
+    pub(super) requests: Vec<PlannedRequest>,
     pub(super) shared: Arc<Shared>,
     pub(super) started_us: Micros,
     /// The requests that were blocked by Postgres when last it was asked.
     pub(super) blocked: HashSet<usize>,
 }
 
-pub(super) struct Requested {
+pub(super) struct PlannedRequest {
     pub(super) order: Order,
-    pub(super) go: Arc<Semaphore>,
+    pub(super) permits: Arc<Semaphore>,
 }
 
-impl Script<'_> {
+impl Schedule<'_> {
     /// Nobody is held at these points any more; they are written down all the same.
     pub fn passes(&mut self, points: &'static [&'static str]) {
-        self.shared.board().passes = points;
+        self.shared.state().passes = points;
     }
 
     /// The number of its sale.
@@ -73,24 +73,24 @@ impl Script<'_> {
     }
 
     /// Gives a request that has not been moved yet the key of another: one order sent twice, or a stranger who uses its key.
-    pub fn takes_the_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
+    pub fn use_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
         self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
     }
 
     fn request(&mut self, name: String, buyer: BuyerId) -> RequestHandle {
         let lane = self.requests.len();
-        self.requests.push(Requested {
+        self.requests.push(PlannedRequest {
             order: Order {
                 sale: self.sale,
                 buyer,
                 key: RequestKey::fresh(),
             },
-            go: Arc::new(Semaphore::new(0)),
+            permits: Arc::new(Semaphore::new(0)),
         });
-        let mut board = self.shared.board();
-        board.trace.lanes.push(name);
-        board.lanes.push(LaneState {
-            standing: Standing::NotStarted,
+        let mut state = self.shared.state();
+        state.trace.lanes.push(name);
+        state.lanes.push(LaneState {
+            status: RequestStatus::NotStarted,
             sent_us: 0,
             answered_us: None,
             answer: None,
@@ -106,14 +106,14 @@ impl Script<'_> {
     pub async fn run_until(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
-                Moved::Held(reached) if reached == step => return Ok(()),
-                Moved::Held(_) => {}
-                Moved::Answered => bail!(
+                StepOutcome::Held(reached) if reached == step => return Ok(()),
+                StepOutcome::Held(_) => {}
+                StepOutcome::Answered => bail!(
                     "{} answered and never reached \"{step}\"\n{}",
                     self.name(lane.0),
                     self.trace()
                 ),
-                Moved::Blocked => bail!(
+                StepOutcome::Blocked => bail!(
                     "{} is blocked and did not reach \"{step}\"\n{}",
                     self.name(lane.0),
                     self.trace()
@@ -127,7 +127,7 @@ impl Script<'_> {
     /// # Errors
     /// A step did not end in time.
     pub async fn run_towards(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
-        while let Moved::Held(reached) = self.advance(lane.0).await? {
+        while let StepOutcome::Held(reached) = self.advance(lane.0).await? {
             if reached == step {
                 break;
             }
@@ -142,9 +142,11 @@ impl Script<'_> {
     pub async fn run_until_blocked(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
-                Moved::Blocked => return Ok(()),
-                Moved::Held(_) => {}
-                Moved::Answered => bail!("{} answered and was never blocked\n{}", self.name(lane.0), self.trace()),
+                StepOutcome::Blocked => return Ok(()),
+                StepOutcome::Held(_) => {}
+                StepOutcome::Answered => {
+                    bail!("{} answered and was never blocked\n{}", self.name(lane.0), self.trace())
+                }
             }
         }
     }
@@ -153,12 +155,12 @@ impl Script<'_> {
     ///
     /// # Errors
     /// It is blocked by a request that is held: move that one first.
-    pub async fn run_to_its_answer(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
+    pub async fn run_to_completion(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
-                Moved::Answered => return Ok(()),
-                Moved::Held(_) => {}
-                Moved::Blocked => bail!(
+                StepOutcome::Answered => return Ok(()),
+                StepOutcome::Held(_) => {}
+                StepOutcome::Blocked => bail!(
                     "{} is blocked and can't come to its answer\n{}",
                     self.name(lane.0),
                     self.trace()
@@ -177,10 +179,10 @@ impl Script<'_> {
 
     /// The requests that would move if they were let: neither answered nor blocked.
     pub fn movable(&self) -> Vec<RequestHandle> {
-        let board = self.shared.board();
-        let lanes = board.lanes.iter().enumerate();
+        let state = self.shared.state();
+        let lanes = state.lanes.iter().enumerate();
         lanes
-            .filter(|(_, state)| matches!(state.standing, Standing::NotStarted | Standing::Held(_)))
+            .filter(|(_, state)| matches!(state.status, RequestStatus::NotStarted | RequestStatus::Held(_)))
             .map(|(lane, _)| RequestHandle(lane))
             .collect()
     }
@@ -189,52 +191,52 @@ impl Script<'_> {
     ///
     /// # Errors
     /// A step did not end in time, or somebody never got an answer.
-    pub async fn run_everybody_to_an_answer(&mut self) -> anyhow::Result<()> {
+    pub async fn run_all_to_completion(&mut self) -> anyhow::Result<()> {
         while let Some(&first) = self.movable().first() {
             self.step(first).await?;
         }
-        self.everybody_has_answered()
+        self.ensure_all_answered()
     }
 
     /// Whether a request ever had to wait for another.
-    pub fn was_anybody_blocked(&self) -> bool {
-        let board = self.shared.board();
-        board
+    pub fn was_blocked(&self) -> bool {
+        let state = self.shared.state();
+        state
             .trace
             .events
             .iter()
-            .any(|event| matches!(event.happened, Happened::Waits { .. }))
+            .any(|event| matches!(event.kind, EventKind::Waits { .. }))
     }
 
     /// Nobody is left who waits for somebody that is gone.
     ///
     /// # Errors
     /// Names who is.
-    pub fn everybody_has_answered(&self) -> anyhow::Result<()> {
-        let board = self.shared.board();
-        match board
+    pub fn ensure_all_answered(&self) -> anyhow::Result<()> {
+        let state = self.shared.state();
+        match state
             .lanes
             .iter()
-            .position(|state| state.standing != Standing::Answered)
+            .position(|state| state.status != RequestStatus::Answered)
         {
             None => Ok(()),
-            Some(lane) => bail!("{} never gets an answer\n{}", board.trace.lanes[lane], board.trace),
+            Some(lane) => bail!("{} never gets an answer\n{}", state.trace.lanes[lane], state.trace),
         }
     }
 
-    /// What has happened so far.
+    /// What has kind so far.
     pub fn trace(&self) -> Trace {
-        self.shared.board().trace.clone()
+        self.shared.state().trace.clone()
     }
 
-    /// The history of the script, with the rows as they are.
+    /// The history of the schedule, with the rows as they are.
     ///
     /// # Errors
     /// A request has no answer yet, or the rows can't be read.
     pub async fn history(&self) -> anyhow::Result<History> {
-        let sold = rows::read(&self.rehearsal.observer, self.sale).await?;
-        let board = self.shared.board();
-        let requests = board
+        let sold = rows::read(&self.runner.observer, self.sale).await?;
+        let state = self.shared.state();
+        let requests = state
             .lanes
             .iter()
             .zip(&self.requests)
@@ -247,17 +249,17 @@ impl Script<'_> {
                     key: request.order.key.to_string(),
                     sent_us: lane.sent_us,
                     answered_us: lane.answered_us,
-                    answer: answer.ok_or_else(|| anyhow!("{} has no answer yet", board.trace.lanes[index]))?,
+                    answer: answer.ok_or_else(|| anyhow!("{} has no answer yet", state.trace.lanes[index]))?,
                     steps: lane.steps.clone(),
                 })
             });
         Ok(History {
             header: Header {
                 version: FORMAT_VERSION,
-                strategy: self.rehearsal.strategy.name.to_owned(),
+                strategy: self.runner.strategy.name.to_owned(),
                 sale: self.sale,
                 capacity: u64::from(self.capacity),
-                deadline_us: micros(PATIENCE) * self.requests.len() as Micros,
+                deadline_us: micros(TIMEOUT) * self.requests.len() as Micros,
                 expiry_us: None,
                 stock: Some(sold.stock),
             },
@@ -268,7 +270,7 @@ impl Script<'_> {
     }
 
     pub(super) fn name(&self, lane: usize) -> String {
-        self.shared.board().trace.lanes[lane].clone()
+        self.shared.state().trace.lanes[lane].clone()
     }
 }
 

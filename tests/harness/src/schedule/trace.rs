@@ -4,7 +4,7 @@ use std::fmt;
 
 use comfy_table::{Table, TableStyle, presets};
 
-/// What happened, in order.
+/// What kind, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Trace {
     /// A name for each lane, in the order in which they were introduced.
@@ -19,12 +19,12 @@ pub struct Event {
     /// Index into [`Trace::lanes`].
     pub lane: usize,
     /// What it was.
-    pub happened: Happened,
+    pub kind: EventKind,
 }
 
 /// What a request did.
 #[derive(Clone, Debug)]
-pub enum Happened {
+pub enum EventKind {
     /// It passed a scheduling point.
     Passed {
         /// The point's name.
@@ -59,14 +59,14 @@ impl Trace {
         let names = self.lanes.iter().map(String::as_str);
         table.set_header(["#"].into_iter().chain(names).chain(["where"]));
         for (index, event) in self.events.iter().enumerate() {
-            let (text, place) = match &event.happened {
-                Happened::Passed { step, saw, place } => {
+            let (text, place) = match &event.kind {
+                EventKind::Passed { step, saw, place } => {
                     let saw = saw.as_ref().map(|saw| format!(": {saw}"));
                     let file = place.rsplit('/').next().unwrap_or(place);
                     (format!("{step}{}", saw.unwrap_or_default()), file)
                 }
-                Happened::Waits { why } => (why.clone(), ""),
-                Happened::Answered { answer } => (format!("→ {answer}"), ""),
+                EventKind::Waits { why } => (why.clone(), ""),
+                EventKind::Answered { answer } => (format!("→ {answer}"), ""),
             };
             let mut cells = vec![String::new(); self.lanes.len() + 2];
             cells[0] = (index + 1).to_string();

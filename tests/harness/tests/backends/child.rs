@@ -26,10 +26,10 @@ pub(crate) const ROLE: &str = "OVERSOLD_TEST_ROLE";
 pub(crate) const SERVICE: &str = "OVERSOLD_TEST_SERVICE";
 
 /// How long anything may take that should happen at once.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often a condition is looked at that is waited for.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A child that plays a role, with no setting but those it is given.
 pub(crate) struct Role(pub(crate) Command);
@@ -124,7 +124,7 @@ impl Held {
         PathBuf::from(self.word("folder"))
     }
 
-    /// The processes that were started for its folders: the keeper, the server, and the server's own.
+    /// The processes that were started for its folders: the reaper, the server, and the server's own.
     pub(crate) fn processes(&self) -> Vec<u32> {
         let table = processes();
         let mut folders = self.elsewhere();
@@ -148,12 +148,12 @@ impl Held {
         pids
     }
 
-    pub(crate) fn keeper(&self) -> Pid {
+    pub(crate) fn reaper(&self) -> Pid {
         let table = processes();
-        let keeper = table
+        let reaper = table
             .iter()
             .find(|process| process.line.contains(&format!("keep {}", self.word("folder"))));
-        Pid::from_raw(i32::try_from(keeper.unwrap().pid).unwrap()).unwrap()
+        Pid::from_raw(i32::try_from(reaper.unwrap().pid).unwrap()).unwrap()
     }
 
     pub(crate) fn containers(&self) -> Vec<String> {
@@ -230,10 +230,10 @@ impl Temp {
 
 impl Drop for Temp {
     fn drop(&mut self) {
-        // A keeper whose folder is taken away can't know what to end. A failed test waits too, but has said already what is wrong.
+        // A reaper whose folder is taken away can't know what to end. A failed test waits too, but has said already what is wrong.
         let began = Instant::now();
-        while thread::panicking() && began.elapsed() < PATIENCE && !names_in(self.path()).is_empty() {
-            thread::sleep(LOOK_AGAIN_AFTER);
+        while thread::panicking() && began.elapsed() < TIMEOUT && !names_in(self.path()).is_empty() {
+            thread::sleep(POLL_INTERVAL);
         }
         if !thread::panicking() {
             self.becomes_empty();
@@ -269,8 +269,8 @@ pub(crate) fn processes() -> Vec<Process> {
 pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let began = Instant::now();
     while !holds() {
-        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
-        thread::sleep(LOOK_AGAIN_AFTER);
+        assert!(began.elapsed() < TIMEOUT, "waited {TIMEOUT:?} for {what}");
+        thread::sleep(POLL_INTERVAL);
     }
 }
 

@@ -13,7 +13,7 @@ use harness::backends::{self, Kafka, Source};
 
 use crate::{
     Test,
-    child::{PATIENCE, Role, temp},
+    child::{Role, TIMEOUT, temp},
     of_one,
     roles::break_private,
     service::Service,
@@ -70,7 +70,7 @@ pub(crate) async fn drop_topics() {
     let began = Instant::now();
     let left = BTreeMap::from([(topic, 2)]);
     while kafka.topics("oversold-").await.unwrap() != left {
-        assert!(began.elapsed() < PATIENCE, "waited for the topics to be deleted");
+        assert!(began.elapsed() < TIMEOUT, "waited for the topics to be deleted");
     }
 }
 

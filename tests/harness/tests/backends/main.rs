@@ -7,8 +7,8 @@
 mod child;
 mod external;
 mod kafka;
-mod keeper;
 mod postgres;
+mod reaper;
 mod redis;
 mod roles;
 mod servers;
@@ -118,7 +118,7 @@ fn tests() -> Vec<Test> {
         external::tests(),
         servers::tests(),
         kafka::tests(),
-        keeper::tests(),
+        reaper::tests(),
         setup::tests(),
     ]
     .into_iter()

@@ -9,7 +9,7 @@ use sqlx::{
     migrate::{Migration, MigrationType, Migrator},
 };
 
-use crate::{child::PATIENCE, roles::break_private};
+use crate::{child::TIMEOUT, roles::break_private};
 
 /// A schema of one table.
 pub(crate) fn schema(name: &'static str) -> Schema {
@@ -125,7 +125,7 @@ pub(crate) async fn drop_database() {
     drop(dropped);
     let began = Instant::now();
     while names(&mut connection).await.len() > 1 {
-        assert!(began.elapsed() < PATIENCE, "waited for the database to be dropped");
+        assert!(began.elapsed() < TIMEOUT, "waited for the database to be dropped");
     }
 }
 

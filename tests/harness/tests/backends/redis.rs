@@ -9,7 +9,7 @@ use std::{
 
 use harness::backends::{self, Redis, Reply};
 
-use crate::{child::PATIENCE, roles::break_private};
+use crate::{child::TIMEOUT, roles::break_private};
 
 pub(crate) async fn serve() {
     let redis = backends::redis().await.unwrap();
@@ -72,7 +72,7 @@ pub(crate) async fn drop_prefix() {
     drop(dropped);
     let began = Instant::now();
     while redis.command(&["DBSIZE"]).await.unwrap() != Reply::Int(1) {
-        assert!(began.elapsed() < PATIENCE, "waited for the keys to be deleted");
+        assert!(began.elapsed() < TIMEOUT, "waited for the keys to be deleted");
     }
     assert_eq!(
         redis.command(&["EXISTS", &format!("{kept}lock")]).await.unwrap(),

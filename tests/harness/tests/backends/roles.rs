@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use harness::backends::{self, Durability, Kafka, Missing, Postgres, Private, Redis, Report, keeper};
+use harness::backends::{self, Durability, Kafka, Missing, Postgres, Private, Redis, Report, reaper};
 use serde_json::{Value, json};
 
 use crate::{
@@ -40,7 +40,7 @@ pub(crate) fn play(role: &str) {
         }
         "hold" => hold(service, &runtime),
         "keep" => {
-            keeper::folder("empty").unwrap();
+            reaper::folder("empty").unwrap();
         }
         "stubborn" => stubborn(),
         "serve" => runtime.block_on(async {
@@ -77,7 +77,7 @@ pub(crate) fn play(role: &str) {
 /// Leaves a process behind that only SIGKILL ends.
 #[allow(clippy::zombie_processes)]
 fn stubborn() {
-    let mut child = keeper::command("sh").unwrap();
+    let mut child = reaper::command("sh").unwrap();
     let child = child
         .args(["-c", "trap '' INT TERM; echo; sleep 1000"])
         .stdout(Stdio::piped());
@@ -134,7 +134,7 @@ fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
             }
         }
     });
-    let folder = keeper::folder("asked").unwrap();
+    let folder = reaper::folder("asked").unwrap();
     say(&json!({ "folder": folder.parent(), "address": address, "holds": holds }));
     let mut how = String::new();
     io::stdin().read_line(&mut how).unwrap();

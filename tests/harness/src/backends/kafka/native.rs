@@ -18,7 +18,7 @@ const LOG_SETTINGS: &str = include_str!("log4j2.properties");
 /// Formats a data folder, for a process that is yet to be launched.
 pub(super) fn prepare() -> anyhow::Result<Process> {
     let (jars, java) = (jars()?, java()?);
-    let home = Home::make(SERVICE.name, Memory::ReserveError)?;
+    let home = Home::make(SERVICE.name, Memory::Never)?;
     let folder = home.folder().to_owned();
     let log_settings = folder.join("log4j2.properties");
     fs::write(&log_settings, LOG_SETTINGS)?;
@@ -91,7 +91,7 @@ pub(super) fn prepare() -> anyhow::Result<Process> {
     };
     Ok(Process::new(home, java, arguments, Box::new(at))
         // A JVM that was started in the background of a shell does not hear SIGINT.
-        .stopped_with(Signal::TERM))
+        .stop_signal(Signal::TERM))
 }
 
 /// What Kafka's own programs run with: `java`, and the folder of the jars.

@@ -10,10 +10,10 @@ use std::{
 
 use tokio::time::timeout;
 
-use super::{Kafka, Server, wire::Connection};
+use super::{Kafka, Server, wire_protocol::Connection};
 
 /// How long deleting may take. It is given up when the broker hangs or is gone.
-const DELETED_WITHIN: Duration = Duration::from_secs(10);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How old a run is whose topics another one deletes: no run lasts as long. Unlike a server of Redis, a broker does not tell who is connected.
 const ABANDONED_AFTER_S: u64 = 24 * 60 * 60;
 
@@ -24,7 +24,7 @@ impl Kafka {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let run = match &self.server {
             Server::External(run) => run.to_string(),
-            Server::ManagedServer(_) => "own".to_owned(),
+            Server::Managed(_) => "own".to_owned(),
         };
         Prefix {
             text: format!("oversold-{run}-{number}-"),
@@ -67,7 +67,7 @@ impl Drop for Prefix {
                 delete(&mut connection, |topic| topic.starts_with(&prefix)).await
             };
             runtime.is_ok_and(|runtime| {
-                let deleted = runtime.block_on(async { timeout(DELETED_WITHIN, deleting).await });
+                let deleted = runtime.block_on(async { timeout(DELETE_TIMEOUT, deleting).await });
                 matches!(deleted, Ok(Ok(())))
             })
         });
@@ -96,7 +96,7 @@ impl Run {
         let began_s = since_1970.as_secs();
         let abandoned = |began: u64| began.saturating_add(ABANDONED_AFTER_S) < began_s;
         timeout(
-            DELETED_WITHIN,
+            DELETE_TIMEOUT,
             delete(connection, |topic| began(topic).is_some_and(abandoned)),
         )
         .await??;

@@ -37,7 +37,7 @@ impl Postgres {
         let (name, template) = match &self.server {
             // On a server of somebody else nothing is to stay behind, so there is no template.
             Server::External(owner) => (format!("{}{number}", owner.prefix()), None),
-            Server::ManagedServer(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
+            Server::Managed(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
         };
         let database = Database {
             options: self.admin.clone().database(&name),

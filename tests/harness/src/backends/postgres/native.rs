@@ -20,7 +20,7 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
     let programs = folder()?;
     let memory = match durability {
         Durability::Fast => Memory::IfThereIsRoom,
-        Durability::Durable => Memory::ReserveError,
+        Durability::Durable => Memory::Never,
     };
     let home = Home::make(SERVICE.name, memory)?;
     let data = home.data_folder().join("data");
@@ -31,7 +31,7 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
         .mode(0o600)
         .open(&password_file)?
         .write_all(password.as_bytes())?;
-    home.hand_over(&password_file)?;
+    home.chown_to_server_user(&password_file)?;
 
     let made = home
         .command(&programs.join("initdb"))?
@@ -58,7 +58,7 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
     Ok(
         Process::new(home, programs.join("postgres"), arguments, port_argument("-p"))
             // "Immediate shutdown": nothing is written, as nobody will read it.
-            .dropped_with(Signal::QUIT),
+            .drop_signal(Signal::QUIT),
     )
 }
 

@@ -20,7 +20,7 @@ pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
         "such as /usr/local/bin",
     )?;
 
-    let home = Home::make(SERVICE.name, Memory::ReserveError)?;
+    let home = Home::make(SERVICE.name, Memory::Never)?;
     // In a file, as everybody on this machine can see arguments.
     let file = home.folder().join("redis.conf");
     let mut content = "bind 127.0.0.1\n".to_owned();
@@ -33,7 +33,7 @@ pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
         .mode(0o600)
         .open(&file)?
         .write_all(content.as_bytes())?;
-    home.hand_over(&file)?;
+    home.chown_to_server_user(&file)?;
     let arguments = vec![file.into_os_string()];
     Ok(Process::new(
         home,

@@ -18,7 +18,7 @@ use super::{
 };
 
 /// How long deleting may take. It is given up when the server hangs or is gone.
-const DELETED_WITHIN: Duration = Duration::from_secs(10);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Redis {
     /// A prefix that nobody else uses. Keys that begin with it go when it is dropped.
@@ -27,7 +27,7 @@ impl Redis {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let run = match &self.server {
             Server::External(owner) => owner.number,
-            Server::ManagedServer(_) => 0,
+            Server::Managed(_) => 0,
         };
         Prefix {
             // In braces, so that a cluster would keep all keys of a prefix in one slot.
@@ -72,7 +72,7 @@ impl Drop for Prefix {
                 delete(&mut connection, keys).await
             };
             runtime.is_ok_and(|runtime| {
-                let deleted = runtime.block_on(async { timeout(DELETED_WITHIN, deleting).await });
+                let deleted = runtime.block_on(async { timeout(DELETE_TIMEOUT, deleting).await });
                 matches!(deleted, Ok(Ok(())))
             })
         });

@@ -14,7 +14,7 @@ use tokio::{
 use url::{Host, Url};
 
 /// How long a server may take for one answer. One that is held still never answers.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What Redis answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Place {
     /// Nobody answers; or, as `PermissionDenied`, user, password or database are refused.
     pub(super) async fn connect(&self) -> io::Result<Connection> {
         let connecting = TcpStream::connect((self.host.as_str(), self.port));
-        let stream = timeout(ANSWERS_WITHIN, connecting).await??;
+        let stream = timeout(ENGINE_TIMEOUT, connecting).await??;
         stream.set_nodelay(true)?;
         let mut connection = Connection(BufReader::new(stream));
         if let Some(password) = &self.password {
@@ -124,7 +124,7 @@ impl Connection {
             self.0.get_mut().write_all(request.as_bytes()).await?;
             self.reply().await
         };
-        timeout(ANSWERS_WITHIN, asking).await?
+        timeout(ENGINE_TIMEOUT, asking).await?
     }
 
     /// Sends a command that may not be refused.

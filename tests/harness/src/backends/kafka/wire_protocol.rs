@@ -12,7 +12,7 @@ use tokio::{
 };
 
 /// How long a broker may take for one answer. One that is held still never answers.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a broker may wait until topics are made or deleted.
 const DONE_WITHIN_MS: i32 = 8_000;
 /// How long until a broker is asked again whether it has heard from its controller.
@@ -49,7 +49,7 @@ impl Connection {
     pub(super) async fn open(servers: &str) -> io::Result<Self> {
         let mut last = io::ErrorKind::AddrNotAvailable.into();
         for server in servers.split(',') {
-            match timeout(ANSWERS_WITHIN, TcpStream::connect(server.trim())).await {
+            match timeout(ENGINE_TIMEOUT, TcpStream::connect(server.trim())).await {
                 Ok(Ok(stream)) => {
                     stream.set_nodelay(true)?;
                     return Ok(Self(stream));
@@ -242,7 +242,7 @@ impl Connection {
             self.0.read_exact(&mut answer).await?;
             Ok(answer)
         };
-        timeout(ANSWERS_WITHIN, asking).await?
+        timeout(ENGINE_TIMEOUT, asking).await?
     }
 }
 

@@ -34,15 +34,15 @@ const LEASE: Duration = Duration::from_secs(60);
 const COMPLETIONS: usize = 5;
 
 /// How long anything may take once the cancelled reservation is gone: its transaction keeps its locks no longer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Polls a future so often and no more.
-struct Limited<'a> {
+struct PollLimited<'a> {
     reserving: BoxFuture<'a, Result<Outcome, ReserveError>>,
     polls_left: usize,
 }
 
-impl Future for Limited<'_> {
+impl Future for PollLimited<'_> {
     /// `None`: it was not done by then.
     type Output = Option<Result<Outcome, ReserveError>>;
 
@@ -75,20 +75,20 @@ pub async fn never_cancelled(strategy: &'static Strategy) -> anyhow::Result<usiz
 }
 
 async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> anyhow::Result<usize> {
-    let stand = TestEnvironment::shared(strategy).await?;
-    let observer = stand.database().pool(1).await?;
+    let environment = TestEnvironment::shared(strategy).await?;
+    let observer = environment.database().pool(1).await?;
     let (mut polls, mut sale): (usize, SaleId) = (fewest_polls, 0);
     let mut completions = 0;
     loop {
         sale += 1;
         let pool = StrategyContext::pool_options(CONNECTIONS)
-            .connect(&stand.database().url())
+            .connect(&environment.database().url())
             .await?;
         let context = StrategyContext {
             database: pool.clone(),
             work: Duration::ZERO,
             counts: StrategyMetrics::default(),
-            redis: stand.redis(LEASE)?,
+            redis: environment.redis(LEASE)?,
             kafka: None,
             watch: Instrumentation::default(),
         };
@@ -98,7 +98,7 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         let first = order(sale, 1)?;
         let requests = vec![request(&first)];
         let unobserved = Steps::unobserved();
-        let limited = Limited {
+        let limited = PollLimited {
             reserving: reserve.reserve(&first, &unobserved),
             polls_left: polls,
         };
@@ -122,9 +122,9 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
             .await
             .with_context(|| format!("cancelled after {polls} polls"))?;
         let after = all_are_served(&*reserve, strategy, &observer, &pool, sale, requests);
-        timeout(PATIENCE, after)
+        timeout(TIMEOUT, after)
             .await
-            .with_context(|| format!("{PATIENCE:?} later somebody still waits"))
+            .with_context(|| format!("{TIMEOUT:?} later somebody still waits"))
             .flatten()
             .with_context(|| format!("cancelled after {polls} polls"))?;
         pool.close().await;
@@ -179,7 +179,7 @@ async fn all_are_served(
 /// Waits until no transaction that nobody runs any more holds locks in this database.
 pub(super) async fn nothing_left_open(observer: &PgPool) -> anyhow::Result<()> {
     let mut locked = true;
-    let gave_up = Instant::now() + PATIENCE;
+    let gave_up = Instant::now() + TIMEOUT;
     while locked {
         ensure!(
             Instant::now() < gave_up,

@@ -11,7 +11,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::cancel::{nothing_left_open, order, request};
+use super::cancellation::{nothing_left_open, order, request};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How long the server may take to come to its point, and to go on once it may.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a client leaves.
 #[derive(Clone, Copy, Debug)]
@@ -41,14 +41,14 @@ enum Leaves {
 ///
 /// # Errors
 /// What stayed behind, and at which point; or that the server never stood still there.
-pub async fn hung_up_at_every_point(
+pub async fn disconnected_at_every_point(
     program: &Program,
     level: &Level,
     strategy: &Strategy,
 ) -> anyhow::Result<Vec<String>> {
-    let stand = TestEnvironment::shared(strategy).await?;
-    let observer = stand.database().pool(1).await?;
-    let points = points(&stand, program, level, strategy).await?;
+    let environment = TestEnvironment::shared(strategy).await?;
+    let observer = environment.database().pool(1).await?;
+    let points = points(&environment, program, level, strategy).await?;
     let mut sale = 1;
     for point in &points {
         for leaves in [Leaves::Closing, Leaves::Resetting] {
@@ -59,11 +59,11 @@ pub async fn hung_up_at_every_point(
                 pool_size: Some(1),
                 ..Rush::default()
             };
-            let talk = TestServer::during(&rush, &stand, &program, level, strategy).await?;
-            hang_up(&talk, &observer, sale, leaves, PATIENCE)
+            let server = TestServer::start_for(&rush, &environment, &program, level, strategy).await?;
+            hang_up(&server, &observer, sale, leaves, TIMEOUT)
                 .await
                 .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
-            talk.stop().await?;
+            server.stop().await?;
         }
     }
     Ok(points)
@@ -73,50 +73,53 @@ pub async fn hung_up_at_every_point(
 ///
 /// # Errors
 /// The fault did not strike.
-pub async fn never_hung_up(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
+pub async fn never_disconnected(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
     /// A reservation takes a few milliseconds.
     const LONG_ENOUGH: Duration = Duration::from_secs(1);
 
-    let stand = TestEnvironment::shared(strategy).await?;
-    let observer = stand.database().pool(1).await?;
-    let talk = TestServer::with(&stand, program, level, strategy).await?;
-    hang_up(&talk, &observer, 1, Leaves::Closing, LONG_ENOUGH).await?;
-    talk.stop().await
+    let environment = TestEnvironment::shared(strategy).await?;
+    let observer = environment.database().pool(1).await?;
+    let server = TestServer::start(&environment, program, level, strategy).await?;
+    hang_up(&server, &observer, 1, Leaves::Closing, LONG_ENOUGH).await?;
+    server.stop().await
 }
 
 /// Every point that a reservation comes to, in order.
 async fn points(
-    stand: &TestEnvironment,
+    environment: &TestEnvironment,
     program: &Program,
     level: &Level,
     strategy: &Strategy,
 ) -> anyhow::Result<Vec<String>> {
-    let talk = TestServer::during(&Rush::default().traced(), stand, program, level, strategy).await?;
-    talk.opens(1, 1).await?;
+    let server = TestServer::start_for(&Rush::default().traced(), environment, program, level, strategy).await?;
+    server.create_sale(1, 1).await?;
     let mut answer = vec![0; 64];
-    send(talk.address(), 1).await?.read_exact(&mut answer).await?;
+    send(server.address(), 1).await?.read_exact(&mut answer).await?;
     ensure!(answer.starts_with(b"HTTP/1.1 201"), "{}", answer.escape_ascii());
-    let steps = talk.stop_and_tell().await?;
+    let steps = server.stop_with_steps().await?;
     Ok(steps.of(NUMBER).iter().map(|record| record.step.clone()).collect())
 }
 
 async fn hang_up(
-    talk: &TestServer,
+    server: &TestServer,
     observer: &PgPool,
     sale: SaleId,
     leaves: Leaves,
     patience: Duration,
 ) -> anyhow::Result<()> {
-    talk.opens(sale, 2).await?;
+    server.create_sale(sale, 2).await?;
     let first = order(sale, 1)?;
     let mut requests = vec![request(&first)];
-    let buyer = send(talk.address(), sale).await?;
-    talk.stands_still(patience).await.context("the fault did not strike")?;
+    let buyer = send(server.address(), sale).await?;
+    server
+        .wait_until_stopped(patience)
+        .await
+        .context("the fault did not strike")?;
     if matches!(leaves, Leaves::Resetting) {
         buyer.set_zero_linger()?;
     }
     drop(buyer);
-    talk.goes_on().await?;
+    server.resume().await?;
 
     let made = async {
         while rows::read(observer, sale).await?.rows.is_empty() {
@@ -124,13 +127,13 @@ async fn hang_up(
         }
         anyhow::Ok(())
     };
-    timeout(PATIENCE, made)
+    timeout(TIMEOUT, made)
         .await
         .context("the reservation was cut: its row never came")??;
     for buyer in [1, 2] {
         let order = order(sale, buyer)?;
         let mut request = request(&order);
-        let answered = talk.reserve(sale, buyer, Some(order.key.as_str())).await?;
+        let answered = server.reserve(sale, buyer, Some(order.key.as_str())).await?;
         request.answered_us = Some(now_monotonic_us());
         if answered.status != 201 {
             bail!("buyer {buyer}, who comes after it, is told {}", answered.status);

@@ -11,41 +11,41 @@ use futures_util::future::BoxFuture;
 use super::{Postgres, docker::Container, native::Process};
 
 /// How long a server may take from its start to its first answer.
-const READY_WITHIN: Duration = Duration::from_secs(60);
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A server that was started here, and that can be started again at the same address. It goes when this is dropped.
 pub(super) struct ManagedServer {
-    runs: Runs,
-    ask: Ask,
+    backing: Backing,
+    probe: ReadinessProbe,
 }
 
-enum Runs {
-    InContainer(Container),
-    AsProcess(Process),
+enum Backing {
+    Container(Container),
+    Process(Process),
 }
 
 /// Asks the server at this host and port once whether it is ready.
-pub(super) type Ask = Box<dyn Fn(String, u16) -> BoxFuture<'static, Result<(), NotReady>> + Send + Sync>;
+pub(super) type ReadinessProbe = Box<dyn Fn(String, u16) -> BoxFuture<'static, Result<(), NotReady>> + Send + Sync>;
 
 /// A server's refusal, or its silence.
 pub(super) struct NotReady {
     pub(super) error: anyhow::Error,
     /// Whether it may answer yet, as it is just starting.
-    pub(super) comes_yet: bool,
+    pub(super) may_become_ready: bool,
 }
 
 impl ManagedServer {
     /// Waits until the server in a container that was just started answers.
-    pub(super) async fn in_container(container: Container, ask: Ask) -> anyhow::Result<Self> {
-        let runs = Runs::InContainer(container);
-        let own = Self { runs, ask };
-        own.answers().await?;
-        Ok(own)
+    pub(super) async fn in_container(container: Container, probe: ReadinessProbe) -> anyhow::Result<Self> {
+        let backing = Backing::Container(container);
+        let server = Self { backing, probe };
+        server.answers().await?;
+        Ok(server)
     }
 
     /// Starts a process on a free port and waits until it answers.
-    pub(super) async fn as_process(mut process: Process, mut ask: Ask) -> anyhow::Result<Self> {
+    pub(super) async fn as_process(mut process: Process, mut probe: ReadinessProbe) -> anyhow::Result<Self> {
         /// How often another port is tried when somebody was quicker.
         const PORTS_TO_TRY: u32 = 3;
 
@@ -53,19 +53,19 @@ impl ManagedServer {
         loop {
             tries_left -= 1;
             process.choose_port()?;
-            let own = Self {
-                runs: Runs::AsProcess(process),
-                ask,
+            let server = Self {
+                backing: Backing::Process(process),
+                probe,
             };
-            let error = match own.launch().await {
-                Ok(()) => return Ok(own),
+            let error = match server.launch().await {
+                Ok(()) => return Ok(server),
                 Err(error) => error,
             };
-            match own {
+            match server {
                 Self {
-                    runs: Runs::AsProcess(again),
-                    ask: again_ask,
-                } if tries_left > 0 && again.port_was_taken() => (process, ask) = (again, again_ask),
+                    backing: Backing::Process(again),
+                    probe: again_probe,
+                } if tries_left > 0 && again.port_was_taken() => (process, probe) = (again, again_probe),
                 _ => return Err(error),
             }
         }
@@ -73,17 +73,17 @@ impl ManagedServer {
 
     /// Where it can be reached from here.
     pub(super) fn address(&self) -> (&str, u16) {
-        match &self.runs {
-            Runs::InContainer(container) => container.address(),
-            Runs::AsProcess(process) => process.address(),
+        match &self.backing {
+            Backing::Container(container) => container.address(),
+            Backing::Process(process) => process.address(),
         }
     }
 
     /// Starts it, unless it is up, and waits until it answers.
     async fn launch(&self) -> anyhow::Result<()> {
-        match &self.runs {
-            Runs::InContainer(container) => container.start_again().await?,
-            Runs::AsProcess(process) => process.launch()?,
+        match &self.backing {
+            Backing::Container(container) => container.start_again().await?,
+            Backing::Process(process) => process.launch()?,
         }
         self.answers().await
     }
@@ -92,53 +92,57 @@ impl ManagedServer {
         let (host, port) = self.address();
         let began = Instant::now();
         loop {
-            let Err(NotReady { error, comes_yet }) = (self.ask)(host.to_owned(), port).await else {
+            let Err(NotReady {
+                error,
+                may_become_ready,
+            }) = (self.probe)(host.to_owned(), port).await
+            else {
                 return Ok(());
             };
             // If it has ended, that says why.
-            match &self.runs {
-                Runs::InContainer(container) => container.still_there().await?,
-                Runs::AsProcess(process) => process.still_there()?,
+            match &self.backing {
+                Backing::Container(container) => container.ensure_running().await?,
+                Backing::Process(process) => process.ensure_running()?,
             }
-            if !comes_yet || began.elapsed() > READY_WITHIN {
+            if !may_become_ready || began.elapsed() > READY_TIMEOUT {
                 return Err(error.context(format!("it was started, but did not answer at {host}:{port}")));
             }
-            tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
     async fn stop(&self) -> anyhow::Result<()> {
-        match &self.runs {
-            Runs::InContainer(container) => container.stop().await,
-            Runs::AsProcess(process) => process.stop().await,
+        match &self.backing {
+            Backing::Container(container) => container.stop().await,
+            Backing::Process(process) => process.stop().await,
         }
     }
 
     async fn kill(&self) -> anyhow::Result<()> {
-        match &self.runs {
-            Runs::InContainer(container) => container.kill().await,
-            Runs::AsProcess(process) => process.kill().await,
+        match &self.backing {
+            Backing::Container(container) => container.kill().await,
+            Backing::Process(process) => process.kill().await,
         }
     }
 
     async fn freeze(&self) -> anyhow::Result<()> {
-        match &self.runs {
-            Runs::InContainer(container) => container.freeze().await,
-            Runs::AsProcess(process) => process.freeze(),
+        match &self.backing {
+            Backing::Container(container) => container.freeze().await,
+            Backing::Process(process) => process.freeze(),
         }
     }
 
     async fn thaw(&self) -> anyhow::Result<()> {
-        match &self.runs {
-            Runs::InContainer(container) => container.thaw().await,
-            Runs::AsProcess(process) => process.thaw(),
+        match &self.backing {
+            Backing::Container(container) => container.thaw().await,
+            Backing::Process(process) => process.thaw(),
         }
     }
 
     async fn pid(&self) -> anyhow::Result<Option<u32>> {
-        match &self.runs {
-            Runs::InContainer(container) => container.pid().await,
-            Runs::AsProcess(process) => Ok(process.pid()),
+        match &self.backing {
+            Backing::Container(container) => container.pid().await,
+            Backing::Process(process) => Ok(process.pid()),
         }
     }
 }
@@ -146,7 +150,7 @@ impl ManagedServer {
 /// A server that a test may break. It keeps its address.
 pub struct Private<S = Postgres> {
     service: S,
-    own: Arc<ManagedServer>,
+    server: Arc<ManagedServer>,
 }
 
 impl<S> Deref for Private<S> {
@@ -159,8 +163,8 @@ impl<S> Deref for Private<S> {
 
 impl<S> Private<S> {
     /// The service on a server that nobody else uses.
-    pub(super) fn new(service: S, own: Arc<ManagedServer>) -> Self {
-        Self { service, own }
+    pub(super) fn new(service: S, server: Arc<ManagedServer>) -> Self {
+        Self { service, server }
     }
 
     /// Shuts it down in order: connections are cut. When it starts again, Postgres has what was committed and Kafka what was acknowledged;
@@ -169,7 +173,7 @@ impl<S> Private<S> {
     /// # Errors
     /// It does not end in time.
     pub async fn stop(&self) -> anyhow::Result<()> {
-        self.own.stop().await
+        self.server.stop().await
     }
 
     /// Kills all its processes, as a crash would. Nothing happens if it is down.
@@ -177,7 +181,7 @@ impl<S> Private<S> {
     /// # Errors
     /// It can't be killed.
     pub async fn kill(&self) -> anyhow::Result<()> {
-        self.own.kill().await
+        self.server.kill().await
     }
 
     /// Holds all its processes still: connections stay open, and nobody answers. Nothing happens if it is down.
@@ -185,7 +189,7 @@ impl<S> Private<S> {
     /// # Errors
     /// It can't be held.
     pub async fn freeze(&self) -> anyhow::Result<()> {
-        self.own.freeze().await
+        self.server.freeze().await
     }
 
     /// Lets one go on that was frozen.
@@ -193,7 +197,7 @@ impl<S> Private<S> {
     /// # Errors
     /// It can't be reached, or was not frozen.
     pub async fn thaw(&self) -> anyhow::Result<()> {
-        self.own.thaw().await
+        self.server.thaw().await
     }
 
     /// Starts it again at the same address, and waits until it answers. Nothing happens if it is up.
@@ -201,7 +205,7 @@ impl<S> Private<S> {
     /// # Errors
     /// It does not come up.
     pub async fn start(&self) -> anyhow::Result<()> {
-        self.own.launch().await
+        self.server.launch().await
     }
 
     /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine
@@ -210,6 +214,6 @@ impl<S> Private<S> {
     /// # Errors
     /// The engine does not tell.
     pub async fn pid(&self) -> anyhow::Result<Option<u32>> {
-        self.own.pid().await
+        self.server.pid().await
     }
 }

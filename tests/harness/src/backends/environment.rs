@@ -35,32 +35,32 @@ impl Services {
         Ok(Self { postgres, redis, kafka })
     }
 
-    /// A stand on them.
+    /// A environment on them.
     ///
     /// # Errors
     /// There is no database to be had.
-    pub async fn stand(&self, schema: Schema) -> anyhow::Result<TestEnvironment> {
+    pub async fn environment(&self, schema: Schema) -> anyhow::Result<TestEnvironment> {
         Ok(TestEnvironment::on(&self.postgres, self.redis.as_ref(), schema)
             .await?
-            .and_kafka(self.kafka.as_ref()))
+            .with_kafka(self.kafka.as_ref()))
     }
 }
 
 /// A database of their own, and a prefix in Redis and one in Kafka where their strategy needs them. All go when this is dropped.
 pub struct TestEnvironment {
     database: Database,
-    redis: Option<InRedis>,
-    kafka: Option<InKafka>,
+    redis: Option<RedisShare>,
+    kafka: Option<KafkaShare>,
 }
 
-struct InRedis {
+struct RedisShare {
     url: String,
     prefix: Prefix,
     /// One that is shared stays for as long as somebody stands on it.
     _server: Option<Arc<Redis>>,
 }
 
-struct InKafka {
+struct KafkaShare {
     bootstrap_servers: String,
     prefix: KafkaPrefix,
     /// As that of Redis.
@@ -78,7 +78,7 @@ impl TestEnvironment {
             false => None,
             true => {
                 let server = redis().await?;
-                let mut redis = InRedis::on(&server);
+                let mut redis = RedisShare::on(&server);
                 redis._server = Some(server);
                 Some(redis)
             }
@@ -87,7 +87,7 @@ impl TestEnvironment {
             false => None,
             true => {
                 let server = kafka().await?;
-                let mut kafka = InKafka::on(&server);
+                let mut kafka = KafkaShare::on(&server);
                 kafka._server = Some(server);
                 Some(kafka)
             }
@@ -102,15 +102,15 @@ impl TestEnvironment {
     pub async fn on(postgres: &Postgres, redis: Option<&Redis>, schema: Schema) -> anyhow::Result<Self> {
         Ok(Self {
             database: postgres.database(schema).await?,
-            redis: redis.map(InRedis::on),
+            redis: redis.map(RedisShare::on),
             kafka: None,
         })
     }
 
     /// The same, and on a Kafka of the caller's.
     #[must_use]
-    pub fn and_kafka(mut self, kafka: Option<&Kafka>) -> Self {
-        self.kafka = kafka.map(InKafka::on);
+    pub fn with_kafka(mut self, kafka: Option<&Kafka>) -> Self {
+        self.kafka = kafka.map(KafkaShare::on);
         self
     }
 
@@ -133,7 +133,7 @@ impl TestEnvironment {
     ///
     /// # Errors
     /// There is none.
-    pub fn redis_at(&mut self, port: u16) -> anyhow::Result<()> {
+    pub fn redirect_redis(&mut self, port: u16) -> anyhow::Result<()> {
         let redis = self.redis.as_mut().context("there is no Redis")?;
         let mut url = url::Url::parse(&redis.url)?;
         url.set_host(Some("127.0.0.1"))?;
@@ -143,17 +143,17 @@ impl TestEnvironment {
     }
 
     /// How a server is told of all this.
-    pub fn environment(&self) -> Vec<(&'static str, String)> {
-        let mut environment = vec![("DATABASE_URL", self.database.url())];
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        let mut variables = vec![("DATABASE_URL", self.database.url())];
         if let Some(redis) = &self.redis {
-            environment.push(("REDIS_URL", redis.url.clone()));
-            environment.push(("REDIS_PREFIX", redis.prefix.to_string()));
+            variables.push(("REDIS_URL", redis.url.clone()));
+            variables.push(("REDIS_PREFIX", redis.prefix.to_string()));
         }
         if let Some(kafka) = &self.kafka {
-            environment.push(("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers.clone()));
-            environment.push(("KAFKA_PREFIX", kafka.prefix.to_string()));
+            variables.push(("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers.clone()));
+            variables.push(("KAFKA_PREFIX", kafka.prefix.to_string()));
         }
-        environment
+        variables
     }
 
     /// How a strategy in this process is told of Redis, with locks that outlive their holder for so long.
@@ -180,7 +180,7 @@ impl TestEnvironment {
     }
 }
 
-impl InRedis {
+impl RedisShare {
     fn on(redis: &Redis) -> Self {
         Self {
             url: redis.url().to_owned(),
@@ -190,7 +190,7 @@ impl InRedis {
     }
 }
 
-impl InKafka {
+impl KafkaShare {
     fn on(kafka: &Kafka) -> Self {
         Self {
             bootstrap_servers: kafka.bootstrap_servers().to_owned(),

@@ -1,9 +1,9 @@
-//! The keeper: stops and removes what this process has made, once this process has ended in whatever way.
+//! The reaper: stops and removes what this process has made, once this process has ended in whatever way.
 //!
 //! It is a small shell script in a session of its own that waits for the end of a pipe. Only this process holds the other end, so the kernel
-//! closes it when the process ends, by SIGKILL too. All else the keeper needs to know stands in a folder of files, its book:
+//! closes it when the process ends, by SIGKILL too. All else the reaper needs to know stands in a folder of files, its book:
 //! a process signs it *before* it becomes the server it is to be, a container is entered before it is asked for. So there is no moment at
-//! which something exists that the keeper can't know of, and a keeper that was killed has told the next one all it needs to sweep.
+//! which something exists that the reaper can't know of, and a reaper that was killed has told the next one all it needs to sweep.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
@@ -23,49 +23,49 @@ use std::{
 
 use super::native;
 
-const SCRIPT: &str = include_str!("keeper.sh");
+const SCRIPT: &str = include_str!("reaper.sh");
 
 /// A folder that is made, but whose owner has not locked it yet.
 const UNOWNED: &str = "oversold-new-";
 /// A folder whose owner is alive as long as it holds the lock.
 const OWNED: &str = "oversold-run-";
 /// How long an owner can take from making its folder to locking it. It takes microseconds.
-const OWNED_WITHIN: Duration = Duration::from_secs(60);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 struct Keeper {
     folder: PathBuf,
     entries: AtomicU32,
     /// Locked as long as this process lives: it tells the next one whether this folder is stale.
     _owner: File,
-    /// The keeper waits for its end.
+    /// The reaper waits for its end.
     _pipe: ChildStdin,
 }
 
-fn keeper() -> io::Result<&'static Keeper> {
+fn reaper() -> io::Result<&'static Keeper> {
     static KEEPER: OnceLock<Result<Keeper, String>> = OnceLock::new();
     let started = KEEPER.get_or_init(|| Keeper::start().map_err(|error| error.to_string()));
     started
         .as_ref()
-        .map_err(|error| io::Error::other(format!("the keeper could not be started: {error}")))
+        .map_err(|error| io::Error::other(format!("the reaper could not be started: {error}")))
 }
 
-/// A command that runs `program` under the eyes of the keeper, in a process group of its own, so that Ctrl-C reaches it through the keeper only.
+/// A command that runs `program` under the eyes of the reaper, in a process group of its own, so that Ctrl-C reaches it through the reaper only.
 /// Arguments, environment, user and pipes can be added to it. When this process ends, the group gets SIGINT, and SIGKILL if that does not end it.
 ///
 /// A program that can't be executed shows as a child that exits with code 126 or 127.
 ///
 /// # Errors
-/// The keeper could not be started.
+/// The reaper could not be started.
 pub fn command(program: impl AsRef<Path>) -> io::Result<Command> {
-    let keeper = keeper()?;
+    let reaper = reaper()?;
     let program = program.as_ref();
     let name = program.file_name().unwrap_or(program.as_os_str());
     let mut command = Command::new("sh");
     command
-        .arg(keeper.folder.join("keeper.sh"))
+        .arg(reaper.folder.join("reaper.sh"))
         .arg("run")
-        .arg(&keeper.folder)
-        .arg(keeper.entry(&name.to_string_lossy()))
+        .arg(&reaper.folder)
+        .arg(reaper.entry(&name.to_string_lossy()))
         .arg(program)
         .process_group(0);
     Ok(command)
@@ -74,10 +74,10 @@ pub fn command(program: impl AsRef<Path>) -> io::Result<Command> {
 /// A new empty folder that only this user can read. It goes when this process ends, with all that is in it.
 ///
 /// # Errors
-/// It could not be made, or the keeper could not be started.
+/// It could not be made, or the reaper could not be started.
 pub fn folder(name: &str) -> io::Result<PathBuf> {
-    let keeper = keeper()?;
-    let folder = keeper.folder.join(keeper.entry(name));
+    let reaper = reaper()?;
+    let folder = reaper.folder.join(reaper.entry(name));
     DirBuilder::new().mode(0o700).create(&folder)?;
     Ok(folder)
 }
@@ -97,12 +97,12 @@ pub fn folder_in_memory(name: &str) -> io::Result<Option<PathBuf>> {
     if about.f_bavail.saturating_mul(about.f_frsize) < ROOM_BYTES {
         return Ok(None);
     }
-    let keeper = keeper()?;
-    let entry = keeper.entry(name);
+    let reaper = reaper()?;
+    let entry = reaper.entry(name);
     let folder = Path::new(MEMORY).join(format!("oversold-{:016x}", rand::random::<u64>()));
     // Entered before it is made.
     fs::write(
-        keeper.folder.join("elsewhere").join(entry),
+        reaper.folder.join("elsewhere").join(entry),
         format!("{}\n", folder.display()),
     )?;
     let made = DirBuilder::new().mode(0o700).create(&folder);
@@ -112,7 +112,7 @@ pub fn folder_in_memory(name: &str) -> io::Result<Option<PathBuf>> {
 /// Removes a folder that [`folder`] or [`folder_in_memory`] made, and what a killed server whose data is in it has left elsewhere.
 pub(super) fn clear(folder: &Path) -> io::Result<()> {
     let cleared = Command::new("sh")
-        .arg(keeper()?.folder.join("keeper.sh"))
+        .arg(reaper()?.folder.join("reaper.sh"))
         .arg("clear")
         .arg(folder)
         .stdin(Stdio::null())
@@ -127,14 +127,14 @@ pub(super) fn clear(folder: &Path) -> io::Result<()> {
 }
 
 /// Enters a container that is about to be made under this name, by the engine at this address (none: the default one).
-pub(super) fn enter_container(name: &str, engine: Option<&str>) -> io::Result<()> {
-    let entry = keeper()?.folder.join("containers").join(name);
+pub(super) fn register_container(name: &str, engine: Option<&str>) -> io::Result<()> {
+    let entry = reaper()?.folder.join("containers").join(name);
     fs::write(entry, format!("{}\n", engine.unwrap_or_default()))
 }
 
 /// Strikes out a container that was removed.
-pub(super) fn strike_container(name: &str) -> io::Result<()> {
-    fs::remove_file(keeper()?.folder.join("containers").join(name))
+pub(super) fn unregister_container(name: &str) -> io::Result<()> {
+    fs::remove_file(reaper()?.folder.join("containers").join(name))
 }
 
 impl Keeper {
@@ -151,7 +151,7 @@ impl Keeper {
             .open(new.path().join("owner"))?;
         owner.lock()?;
 
-        let script = new.path().join("keeper.sh");
+        let script = new.path().join("reaper.sh");
         fs::write(&script, SCRIPT)?;
         fs::set_permissions(&script, Permissions::from_mode(0o644))?;
         for book in ["containers", "elsewhere"] {
@@ -181,7 +181,7 @@ impl Keeper {
             }
         };
         let mut child = command
-            .arg(folder.join("keeper.sh"))
+            .arg(folder.join("reaper.sh"))
             .arg("keep")
             .arg(&folder)
             .args(stale_folders())
@@ -226,7 +226,7 @@ fn is_stale(folder: &Path) -> io::Result<bool> {
     if !about.is_dir() || about.uid() != rustix::process::geteuid().as_raw() {
         return Ok(false);
     }
-    if !owned && about.modified()?.elapsed().unwrap_or_default() < OWNED_WITHIN {
+    if !owned && about.modified()?.elapsed().unwrap_or_default() < LOCK_TIMEOUT {
         return Ok(false);
     }
     match File::open(folder.join("owner")) {

@@ -1,4 +1,4 @@
-//! Nothing stays behind: not after any end of the program, nor, from the next run on, after a killed keeper.
+//! Nothing stays behind: not after any end of the program, nor, from the next run on, after a killed reaper.
 
 use std::{
     env, fs,
@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use harness::backends::{Source, keeper};
+use harness::backends::{Source, reaper};
 use rustix::process::{Signal, kill_process};
 
 use crate::{
@@ -89,7 +89,7 @@ fn nothing_stays_behind(service: Service, source: Source, end: End) {
             let at_least = if service == Service::Postgres { 5 } else { 2 };
             assert!(
                 pids.len() >= at_least,
-                "the keeper, the server and its children: {pids:?}"
+                "the reaper, the server and its children: {pids:?}"
             );
         }
     }
@@ -111,9 +111,9 @@ fn the_next_run_sweeps(service: Service, source: Source) {
     let containers = held.containers();
     let elsewhere = held.elsewhere();
     assert!(elsewhere.iter().all(|folder| folder.exists()), "{elsewhere:?}");
-    kill_process(held.keeper(), Signal::KILL).unwrap();
+    kill_process(held.reaper(), Signal::KILL).unwrap();
     held.end(End::Kill);
-    TcpStream::connect(held.word("address")).expect("without its keeper, the server outlives its owner");
+    TcpStream::connect(held.word("address")).expect("without its reaper, the server outlives its owner");
 
     Role::new(Service::Postgres, "keep", temp.path()).succeeds();
     temp.becomes_empty();
@@ -128,7 +128,7 @@ fn a_folder_whose_owner_lives_is_not_swept() {
     let mut held = Role::new(Service::Postgres, "hold", temp.path())
         .forced(Source::Native)
         .held();
-    kill_process(held.keeper(), Signal::KILL).unwrap();
+    kill_process(held.reaper(), Signal::KILL).unwrap();
     Role::new(Service::Postgres, "keep", temp.path()).succeeds();
     until("the other run's folder to go", || names_in(temp.path()).len() == 1);
     TcpStream::connect(held.word("address")).expect("the server is untouched");
@@ -189,7 +189,7 @@ fn a_book_stays_while_something_of_it_does() {
     let clear = |engine_is: &str| {
         fs::write(programs.join("docker.is"), engine_is).unwrap();
         let mut command = Command::new("sh");
-        command.arg(repository().join("tests/harness/src/backends/keeper.sh"));
+        command.arg(repository().join("tests/harness/src/backends/reaper.sh"));
         command.arg("clear").arg(&book).env("PATH", &path);
         let cleared = command.stdin(Stdio::null()).output().unwrap().status.success();
         assert_eq!(cleared, !book.exists());
@@ -230,12 +230,12 @@ fn a_book_stays_while_something_of_it_does() {
     assert!(!yields.exists());
 }
 
-/// The keeper clears up while a process that was just started has not signed the book yet.
+/// The reaper clears up while a process that was just started has not signed the book yet.
 fn a_program_that_starts_after_the_end_gives_up() {
     // Not this process's own book: other tests sign there at the same time.
-    let folder = keeper::folder("probe").unwrap();
+    let folder = reaper::folder("probe").unwrap();
     let proof = folder.join("it-ran");
-    let script = repository().join("tests/harness/src/backends/keeper.sh");
+    let script = repository().join("tests/harness/src/backends/reaper.sh");
     let run = || {
         let mut command = Command::new("sh");
         command.arg(&script).arg("run").arg(&folder).arg("touch-0").arg("touch");
@@ -246,7 +246,7 @@ fn a_program_that_starts_after_the_end_gives_up() {
     assert!(run().success());
     fs::remove_file(&proof).unwrap();
 
-    // As the keeper does.
+    // As the reaper does.
     fs::rename(folder.join("pids"), folder.join("pids.closed")).unwrap();
     assert!(!run().success());
     assert!(!proof.exists());
