@@ -4,7 +4,7 @@
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
-    ProblemKind, Promise, Promises, Strategy,
+    ProblemKind, Promise, Promises, Strategy, points,
 };
 use harness::{
     assert_declared,
@@ -126,8 +126,8 @@ async fn one_key_gets_two_reservations_when_both_look_before_either_writes(
         };
         script.use_key_of(second, first);
         if at_once {
-            script.run_towards(first, "decided to sell").await.unwrap();
-            script.run_towards(second, "decided to sell").await.unwrap();
+            script.run_towards(first, points::DECIDED_TO_SELL).await.unwrap();
+            script.run_towards(second, points::DECIDED_TO_SELL).await.unwrap();
         }
         script.run_to_completion(first).await.unwrap();
         script.run_to_completion(second).await.unwrap();
@@ -151,8 +151,8 @@ async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
-    script.run_until(bob, "decided to sell").await.unwrap();
-    script.run_until(ann, "stock written").await.unwrap();
+    script.run_until(bob, points::DECIDED_TO_SELL).await.unwrap();
+    script.run_until(ann, points::STOCK_WRITTEN).await.unwrap();
     script.run_until_blocked(bob).await.unwrap();
     script.run_to_completion(ann).await.unwrap();
     script.run_to_completion(bob).await.unwrap();

@@ -6,7 +6,7 @@ use std::{collections::HashSet, net::SocketAddr, path::Path, time::Duration};
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
-    Place, ProblemKind, Promises, Strategy,
+    Place, ProblemKind, Promises, Strategy, points,
 };
 use harness::{
     DelayedCommits, assert_after_fault, assert_declared, assert_failure_mode,
@@ -119,7 +119,12 @@ fn every_strategy_declares_what_the_table_says() {
 
 // ANCHOR: orders
 /// Where nothing happens that another request could see: holding a request there only tries the same order again.
-const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
+const PASSES: &[&str] = &[
+    points::MUTEX_TAKEN,
+    points::TRANSACTION_BEGUN,
+    points::RESERVATION_WRITTEN,
+    points::COMMITTED,
+];
 
 /// Two requests, every feasible order.
 const TWO_BUYERS: Scenario = Scenario {
@@ -265,9 +270,9 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
-    script.run_until(ann, "lock released").await.unwrap();
+    script.run_until(ann, points::LOCK_RELEASED).await.unwrap();
     a_transaction_is_open(&rehearsal).await; // Ann's
-    script.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
+    script.run_until(bob, points::DECIDED_TO_SELL).await.unwrap(); // has read the stock that Ann has not committed yet
     script.run_to_completion(ann).await.unwrap();
     script.run_to_completion(bob).await.unwrap();
 
@@ -298,7 +303,7 @@ async fn a_guard_dropped_after_the_commit_leaves_nothing_to_strike() {
     let mut script = rehearsal.sale(1).await.unwrap();
     let ann = script.buyer("Ann");
 
-    script.run_until(ann, "lock released").await.unwrap();
+    script.run_until(ann, points::LOCK_RELEASED).await.unwrap();
     a_transaction_is_open(&rehearsal).await;
 }
 
@@ -309,7 +314,7 @@ async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
-    script.run_until(ann, "stock written").await.unwrap();
+    script.run_until(ann, points::STOCK_WRITTEN).await.unwrap();
     script.run_until_blocked(bob).await.unwrap();
     script.run_to_completion(ann).await.unwrap();
     script.run_to_completion(bob).await.unwrap();
@@ -729,7 +734,7 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
         .await
         .unwrap();
     println!("{name}: hung up at {points:?}");
-    assert!(points.contains(&"committed".to_owned()), "{points:?}");
+    assert!(points.contains(&points::COMMITTED.to_owned()), "{points:?}");
 }
 
 #[tokio::test]
@@ -833,7 +838,7 @@ async fn in_a_version_storm_retries_are_bounded_and_every_ticket_is_sold() {
     assert_eq!(report.verdict.tally.sold, 32, "{}", report.verdict);
     let most = report.history.requests.iter().map(|request| {
         let steps = request.steps.iter();
-        steps.filter(|step| step.step == "overtaken").count()
+        steps.filter(|step| step.step == points::OVERTAKEN).count()
     });
     let most = most.max().unwrap();
     println!("{} retries, at most {most} of one request", report.retries);
@@ -903,7 +908,7 @@ async fn who_is_overtaken_too_often_is_undecided_and_never_told_that_all_is_sold
 
     let mut overtaken = 0;
     loop {
-        script.run_towards(ann, "decided to sell").await.unwrap();
+        script.run_towards(ann, points::DECIDED_TO_SELL).await.unwrap();
         if script.movable().is_empty() {
             break;
         }

@@ -7,7 +7,7 @@ use std::{
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
-    Place, ProblemKind, Promises, Strategy,
+    Place, ProblemKind, Promises, Strategy, points,
 };
 use harness::{
     assert_failure_mode,
@@ -76,7 +76,12 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 // ANCHOR_END: contract
 
 /// Where nothing happens that another request could see: holding a request there only tries the same order again.
-const PASSES: &[&str] = &["lock taken", "transaction begun", "reservation written", "committed"];
+const PASSES: &[&str] = &[
+    points::LOCK_TAKEN,
+    points::TRANSACTION_BEGUN,
+    points::RESERVATION_WRITTEN,
+    points::COMMITTED,
+];
 
 /// Two requests, every feasible order.
 const TWO_BUYERS: Scenario = Scenario {
@@ -149,8 +154,8 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
 // ANCHOR: late-release
 /// Ann's lease has ended and Bob has the lock when she gives it back, and Carl comes.
 #[rstest]
-#[case::spin("spin", 1, KEEPS, "committed")]
-#[case::del_without_owner("broken/del-without-owner", 1, OVERSELLS, "committed")]
+#[case::spin("spin", 1, KEEPS, points::COMMITTED)]
+#[case::del_without_owner("broken/del-without-owner", 1, OVERSELLS, points::COMMITTED)]
 #[case::get_then_del("broken/get-then-del", 1, OVERSELLS, "owner compared")]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
@@ -171,9 +176,9 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
         .await
         .unwrap();
     assert_eq!(ended, 1, "Ann had no lock");
-    script.run_until(bob, "decided to sell").await.unwrap();
+    script.run_until(bob, points::DECIDED_TO_SELL).await.unwrap();
     script.run_to_completion(ann).await.unwrap();
-    script.run_towards(carl, "decided to sell").await.unwrap();
+    script.run_towards(carl, points::DECIDED_TO_SELL).await.unwrap();
     script.run_all_to_completion().await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
@@ -228,9 +233,9 @@ async fn a_reservation_can_be_cancelled_anywhere(#[case] name: &str) {
 }
 
 #[rstest]
-#[case::spin("spin", "committed")]
-#[case::rlock("rlock", "committed")]
-#[case::fenced("fenced", "reservation written")]
+#[case::spin("spin", points::COMMITTED)]
+#[case::rlock("rlock", points::COMMITTED)]
+#[case::fenced("fenced", points::RESERVATION_WRITTEN)]
 #[tokio::test]
 async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str, #[case] last: &str) {
     let points = disconnected_at_every_point(&program(), &LEVEL, strategy(name))

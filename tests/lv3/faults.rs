@@ -9,7 +9,7 @@ use std::{
 use box_office::{
     Instrumentation,
     Invariant::{self, Conservation, NoOversell, Progress},
-    Order, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics,
+    Order, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics, points,
 };
 use futures_util::FutureExt;
 use harness::{
@@ -36,7 +36,7 @@ const LEASE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Where a buyer holds the lock and has seen that there is a ticket.
-const DECIDED: &str = "decided to sell";
+const DECIDED: &str = points::DECIDED_TO_SELL;
 
 fn strategy(name: &str) -> &'static Strategy {
     LEVEL
@@ -881,7 +881,7 @@ async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
     };
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(
-        freezes_at("lock taken", &stand, name, lease),
+        freezes_at(points::LOCK_TAKEN, &stand, name, lease),
         instance(&stand, name, lease)
     );
     first.create_rush_sale(2).await.unwrap();

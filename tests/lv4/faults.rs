@@ -12,7 +12,7 @@ use std::{
 use box_office::{
     Instrumentation,
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, Progress},
-    KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics,
+    KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics, points,
 };
 use futures_util::future::join_all;
 use harness::{
@@ -515,7 +515,7 @@ async fn a_consumer_killed_between_its_commit_and_its_offset_decides_nothing_twi
     let acceptor = place.acceptor(2).await;
     let orders = place.accepted(&acceptor, 1..=3).await;
 
-    let first = place.stops_at("committed").await;
+    let first = place.stops_at(points::COMMITTED).await;
     assert!(place.rows().await > 0, "the fault did not strike: nothing is committed");
     assert_eq!(
         place.committed().await,
@@ -559,7 +559,7 @@ async fn an_order_that_lies_in_the_topic_many_times_is_decided_once(#[case] name
 }
 
 #[rstest]
-#[case::locked("locked", "decided to sell")]
+#[case::locked("locked", points::DECIDED_TO_SELL)]
 #[case::single_writer("single-writer", "rows written")]
 #[tokio::test]
 async fn what_a_consumer_had_in_hand_when_it_was_killed_is_decided_by_another(#[case] name: &str, #[case] point: &str) {
@@ -700,7 +700,7 @@ async fn a_lock_that_is_given_back_late_is_left_to_its_holder() {
     let redis = backends::redis().await.unwrap();
     let acceptor = place.acceptor(1).await;
     let orders = place.accepted(&acceptor, 1..=1).await;
-    let first = place.stops_at("committed").await;
+    let first = place.stops_at(points::COMMITTED).await;
     let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
     until("the lease has ended", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)
@@ -1157,7 +1157,7 @@ async fn who_comes_too_late_passes_nothing() {
     let place = Place::of("single-writer").await;
     let acceptor = place.acceptor(5).await;
     let orders = place.accepted(&acceptor, 1..=3).await;
-    let decider = place.stops_at("batch decided").await;
+    let decider = place.stops_at(points::BATCH_DECIDED).await;
     let moved = sqlx::query("update partition_offset set next_offset = next_offset + 1")
         .execute(&place.pool)
         .await
@@ -1261,8 +1261,8 @@ async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
         .collect();
     let count = |batch: &[String], step: &str| batch.iter().filter(|other| *other == step).count();
     let in_vain: Vec<usize> = steps
-        .split(|step| step == "batch decided")
-        .map(|batch| count(batch, "message taken") - count(batch, "lock taken"))
+        .split(|step| step == points::BATCH_DECIDED)
+        .map(|batch| count(batch, points::MESSAGE_TAKEN) - count(batch, points::LOCK_TAKEN))
         .filter(|&in_vain| in_vain > 0)
         .collect();
     assert!(!in_vain.is_empty(), "the fault did not strike: {steps:?}");
@@ -1672,7 +1672,7 @@ async fn the_news_goes_out_although_who_decided_is_killed_before_telling(
     let place = Place::of(name).await.where_deaths_are_noticed();
     let acceptor = place.acceptor(1).await;
     let orders = place.accepted(&acceptor, 1..=1).await;
-    let first = place.stops_at("committed").await;
+    let first = place.stops_at(points::COMMITTED).await;
     assert_eq!(place.rows().await, 1, "the fault did not strike: nothing is committed");
     killed(&first).await;
     let second = place.instance(&[]).await;
@@ -1771,10 +1771,10 @@ async fn clients_that_follow_and_never_read_cost_little() {
 
 /// It stands still for longer than its session, and its partitions are given away. Then it wakes up, with its batch decided and not written.
 #[rstest]
-#[case::single_writer("single-writer", "batch decided", Kept)]
-#[case::offset_not_in_transaction("broken/offset-not-in-transaction", "batch decided", TWICE)]
+#[case::single_writer("single-writer", points::BATCH_DECIDED, Kept)]
+#[case::offset_not_in_transaction("broken/offset-not-in-transaction", points::BATCH_DECIDED, TWICE)]
 // A lock with a lease has the limit that LV.3 shows.
-#[case::locked("locked", "decided to sell", Breaks(&[Conservation, NoDuplicate, NothingLost]))]
+#[case::locked("locked", points::DECIDED_TO_SELL, Breaks(&[Conservation, NoDuplicate, NothingLost]))]
 #[tokio::test]
 async fn a_batch_that_comes_too_late_writes_nothing(
     #[case] name: &str,
@@ -1805,7 +1805,11 @@ async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
     let session = ("KAFKA_SESSION_MS", "10000");
     let lease = ("LOCK_LEASE_MS", "500");
     let first = place
-        .instance(&[session, lease, ("OVERSOLD_STOP_AT", "decided to sell#1")])
+        .instance(&[
+            session,
+            lease,
+            ("OVERSOLD_STOP_AT", &format!("{}#1", points::DECIDED_TO_SELL)),
+        ])
         .await;
     place.shared_by(1).await;
     let firsts = place.members().await.into_keys().next().unwrap();
@@ -1862,7 +1866,7 @@ async fn orders_of_one_sale_are_decided_by_several_instances() {
     let decided: Vec<usize> = report
         .beside_requests
         .iter()
-        .map(|steps| steps.iter().filter(|record| record.step == "committed").count())
+        .map(|steps| steps.iter().filter(|record| record.step == points::COMMITTED).count())
         .collect();
     println!("{decided:?}");
     assert_eq!(decided.iter().sum::<usize>(), 60);

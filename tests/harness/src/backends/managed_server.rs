@@ -1,4 +1,4 @@
-//! A server that was started here, of whatever service: in a container or as a process.
+//! A server that this process started: a container or a native process, of any service.
 
 use std::{
     ops::Deref,
@@ -10,11 +10,11 @@ use futures_util::future::BoxFuture;
 
 use super::{Postgres, docker::Container, native::Process};
 
-/// How long a server may take from its start to its first answer.
+/// Time limit from the start of a server to its first answer.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A server that was started here, and that can be started again at the same address. It goes when this is dropped.
+/// A server started by this process, which can be started again at the same address. Dropping it stops and removes the server.
 pub(super) struct ManagedServer {
     backing: Backing,
     probe: ReadinessProbe,
@@ -25,18 +25,18 @@ enum Backing {
     Process(Process),
 }
 
-/// Asks the server at this host and port once whether it is ready.
+/// Checks once whether the server at this host and port is ready.
 pub(super) type ReadinessProbe = Box<dyn Fn(String, u16) -> BoxFuture<'static, Result<(), NotReady>> + Send + Sync>;
 
-/// A server's refusal, or its silence.
+/// Why a server is not ready.
 pub(super) struct NotReady {
     pub(super) error: anyhow::Error,
-    /// Whether it may answer yet, as it is just starting.
+    /// Whether the server may still become ready because it is starting up.
     pub(super) may_become_ready: bool,
 }
 
 impl ManagedServer {
-    /// Waits until the server in a container that was just started answers.
+    /// Waits until the server in a newly started container is ready.
     pub(super) async fn in_container(container: Container, probe: ReadinessProbe) -> anyhow::Result<Self> {
         let backing = Backing::Container(container);
         let server = Self { backing, probe };
@@ -44,9 +44,9 @@ impl ManagedServer {
         Ok(server)
     }
 
-    /// Starts a process on a free port and waits until it answers.
+    /// Starts a process on a free port and waits until it is ready.
     pub(super) async fn as_process(mut process: Process, mut probe: ReadinessProbe) -> anyhow::Result<Self> {
-        /// How often another port is tried when somebody was quicker.
+        /// Attempts with another port if the chosen one was taken in the meantime.
         const PORTS_TO_TRY: u32 = 3;
 
         let mut tries_left = PORTS_TO_TRY;
@@ -71,7 +71,7 @@ impl ManagedServer {
         }
     }
 
-    /// Where it can be reached from here.
+    /// Host and port at which this process reaches the server.
     pub(super) fn address(&self) -> (&str, u16) {
         match &self.backing {
             Backing::Container(container) => container.address(),
@@ -79,7 +79,7 @@ impl ManagedServer {
         }
     }
 
-    /// Starts it, unless it is up, and waits until it answers.
+    /// Starts the server unless it is running, and waits until it is ready.
     async fn launch(&self) -> anyhow::Result<()> {
         match &self.backing {
             Backing::Container(container) => container.start_again().await?,
@@ -99,7 +99,7 @@ impl ManagedServer {
             else {
                 return Ok(());
             };
-            // If it has ended, that says why.
+            // If the server has exited, its log says why.
             match &self.backing {
                 Backing::Container(container) => container.ensure_running().await?,
                 Backing::Process(process) => process.ensure_running()?,
@@ -147,7 +147,7 @@ impl ManagedServer {
     }
 }
 
-/// A server that a test may break. It keeps its address.
+/// A server of one test, which the test may stop, kill or freeze. It keeps its address.
 pub struct Private<S = Postgres> {
     service: S,
     server: Arc<ManagedServer>,
@@ -162,57 +162,57 @@ impl<S> Deref for Private<S> {
 }
 
 impl<S> Private<S> {
-    /// The service on a server that nobody else uses.
+    /// The service on a server that no other test uses.
     pub(super) fn new(service: S, server: Arc<ManagedServer>) -> Self {
         Self { service, server }
     }
 
-    /// Shuts it down in order: connections are cut. When it starts again, Postgres has what was committed and Kafka what was acknowledged;
-    /// Redis is empty. Nothing happens if it is down.
+    /// Shuts the server down gracefully and closes its connections. After a restart, Postgres has what was committed, Kafka has what was
+    /// acknowledged, and Redis is empty. Does nothing if the server is down.
     ///
     /// # Errors
-    /// It does not end in time.
+    /// Fails if the server does not exit in time.
     pub async fn stop(&self) -> anyhow::Result<()> {
         self.server.stop().await
     }
 
-    /// Kills all its processes, as a crash would. Nothing happens if it is down.
+    /// Kills all processes of the server (SIGKILL), like a crash. Does nothing if the server is down.
     ///
     /// # Errors
-    /// It can't be killed.
+    /// Fails if the processes can't be killed.
     pub async fn kill(&self) -> anyhow::Result<()> {
         self.server.kill().await
     }
 
-    /// Holds all its processes still: connections stay open, and nobody answers. Nothing happens if it is down.
+    /// Freezes all processes of the server: connections stay open but get no answer. Does nothing if the server is down.
     ///
     /// # Errors
-    /// It can't be held.
+    /// Fails if the processes can't be frozen.
     pub async fn freeze(&self) -> anyhow::Result<()> {
         self.server.freeze().await
     }
 
-    /// Lets one go on that was frozen.
+    /// Resumes a frozen server.
     ///
     /// # Errors
-    /// It can't be reached, or was not frozen.
+    /// Fails if the processes can't be signalled or were not frozen.
     pub async fn thaw(&self) -> anyhow::Result<()> {
         self.server.thaw().await
     }
 
-    /// Starts it again at the same address, and waits until it answers. Nothing happens if it is up.
+    /// Starts the server again at the same address, and waits until it is ready. Does nothing if the server is running.
     ///
     /// # Errors
-    /// It does not come up.
+    /// Fails if the server does not become ready.
     pub async fn start(&self) -> anyhow::Result<()> {
         self.server.launch().await
     }
 
-    /// The process that all others of the server descend from; `None` while it is down. For a container it is the pid that the engine
-    /// sees, which is one of this machine only if the engine runs on it.
+    /// The pid of the server's root process; `None` while the server is down. For a container it is the pid as the engine reports it, which
+    /// is valid on this machine only if the engine runs here.
     ///
     /// # Errors
-    /// The engine does not tell.
+    /// Fails if the engine does not answer.
     pub async fn pid(&self) -> anyhow::Result<Option<u32>> {
         self.server.pid().await
     }

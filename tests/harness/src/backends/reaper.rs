@@ -1,9 +1,9 @@
-//! The reaper: stops and removes what this process has made, once this process has ended in whatever way.
+//! The reaper: stops and removes what this process has started, however this process ends.
 //!
-//! It is a small shell script in a session of its own that waits for the end of a pipe. Only this process holds the other end, so the kernel
-//! closes it when the process ends, by SIGKILL too. All else the reaper needs to know stands in a folder of files, its book:
-//! a process signs it *before* it becomes the server it is to be, a container is entered before it is asked for. So there is no moment at
-//! which something exists that the reaper can't know of, and a reaper that was killed has told the next one all it needs to sweep.
+//! It is a small shell script in its own session that waits for the end of a pipe. Only this process holds the other end, so the kernel
+//! closes the pipe when this process ends, even by SIGKILL. Everything else the reaper needs is in a folder of files, its registry.
+//! A process registers *before* it executes the server's program, and a container is registered before it is created. The registry
+//! therefore lists everything that exists at any moment, and after a killed reaper the next run can clean up from it.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
@@ -25,37 +25,38 @@ use super::native;
 
 const SCRIPT: &str = include_str!("reaper.sh");
 
-/// A folder that is made, but whose owner has not locked it yet.
+/// Prefix of a folder that its owner has not locked yet.
 const UNOWNED: &str = "oversold-new-";
-/// A folder whose owner is alive as long as it holds the lock.
+/// Prefix of a folder whose owner is alive as long as it holds the lock.
 const OWNED: &str = "oversold-run-";
-/// How long an owner can take from making its folder to locking it. It takes microseconds.
+/// Upper bound of the time from creating a folder to locking it, which takes microseconds.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
-struct Keeper {
+struct Reaper {
     folder: PathBuf,
     entries: AtomicU32,
-    /// Locked as long as this process lives: it tells the next one whether this folder is stale.
+    /// Locked as long as this process lives: shows other runs that the folder is not stale.
     _owner: File,
-    /// The reaper waits for its end.
+    /// The pipe whose end the reaper waits for.
     _pipe: ChildStdin,
 }
 
-fn reaper() -> io::Result<&'static Keeper> {
-    static KEEPER: OnceLock<Result<Keeper, String>> = OnceLock::new();
-    let started = KEEPER.get_or_init(|| Keeper::start().map_err(|error| error.to_string()));
+fn reaper() -> io::Result<&'static Reaper> {
+    static REAPER: OnceLock<Result<Reaper, String>> = OnceLock::new();
+    let started = REAPER.get_or_init(|| Reaper::start().map_err(|error| error.to_string()));
     started
         .as_ref()
         .map_err(|error| io::Error::other(format!("the reaper could not be started: {error}")))
 }
 
-/// A command that runs `program` under the eyes of the reaper, in a process group of its own, so that Ctrl-C reaches it through the reaper only.
-/// Arguments, environment, user and pipes can be added to it. When this process ends, the group gets SIGINT, and SIGKILL if that does not end it.
+/// A command that runs `program` registered with the reaper, in its own process group, so that Ctrl-C reaches it only through the reaper.
+/// The caller may add arguments, environment, user and pipes. When this process ends, the group receives SIGINT, then SIGKILL if it is
+/// still alive.
 ///
-/// A program that can't be executed shows as a child that exits with code 126 or 127.
+/// If the program can't be executed, the child exits with code 126 or 127.
 ///
 /// # Errors
-/// The reaper could not be started.
+/// An I/O error if the reaper could not be started.
 pub fn command(program: impl AsRef<Path>) -> io::Result<Command> {
     let reaper = reaper()?;
     let program = program.as_ref();
@@ -71,10 +72,10 @@ pub fn command(program: impl AsRef<Path>) -> io::Result<Command> {
     Ok(command)
 }
 
-/// A new empty folder that only this user can read. It goes when this process ends, with all that is in it.
+/// Creates an empty folder that only this user can read. The reaper removes it with its contents when this process ends.
 ///
 /// # Errors
-/// It could not be made, or the reaper could not be started.
+/// An I/O error if the folder could not be created or the reaper could not be started.
 pub fn folder(name: &str) -> io::Result<PathBuf> {
     let reaper = reaper()?;
     let folder = reaper.folder.join(reaper.entry(name));
@@ -82,8 +83,8 @@ pub fn folder(name: &str) -> io::Result<PathBuf> {
     Ok(folder)
 }
 
-/// The same in memory, for data that nobody needs afterwards, where this machine has room to spare in `/dev/shm`. With thousands of small files
-/// and no use for a disk, a database is made there several times as fast.
+/// Creates such a folder in memory (`/dev/shm`), for data that does not outlive this process. `None` if less than 1 GiB is free there. A
+/// database consists of thousands of small files and is created several times as fast there as on a disk.
 ///
 /// # Errors
 /// As [`folder`].
@@ -100,7 +101,7 @@ pub fn folder_in_memory(name: &str) -> io::Result<Option<PathBuf>> {
     let reaper = reaper()?;
     let entry = reaper.entry(name);
     let folder = Path::new(MEMORY).join(format!("oversold-{:016x}", rand::random::<u64>()));
-    // Entered before it is made.
+    // Registered before it is created.
     fs::write(
         reaper.folder.join("elsewhere").join(entry),
         format!("{}\n", folder.display()),
@@ -109,7 +110,7 @@ pub fn folder_in_memory(name: &str) -> io::Result<Option<PathBuf>> {
     Ok(made.is_ok().then_some(folder))
 }
 
-/// Removes a folder that [`folder`] or [`folder_in_memory`] made, and what a killed server whose data is in it has left elsewhere.
+/// Removes a folder of [`folder`] or [`folder_in_memory`], and the shared memory of a killed server whose data is in it.
 pub(super) fn clear(folder: &Path) -> io::Result<()> {
     let cleared = Command::new("sh")
         .arg(reaper()?.folder.join("reaper.sh"))
@@ -126,22 +127,22 @@ pub(super) fn clear(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Enters a container that is about to be made under this name, by the engine at this address (none: the default one).
+/// Registers a container before it is created under this name by the engine at this address. `None`: the default engine.
 pub(super) fn register_container(name: &str, engine: Option<&str>) -> io::Result<()> {
     let entry = reaper()?.folder.join("containers").join(name);
     fs::write(entry, format!("{}\n", engine.unwrap_or_default()))
 }
 
-/// Strikes out a container that was removed.
+/// Unregisters a container that was removed.
 pub(super) fn unregister_container(name: &str) -> io::Result<()> {
     fs::remove_file(reaper()?.folder.join("containers").join(name))
 }
 
-impl Keeper {
+impl Reaper {
     fn start() -> io::Result<Self> {
         let new = tempfile::Builder::new()
             .prefix(UNOWNED)
-            // A server that runs as another user must be able to reach its own folder in here, but not to look around.
+            // A server that runs as another user must reach its own folder in here, but not list the others.
             .permissions(Permissions::from_mode(0o711))
             .tempdir()?;
         let owner = OpenOptions::new()
@@ -154,8 +155,8 @@ impl Keeper {
         let script = new.path().join("reaper.sh");
         fs::write(&script, SCRIPT)?;
         fs::set_permissions(&script, Permissions::from_mode(0o644))?;
-        for book in ["containers", "elsewhere"] {
-            fs::create_dir(new.path().join(book))?;
+        for registry in ["containers", "elsewhere"] {
+            fs::create_dir(new.path().join(registry))?;
         }
         let pids = new.path().join("pids");
         fs::create_dir(&pids)?;
@@ -167,7 +168,8 @@ impl Keeper {
         let folder = new.path().with_file_name(name.replace(UNOWNED, OWNED));
         fs::rename(new.keep(), &folder)?;
 
-        // `setsid` gives it a session of its own; where that program is not (macOS), a group of its own keeps Ctrl-C away, and it ignores SIGHUP.
+        // `setsid` starts a new session. Where that program is missing (macOS), a new process group keeps Ctrl-C away, and the script ignores
+        // SIGHUP.
         let mut command = match native::on_path("setsid") {
             Some(setsid) => {
                 let mut command = Command::new(setsid);
@@ -204,7 +206,7 @@ impl Keeper {
     }
 }
 
-/// The folders of this user that nobody owns any more: their keepers were killed before they could clear them.
+/// This user's folders without a living owner: their reapers were killed before they could clear them.
 fn stale_folders() -> Vec<PathBuf> {
     let Ok(folders) = fs::read_dir(std::env::temp_dir()) else {
         return Vec::new();
@@ -222,7 +224,7 @@ fn is_stale(folder: &Path) -> io::Result<bool> {
         return Ok(false);
     }
     let about = fs::symlink_metadata(folder)?;
-    // What another user wrote could make this one stop processes and delete files for him.
+    // A folder written by another user could make this process stop processes and delete files on that user's behalf.
     if !about.is_dir() || about.uid() != rustix::process::geteuid().as_raw() {
         return Ok(false);
     }

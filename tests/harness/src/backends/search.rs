@@ -1,31 +1,31 @@
-//! The search: the sources of a service, one after the other, until one of them has it.
+//! The search for a service: tries its sources in order until one provides it.
 
 use std::{collections::BTreeMap, env, time::Instant};
 
 use super::{Missing, Report, Source, native, setting};
 
-/// What the search has to know of a service.
+/// A service as the search knows it.
 pub(super) struct Service {
     /// Its name in settings and messages.
     pub(super) name: &'static str,
-    /// The environment variable with the URL of an external one.
+    /// The environment variable with the URL of an external server.
     pub(super) url_variable: &'static str,
-    /// The commands of package managers that install it, each after its manager. None: it takes more, and `infra/setup.sh` does it.
+    /// Package managers, each with the command that installs the service. Empty: only `infra/setup.sh` can install it.
     pub(super) packages: &'static [(&'static str, &'static str)],
 }
 
-/// A source whose turn it is.
+/// A source that is being tried.
 pub(super) struct Candidate {
     service: &'static Service,
     pub(super) source: Source,
-    /// The URL of an external one, and nothing for the others.
+    /// The URL of an external server; empty for other sources.
     pub(super) url: String,
     reason: String,
     began: Instant,
 }
 
 impl Candidate {
-    /// Says on stderr what was found, and hands it back as a report.
+    /// Prints the chosen server on stderr, and returns the report.
     pub(super) fn report(
         self,
         version: String,
@@ -46,7 +46,7 @@ impl Candidate {
     }
 }
 
-/// Has `take` try the sources in this order, or the forced one alone. The first that it can take is the one.
+/// Tries the sources in this order with `take`, or only the forced one, and returns the first success.
 pub(super) async fn search<T>(
     service: &'static Service,
     order: &[Source],
@@ -75,7 +75,7 @@ pub(super) async fn search<T>(
         };
         match take(candidate).await {
             Ok(found) => return Ok(found),
-            // Whoever names a server wants that one, so nothing else is tried when it is not there.
+            // A URL selects one server, so no other source is tried if that server does not answer.
             Err(error) if source == Source::External => {
                 return Err(Missing::Nowhere {
                     service: name,
@@ -93,7 +93,7 @@ pub(super) async fn search<T>(
     })
 }
 
-/// The source that `OVERSOLD_BACKENDS` forces, if it does.
+/// The source that `OVERSOLD_BACKENDS` forces, if any.
 fn forced() -> Result<Option<Source>, Missing> {
     const VARIABLE: &str = "OVERSOLD_BACKENDS";
     match env::var_os(VARIABLE).as_ref().map(|held| held.to_str()) {
@@ -117,7 +117,7 @@ fn reason(rejected: &[(Source, String)]) -> String {
     reasons.join("; ")
 }
 
-/// What to do when there is no such service.
+/// How to get a service that no source provides.
 fn remedy(service: &Service, forced: Option<Source>) -> String {
     let start_docker = "start a Docker engine";
     let mut packages = service.packages.iter();

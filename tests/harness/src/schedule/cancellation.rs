@@ -1,4 +1,4 @@
-//! A reservation that is cancelled: its future is dropped after the n-th poll, for every n until it completes.
+//! Cancellation: the future of a reservation is dropped after the n-th poll, for every n until it completes.
 
 use std::{
     pin::Pin,
@@ -23,27 +23,27 @@ use crate::{
     rows,
 };
 
-/// Connections of the strategy's pool: few, so that one that is lost is missed.
+/// Size of the strategy's pool: small, so that a leaked connection is noticed.
 const CONNECTIONS: u32 = 2;
 
-/// How long a lock in Redis outlives its holder: longer than anybody waits here. A cancelled reservation has to give it back.
+/// The lease of locks in Redis: longer than any wait here, so that a cancelled reservation has to release its lock.
 const LEASE: Duration = Duration::from_secs(60);
 
-/// So often in a row a reservation has to complete before nothing is left of it that could be cancelled. Once may be luck: where the database
-/// has answered before anybody came to wait for it, there is a place less to cancel at.
+/// Consecutive completions after which no cancellation point is left. One may be luck: if the database has answered before the first poll,
+/// there is one await less to cancel at.
 const COMPLETIONS: usize = 5;
 
-/// How long anything may take once the cancelled reservation is gone: its transaction keeps its locks no longer.
+/// Time limit after a cancellation, by which the transaction has released its locks.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Polls a future so often and no more.
+/// Polls a future a limited number of times.
 struct PollLimited<'a> {
     reserving: BoxFuture<'a, Result<Outcome, ReserveError>>,
     polls_left: usize,
 }
 
 impl Future for PollLimited<'_> {
-    /// `None`: it was not done by then.
+    /// `None`: the future was still pending.
     type Output = Option<Result<Outcome, ReserveError>>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
@@ -55,21 +55,21 @@ impl Future for PollLimited<'_> {
     }
 }
 
-/// Cancels a reservation at every place where it can be, and checks each time that nothing half done stays behind: no open transaction, a whole
-/// pool, a buyer who repeats with the same key gets the one reservation, and the next buyer the other ticket.
+/// Cancels a reservation after every number of polls, and checks each time that nothing partial remains: no open transaction, no leaked
+/// connection; a repeat with the same key gets the one reservation, and the next buyer the other ticket.
 ///
-/// Returns how often it was cancelled: once after each number of polls at which it was still under way.
+/// Returns the number of cancellations.
 ///
 /// # Errors
-/// What stayed behind, and after how many polls.
+/// Names what remained, and after how many polls.
 pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::Result<usize> {
     cancelled_from(strategy, 0).await
 }
 
-/// The same with its fault off: nobody cancels.
+/// The control run of [`cancelled_after_every_poll`], without any cancellation.
 ///
 /// # Errors
-/// The fault did not strike.
+/// Always fails: the fault did not strike.
 pub async fn never_cancelled(strategy: &'static Strategy) -> anyhow::Result<usize> {
     cancelled_from(strategy, usize::MAX).await
 }
@@ -124,7 +124,7 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         let after = all_are_served(&*reserve, strategy, &observer, &pool, sale, requests);
         timeout(TIMEOUT, after)
             .await
-            .with_context(|| format!("{TIMEOUT:?} later somebody still waits"))
+            .with_context(|| format!("{TIMEOUT:?} later a request still waits"))
             .flatten()
             .with_context(|| format!("cancelled after {polls} polls"))?;
         pool.close().await;
@@ -132,8 +132,8 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
     }
 }
 
-/// After a cancelled reservation, the pool is whole, its buyer gets the one ticket under the same key, the next buyer the other, and the judge
-/// finds nothing.
+/// Checks the state after a cancelled reservation: no connection is leaked, its buyer gets one ticket under the same key, the next buyer gets
+/// the other, and the judge finds nothing.
 async fn all_are_served(
     reserve: &dyn Reserve,
     strategy: &Strategy,
@@ -143,7 +143,7 @@ async fn all_are_served(
     mut requests: Vec<Request>,
 ) -> anyhow::Result<()> {
     let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
-    drop(whole.await.context("the pool is not whole")?);
+    drop(whole.await.context("a connection is leaked")?);
     for buyer in [1, 2] {
         let order = order(sale, buyer)?;
         let mut request = request(&order);
@@ -151,7 +151,7 @@ async fn all_are_served(
         request.answered_us = Some(now_monotonic_us());
         ensure!(
             matches!(request.answer, Answer::Confirmed { .. }),
-            "buyer {buyer}, who comes after it, is told {:?}",
+            "the next request, of buyer {buyer}, is answered with {:?}",
             request.answer
         );
         requests.push(request);
@@ -176,7 +176,7 @@ async fn all_are_served(
     Ok(())
 }
 
-/// Waits until no transaction that nobody runs any more holds locks in this database.
+/// Waits until no idle transaction holds locks in this database.
 pub(super) async fn nothing_left_open(observer: &PgPool) -> anyhow::Result<()> {
     let mut locked = true;
     let gave_up = Instant::now() + TIMEOUT;
@@ -209,7 +209,7 @@ pub(super) fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
     })
 }
 
-/// A request that has no answer yet.
+/// A request without an answer.
 pub(super) fn request(order: &Order) -> Request {
     Request {
         request: now_monotonic_us(),

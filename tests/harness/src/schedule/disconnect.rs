@@ -1,4 +1,4 @@
-//! A buyer who hangs up while the server stands still at a scheduling point: held there as a process, stopped from within.
+//! Disconnection: a buyer closes the connection while the server is stopped (SIGSTOP) at a scheduling point.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -21,26 +21,26 @@ use crate::{
     rush::{Program, Rush},
 };
 
-/// How long the server may take to come to its point, and to go on once it may.
+/// Time limit for the server to reach its point, and to finish once it is resumed.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a client leaves.
+/// How a client disconnects.
 #[derive(Clone, Copy, Debug)]
 enum Leaves {
-    /// It closes the connection (FIN).
+    /// Closes the connection (FIN).
     Closing,
-    /// It tears it down (RST).
+    /// Resets the connection (RST).
     Resetting,
 }
 
-/// Stops the level's own server at every scheduling point of a reservation, hangs up, lets it go on, and checks each time that nothing half done
-/// stays behind: the reservation is made all the same, for it runs in a task of its own; no transaction is open; the pool's one connection
-/// serves; a repeat with the same key gets that reservation, and the next buyer the other ticket.
+/// Stops the level's server at every scheduling point of a reservation, disconnects, resumes the server, and checks each time that nothing
+/// partial remains. The reservation runs in its own task, so it still completes; no transaction is open; the pool's only connection is
+/// usable; a repeat with the same key gets that reservation, and the next buyer the other ticket.
 ///
 /// Returns the points.
 ///
 /// # Errors
-/// What stayed behind, and at which point; or that the server never stood still there.
+/// Names what remained, and at which point. Fails if the server does not stop at a point.
 pub async fn disconnected_at_every_point(
     program: &Program,
     level: &Level,
@@ -54,7 +54,7 @@ pub async fn disconnected_at_every_point(
         for leaves in [Leaves::Closing, Leaves::Resetting] {
             sale += 1;
             let program = program.clone().variable("OVERSOLD_STOP_AT", format!("{point}#1"));
-            // One connection: if it is lost, nobody is served any more.
+            // With one connection, a leak stops all further service.
             let rush = Rush {
                 pool_size: Some(1),
                 ..Rush::default()
@@ -62,17 +62,17 @@ pub async fn disconnected_at_every_point(
             let server = TestServer::start_for(&rush, &environment, &program, level, strategy).await?;
             hang_up(&server, &observer, sale, leaves, TIMEOUT)
                 .await
-                .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
+                .with_context(|| format!("the buyer disconnected at {point:?}, {leaves:?} the connection"))?;
             server.stop().await?;
         }
     }
     Ok(points)
 }
 
-/// The same with its fault off: the server stands still nowhere.
+/// The control run of [`disconnected_at_every_point`], in which the server does not stop.
 ///
 /// # Errors
-/// The fault did not strike.
+/// Always fails: the fault did not strike.
 pub async fn never_disconnected(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
     /// A reservation takes a few milliseconds.
     const LONG_ENOUGH: Duration = Duration::from_secs(1);
@@ -84,7 +84,7 @@ pub async fn never_disconnected(program: &Program, level: &Level, strategy: &Str
     server.stop().await
 }
 
-/// Every point that a reservation comes to, in order.
+/// Every point that a reservation passes, in order.
 async fn points(
     environment: &TestEnvironment,
     program: &Program,
@@ -105,14 +105,14 @@ async fn hang_up(
     observer: &PgPool,
     sale: SaleId,
     leaves: Leaves,
-    patience: Duration,
+    within: Duration,
 ) -> anyhow::Result<()> {
     server.create_sale(sale, 2).await?;
     let first = order(sale, 1)?;
     let mut requests = vec![request(&first)];
     let buyer = send(server.address(), sale).await?;
     server
-        .wait_until_stopped(patience)
+        .wait_until_stopped(within)
         .await
         .context("the fault did not strike")?;
     if matches!(leaves, Leaves::Resetting) {
@@ -129,14 +129,17 @@ async fn hang_up(
     };
     timeout(TIMEOUT, made)
         .await
-        .context("the reservation was cut: its row never came")??;
+        .context("the reservation was interrupted: it has no row")??;
     for buyer in [1, 2] {
         let order = order(sale, buyer)?;
         let mut request = request(&order);
         let answered = server.reserve(sale, buyer, Some(order.key.as_str())).await?;
         request.answered_us = Some(now_monotonic_us());
         if answered.status != 201 {
-            bail!("buyer {buyer}, who comes after it, is told {}", answered.status);
+            bail!(
+                "the next request, of buyer {buyer}, is answered with {}",
+                answered.status
+            );
         }
         let reservation = answered.json::<box_office::api::Reservation>()?.id;
         request.answer = Answer::Confirmed { reservation };
@@ -147,7 +150,7 @@ async fn hang_up(
     let history = History {
         header: Header {
             version: FORMAT_VERSION,
-            strategy: "hung up".to_owned(),
+            strategy: "disconnected".to_owned(),
             sale,
             capacity: 2,
             deadline_us: Micros::MAX / 2,
@@ -163,10 +166,10 @@ async fn hang_up(
     Ok(())
 }
 
-/// Names the request in the server's trace.
+/// The id of the request in the server's trace.
 const NUMBER: u64 = 1;
 
-/// Buyer 1 asks for a ticket, on a connection that can be left.
+/// Sends buyer 1's request for a ticket, and returns the open connection.
 async fn send(address: SocketAddr, sale: SaleId) -> anyhow::Result<TcpStream> {
     let body = r#"{"buyer_id": 1}"#;
     let request = format!(

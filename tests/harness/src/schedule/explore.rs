@@ -1,8 +1,8 @@
-//! Every feasible order of a few requests, one after another.
+//! Exploration: every feasible order of the steps of a few requests.
 //!
-//! The search is depth first, by replay: a run follows the choices of its prefix, then always takes the first request that can move; the
-//! last choice that had an alternative is changed for the next run. What the engine decides by itself, such as who wins among waiters, is
-//! not a choice: a replay that meets another set of movable requests goes on from what it finds.
+//! The search is depth first, by replay. A run follows the choices of its prefix, then always moves the first request that can move. The
+//! next run changes the last choice that had an untried alternative. A decision of the engine, such as which waiter gets a lock, is not a
+//! choice: a replay that meets another set of movable requests continues with that set.
 
 use anyhow::ensure;
 
@@ -12,52 +12,52 @@ use crate::{
     judge::{Verdict, judge},
 };
 
-/// A bound on the search: more runs than this are a mistake in the test, not a longer wait.
+/// Upper bound of the search: more runs are a mistake in the test.
 const MOST_RUNS: usize = 5_000;
 
-/// What is tried in every order.
+/// The requests that are run in every order.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
     /// Tickets on sale.
     pub capacity: u32,
-    /// One for each buyer: how many requests that buyer sends, each under its own key.
+    /// For each buyer, the number of requests, each under its own key.
     pub clicks: &'static [u32],
-    /// Points that a request passes without being held: what happens right before and right after them is one step.
+    /// Points at which requests are not held: what precedes and follows them is one step.
     pub passes: &'static [&'static str],
-    /// How often a request may be interrupted while it could go on. `None`: as often as there are points.
+    /// Maximum number of preemptions: switches away from a request that could move. `None`: unlimited.
     pub preemptions: Option<usize>,
 }
 
-/// What came of every order.
+/// The results of all orders.
 #[derive(Debug)]
 pub struct Exploration {
-    /// How many orders there were.
+    /// The number of orders.
     pub orders: usize,
-    /// In how many of them somebody was blocked, so that the order went on differently than was chosen.
+    /// The number of orders in which a request was blocked, so that the run deviated from the choices.
     pub blocked: usize,
-    /// Those in which something was broken.
+    /// The orders that broke an invariant.
     pub broken: Vec<Broken>,
-    /// For each order, what each request was told: those of the first buyer first.
+    /// For each order, the answer to each request, in the order of the buyers.
     pub answers: Vec<Vec<Answer>>,
 }
 
-/// An order that broke something.
+/// An order that broke an invariant.
 #[derive(Debug)]
 pub struct Broken {
-    /// What the judge says.
+    /// The judge's verdict.
     pub verdict: Verdict,
-    /// How it came about.
+    /// The order of the steps.
     pub trace: Trace,
 }
 
-/// Whose keys the requests of a scenario carry.
+/// The request keys of a scenario.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keys {
     Own,
-    TheFirstOnes,
+    First,
 }
 
-/// One decision of a run: who was moved, and who could have been.
+/// One decision of a run: the request that was moved, and all that could have been.
 struct Decision {
     chosen: usize,
     movable: Vec<RequestHandle>,
@@ -67,17 +67,17 @@ impl ScheduleRunner {
     /// Runs the scenario in every feasible order.
     ///
     /// # Errors
-    /// A step did not end in time, or there are too many orders.
+    /// Fails if a step times out or there are too many orders.
     pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
         self.every_order(scenario, Keys::Own).await
     }
 
-    /// The same, but all requests carry one key, that of the first.
+    /// Runs the scenario in every feasible order, with the key of the first request for all requests.
     ///
     /// # Errors
     /// As [`explore`](Self::explore).
     pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
-        self.every_order(scenario, Keys::TheFirstOnes).await
+        self.every_order(scenario, Keys::First).await
     }
 
     async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Exploration> {
@@ -106,7 +106,7 @@ impl ScheduleRunner {
             }
             let answers = history.requests.into_iter().map(|request| request.answer);
             explored.answers.push(answers.collect());
-            // The last decision with an alternative that was not tried yet.
+            // The last decision with an untried alternative.
             let Some(last) = decisions
                 .iter()
                 .rposition(|decision| decision.chosen + 1 < decision.movable.len())
@@ -134,7 +134,7 @@ impl ScheduleRunner {
                 schedule.click(first);
             }
         }
-        if keys == Keys::TheFirstOnes {
+        if keys == Keys::First {
             let lanes = schedule.movable();
             for &lane in &lanes[1..] {
                 schedule.use_key_of(lane, lanes[0]);
@@ -148,7 +148,7 @@ impl ScheduleRunner {
             if movable.is_empty() {
                 break;
             }
-            // The one that is on its way comes first, so that the first run is the one without preemption.
+            // The moving request comes first, so that the first run has no preemption.
             if let Some(at) = moving.and_then(|lane| movable.iter().position(|&other| other == lane)) {
                 movable.swap(0, at);
                 if scenario.preemptions.is_some_and(|most| preemptions == most) {

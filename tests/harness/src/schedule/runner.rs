@@ -1,4 +1,4 @@
-//! The runner: a strategy on a database of its own, which opens one sale after another.
+//! The schedule runner: a strategy on its own database, for one schedule after another.
 
 use std::{
     collections::HashSet,
@@ -11,7 +11,7 @@ use std::{
 
 use box_office::{
     Instrumentation, Invariant, Outcome, Promise, Refusal, Reserve, ReserveError, SaleId, Strategy, StrategyContext,
-    StrategyMetrics, trace::now_monotonic_us,
+    StrategyMetrics, points, trace::now_monotonic_us,
 };
 use sqlx::PgPool;
 use tokio::sync::Notify;
@@ -22,14 +22,14 @@ use crate::{
     history::{Answer, Refused},
 };
 
-/// How long a lock in Redis outlives its holder: longer than any schedule. Here a lease ends when a test ends it, not by itself.
+/// The lease of locks in Redis: longer than any schedule, so that a lease ends only when a test ends it.
 const LEASE: Duration = Duration::from_secs(600);
 
-/// A strategy on a database of its own, on which one schedule after another can be run.
+/// A strategy on its own database, on which schedules run one after another.
 pub struct ScheduleRunner {
     pub(super) strategy: &'static Strategy,
     pub(super) reserve: Arc<dyn Reserve>,
-    /// The schedule's own connection. Requests never use it.
+    /// The schedule's own connection, which requests never use.
     pub(super) observer: PgPool,
     pub(super) holders: Holders,
     pub(super) sales: AtomicI64,
@@ -37,12 +37,12 @@ pub struct ScheduleRunner {
 }
 
 impl ScheduleRunner {
-    /// Opens a strategy on a fresh database.
+    /// Creates the strategy on a new database.
     ///
     /// # Errors
-    /// No Postgres, or the strategy can't be opened.
+    /// Fails if a backend is missing or the strategy can't be created.
     pub async fn of(strategy: &'static Strategy) -> anyhow::Result<Self> {
-        /// More requests than this at once make no schedule that a person can read.
+        /// Size of the strategy's pool: more concurrent requests make no readable schedule.
         const CONNECTIONS: u32 = 8;
 
         let environment = TestEnvironment::shared(strategy).await?;
@@ -66,15 +66,15 @@ impl ScheduleRunner {
         })
     }
 
-    /// What the strategy stands on.
+    /// The backends of the strategy.
     pub fn environment(&self) -> &TestEnvironment {
         &self.environment
     }
 
-    /// Opens a new sale with so many tickets, for a schedule that nobody is in yet.
+    /// Opens a new sale with this number of tickets, and returns its schedule without any request.
     ///
     /// # Errors
-    /// The database can't be written.
+    /// Fails if the sale can't be written.
     pub async fn sale(&self, capacity: u32) -> anyhow::Result<Schedule<'_>> {
         let sale = 1 + self.sales.fetch_add(1, Ordering::Relaxed);
         open_sale(&self.observer, sale, capacity).await?;
@@ -92,15 +92,14 @@ impl ScheduleRunner {
         })
     }
 
-    /// The forced run that the book shows for a strategy: both look before either writes.
+    /// Runs the schedule that the book shows for a strategy: both requests read before either writes.
     ///
-    /// Two buyers and one ticket; or, for a strategy that fails at one buyer's second click, two clicks and two tickets. The first request
-    /// runs until it has decided to sell, then the second as far as it gets, then the first to its answer, then the second.
+    /// It has two buyers and one ticket; for a strategy that fails at a buyer's second click, two clicks and two tickets. The first request
+    /// runs to [`points::DECIDED_TO_SELL`], the second towards it, then the first to its answer, then the second.
     ///
     /// # Errors
-    /// Whatever moving a request fails with.
+    /// As [`Schedule::run_towards`] and [`Schedule::run_to_completion`].
     pub async fn both_read_before_either_writes(&self) -> anyhow::Result<Schedule<'_>> {
-        const DECIDED: &str = "decided to sell";
         let promised = self.strategy.guarantee.single_instance;
         let by_clicks = promised.about(Invariant::NoDuplicate) == Promise::Breaks
             && promised.about(Invariant::NoOversell) == Promise::Keeps;
@@ -111,15 +110,15 @@ impl ScheduleRunner {
         } else {
             schedule.buyer("Bob")
         };
-        schedule.run_towards(first, DECIDED).await?;
-        schedule.run_towards(second, DECIDED).await?;
+        schedule.run_towards(first, points::DECIDED_TO_SELL).await?;
+        schedule.run_towards(second, points::DECIDED_TO_SELL).await?;
         schedule.run_to_completion(first).await?;
         schedule.run_to_completion(second).await?;
         Ok(schedule)
     }
 }
 
-/// Opens a sale as the theatre does.
+/// Inserts a sale, as the server's administration route does.
 pub(super) async fn open_sale(pool: &PgPool, sale: SaleId, capacity: u32) -> sqlx::Result<()> {
     sqlx::query("insert into sale (id, name, capacity, stock) values ($1, 'the last tickets', $2, $2)")
         .bind(sale)

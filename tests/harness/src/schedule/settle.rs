@@ -1,4 +1,4 @@
-//! One move of a schedule: lets a request go on, and waits until no request runs any more.
+//! One step of a schedule: resumes a request, and waits until no request is running.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,14 +14,14 @@ use super::{
 };
 use crate::judge::in_words;
 
-/// How long a step may take before the schedule gives up and says what it waited for.
+/// Time limit of one step.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long to leave Postgres alone between two looks at who is blocked.
+/// Interval between two queries of the blocked backends.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 impl Schedule<'_> {
-    /// Lets one request move, and waits until everything stands still again.
+    /// Resumes one request, and waits until no request is running.
     pub(super) async fn advance(&mut self, lane: usize) -> anyhow::Result<StepOutcome> {
         let (status, before) = {
             let state = self.shared.state();
@@ -34,7 +34,7 @@ impl Schedule<'_> {
                 self.shared.state().lanes[lane].status = RequestStatus::Running;
                 self.requests[lane].permits.add_permits(1);
             }
-            // It is blocked, unless somebody else's move has freed it.
+            // Blocked, unless another request's step has unblocked it.
             RequestStatus::Running | RequestStatus::Waiting => {}
         }
         let moved = tokio::time::timeout(TIMEOUT, self.settle(lane)).await.map_err(|_| {
@@ -44,12 +44,12 @@ impl Schedule<'_> {
                 self.trace()
             )
         })?;
-        // Whoever was set free by this move runs beside it; in the table, cause comes before effect.
+        // A request that this step unblocked runs concurrently. In the trace, cause precedes effect.
         self.shared.state().trace.events[before..].sort_by_key(|event| event.lane != lane);
         moved
     }
 
-    /// Ends when no request moves any more.
+    /// Waits until no request is running.
     async fn settle(&mut self, moved: usize) -> anyhow::Result<StepOutcome> {
         let shared = self.shared.clone();
         loop {
@@ -65,14 +65,14 @@ impl Schedule<'_> {
             let blocked = Blocked::query(&self.runner.observer)
                 .await
                 .context("asking Postgres who is blocked")?;
-            // Nobody moved while Postgres was looking, and all that run wait for one that is held.
+            // No request moved during the query, and all that run wait for one that is held.
             if self.running() == running
                 && let Some(waits) = self.waits_on_held_requests(&blocked, &running)
             {
                 self.record_waits(&waits);
                 break;
             }
-            // Either way we look again; the pause only spares Postgres.
+            // Correctness does not depend on this pause; it only limits the load on Postgres.
             let _ = tokio::time::timeout(POLL_INTERVAL, changed).await;
         }
         Ok(match self.shared.state().lanes[moved].status {
@@ -82,8 +82,8 @@ impl Schedule<'_> {
         })
     }
 
-    /// Whether something is sure to happen by itself: a lock was given back and one who waited for it has not said yet that it got it, or
-    /// a request has its answer and its transaction is still being rolled back.
+    /// Whether an event is pending: a waiter has not yet reported a released lock as taken, or an answered request still holds a connection,
+    /// whose transaction is being rolled back.
     fn is_unsettled(&self) -> bool {
         let state = self.shared.state();
         let answered = state
@@ -97,7 +97,8 @@ impl Schedule<'_> {
                 .any(|(lane, _)| self.runner.holders.holds(self.holder(lane)))
     }
 
-    /// Who of those that run waits for whom, as lanes, if each of them does wait, and in the end for one that is held.
+    /// The waits of the running requests as pairs of lanes (waiter, root blocker). `None` unless each of them waits for a held request, directly
+    /// or indirectly.
     fn waits_on_held_requests(&self, blocked: &Blocked, running: &[usize]) -> Option<Vec<(usize, usize)>> {
         let lane_of = |pid| {
             let holder = self.runner.holders.of(pid)?;
@@ -120,7 +121,7 @@ impl Schedule<'_> {
         (each && held).then_some(waits)
     }
 
-    /// Writes a row of the trace for each that was not blocked before.
+    /// Adds a trace event for each request that was not blocked before.
     fn record_waits(&mut self, waits: &[(usize, usize)]) {
         let mut state = self.shared.state();
         self.blocked

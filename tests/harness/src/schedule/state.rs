@@ -1,8 +1,8 @@
-//! What the tasks of the requests tell the schedule, and the observer that holds each of them at its points.
+//! The state that the requests' tasks share with the schedule, and the observer that holds a request at its points.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use box_office::{Observer, Sighting, trace::now_monotonic_us};
+use box_office::{Observer, Sighting, points, trace::now_monotonic_us};
 use futures_util::{
     FutureExt,
     future::{BoxFuture, ready},
@@ -12,10 +12,7 @@ use tokio::sync::{Notify, Semaphore};
 use super::trace::{Event, EventKind, Trace};
 use crate::history::{Answer, Micros, Step};
 
-/// The point that a strategy marks after it has given back a lock of its own, one that it reports waiting for by [`Steps::blocked`].
-const LOCK_RELEASED: &str = "lock released";
-
-/// What the requests' tasks tell the schedule.
+/// The state that the requests' tasks share with the schedule.
 pub(super) struct Shared {
     pub(super) state: Mutex<State>,
     pub(super) changed: Notify,
@@ -25,10 +22,10 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) trace: Trace,
     pub(super) lanes: Vec<LaneState>,
-    /// Locks that were given back while somebody waited, each of which one waiter is about to get. Below zero where a waiter was seen to get its
-    /// lock before the one who gave it back came to say so.
+    /// Locks that were released while a request waited, each of which one waiter is about to take. Negative if a waiter reported its lock
+    /// before the holder reported the release.
     pub(super) releases: isize,
-    /// Points where nobody is held.
+    /// Points at which no request is held.
     pub(super) passes: &'static [&'static str],
 }
 
@@ -45,12 +42,12 @@ pub(super) enum RequestStatus {
     NotStarted,
     Running,
     Held(&'static str),
-    /// It has said so itself: it waits for a lock that Postgres knows nothing of.
+    /// Waits for a lock outside Postgres, as the strategy reported.
     Waiting,
     Answered,
 }
 
-/// How a move ended for the request that was moved.
+/// The result of a step for the request that was moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StepOutcome {
     Held(&'static str),
@@ -60,11 +57,11 @@ pub(super) enum StepOutcome {
 
 impl Shared {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("nobody panics while writing on the state")
+        self.state.lock().expect("no task panics while it holds the lock")
     }
 }
 
-/// Holds one request at every point until the schedule lets it go.
+/// Holds one request at every point until the schedule resumes it.
 pub(super) struct HoldingObserver {
     pub(super) lane: usize,
     pub(super) shared: Arc<Shared>,
@@ -84,7 +81,7 @@ impl Observer for HoldingObserver {
                 RequestStatus::Held(sighting.step)
             };
             state.transition(self.lane, status);
-            if sighting.step == LOCK_RELEASED {
+            if sighting.step == points::LOCK_RELEASED {
                 state.releases += 1;
                 state.releases = state.releases.min(state.waiting().cast_signed());
             }
@@ -130,7 +127,7 @@ impl Observer for HoldingObserver {
 }
 
 impl State {
-    /// A request came to a new status by itself. If it was waiting, it has got the lock.
+    /// Sets the status of a request that moved by itself. If it was waiting, it has taken the lock.
     pub(super) fn transition(&mut self, lane: usize, status: RequestStatus) {
         if self.lanes[lane].status == RequestStatus::Waiting {
             self.releases -= 1;

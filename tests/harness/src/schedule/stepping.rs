@@ -1,4 +1,4 @@
-//! A schedule: a handful of requests of one sale, moved one step at a time.
+//! A schedule: a few requests of one sale, moved one step at a time.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -17,11 +17,11 @@ use crate::{
     rows,
 };
 
-/// One request of a schedule, by which it is told apart from the others.
+/// Identifies a request of a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestHandle(usize);
 
-/// A sale of which every request is held at its scheduling points.
+/// A sale whose requests are held at their scheduling points.
 pub struct Schedule<'a> {
     pub(super) runner: &'a ScheduleRunner,
     pub(super) sale: SaleId,
@@ -29,7 +29,7 @@ pub struct Schedule<'a> {
     pub(super) requests: Vec<PlannedRequest>,
     pub(super) shared: Arc<Shared>,
     pub(super) started_us: Micros,
-    /// The requests that were blocked by Postgres when last it was asked.
+    /// The requests that waited for a row lock at the last query of Postgres.
     pub(super) blocked: HashSet<usize>,
 }
 
@@ -39,17 +39,17 @@ pub(super) struct PlannedRequest {
 }
 
 impl Schedule<'_> {
-    /// Nobody is held at these points any more; they are written down all the same.
+    /// Stops holding requests at these points. The trace still lists them.
     pub fn passes(&mut self, points: &'static [&'static str]) {
         self.shared.state().passes = points;
     }
 
-    /// The number of its sale.
+    /// The id of the sale.
     pub fn sale(&self) -> SaleId {
         self.sale
     }
 
-    /// A new buyer, who will send one request under a key of its own.
+    /// Adds a buyer with one request under a new key.
     pub fn buyer(&mut self, name: &str) -> RequestHandle {
         let buyer = 1 + self
             .requests
@@ -60,7 +60,7 @@ impl Schedule<'_> {
         self.request(name.to_owned(), buyer)
     }
 
-    /// Another click of the same buyer: one more request, under another key.
+    /// Adds another click of the same buyer: one more request under a new key.
     pub fn click(&mut self, of: RequestHandle) -> RequestHandle {
         let buyer = self.requests[of.0].order.buyer;
         let clicks = self
@@ -72,7 +72,7 @@ impl Schedule<'_> {
         self.request(name, buyer)
     }
 
-    /// Gives a request that has not been moved yet the key of another: one order sent twice, or a stranger who uses its key.
+    /// Gives a request that has not started the key of another: a repeated order, or another buyer's request under the same key.
     pub fn use_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
         self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
     }
@@ -99,10 +99,10 @@ impl Schedule<'_> {
         RequestHandle(lane)
     }
 
-    /// Moves a request until it stands at the point `step`.
+    /// Moves a request until it reaches the point `step`.
     ///
     /// # Errors
-    /// It answered or was blocked before it came there; the error names the point and shows the trace.
+    /// Fails if the request answers or is blocked first. The error contains the trace.
     pub async fn run_until(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
@@ -122,10 +122,10 @@ impl Schedule<'_> {
         }
     }
 
-    /// Moves a request until it stands at the point `step`, or is blocked, or has answered: whichever comes first.
+    /// Moves a request until it reaches the point `step`, is blocked, or has answered, whichever comes first.
     ///
     /// # Errors
-    /// A step did not end in time.
+    /// Fails if a step times out.
     pub async fn run_towards(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
         while let StepOutcome::Held(reached) = self.advance(lane.0).await? {
             if reached == step {
@@ -138,7 +138,7 @@ impl Schedule<'_> {
     /// Moves a request until it is blocked by one that is held.
     ///
     /// # Errors
-    /// It answered without ever being blocked.
+    /// Fails if the request answers without being blocked.
     pub async fn run_until_blocked(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
@@ -154,30 +154,26 @@ impl Schedule<'_> {
     /// Moves a request until it has its answer.
     ///
     /// # Errors
-    /// It is blocked by a request that is held: move that one first.
+    /// Fails if the request is blocked by one that is held. Move that one first.
     pub async fn run_to_completion(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         loop {
             match self.advance(lane.0).await? {
                 StepOutcome::Answered => return Ok(()),
                 StepOutcome::Held(_) => {}
-                StepOutcome::Blocked => bail!(
-                    "{} is blocked and can't come to its answer\n{}",
-                    self.name(lane.0),
-                    self.trace()
-                ),
+                StepOutcome::Blocked => bail!("{} is blocked and can't complete\n{}", self.name(lane.0), self.trace()),
             }
         }
     }
 
-    /// Lets a request pass one point, and waits until everything stands still again.
+    /// Moves a request to its next point, and waits until no request is running.
     ///
     /// # Errors
-    /// The step did not end in time.
+    /// Fails if the step times out.
     pub async fn step(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
         self.advance(lane.0).await.map(drop)
     }
 
-    /// The requests that would move if they were let: neither answered nor blocked.
+    /// The requests that can move: neither answered nor blocked.
     pub fn movable(&self) -> Vec<RequestHandle> {
         let state = self.shared.state();
         let lanes = state.lanes.iter().enumerate();
@@ -187,10 +183,10 @@ impl Schedule<'_> {
             .collect()
     }
 
-    /// Lets everybody who can move go on to an answer, in the order in which they came.
+    /// Moves all requests to their answers, in the order in which they were added.
     ///
     /// # Errors
-    /// A step did not end in time, or somebody never got an answer.
+    /// Fails if a step times out or a request gets no answer.
     pub async fn run_all_to_completion(&mut self) -> anyhow::Result<()> {
         while let Some(&first) = self.movable().first() {
             self.step(first).await?;
@@ -198,7 +194,7 @@ impl Schedule<'_> {
         self.ensure_all_answered()
     }
 
-    /// Whether a request ever had to wait for another.
+    /// Whether any request has waited for another.
     pub fn was_blocked(&self) -> bool {
         let state = self.shared.state();
         state
@@ -208,10 +204,10 @@ impl Schedule<'_> {
             .any(|event| matches!(event.kind, EventKind::Waits { .. }))
     }
 
-    /// Nobody is left who waits for somebody that is gone.
+    /// Checks that every request has its answer.
     ///
     /// # Errors
-    /// Names who is.
+    /// Names the first request without one.
     pub fn ensure_all_answered(&self) -> anyhow::Result<()> {
         let state = self.shared.state();
         match state
@@ -224,15 +220,15 @@ impl Schedule<'_> {
         }
     }
 
-    /// What has kind so far.
+    /// The trace so far.
     pub fn trace(&self) -> Trace {
         self.shared.state().trace.clone()
     }
 
-    /// The history of the schedule, with the rows as they are.
+    /// The history of the schedule, with the current rows.
     ///
     /// # Errors
-    /// A request has no answer yet, or the rows can't be read.
+    /// Fails if a request has no answer or the rows can't be read.
     pub async fn history(&self) -> anyhow::Result<History> {
         let sold = rows::read(&self.runner.observer, self.sale).await?;
         let state = self.shared.state();

@@ -1,4 +1,4 @@
-//! The trace of a schedule: who did what, in which order. One trace, three views: tests print it, the runner shows it, the book includes it.
+//! The trace of a schedule: the events of all requests in order. Tests print it, the runner shows it, and the book includes it.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use comfy_table::{Table, TableStyle, presets};
 /// What kind, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Trace {
-    /// A name for each lane, in the order in which they were introduced.
+    /// The name of each lane, in the order in which the requests were added.
     pub lanes: Vec<String>,
     /// Every step of every lane.
     pub events: Vec<Event>,
@@ -18,28 +18,28 @@ pub struct Trace {
 pub struct Event {
     /// Index into [`Trace::lanes`].
     pub lane: usize,
-    /// What it was.
+    /// What happened.
     pub kind: EventKind,
 }
 
 /// What a request did.
 #[derive(Clone, Debug)]
 pub enum EventKind {
-    /// It passed a scheduling point.
+    /// The request passed a scheduling point.
     Passed {
         /// The point's name.
         step: &'static str,
-        /// What was found there.
+        /// The value that the strategy reported there.
         saw: Option<String>,
         /// `levels/…/file.rs:12`.
         place: String,
     },
-    /// It waits for another.
+    /// The request waits for another.
     Waits {
-        /// For what, in words: `waits for Ann's row lock`.
+        /// The reason, such as `waits for Ann's row lock`.
         why: String,
     },
-    /// It got its answer.
+    /// The request got its answer.
     Answered {
         /// The answer in words.
         answer: String,
@@ -47,12 +47,12 @@ pub enum EventKind {
 }
 
 impl Trace {
-    /// The table as the book includes it.
+    /// The trace as a Markdown table, for the book.
     pub fn markdown(&self) -> String {
         self.table(presets::ASCII_MARKDOWN)
     }
 
-    /// A lane a buyer, a row a step.
+    /// A column for each lane, a row for each event.
     fn table(&self, style: TableStyle) -> String {
         let mut table = Table::new();
         table.load_style(style);
@@ -79,7 +79,7 @@ impl Trace {
 }
 
 impl fmt::Display for Trace {
-    /// The table as a terminal shows it.
+    /// The trace as a table for a terminal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.table(presets::UTF8_FULL_CONDENSED))
     }

@@ -69,7 +69,7 @@ fn tests_of(service: Service, source: Source) -> Vec<Test> {
             nothing_stays_behind(service, source, end);
         }));
     }
-    let name = name("is_swept_by_the_next_run_when_its_keeper_was_killed");
+    let name = name("is_swept_by_the_next_run_when_its_reaper_was_killed");
     tests.push(test(name, service, &[source], move || {
         the_next_run_sweeps(service, source)
     }));
