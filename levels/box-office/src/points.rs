@@ -1,7 +1,7 @@
 //! The scheduling points whose names the harness and the levels' tests rely on.
 //!
-//! A strategy marks each with [`Steps::at`](crate::Steps::at). A name is also what `OVERSOLD_STOP_AT` takes and what a
-//! trace shows.
+//! A strategy marks each with [`Steps::at`](crate::Steps::at). A name is also what
+//! `OVERSOLD_STOP_AT` takes and what a trace shows.
 
 /// The transaction of the reservation is open.
 pub const TRANSACTION_BEGUN: &str = "transaction begun";
@@ -17,7 +17,8 @@ pub const STOCK_WRITTEN: &str = "stock written";
 pub const RESERVATION_WRITTEN: &str = "reservation written";
 /// The transaction of the reservation is committed.
 pub const COMMITTED: &str = "committed";
-/// The strategy has released a lock that it reports waiting for with [`Steps::blocked`](crate::Steps::blocked).
+/// The strategy has released a lock that it reports waiting for with
+/// [`Steps::blocked`](crate::Steps::blocked).
 ///
 /// A schedule that sees it waits for the next holder to report the lock taken.
 pub const LOCK_RELEASED: &str = "lock released";

@@ -1,4 +1,4 @@
-//! The HTTP contract that all levels share, tried on a level's own server over real sockets.
+//! The HTTP contract that all levels share, tested on a level's own server over real sockets.
 
 use std::{net::SocketAddr, process::ExitStatus, time::Duration};
 
@@ -20,16 +20,16 @@ use crate::{
     rush::{Answered, Connection, Program, Rush, SALE, Servers, Steps},
 };
 
-/// How long any single answer may take.
+/// Time limit of one response.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A level's server that a test talks to.
+/// A level's server process, and a client for it.
 pub struct TestServer {
     servers: Servers,
     address: SocketAddr,
 }
 
-/// One call, and what must come back.
+/// An HTTP request.
 struct Call<'a> {
     method: Method,
     path: String,
@@ -39,10 +39,10 @@ struct Call<'a> {
 }
 
 impl TestServer {
-    /// Starts one server.
+    /// Starts a server.
     ///
     /// # Errors
-    /// It does not start.
+    /// Fails if the server does not start.
     pub async fn start(
         environment: &TestEnvironment,
         program: &Program,
@@ -52,10 +52,10 @@ impl TestServer {
         Self::start_for(&Rush::default(), environment, program, level, strategy).await
     }
 
-    /// Starts one server, as this rush would.
+    /// Starts a server with the settings of a rush.
     ///
     /// # Errors
-    /// It does not start.
+    /// Fails if the server does not start.
     pub async fn start_for(
         rush: &Rush,
         environment: &TestEnvironment,
@@ -68,39 +68,39 @@ impl TestServer {
         Ok(Self { servers, address })
     }
 
-    /// Where it listens.
+    /// The server's address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The process, for a look at it from outside.
+    /// The pid of the server.
     ///
     /// # Errors
-    /// It has left.
+    /// Fails if the server has exited.
     pub async fn pid(&self) -> anyhow::Result<u32> {
         self.servers.pid(0).await
     }
 
-    /// Stops the server, which must leave with exit code 0.
+    /// Stops the server (SIGTERM).
     ///
     /// # Errors
-    /// It did not.
+    /// Fails unless the server exits with code 0.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.stop_with_steps().await.map(drop)
     }
 
-    /// The same; tells the steps that it wrote down, if it did.
+    /// Stops the server (SIGTERM), and returns the steps that it traced.
     ///
     /// # Errors
-    /// It did not leave with exit code 0.
+    /// Fails unless the server exits with code 0.
     pub async fn stop_with_steps(self) -> anyhow::Result<Steps> {
         self.servers.stop().await
     }
 
-    /// Waits until the process is seen to be stopped (SIGSTOP).
+    /// Waits until the process is stopped (SIGSTOP).
     ///
     /// # Errors
-    /// It runs for longer than `patience`.
+    /// Fails if the process is not stopped `within` this time.
     pub async fn wait_until_stopped(&self, within: Duration) -> anyhow::Result<()> {
         let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let pid = self.process().await?;
@@ -115,24 +115,24 @@ impl TestServer {
             .map_err(|_| anyhow!("after {within:?} the server still runs"))?
     }
 
-    /// Lets a stopped process go on (SIGCONT).
+    /// Resumes a stopped process (SIGCONT).
     ///
     /// # Errors
-    /// It has left.
+    /// Fails if the process has exited.
     pub async fn resume(&self) -> anyhow::Result<()> {
         Ok(kill_process(self.process().await?, Signal::CONT)?)
     }
 
-    /// Kills the process (SIGKILL), also one that is stopped. Says how it left.
+    /// Kills the process (SIGKILL), even if it is stopped, and returns its exit status.
     ///
     /// # Errors
-    /// It had left before.
+    /// Fails if the process has exited.
     pub async fn kill(&self) -> anyhow::Result<ExitStatus> {
         self.servers.kill(0).await
     }
 
     async fn process(&self) -> anyhow::Result<Pid> {
-        Pid::from_raw(self.pid().await?.cast_signed()).context("a process has a number")
+        Pid::from_raw(self.pid().await?.cast_signed()).context("a process has a pid")
     }
 
     async fn call(&self, call: Call<'_>) -> anyhow::Result<Answered> {
@@ -153,10 +153,10 @@ impl TestServer {
             .context("no answer in time")?
     }
 
-    /// `GET path`.
+    /// Sends `GET path`.
     ///
     /// # Errors
-    /// No answer.
+    /// Fails if the server does not answer.
     pub async fn get(&self, path: &str) -> anyhow::Result<Answered> {
         self.call(Call {
             method: Method::GET,
@@ -168,10 +168,10 @@ impl TestServer {
         .await
     }
 
-    /// The events of a reservation, from the one after `seen` to the last.
+    /// Reads the events of a reservation after event `seen`, up to the last.
     ///
     /// # Errors
-    /// The stream does not end in time, or is none.
+    /// Fails if the stream does not end in time or is not an event stream.
     pub async fn events(&self, reservation: Uuid, seen: Option<i64>) -> anyhow::Result<Vec<(i64, api::Reservation)>> {
         let mut request = Request::get(format!("/api/reservations/{reservation}/events"));
         if let Some(seen) = seen {
@@ -205,10 +205,10 @@ impl TestServer {
         Ok(events)
     }
 
-    /// The final state of an order that was accepted, as its events and its status both tell it.
+    /// Waits for the final state of an accepted order, from its events and its status.
     ///
     /// # Errors
-    /// It has none in time, or they differ.
+    /// Fails if there is none in time, or if events and status differ.
     pub async fn final_state(&self, reservation: Uuid) -> anyhow::Result<api::Reservation> {
         let events = self.events(reservation, None).await?;
         let (_, last) = events.into_iter().next_back().context("no events")?;
@@ -218,10 +218,10 @@ impl TestServer {
         Ok(state)
     }
 
-    /// Checks that the buyer has a ticket, now or in the end.
+    /// Checks that a reservation is confirmed, at once or as the final state of an accepted order.
     ///
     /// # Errors
-    /// What came instead.
+    /// Names the answer that came instead.
     pub async fn expect_confirmed(&self, answered: &Answered) -> anyhow::Result<api::Reservation> {
         let reservation: api::Reservation = answered.json()?;
         let reservation = match answered.status {
@@ -233,10 +233,11 @@ impl TestServer {
         Ok(reservation)
     }
 
-    /// Checks that the buyer is refused for this reason, now or in the end. Tells the earlier reservation that is named.
+    /// Checks that a reservation is refused for this reason, at once or as the final state of an
+    /// accepted order. Returns the earlier reservation that the refusal names.
     ///
     /// # Errors
-    /// What came instead.
+    /// Names the answer that came instead.
     pub async fn expect_refused(&self, answered: &Answered, kind: ProblemKind) -> anyhow::Result<Option<Uuid>> {
         if answered.status != StatusCode::ACCEPTED {
             return Ok(answered.is(kind)?.reservation_id);
@@ -250,19 +251,19 @@ impl TestServer {
         Ok(state.earlier)
     }
 
-    /// Asks for a ticket.
+    /// Requests a reservation.
     ///
     /// # Errors
-    /// No answer.
+    /// Fails if the server does not answer.
     pub async fn reserve(&self, sale: SaleId, buyer: i64, key: Option<&str>) -> anyhow::Result<Answered> {
         let body = serde_json::to_vec(&api::NewReservation { buyer_id: buyer })?;
         self.post(sale, key, body).await
     }
 
-    /// Sends any body where a reservation is expected.
+    /// Sends an arbitrary body as a reservation.
     ///
     /// # Errors
-    /// No answer.
+    /// Fails if the server does not answer.
     pub async fn post(&self, sale: SaleId, key: Option<&str>, body: Vec<u8>) -> anyhow::Result<Answered> {
         self.call(Call {
             method: Method::POST,
@@ -274,10 +275,10 @@ impl TestServer {
         .await
     }
 
-    /// Opens a sale with any token.
+    /// Opens a sale with this token, and returns the response.
     ///
     /// # Errors
-    /// No answer.
+    /// Fails if the server does not answer.
     pub async fn open_sale(&self, sale: SaleId, capacity: i64, token: Option<&str>) -> anyhow::Result<Answered> {
         let body = serde_json::to_vec(&api::NewSale {
             name: "the last tickets".to_owned(),
@@ -293,37 +294,37 @@ impl TestServer {
         .await
     }
 
-    /// Opens the sale of the rush, as an administrator.
+    /// Opens sale [`SALE`] as an administrator.
     ///
     /// # Errors
-    /// It was open already, or there is no answer.
+    /// Fails if the sale is open already or the server does not answer.
     pub async fn create_rush_sale(&self, capacity: u32) -> anyhow::Result<()> {
         self.create_sale(SALE, capacity).await
     }
 
-    /// Opens any sale, as an administrator.
+    /// Opens a sale as an administrator.
     ///
     /// # Errors
-    /// It was open already, or there is no answer.
+    /// Fails if the sale is open already or the server does not answer.
     pub async fn create_sale(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
         self.servers.open_sale(sale, capacity).await
     }
 
-    /// The sale as the server tells it.
+    /// Reads a sale.
     ///
     /// # Errors
-    /// It does not.
+    /// Fails if the server does not answer with a sale.
     pub async fn sale(&self, sale: SaleId) -> anyhow::Result<api::Sale> {
         self.get(&format!("/api/sales/{sale}")).await?.json()
     }
 
-    /// Writes raw bytes, and reads until the server closes or has said something.
+    /// Sends raw bytes, and reads until the server responds or closes the connection.
     ///
     /// # Errors
-    /// The connection can't be had.
+    /// Fails if the server neither responds nor closes the connection.
     pub async fn raw(&self, bytes: &[u8]) -> anyhow::Result<String> {
         let mut stream = TcpStream::connect(self.address).await?;
-        // The server may well close before it has read everything.
+        // The server may close before it has read everything.
         let _ = stream.write_all(bytes).await;
         let mut answer = vec![0; 4096];
         let read = timeout(TIMEOUT, stream.read(&mut answer))
@@ -335,19 +336,20 @@ impl TestServer {
 }
 
 impl Answered {
-    /// The body, as what it must be.
+    /// Parses the body as JSON.
     ///
     /// # Errors
-    /// It is something else.
+    /// Fails if the body is not a `T`.
     pub fn json<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
         serde_json::from_slice(&self.body)
             .with_context(|| format!("{} {}", self.status, String::from_utf8_lossy(&self.body)))
     }
 
-    /// Checks that this is the problem, with everything that RFC 9457 and the contract ask of it.
+    /// Checks that the response is this problem, with everything that RFC 9457 and the contract
+    /// require.
     ///
     /// # Errors
-    /// What differs.
+    /// Names the first difference.
     pub fn is(&self, kind: ProblemKind) -> anyhow::Result<api::Problem> {
         let problem: api::Problem = self.json()?;
         ensure!(
@@ -384,10 +386,11 @@ impl Answered {
     }
 }
 
-/// Everything the contract says about selling, refusing and repeating: at once, or in the final state of an order that was accepted.
+/// Checks what the contract requires of confirmations, refusals and repeats, at once or as the
+/// final state of an accepted order.
 ///
 /// # Errors
-/// The first thing that is not as the contract says.
+/// Names the first deviation.
 pub async fn sells_refuses_and_repeats(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         AlreadyReserved, KeyOfAnotherBuyer, SaleDiffers, SoldOut, Unauthorized, UnknownReservation, UnknownSale,
@@ -450,7 +453,7 @@ pub async fn sells_refuses_and_repeats(server: &TestServer) -> anyhow::Result<()
     Ok(())
 }
 
-/// While one sale is open, so is another, to the same buyers, under the same keys: neither knows of the other.
+/// Checks that two open sales are independent, with the same buyers and keys.
 async fn sells_elsewhere(server: &TestServer, here: &api::Reservation) -> anyhow::Result<()> {
     const ELSEWHERE: SaleId = 2;
 
@@ -464,7 +467,7 @@ async fn sells_elsewhere(server: &TestServer, here: &api::Reservation) -> anyhow
     let second = server
         .expect_confirmed(&server.reserve(ELSEWHERE, 2, Some("c")).await?)
         .await?;
-    // Whoever has a ticket is told more of the key than of the ticket.
+    // For a buyer with a ticket, the error about the key takes precedence.
     let others_key = server.reserve(ELSEWHERE, 1, Some("c")).await?;
     server
         .expect_refused(&others_key, ProblemKind::KeyOfAnotherBuyer)
@@ -482,10 +485,10 @@ async fn sells_elsewhere(server: &TestServer, here: &api::Reservation) -> anyhow
     Ok(())
 }
 
-/// Whatever a client gets wrong is answered with a 4xx that says what it was, and sells nothing.
+/// Checks that every invalid request is answered with the right 4xx problem, and sells nothing.
 ///
 /// # Errors
-/// The first answer that does not.
+/// Names the first wrong answer.
 pub async fn refuses_bad_input(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         BodyTooLarge, InvalidBody, MalformedBody, MalformedKey, MalformedPath, MethodNotAllowed, NotFound,

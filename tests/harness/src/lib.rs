@@ -1,4 +1,5 @@
-//! The suite: real services, a rush of buyers, a judge, and exact schedules. It knows no level's name.
+//! The test harness: real backends, a rush of buyers, a judge of histories, exact schedules, and
+//! faults. It does not depend on any level.
 
 pub mod backends;
 mod contract;

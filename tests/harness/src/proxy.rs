@@ -1,4 +1,4 @@
-//! A proxy before a server: what goes through it is counted, and can be cut.
+//! A TCP proxy in front of a server, which counts traffic and injects network faults.
 
 use std::{
     sync::{
@@ -16,10 +16,11 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// As much of what a client says is remembered, in bytes.
+/// The number of bytes from the start of a connection that are searched for a fault's word.
 const BEGINNING: usize = 16 * 1024;
 
-/// Forwards TCP connections to a server, as long as it is let. Ends when it is dropped, with all its connections.
+/// Forwards TCP connections to a server, subject to a [`Fault`]. Dropping it closes all its
+/// connections.
 pub struct Proxy {
     port: u16,
     fault: watch::Sender<Fault>,
@@ -27,19 +28,19 @@ pub struct Proxy {
     accepting: AbortHandle,
 }
 
-/// What does not get through.
+/// A network fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Everything does.
+    /// Forwards everything.
     None,
-    /// A connection ends, now or later, as soon as its client has said this word near its beginning, such as `SUBSCRIBE`.
+    /// Closes a connection once its client has sent this word near the start, such as `SUBSCRIBE`.
     CloseOn(&'static str),
-    /// A connection whose client has said this word goes silent, for good: nothing gets through either way any more, and nobody hangs up. An empty
-    /// word is said by everybody.
+    /// Discards all bytes in both directions, for good and without closing, on a connection whose
+    /// client has sent this word. The empty word matches every connection.
     Blackhole(&'static str),
-    /// Everything does, later by so much. What a client has said by then arrives together.
+    /// Delays what clients send by this time, and forwards what has arrived by then in one piece.
     Delay(Duration),
-    /// Every connection ends, and whoever comes is turned away.
+    /// Closes every connection, and rejects new ones.
     CloseAll,
 }
 
@@ -52,10 +53,10 @@ struct Counted {
 }
 
 impl Proxy {
-    /// Stands before the server at this address.
+    /// Starts a proxy in front of the server at this address.
     ///
     /// # Errors
-    /// There is no port to be had.
+    /// Fails if no port is free.
     pub async fn before(server: String) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
@@ -70,15 +71,15 @@ impl Proxy {
         })
     }
 
-    /// Where it listens, on 127.0.0.1.
+    /// Its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The address of what it stands before, such as a `DATABASE_URL`, with its own place in it.
+    /// A URL of the server, such as a `DATABASE_URL`, with host and port replaced by the proxy's.
     ///
     /// # Panics
-    /// The address is no URL of a server.
+    /// Panics unless `url` is the URL of a server.
     pub fn url_through(&self, url: &str) -> String {
         let mut url = url::Url::parse(url).expect("a URL");
         url.set_host(Some("127.0.0.1")).expect("a URL with a host");
@@ -86,32 +87,32 @@ impl Proxy {
         url.into()
     }
 
-    /// Whether somebody's connection was cut or fell silent.
+    /// Whether the fault has closed or blackholed any connection.
     pub fn has_struck(&self) -> bool {
         self.connections_closed() + self.connections_blackholed() > 0
     }
 
-    /// From here on this does not get through, also on the connections that are there. [`Fault::None`] mends it.
+    /// Injects a fault on all connections, open ones included. [`Fault::None`] removes it.
     pub fn inject(&self, fault: Fault) {
         self.fault.send_replace(fault);
     }
 
-    /// Bytes that clients have sent and that went on to the server.
+    /// The number of bytes forwarded to the server.
     pub fn bytes_to_server(&self) -> u64 {
         self.counted.to_server.load(Relaxed)
     }
 
-    /// Connections that were cut or turned away.
+    /// The number of connections that were closed or rejected.
     pub fn connections_closed(&self) -> u64 {
         self.counted.closed.load(Relaxed)
     }
 
-    /// Connections that went silent.
+    /// The number of connections that were blackholed.
     pub fn connections_blackholed(&self) -> u64 {
         self.counted.blackholed.load(Relaxed)
     }
 
-    /// How often a client has said something on a connection that was silent by then.
+    /// The number of chunks that clients sent on blackholed connections.
     pub fn chunks_discarded(&self) -> u64 {
         self.counted.discarded.load(Relaxed)
     }
@@ -129,7 +130,7 @@ async fn accept(listener: TcpListener, server: String, faults: watch::Receiver<F
         tokio::spawn(async move {
             let turned_away = *faults.borrow() == Fault::CloseAll;
             if !turned_away && let Ok(server) = TcpStream::connect(server).await {
-                // What is small must not wait for more.
+                // Small writes must not wait for more (Nagle's algorithm).
                 let _ = (client.set_nodelay(true), server.set_nodelay(true));
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
@@ -145,7 +146,8 @@ async fn accept(listener: TcpListener, server: String, faults: watch::Receiver<F
     }
 }
 
-/// What the client says, until one of both closes or it is cut; or until the proxy is gone.
+/// Forwards what the client sends, until either side closes, a fault closes the connection, or the
+/// proxy is dropped.
 async fn client_to_server(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
@@ -157,13 +159,13 @@ async fn client_to_server(
     let mut buffer = vec![0; BEGINNING];
     let mut unsent = 0;
     loop {
-        let has_said =
+        let has_sent =
             |word: &str| word.is_empty() || beginning.windows(word.len()).any(|said| said == word.as_bytes());
         let is_closed = match *faults.borrow_and_update() {
             Fault::None | Fault::Delay(_) => false,
-            Fault::CloseOn(word) => has_said(word),
+            Fault::CloseOn(word) => has_sent(word),
             Fault::Blackhole(word) => {
-                if has_said(word) && !silent.swap(true, Relaxed) {
+                if has_sent(word) && !silent.swap(true, Relaxed) {
                     counted.blackholed.fetch_add(1, Relaxed);
                 }
                 false
@@ -174,7 +176,7 @@ async fn client_to_server(
             counted.closed.fetch_add(1, Relaxed);
             return;
         }
-        // Only after that, or the server would hear what is to be cut.
+        // Only after the fault check, or the server would receive what the fault is to stop.
         if silent.load(Relaxed) {
             counted.discarded.fetch_add(u64::from(unsent > 0), Relaxed);
         } else if to.write_all(&buffer[..unsent]).await.is_err() {
@@ -207,7 +209,7 @@ async fn client_to_server(
     }
 }
 
-/// What the server says.
+/// Forwards what the server sends.
 async fn server_to_client(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silent: &AtomicBool) {
     let mut buffer = vec![0; BEGINNING];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {

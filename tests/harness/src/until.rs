@@ -1,22 +1,22 @@
-//! Waiting for something that nobody announces.
+//! Polling for a condition.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// How long it may take on a slow machine.
+/// Time limit, generous for a slow machine.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How often it is looked for.
+/// Interval between two checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Looks until it is so.
+/// Waits until the condition holds.
 ///
 /// # Panics
-/// After 20 seconds it is still not so.
-pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+/// Panics if the condition does not hold within 20 seconds.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let gave_up = Instant::now() + TIMEOUT;
-    while !is_so().await {
+    while !holds().await {
         assert!(Instant::now() < gave_up, "waited {TIMEOUT:?} for {what}");
         sleep(POLL_INTERVAL).await;
     }

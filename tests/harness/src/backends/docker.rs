@@ -37,7 +37,8 @@ const PULL_RETRY_INTERVAL: Duration = Duration::from_secs(5 * 60);
 /// Attempts with another port if the chosen one was taken in the meantime.
 const PORTS_TO_TRY: u32 = 3;
 
-/// The runtime of all calls to the engine. Connections belong to the runtime that opened them, and a test's runtime ends with the test.
+/// The runtime of all calls to the engine. Connections belong to the runtime that opened them, and
+/// a test's runtime ends with the test.
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -67,8 +68,8 @@ pub(super) struct ImageName {
 }
 
 impl Container {
-    /// Starts a container and maps its port `inside` to a port of this machine that stays the same across restarts. `request` receives that
-    /// port. The container need not be ready on return.
+    /// Starts a container and maps its port `inside` to a port of this machine that stays the same
+    /// across restarts. `request` receives that port. The container need not be ready on return.
     pub(super) async fn start<I: Image + 'static>(
         service: &'static str,
         image: ImageName,
@@ -94,7 +95,8 @@ impl Container {
                 match request.start().await {
                     Ok(container) => {
                         let host = match container.get_host().await?.to_string() {
-                            // localhost may resolve to ::1 first, where the port may not be published.
+                            // localhost may resolve to ::1 first, where the port may not be
+                            // published.
                             host if host == "localhost" => "127.0.0.1".to_owned(),
                             host => host,
                         };
@@ -153,7 +155,8 @@ impl Container {
                 .ask(|engine, name| async move { engine.pause_container(&name).await })
                 .await;
             match paused {
-                // An engine on cgroups v1 gives up on a container whose threads come and go, and resumes all of them.
+                // An engine on cgroups v1 gives up on a container whose threads come and go, and
+                // resumes all of them.
                 Err(why) if format!("{why:#}").contains("unable to freeze") && began.elapsed() < FREEZE_TIMEOUT => {}
                 paused => return paused,
             }
@@ -268,7 +271,8 @@ async fn engine() -> anyhow::Result<Docker> {
     }
 }
 
-/// The engine's address as testcontainers derives it from the environment. The reaper needs it, as its `docker` may derive another one.
+/// The engine's address as testcontainers derives it from the environment. The reaper needs it, as
+/// its `docker` may derive another one.
 fn address() -> Option<String> {
     if let Some(host) = setting("DOCKER_HOST") {
         return Some(host.to_string_lossy().into_owned());
@@ -285,8 +289,9 @@ fn address() -> Option<String> {
     .map(|socket| format!("unix://{}", socket.display()))
 }
 
-/// Pulls the image unless it is present. A failed pull is not repeated in this process, and for a while not in others, which find it noted in
-/// a file: a machine without a network does not wait for a pull in every test binary.
+/// Pulls the image unless it is present. A failed pull is not repeated in this process, and for a
+/// while not in others, which find it noted in a file: a machine without a network does not wait
+/// for a pull in every test binary.
 async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerRequest<I>) -> anyhow::Result<()> {
     static PULLED: Mutex<Option<HashMap<String, Result<(), String>>>> = Mutex::const_new(None);
 

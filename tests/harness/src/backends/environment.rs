@@ -1,4 +1,5 @@
-//! The environment of one test or run: a database, and a prefix in Redis and Kafka where the strategy needs them.
+//! The environment of one test or run: a database, and a prefix in Redis and Kafka where the
+//! strategy needs them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -46,7 +47,8 @@ impl Services {
     }
 }
 
-/// A database, and a prefix in Redis and in Kafka where the strategy needs them. Dropping it removes all of them.
+/// A database, and a prefix in Redis and in Kafka where the strategy needs them. Dropping it
+/// removes all of them.
 pub struct TestEnvironment {
     database: Database,
     redis: Option<RedisShare>,
@@ -71,7 +73,8 @@ impl TestEnvironment {
     /// Creates an environment for a strategy on the backends that all tests of this process share.
     ///
     /// # Errors
-    /// Fails with [`Missing`] if no source provides a required backend, or if the database can't be created.
+    /// Fails with [`Missing`] if no source provides a required backend, or if the database can't be
+    /// created.
     pub async fn shared(strategy: &Strategy) -> anyhow::Result<Self> {
         let database = postgres().await?.database(strategy.schema).await?;
         let redis = match strategy.needs.contains(&Service::Redis) {
@@ -169,7 +172,8 @@ impl TestEnvironment {
         }))
     }
 
-    /// The Kafka configuration for a strategy in this process, with this number of consumers and this session timeout.
+    /// The Kafka configuration for a strategy in this process, with this number of consumers and
+    /// this session timeout.
     pub fn kafka(&self, consumers: u32, session: Duration) -> Option<KafkaConfig> {
         self.kafka.as_ref().map(|kafka| KafkaConfig {
             bootstrap_servers: kafka.bootstrap_servers.clone(),

@@ -38,7 +38,8 @@ fn settings() -> [(&'static str, &'static str); 11] {
     [
         // An automatically created topic would have one partition.
         ("auto.create.topics.enable", "false"),
-        // Small internal topics: with the default of 50 partitions, the first consumer group would wait for them.
+        // Small internal topics: with the default of 50 partitions, the first consumer group would
+        // wait for them.
         ("offsets.topic.num.partitions", "4"),
         ("offsets.topic.replication.factor", "1"),
         ("transaction.state.log.num.partitions", "4"),
@@ -69,7 +70,8 @@ enum Server {
 }
 
 impl Kafka {
-    /// Finds a broker or starts one. A started broker stops when this is dropped or this process ends.
+    /// Finds a broker or starts one. A started broker stops when this is dropped or this process
+    /// ends.
     ///
     /// # Errors
     /// [`Missing`] if no source provides a broker.
@@ -77,7 +79,8 @@ impl Kafka {
         Self::search(&[Source::External, Source::Docker, Source::Native]).await
     }
 
-    /// Starts a broker for one test, from Docker or native programs. It keeps its address when it is stopped and started again.
+    /// Starts a broker for one test, from Docker or native programs. It keeps its address when it
+    /// is stopped and started again.
     ///
     /// # Errors
     /// [`Missing`] if no broker can be started.
@@ -108,7 +111,8 @@ impl Kafka {
 
     async fn new(server: Server, servers: String, candidate: Candidate) -> anyhow::Result<Self> {
         let version = Connection::open(&servers).await?.version().await?;
-        // By default a broker does not wait for its disk: acknowledged messages are in the operating system's page cache.
+        // By default a broker does not wait for its disk: acknowledged messages are in the
+        // operating system's page cache.
         let report = candidate.report(version, servers.clone(), BTreeMap::new())?;
         Ok(Self {
             server,

@@ -14,7 +14,8 @@ use super::{Postgres, docker::Container, native::Process};
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A server started by this process, which can be started again at the same address. Dropping it stops and removes the server.
+/// A server started by this process, which can be started again at the same address. Dropping it
+/// stops and removes the server.
 pub(super) struct ManagedServer {
     backing: Backing,
     probe: ReadinessProbe,
@@ -167,8 +168,9 @@ impl<S> Private<S> {
         Self { service, server }
     }
 
-    /// Shuts the server down gracefully and closes its connections. After a restart, Postgres has what was committed, Kafka has what was
-    /// acknowledged, and Redis is empty. Does nothing if the server is down.
+    /// Shuts the server down gracefully and closes its connections. After a restart, Postgres has
+    /// what was committed, Kafka has what was acknowledged, and Redis is empty. Does nothing if the
+    /// server is down.
     ///
     /// # Errors
     /// Fails if the server does not exit in time.
@@ -176,7 +178,8 @@ impl<S> Private<S> {
         self.server.stop().await
     }
 
-    /// Kills all processes of the server (SIGKILL), like a crash. Does nothing if the server is down.
+    /// Kills all processes of the server (SIGKILL), like a crash. Does nothing if the server is
+    /// down.
     ///
     /// # Errors
     /// Fails if the processes can't be killed.
@@ -184,7 +187,8 @@ impl<S> Private<S> {
         self.server.kill().await
     }
 
-    /// Freezes all processes of the server: connections stay open but get no answer. Does nothing if the server is down.
+    /// Freezes all processes of the server: connections stay open but get no answer. Does nothing
+    /// if the server is down.
     ///
     /// # Errors
     /// Fails if the processes can't be frozen.
@@ -200,7 +204,8 @@ impl<S> Private<S> {
         self.server.thaw().await
     }
 
-    /// Starts the server again at the same address, and waits until it is ready. Does nothing if the server is running.
+    /// Starts the server again at the same address, and waits until it is ready. Does nothing if
+    /// the server is running.
     ///
     /// # Errors
     /// Fails if the server does not become ready.
@@ -208,8 +213,9 @@ impl<S> Private<S> {
         self.server.launch().await
     }
 
-    /// The pid of the server's root process; `None` while the server is down. For a container it is the pid as the engine reports it, which
-    /// is valid on this machine only if the engine runs here.
+    /// The pid of the server's root process; `None` while the server is down. For a container it is
+    /// the pid as the engine reports it, which is valid on this machine only if the engine runs
+    /// here.
     ///
     /// # Errors
     /// Fails if the engine does not answer.

@@ -1,15 +1,19 @@
 //! Backends: the Postgres, Redis and Kafka that a test or a rush runs on.
 //!
-//! The sources of each service are tried in this order, and one line on stderr reports which one was chosen and why:
+//! The sources of each service are tried in this order, and one line on stderr reports which one
+//! was chosen and why:
 //!
-//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`; for Kafka `KAFKA_BOOTSTRAP_SERVERS`).
-//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE`, `OVERSOLD_REDIS_IMAGE` and
-//!    `OVERSOLD_KAFKA_IMAGE` name other images.
-//! 3. **native**: its programs are installed on this machine. `OVERSOLD_POSTGRES_BIN` and `OVERSOLD_REDIS_BIN` name their folders if they are
-//!    not in the usual places. Kafka needs Java and a folder of jars, which `OVERSOLD_KAFKA_JARS` names.
+//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`; for Kafka
+//!    `KAFKA_BOOTSTRAP_SERVERS`).
+//! 2. **docker**: an engine answers, and the image is there or can be pulled.
+//!    `OVERSOLD_POSTGRES_IMAGE`, `OVERSOLD_REDIS_IMAGE` and `OVERSOLD_KAFKA_IMAGE` name other
+//!    images.
+//! 3. **native**: its programs are installed on this machine. `OVERSOLD_POSTGRES_BIN` and
+//!    `OVERSOLD_REDIS_BIN` name their folders if they are not in the usual places. Kafka needs Java
+//!    and a folder of jars, which `OVERSOLD_KAFKA_JARS` names.
 //!
-//! `OVERSOLD_BACKENDS=docker` or `=native` forces one source. The [`reaper`] stops and removes what this process started, however this process
-//! ends.
+//! `OVERSOLD_BACKENDS=docker` or `=native` forces one source. The [`reaper`] stops and removes what
+//! this process started, however this process ends.
 
 mod docker;
 mod environment;
@@ -40,7 +44,8 @@ pub use native::on_path;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
 pub use redis::{Prefix, Redis, Reply};
 
-/// The Postgres of this process: found or started once, and shared by all its tests. It runs with [`Durability::Fast`].
+/// The Postgres of this process: found or started once, and shared by all its tests. It runs with
+/// [`Durability::Fast`].
 ///
 /// # Errors
 /// [`Missing`] if no source provides a Postgres. The first result is cached.
@@ -196,7 +201,8 @@ pub fn without_secrets(url: &str) -> String {
     }
 }
 
-/// A free port outside the ephemeral range, so that a server that restarts finds its port still free.
+/// A free port outside the ephemeral range, so that a server that restarts finds its port still
+/// free.
 fn free_port() -> std::io::Result<u16> {
     const TRIES: usize = 100;
     let mut last = std::io::ErrorKind::AddrInUse.into();

@@ -1,4 +1,5 @@
-//! Native servers: where their programs are, which user runs them, and a process that can be stopped and started.
+//! Native servers: where their programs are, which user runs them, and a process that can be
+//! stopped and started.
 
 use std::{
     env,
@@ -68,7 +69,8 @@ impl Home {
         Ok(())
     }
 
-    /// A command for one of the service's programs, run as the server's user, with its output in the log.
+    /// A command for one of the service's programs, run as the server's user, with its output in
+    /// the log.
     pub(super) fn command(&self, program: &Path) -> anyhow::Result<Command> {
         let log = File::options().create(true).append(true).open(self.log_file())?;
         let mut command = reaper::command(program)?;
@@ -111,7 +113,8 @@ impl Drop for Home {
     }
 }
 
-/// Returns the arguments that make a server listen on a port. Called once for each port that is tried.
+/// Returns the arguments that make a server listen on a port. Called once for each port that is
+/// tried.
 pub(super) type PortArguments = Box<dyn Fn(u16) -> anyhow::Result<Vec<OsString>> + Send + Sync>;
 
 /// For a program that takes its port as an argument of this name.
@@ -149,7 +152,8 @@ impl Process {
             arguments_for_port,
             port: 0,
             port_arguments: Vec::new(),
-            // For Postgres this is the "fast shutdown", which disconnects clients instead of waiting for them.
+            // For Postgres this is the "fast shutdown", which disconnects clients instead of
+            // waiting for them.
             stop_signal: Signal::INT,
             drop_signal: Signal::KILL,
             child: Mutex::default(),
@@ -162,7 +166,8 @@ impl Process {
         self
     }
 
-    /// Sets the signal that ends the process on drop, for one that has to clean up; SIGKILL by default.
+    /// Sets the signal that ends the process on drop, for one that has to clean up; SIGKILL by
+    /// default.
     pub(super) fn drop_signal(mut self, signal: Signal) -> Self {
         self.drop_signal = signal;
         self
@@ -220,7 +225,8 @@ impl Process {
 
     /// Kills the process and its children unless it is down.
     pub(super) async fn kill(&self) -> anyhow::Result<()> {
-        // Stopped first, so that no child is created or reaped between listing the children and killing them.
+        // Stopped first, so that no child is created or reaped between listing the children and
+        // killing them.
         self.send(Signal::STOP)?;
         self.send_to_children(Signal::KILL)?;
         self.send(Signal::KILL)?;
@@ -323,7 +329,8 @@ fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
     Ok(table.lines().filter_map(child).collect())
 }
 
-/// The folder that contains all these programs: the one that `variable` names, else the first of the usual ones.
+/// The folder that contains all these programs: the one that `variable` names, else the first of
+/// the usual ones.
 pub(super) fn programs(
     variable: &str,
     programs: &[&str],
@@ -352,7 +359,8 @@ pub(super) struct User {
     pub(super) gid: u32,
 }
 
-/// The user that runs servers when this process runs as root: `postgres` if it exists, else `nobody`. `None` if this process is not root.
+/// The user that runs servers when this process runs as root: `postgres` if it exists, else
+/// `nobody`. `None` if this process is not root.
 pub(super) fn unprivileged_user() -> Option<User> {
     static USER: OnceLock<Option<User>> = OnceLock::new();
     *USER.get_or_init(|| {

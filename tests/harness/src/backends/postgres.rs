@@ -56,7 +56,8 @@ fn settings(durability: Durability) -> Vec<String> {
         "max_connections=500",
         // The default of 1 s would make every test of a deadlock wait that long.
         "deadlock_timeout=10ms",
-        // In files of the data folder, which are removed with it. A killed server would leave segments behind in /dev/shm.
+        // In files of the data folder, which are removed with it. A killed server would leave
+        // segments behind in /dev/shm.
         "dynamic_shared_memory_type=mmap",
     ];
     if durability == Durability::Fast {
@@ -88,7 +89,8 @@ enum Server {
 }
 
 impl Postgres {
-    /// Finds a server or starts one. A started server stops when this is dropped or this process ends.
+    /// Finds a server or starts one. A started server stops when this is dropped or this process
+    /// ends.
     ///
     /// # Errors
     /// [`Missing`] if no source provides a server.
@@ -96,7 +98,8 @@ impl Postgres {
         Self::search(&[Source::External, Source::Docker, Source::Native], durability).await
     }
 
-    /// Starts a server for one test, from Docker or native programs. It keeps its address when it is stopped and started again.
+    /// Starts a server for one test, from Docker or native programs. It keeps its address when it
+    /// is stopped and started again.
     ///
     /// # Errors
     /// [`Missing`] if no server can be started.

@@ -1,9 +1,11 @@
 //! The reaper: stops and removes what this process has started, however this process ends.
 //!
-//! It is a small shell script in its own session that waits for the end of a pipe. Only this process holds the other end, so the kernel
-//! closes the pipe when this process ends, even by SIGKILL. Everything else the reaper needs is in a folder of files, its registry.
-//! A process registers *before* it executes the server's program, and a container is registered before it is created. The registry
-//! therefore lists everything that exists at any moment, and after a killed reaper the next run can clean up from it.
+//! It is a small shell script in its own session that waits for the end of a pipe. Only this
+//! process holds the other end, so the kernel closes the pipe when this process ends, even by
+//! SIGKILL. Everything else the reaper needs is in a folder of files, its registry. A process
+//! registers *before* it executes the server's program, and a container is registered before it is
+//! created. The registry therefore lists everything that exists at any moment, and after a killed
+//! reaper the next run can clean up from it.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
@@ -49,9 +51,9 @@ fn reaper() -> io::Result<&'static Reaper> {
         .map_err(|error| io::Error::other(format!("the reaper could not be started: {error}")))
 }
 
-/// A command that runs `program` registered with the reaper, in its own process group, so that Ctrl-C reaches it only through the reaper.
-/// The caller may add arguments, environment, user and pipes. When this process ends, the group receives SIGINT, then SIGKILL if it is
-/// still alive.
+/// A command that runs `program` registered with the reaper, in its own process group, so that
+/// Ctrl-C reaches it only through the reaper. The caller may add arguments, environment, user and
+/// pipes. When this process ends, the group receives SIGINT, then SIGKILL if it is still alive.
 ///
 /// If the program can't be executed, the child exits with code 126 or 127.
 ///
@@ -72,7 +74,8 @@ pub fn command(program: impl AsRef<Path>) -> io::Result<Command> {
     Ok(command)
 }
 
-/// Creates an empty folder that only this user can read. The reaper removes it with its contents when this process ends.
+/// Creates an empty folder that only this user can read. The reaper removes it with its contents
+/// when this process ends.
 ///
 /// # Errors
 /// An I/O error if the folder could not be created or the reaper could not be started.
@@ -83,8 +86,9 @@ pub fn folder(name: &str) -> io::Result<PathBuf> {
     Ok(folder)
 }
 
-/// Creates such a folder in memory (`/dev/shm`), for data that does not outlive this process. `None` if less than 1 GiB is free there. A
-/// database consists of thousands of small files and is created several times as fast there as on a disk.
+/// Creates such a folder in memory (`/dev/shm`), for data that does not outlive this process.
+/// `None` if less than 1 GiB is free there. A database consists of thousands of small files and is
+/// created several times as fast there as on a disk.
 ///
 /// # Errors
 /// As [`folder`].
@@ -110,7 +114,8 @@ pub fn folder_in_memory(name: &str) -> io::Result<Option<PathBuf>> {
     Ok(made.is_ok().then_some(folder))
 }
 
-/// Removes a folder of [`folder`] or [`folder_in_memory`], and the shared memory of a killed server whose data is in it.
+/// Removes a folder of [`folder`] or [`folder_in_memory`], and the shared memory of a killed server
+/// whose data is in it.
 pub(super) fn clear(folder: &Path) -> io::Result<()> {
     let cleared = Command::new("sh")
         .arg(reaper()?.folder.join("reaper.sh"))
@@ -127,7 +132,8 @@ pub(super) fn clear(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Registers a container before it is created under this name by the engine at this address. `None`: the default engine.
+/// Registers a container before it is created under this name by the engine at this address.
+/// `None`: the default engine.
 pub(super) fn register_container(name: &str, engine: Option<&str>) -> io::Result<()> {
     let entry = reaper()?.folder.join("containers").join(name);
     fs::write(entry, format!("{}\n", engine.unwrap_or_default()))
@@ -142,7 +148,8 @@ impl Reaper {
     fn start() -> io::Result<Self> {
         let new = tempfile::Builder::new()
             .prefix(UNOWNED)
-            // A server that runs as another user must reach its own folder in here, but not list the others.
+            // A server that runs as another user must reach its own folder in here, but not list
+            // the others.
             .permissions(Permissions::from_mode(0o711))
             .tempdir()?;
         let owner = OpenOptions::new()
@@ -168,8 +175,8 @@ impl Reaper {
         let folder = new.path().with_file_name(name.replace(UNOWNED, OWNED));
         fs::rename(new.keep(), &folder)?;
 
-        // `setsid` starts a new session. Where that program is missing (macOS), a new process group keeps Ctrl-C away, and the script ignores
-        // SIGHUP.
+        // `setsid` starts a new session. Where that program is missing (macOS), a new process group
+        // keeps Ctrl-C away, and the script ignores SIGHUP.
         let mut command = match native::on_path("setsid") {
             Some(setsid) => {
                 let mut command = Command::new(setsid);
@@ -206,7 +213,8 @@ impl Reaper {
     }
 }
 
-/// This user's folders without a living owner: their reapers were killed before they could clear them.
+/// This user's folders without a living owner: their reapers were killed before they could clear
+/// them.
 fn stale_folders() -> Vec<PathBuf> {
     let Ok(folders) = fs::read_dir(std::env::temp_dir()) else {
         return Vec::new();
@@ -224,7 +232,8 @@ fn is_stale(folder: &Path) -> io::Result<bool> {
         return Ok(false);
     }
     let about = fs::symlink_metadata(folder)?;
-    // A folder written by another user could make this process stop processes and delete files on that user's behalf.
+    // A folder written by another user could make this process stop processes and delete files on
+    // that user's behalf.
     if !about.is_dir() || about.uid() != rustix::process::geteuid().as_raw() {
         return Ok(false);
     }

@@ -1,5 +1,5 @@
-# The reaper: stops and removes what a process has started, once the process has ended, whether normally, by a panic, by Ctrl-C
-# or by SIGKILL.
+# The reaper: stops and removes what a process has started, once the process has ended, whether
+# normally, by a panic, by Ctrl-C or by SIGKILL.
 #
 #   sh reaper.sh keep FOLDER [STALE…] <PIPE    clears the stale folders, waits for the end of the pipe, then clears FOLDER
 #   sh reaper.sh clear FOLDER                  removes a data folder, or stops and removes everything registered in FOLDER
@@ -11,11 +11,13 @@
 # FOLDER/…                everything else that is to be removed
 set -u
 
-# The start time of a process, so that a process with a reused pid is left alone. Empty for a process that has ended.
+# The start time of a process, so that a process with a reused pid is left alone. Empty for a
+# process that has ended.
 start_time() {
     if [ -d /proc/self ]; then
         read -r stat 2>/dev/null <"/proc/$1/stat" || return 0
-        # The name is in parentheses and may contain anything. The state follows it, and the start time in ticks is the 20th word.
+        # The name is in parentheses and may contain anything. The state follows it, and the start
+        # time in ticks is the 20th word.
         set -- ${stat##*) }
         [ "$1" = Z ] || echo "${20}"
     else
@@ -25,7 +27,8 @@ start_time() {
     fi
 }
 
-# Sends a signal to the process group of every registered process that is alive. Fails if there is none.
+# Sends a signal to the process group of every registered process that is alive. Fails if there is
+# none.
 signal() {
     found=no
     for entry in "$2"/pids.closed/*; do
@@ -39,8 +42,9 @@ signal() {
     [ "$found" = yes ]
 }
 
-# Removes a container. The engine may still be creating it after its creator has died, so an absent container is retried for a while.
-# Fails if the container may still exist: the engine does not answer, or does not remove it.
+# Removes a container. The engine may still be creating it after its creator has died, so an absent
+# container is retried for a while. Fails if the container may still exist: the engine does not
+# answer, or does not remove it.
 remove_container() {
     tries=0
     while [ "$tries" -lt 20 ]; do
@@ -69,7 +73,8 @@ is_no_container() {
     fi
 }
 
-# Removes each entry once it is dealt with. While an entry remains, the folder remains, so that the next run tries again.
+# Removes each entry once it is dealt with. While an entry remains, the folder remains, so that the
+# next run tries again.
 clear_folder() {
     # From here on no process can register: one that has not done so fails and exits.
     [ ! -d "$1/pids" ] || mv "$1/pids" "$1/pids.closed"
@@ -98,7 +103,8 @@ clear_folder() {
 }
 
 remove_folder() {
-    # A killed Postgres leaves a shared memory segment, which its lock file names. A machine may have room for only a few.
+    # A killed Postgres leaves a shared memory segment, which its lock file names. A machine may
+    # have room for only a few.
     for lock in "$1"/data/postmaster.pid "$1"/*/data/postmaster.pid; do
         [ -f "$lock" ] || continue
         segment=$(sed -n '7s/.* //p' "$lock")

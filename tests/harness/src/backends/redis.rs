@@ -32,7 +32,8 @@ const SERVICE: Service = Service {
 };
 const URL_VARIABLE: &str = "REDIS_URL";
 
-/// The settings of every server started here. It never writes to a disk, so it is empty after a restart.
+/// The settings of every server started here. It never writes to a disk, so it is empty after a
+/// restart.
 fn settings(password: &str) -> [(&'static str, &str); 3] {
     [("save", ""), ("appendonly", "no"), ("requirepass", password)]
 }
@@ -51,7 +52,8 @@ enum Server {
 }
 
 impl Redis {
-    /// Finds a server or starts one. A started server stops when this is dropped or this process ends.
+    /// Finds a server or starts one. A started server stops when this is dropped or this process
+    /// ends.
     ///
     /// # Errors
     /// [`Missing`] if no source provides a server.
@@ -59,7 +61,8 @@ impl Redis {
         Self::search(&[Source::External, Source::Docker, Source::Native]).await
     }
 
-    /// Starts a server for one test, from Docker or native programs. It keeps its address when it is stopped and started again.
+    /// Starts a server for one test, from Docker or native programs. It keeps its address when it
+    /// is stopped and started again.
     ///
     /// # Errors
     /// [`Missing`] if no server can be started.
@@ -107,7 +110,8 @@ impl Redis {
         })
     }
 
-    /// Its URL, including the password. [`without_secrets`](crate::backends::without_secrets) masks it for messages.
+    /// Its URL, including the password. [`without_secrets`](crate::backends::without_secrets) masks
+    /// it for messages.
     pub fn url(&self) -> &str {
         &self.url
     }
@@ -117,7 +121,8 @@ impl Redis {
         &self.report
     }
 
-    /// Runs a command on a new connection, such as `command(&["PTTL", key])`. An error reply is a [`Reply::Error`].
+    /// Runs a command on a new connection, such as `command(&["PTTL", key])`. An error reply is a
+    /// [`Reply::Error`].
     ///
     /// # Errors
     /// Fails if the server does not answer.
@@ -130,7 +135,8 @@ impl Redis {
     }
 }
 
-/// Connects to the server at the user's URL, and checks that it accepts writes and lists its clients.
+/// Connects to the server at the user's URL, and checks that it accepts writes and lists its
+/// clients.
 async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
     let place = Place::parse(url).with_context(|| {
         format!("{URL_VARIABLE} is no URL of a Redis server, such as redis://user:password@host:6379/0")
@@ -139,7 +145,8 @@ async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
     let does_not_answer = |error: io::Error| anyhow::anyhow!("{shown} does not answer: {error}");
     let mut connection = place.connect().await.map_err(does_not_answer)?;
     connection.obeyed(&["PING"]).await.map_err(does_not_answer)?;
-    // A write command without effect: a replica rejects it, and so does a server on which this user may only read.
+    // A write command without effect: a replica rejects it, and so does a server on which this user
+    // may only read.
     let deleting = connection.obeyed(&["DEL", "oversold:{0.0}:none"]).await;
     deleting.with_context(|| format!("{shown} can't be written to"))?;
     let owner = ExternalOwner::register(&place).await;

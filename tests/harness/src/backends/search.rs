@@ -10,7 +10,8 @@ pub(super) struct Service {
     pub(super) name: &'static str,
     /// The environment variable with the URL of an external server.
     pub(super) url_variable: &'static str,
-    /// Package managers, each with the command that installs the service. Empty: only `infra/setup.sh` can install it.
+    /// Package managers, each with the command that installs the service. Empty: only
+    /// `infra/setup.sh` can install it.
     pub(super) packages: &'static [(&'static str, &'static str)],
 }
 
@@ -46,7 +47,8 @@ impl Candidate {
     }
 }
 
-/// Tries the sources in this order with `take`, or only the forced one, and returns the first success.
+/// Tries the sources in this order with `take`, or only the forced one, and returns the first
+/// success.
 pub(super) async fn search<T>(
     service: &'static Service,
     order: &[Source],

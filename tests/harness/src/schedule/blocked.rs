@@ -10,7 +10,8 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
-/// The request that holds each connection. A connection returns to the pool only after its transaction has ended.
+/// The request that holds each connection. A connection returns to the pool only after its
+/// transaction has ended.
 #[derive(Clone, Default)]
 pub(super) struct Holders(Arc<Mutex<HashMap<i32, Holder>>>);
 
@@ -110,8 +111,8 @@ impl Blocked {
         self.waits_for.keys().copied()
     }
 
-    /// The root of the chain of backends that `pid` waits for: one that is not blocked itself. `None` for a deadlock, which Postgres is about to
-    /// break.
+    /// The root of the chain of backends that `pid` waits for: one that is not blocked itself.
+    /// `None` for a deadlock, which Postgres is about to break.
     pub(super) fn root(&self, pid: i32) -> Option<i32> {
         let mut seen = HashSet::new();
         let mut next = pid;

@@ -1,4 +1,5 @@
-//! Cancellation: the future of a reservation is dropped after the n-th poll, for every n until it completes.
+//! Cancellation: the future of a reservation is dropped after the n-th poll, for every n until it
+//! completes.
 
 use std::{
     pin::Pin,
@@ -26,11 +27,12 @@ use crate::{
 /// Size of the strategy's pool: small, so that a leaked connection is noticed.
 const CONNECTIONS: u32 = 2;
 
-/// The lease of locks in Redis: longer than any wait here, so that a cancelled reservation has to release its lock.
+/// The lease of locks in Redis: longer than any wait here, so that a cancelled reservation has to
+/// release its lock.
 const LEASE: Duration = Duration::from_secs(60);
 
-/// Consecutive completions after which no cancellation point is left. One may be luck: if the database has answered before the first poll,
-/// there is one await less to cancel at.
+/// Consecutive completions after which no cancellation point is left. One may be luck: if the
+/// database has answered before the first poll, there is one await less to cancel at.
 const COMPLETIONS: usize = 5;
 
 /// Time limit after a cancellation, by which the transaction has released its locks.
@@ -55,8 +57,9 @@ impl Future for PollLimited<'_> {
     }
 }
 
-/// Cancels a reservation after every number of polls, and checks each time that nothing partial remains: no open transaction, no leaked
-/// connection; a repeat with the same key gets the one reservation, and the next buyer the other ticket.
+/// Cancels a reservation after every number of polls, and checks each time that nothing partial
+/// remains: no open transaction, no leaked connection; a repeat with the same key gets the one
+/// reservation, and the next buyer the other ticket.
 ///
 /// Returns the number of cancellations.
 ///
@@ -132,8 +135,8 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
     }
 }
 
-/// Checks the state after a cancelled reservation: no connection is leaked, its buyer gets one ticket under the same key, the next buyer gets
-/// the other, and the judge finds nothing.
+/// Checks the state after a cancelled reservation: no connection is leaked, its buyer gets one
+/// ticket under the same key, the next buyer gets the other, and the judge finds nothing.
 async fn all_are_served(
     reserve: &dyn Reserve,
     strategy: &Strategy,

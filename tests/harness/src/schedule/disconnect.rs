@@ -1,4 +1,5 @@
-//! Disconnection: a buyer closes the connection while the server is stopped (SIGSTOP) at a scheduling point.
+//! Disconnection: a buyer closes the connection while the server is stopped (SIGSTOP) at a
+//! scheduling point.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -33,9 +34,10 @@ enum Leaves {
     Resetting,
 }
 
-/// Stops the level's server at every scheduling point of a reservation, disconnects, resumes the server, and checks each time that nothing
-/// partial remains. The reservation runs in its own task, so it still completes; no transaction is open; the pool's only connection is
-/// usable; a repeat with the same key gets that reservation, and the next buyer the other ticket.
+/// Stops the level's server at every scheduling point of a reservation, disconnects, resumes the
+/// server, and checks each time that nothing partial remains. The reservation runs in its own task,
+/// so it still completes; no transaction is open; the pool's only connection is usable; a repeat
+/// with the same key gets that reservation, and the next buyer the other ticket.
 ///
 /// Returns the points.
 ///

@@ -1,8 +1,9 @@
 //! Exploration: every feasible order of the steps of a few requests.
 //!
-//! The search is depth first, by replay. A run follows the choices of its prefix, then always moves the first request that can move. The
-//! next run changes the last choice that had an untried alternative. A decision of the engine, such as which waiter gets a lock, is not a
-//! choice: a replay that meets another set of movable requests continues with that set.
+//! The search is depth first, by replay. A run follows the choices of its prefix, then always moves
+//! the first request that can move. The next run changes the last choice that had an untried
+//! alternative. A decision of the engine, such as which waiter gets a lock, is not a choice: a
+//! replay that meets another set of movable requests continues with that set.
 
 use anyhow::ensure;
 
@@ -24,7 +25,8 @@ pub struct Scenario {
     pub clicks: &'static [u32],
     /// Points at which requests are not held: what precedes and follows them is one step.
     pub passes: &'static [&'static str],
-    /// Maximum number of preemptions: switches away from a request that could move. `None`: unlimited.
+    /// Maximum number of preemptions: switches away from a request that could move. `None`:
+    /// unlimited.
     pub preemptions: Option<usize>,
 }
 
@@ -33,7 +35,8 @@ pub struct Scenario {
 pub struct Exploration {
     /// The number of orders.
     pub orders: usize,
-    /// The number of orders in which a request was blocked, so that the run deviated from the choices.
+    /// The number of orders in which a request was blocked, so that the run deviated from the
+    /// choices.
     pub blocked: usize,
     /// The orders that broke an invariant.
     pub broken: Vec<Broken>,
@@ -72,7 +75,8 @@ impl ScheduleRunner {
         self.every_order(scenario, Keys::Own).await
     }
 
-    /// Runs the scenario in every feasible order, with the key of the first request for all requests.
+    /// Runs the scenario in every feasible order, with the key of the first request for all
+    /// requests.
     ///
     /// # Errors
     /// As [`explore`](Self::explore).

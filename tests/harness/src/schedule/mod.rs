@@ -1,7 +1,8 @@
 //! Exact schedules: every request is held at its scheduling points, and one moves at a time.
 //!
-//! A [`Schedule`] of a [`ScheduleRunner`] calls the strategy directly, in this process, on a real database. Nothing depends on timing: a step
-//! ends when every request that is not held has reached its next point, has answered, or is observed to be blocked by one that is held.
+//! A [`Schedule`] of a [`ScheduleRunner`] calls the strategy directly, in this process, on a real
+//! database. Nothing depends on timing: a step ends when every request that is not held has reached
+//! its next point, has answered, or is observed to be blocked by one that is held.
 
 mod blocked;
 mod cancellation;

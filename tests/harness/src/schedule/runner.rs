@@ -22,7 +22,8 @@ use crate::{
     history::{Answer, Refused},
 };
 
-/// The lease of locks in Redis: longer than any schedule, so that a lease ends only when a test ends it.
+/// The lease of locks in Redis: longer than any schedule, so that a lease ends only when a test
+/// ends it.
 const LEASE: Duration = Duration::from_secs(600);
 
 /// A strategy on its own database, on which schedules run one after another.
@@ -92,10 +93,12 @@ impl ScheduleRunner {
         })
     }
 
-    /// Runs the schedule that the book shows for a strategy: both requests read before either writes.
+    /// Runs the schedule that the book shows for a strategy: both requests read before either
+    /// writes.
     ///
-    /// It has two buyers and one ticket; for a strategy that fails at a buyer's second click, two clicks and two tickets. The first request
-    /// runs to [`points::DECIDED_TO_SELL`], the second towards it, then the first to its answer, then the second.
+    /// It has two buyers and one ticket; for a strategy that fails at a buyer's second click, two
+    /// clicks and two tickets. The first request runs to [`points::DECIDED_TO_SELL`], the second
+    /// towards it, then the first to its answer, then the second.
     ///
     /// # Errors
     /// As [`Schedule::run_towards`] and [`Schedule::run_to_completion`].

@@ -44,7 +44,8 @@ impl Schedule<'_> {
                 self.trace()
             )
         })?;
-        // A request that this step unblocked runs concurrently. In the trace, cause precedes effect.
+        // A request that this step unblocked runs concurrently. In the trace, cause precedes
+        // effect.
         self.shared.state().trace.events[before..].sort_by_key(|event| event.lane != lane);
         moved
     }
@@ -82,8 +83,8 @@ impl Schedule<'_> {
         })
     }
 
-    /// Whether an event is pending: a waiter has not yet reported a released lock as taken, or an answered request still holds a connection,
-    /// whose transaction is being rolled back.
+    /// Whether an event is pending: a waiter has not yet reported a released lock as taken, or an
+    /// answered request still holds a connection, whose transaction is being rolled back.
     fn is_unsettled(&self) -> bool {
         let state = self.shared.state();
         let answered = state
@@ -97,8 +98,8 @@ impl Schedule<'_> {
                 .any(|(lane, _)| self.runner.holders.holds(self.holder(lane)))
     }
 
-    /// The waits of the running requests as pairs of lanes (waiter, root blocker). `None` unless each of them waits for a held request, directly
-    /// or indirectly.
+    /// The waits of the running requests as pairs of lanes (waiter, root blocker). `None` unless
+    /// each of them waits for a held request, directly or indirectly.
     fn waits_on_held_requests(&self, blocked: &Blocked, running: &[usize]) -> Option<Vec<(usize, usize)>> {
         let lane_of = |pid| {
             let holder = self.runner.holders.of(pid)?;

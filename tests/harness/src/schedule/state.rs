@@ -1,4 +1,5 @@
-//! The state that the requests' tasks share with the schedule, and the observer that holds a request at its points.
+//! The state that the requests' tasks share with the schedule, and the observer that holds a
+//! request at its points.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -22,8 +23,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) trace: Trace,
     pub(super) lanes: Vec<LaneState>,
-    /// Locks that were released while a request waited, each of which one waiter is about to take. Negative if a waiter reported its lock
-    /// before the holder reported the release.
+    /// Locks that were released while a request waited, each of which one waiter is about to take.
+    /// Negative if a waiter reported its lock before the holder reported the release.
     pub(super) releases: isize,
     /// Points at which no request is held.
     pub(super) passes: &'static [&'static str],

@@ -72,7 +72,8 @@ impl Schedule<'_> {
         self.request(name, buyer)
     }
 
-    /// Gives a request that has not started the key of another: a repeated order, or another buyer's request under the same key.
+    /// Gives a request that has not started the key of another: a repeated order, or another
+    /// buyer's request under the same key.
     pub fn use_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
         self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
     }
@@ -122,7 +123,8 @@ impl Schedule<'_> {
         }
     }
 
-    /// Moves a request until it reaches the point `step`, is blocked, or has answered, whichever comes first.
+    /// Moves a request until it reaches the point `step`, is blocked, or has answered, whichever
+    /// comes first.
     ///
     /// # Errors
     /// Fails if a step times out.

@@ -1,4 +1,5 @@
-//! The trace of a schedule: the events of all requests in order. Tests print it, the runner shows it, and the book includes it.
+//! The trace of a schedule: the events of all requests in order. Tests print it, the runner shows
+//! it, and the book includes it.
 
 use std::fmt;
 

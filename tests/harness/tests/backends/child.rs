@@ -1,4 +1,5 @@
-//! Child processes that run this program in a role, and what they leave behind.
+//! Child processes that run this program in a role, and the processes, containers and folders that
+//! they create.
 
 use std::{
     env,
@@ -19,19 +20,19 @@ use tempfile::TempDir;
 
 use crate::service::Service;
 
-/// Names what a child of this test is to do.
+/// The environment variable that names the role of a child.
 pub(crate) const ROLE: &str = "OVERSOLD_TEST_ROLE";
 
-/// Names the service it is to do that on.
+/// The environment variable that names the service of a child.
 pub(crate) const SERVICE: &str = "OVERSOLD_TEST_SERVICE";
 
-/// How long anything may take that should happen at once.
+/// Time limit of every wait.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often a condition is looked at that is waited for.
+/// Interval between two checks of a condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A child that plays a role, with no setting but those it is given.
+/// A command for a child in a role, with only the settings that it is given.
 pub(crate) struct Role(pub(crate) Command);
 
 impl Role {
@@ -74,13 +75,13 @@ impl Role {
         output
     }
 
-    /// What it says on stdout.
+    /// Runs the child, and returns its JSON from stdout.
     pub(crate) fn said(self) -> Value {
         let output = self.succeeds();
         serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output)))
     }
 
-    /// Starts it and waits for its first words.
+    /// Starts the child, and waits for its first line.
     pub(crate) fn held(mut self) -> Held {
         let mut child = self.0.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut said = String::new();
@@ -93,7 +94,8 @@ impl Role {
     }
 }
 
-/// A command for which Ctrl-C is not ignored, even if this test runs in the background of a shell, where it is.
+/// A command that receives SIGINT, even if this test runs in the background of a shell, which
+/// ignores it.
 fn with_ctrl_c(program: PathBuf) -> Command {
     let env_can = Command::new("env")
         .args(["--default-signal=INT", "true"])
@@ -124,7 +126,7 @@ impl Held {
         PathBuf::from(self.word("folder"))
     }
 
-    /// The processes that were started for its folders: the reaper, the server, and the server's own.
+    /// The processes of its folders: the reaper, the server, and the server's children.
     pub(crate) fn processes(&self) -> Vec<u32> {
         let table = processes();
         let mut folders = self.elsewhere();
@@ -135,10 +137,10 @@ impl Held {
                 .any(|folder| process.line.contains(folder.to_str().unwrap()))
         };
         let mut pids: Vec<u32> = table.iter().filter(ours).map(|process| process.pid).collect();
-        // A server may change how it is shown.
-        let book = self.folder().join("pids");
-        pids.extend(names_in(&book).into_iter().map(|entry| {
-            let entry = fs::read_to_string(book.join(entry)).unwrap();
+        // A server may change its process title.
+        let registry = self.folder().join("pids");
+        pids.extend(names_in(&registry).into_iter().map(|entry| {
+            let entry = fs::read_to_string(registry.join(entry)).unwrap();
             entry.split_whitespace().next().unwrap().parse::<u32>().unwrap()
         }));
         pids.sort_unstable();
@@ -160,12 +162,12 @@ impl Held {
         names_in(&self.folder().join("containers"))
     }
 
-    /// The folders it has in other places.
+    /// Its folders outside its run folder.
     pub(crate) fn elsewhere(&self) -> Vec<PathBuf> {
-        let book = self.folder().join("elsewhere");
-        let entries = names_in(&book).into_iter();
+        let registry = self.folder().join("elsewhere");
+        let entries = names_in(&registry).into_iter();
         entries
-            .map(|entry| PathBuf::from(fs::read_to_string(book.join(entry)).unwrap().trim()))
+            .map(|entry| PathBuf::from(fs::read_to_string(registry.join(entry)).unwrap().trim()))
             .collect()
     }
 
@@ -207,7 +209,8 @@ pub(crate) fn text(output: &Output) -> String {
     format!("{}\n{stdout}{stderr}", output.status)
 }
 
-/// A temporary folder for children, which a server that runs as another user can reach. It must become empty after the last of them.
+/// A temporary folder of children, accessible to servers that run as another user. Dropping it
+/// asserts that it becomes empty.
 pub(crate) struct Temp(TempDir);
 
 pub(crate) fn temp() -> Temp {
@@ -230,7 +233,8 @@ impl Temp {
 
 impl Drop for Temp {
     fn drop(&mut self) {
-        // A reaper whose folder is taken away can't know what to end. A failed test waits too, but has said already what is wrong.
+        // Without its folder, a reaper can't know what to stop. A failed test also waits, but has
+        // already reported its failure.
         let began = Instant::now();
         while thread::panicking() && began.elapsed() < TIMEOUT && !names_in(self.path()).is_empty() {
             thread::sleep(POLL_INTERVAL);
@@ -247,7 +251,7 @@ pub(crate) struct Process {
     pub(crate) line: String,
 }
 
-/// All processes that have not ended.
+/// All processes except zombies.
 pub(crate) fn processes() -> Vec<Process> {
     let listed = Command::new("ps")
         .args(["-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "state=", "-o", "args="])
@@ -281,7 +285,7 @@ pub(crate) fn names_in(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Whether the engine has a container of this name, running or not.
+/// Whether a container of this name exists, running or not.
 pub(crate) fn container_exists(name: &str) -> bool {
     let filter = format!("name=^/{name}$");
     let listed = Command::new("docker")

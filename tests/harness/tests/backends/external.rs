@@ -1,4 +1,5 @@
-//! Servers that a setting names: used and left as they were, swept of what a killed run left, and refused when they won't do.
+//! External servers: used and left unchanged, cleaned of what a killed run left, and rejected if
+//! they are unsuitable.
 
 use std::{
     path::Path,
@@ -61,11 +62,12 @@ pub(crate) fn tests() -> Vec<Test> {
     tests
 }
 
-/// A server for tests of external ones: a private native one of this process, with something of somebody else on it.
+/// A server in the role of an external one: a private native server of this process, with content
+/// of another user.
 struct External {
     runtime: tokio::runtime::Runtime,
     service: Service,
-    /// What to give to children.
+    /// The URL for children.
     url: String,
     server: Server,
 }
@@ -109,7 +111,7 @@ impl External {
         }
     }
 
-    /// The databases, keys or topics that are on it.
+    /// Its databases, keys or topics.
     fn contents(&self) -> Vec<String> {
         self.runtime.block_on(async {
             match &self.server {
@@ -198,7 +200,7 @@ fn an_external_server_is_swept(service: Service) {
         "SIGKILL leaves a database or a key behind"
     );
 
-    // Its connection may take a moment to be missed by the server.
+    // The server may take a moment to notice that the connection is gone.
     until("the next run to sweep it", || {
         external.role("find", temp.path()).succeeds();
         external.contents().len() == before.len() + 1

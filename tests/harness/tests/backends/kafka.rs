@@ -1,5 +1,5 @@
-//! Roles on Kafka: its topics, prefixes of one test each, and a server that is stopped, killed and frozen. And what is said
-//! when a Kafka does not start.
+//! Kafka: topics, prefixes, and a broker that is stopped, killed and frozen; and the messages when
+//! a broker does not start.
 
 use std::{
     collections::BTreeMap,
@@ -80,9 +80,9 @@ pub(crate) async fn freeze() {
     let asked = kafka.topics("");
     tokio::pin!(asked);
     let answered = tokio::time::timeout(Duration::from_millis(200), &mut asked).await;
-    assert!(answered.is_err(), "it stands still: {answered:?}");
+    assert!(answered.is_err(), "it is frozen: {answered:?}");
     kafka.thaw().await.unwrap();
-    // On the connection that was opened meanwhile.
+    // On the connection that was opened while the broker was frozen.
     asked.await.unwrap();
     kafka.freeze().await.unwrap();
     kafka.kill().await.unwrap();
@@ -133,7 +133,7 @@ fn jars_that_do_not_start_show_the_end_of_the_log() {
     fs::remove_file(jars.path().join("kafka_2.13-0.jar")).unwrap();
 }
 
-/// With an image that is there and holds something else than Kafka.
+/// Uses a present image that does not contain Kafka.
 fn an_image_that_does_not_start_shows_the_end_of_its_log() {
     let other = env::var("OVERSOLD_REDIS_IMAGE").unwrap_or_else(|_| "redis:7-alpine".to_owned());
     let said = Role::new(Service::Kafka, "find", temp().path())

@@ -1,7 +1,9 @@
-//! Where the services come from, what is said when one comes from nowhere, and that nothing stays behind.
+//! Tests of the backends: the choice of a source, the messages when a service is missing, the
+//! servers themselves, and their cleanup.
 //!
-//! Settings are read from the environment and a process can end only once, so most tests run this very program again as a child: with
-//! settings and a temporary folder of its own, in a role named by [`child::ROLE`] and on a service named by [`child::SERVICE`].
+//! Settings come from the environment, and a process can end only once. Most tests therefore run
+//! this program again as a child, with its own settings and temporary folder, in the role that
+//! [`child::ROLE`] names and on the service that [`child::SERVICE`] names.
 #![allow(clippy::unwrap_used)]
 
 mod child;
@@ -57,12 +59,12 @@ fn main() {
         })
     });
     let mut arguments = Arguments::from_args();
-    // They mostly wait for servers to start and to end.
+    // The tests mostly wait for servers to start and to stop.
     arguments.test_threads.get_or_insert(4);
     libtest_mimic::run(&arguments, tests.collect()).exit();
 }
 
-/// The sources that must be there, from `OVERSOLD_REQUIRE`.
+/// The sources that must be available, from `OVERSOLD_REQUIRE`.
 fn required() -> Result<Vec<Source>, String> {
     let listed = env::var("OVERSOLD_REQUIRE").unwrap_or_default();
     let names = listed.split(',').map(str::trim).filter(|name| !name.is_empty());
@@ -97,7 +99,7 @@ pub(crate) fn test(
     }
 }
 
-/// A test of each service.
+/// Creates the same test for each service.
 pub(crate) fn of_each(name: &str, needs: &[Source], run: fn(Service)) -> Vec<Test> {
     let of = |service: Service| {
         test(format!("{}::{name}", service.name()), service, needs, move || {
@@ -107,7 +109,7 @@ pub(crate) fn of_each(name: &str, needs: &[Source], run: fn(Service)) -> Vec<Tes
     Service::ALL.map(of).into()
 }
 
-/// A test of one service.
+/// Creates a test of one service.
 pub(crate) fn of_one(name: &str, service: Service, needs: &[Source], run: fn()) -> Test {
     test(name, service, needs, run)
 }

@@ -1,4 +1,4 @@
-//! Roles on Postgres: its settings, databases of one test each, and a server that is stopped and killed.
+//! Postgres: its settings, the databases of tests, and a server that is stopped and killed.
 
 use std::{borrow::Cow, env, net::TcpStream, sync::LazyLock, thread, time::Instant};
 
@@ -11,7 +11,7 @@ use sqlx::{
 
 use crate::{child::TIMEOUT, roles::break_private};
 
-/// A schema of one table.
+/// A schema with one table.
 pub(crate) fn schema(name: &'static str) -> Schema {
     fn one(sql: &'static str) -> Migrator {
         let description = Cow::Borrowed("one table");
@@ -95,7 +95,7 @@ pub(crate) fn race() {
         for (name, database) in &databases {
             let mut connection = connect(database).await;
             let insert = format!("insert into {name} values (1)");
-            // The primary key would refuse a row that another one wrote.
+            // The primary key would reject a second row, written by another test.
             sqlx::raw_sql(sqlx::AssertSqlSafe(insert))
                 .execute(&mut connection)
                 .await

@@ -1,4 +1,5 @@
-//! Nothing stays behind: not after any end of the program, nor, from the next run on, after a killed reaper.
+//! The reaper: nothing is left behind, however the program ends; after a killed reaper, the next
+//! run cleans up.
 
 use std::{
     env, fs,
@@ -40,10 +41,10 @@ pub(crate) fn tests() -> Vec<Test> {
             a_process_that_ignores_the_signal_is_killed,
         ),
         of_one(
-            "a_book_stays_while_something_of_it_does",
+            "a_registry_stays_while_an_entry_of_it_does",
             Service::Postgres,
             &[],
-            a_book_stays_while_something_of_it_does,
+            a_registry_stays_while_an_entry_of_it_does,
         ),
         of_one(
             "a_program_that_starts_after_the_end_gives_up",
@@ -163,11 +164,14 @@ fn a_process_that_ignores_the_signal_is_killed() {
     });
 }
 
-/// The engine and the folder of this test are programs that do as a file tells them. No time passes between its tries.
-fn a_book_stays_while_something_of_it_does() {
+/// `docker`, `rm` and `sleep` are stubs here that a file controls, so retries take no time.
+fn a_registry_stays_while_an_entry_of_it_does() {
     let temp = tempfile::tempdir().unwrap();
-    let (book, programs) = (temp.path().join("book"), temp.path().join("programs"));
-    let (container, elsewhere) = (book.join("containers/oversold-kafka-1"), book.join("elsewhere/data-1"));
+    let (registry, programs) = (temp.path().join("registry"), temp.path().join("programs"));
+    let (container, elsewhere) = (
+        registry.join("containers/oversold-kafka-1"),
+        registry.join("elsewhere/data-1"),
+    );
     fs::create_dir(&programs).unwrap();
     for (name, script) in [
         ("sleep", ""),
@@ -190,9 +194,9 @@ fn a_book_stays_while_something_of_it_does() {
         fs::write(programs.join("docker.is"), engine_is).unwrap();
         let mut command = Command::new("sh");
         command.arg(repository().join("tests/harness/src/backends/reaper.sh"));
-        command.arg("clear").arg(&book).env("PATH", &path);
+        command.arg("clear").arg(&registry).env("PATH", &path);
         let cleared = command.stdin(Stdio::null()).output().unwrap().status.success();
-        assert_eq!(cleared, !book.exists());
+        assert_eq!(cleared, !registry.exists());
         cleared
     };
     let write = |data: &Path| {
@@ -215,7 +219,7 @@ fn a_book_stays_while_something_of_it_does() {
         assert!(clear("well"));
     }
 
-    // It was entered, and its maker died before the engine was asked.
+    // The container was registered, and its creator died before it was created.
     write(&data);
     assert!(clear("empty"));
 
@@ -230,9 +234,9 @@ fn a_book_stays_while_something_of_it_does() {
     assert!(!yields.exists());
 }
 
-/// The reaper clears up while a process that was just started has not signed the book yet.
+/// The reaper cleans up while a process that was just started has not registered yet.
 fn a_program_that_starts_after_the_end_gives_up() {
-    // Not this process's own book: other tests sign there at the same time.
+    // Not this process's own registry, which other tests use concurrently.
     let folder = reaper::folder("probe").unwrap();
     let proof = folder.join("it-ran");
     let script = repository().join("tests/harness/src/backends/reaper.sh");

@@ -1,4 +1,4 @@
-//! Roles on Redis: its settings and replies, prefixes of one test each, and a server that is stopped and killed.
+//! Redis: its settings and replies, the prefixes of tests, and a server that is stopped and killed.
 
 use std::{
     env,
@@ -28,7 +28,7 @@ pub(crate) async fn serve() {
     assert!(about.contains(&format!("redis_version:{}", report.version)), "{about}");
     assert!(redis.url().contains(&report.address), "{report}");
 
-    // Its port may be open to others than this machine, so it asks for a password.
+    // Its port may be reachable from other machines, so it requires a password.
     let mut stranger = TcpStream::connect(&report.address).unwrap();
     stranger.write_all(b"PING\r\n").unwrap();
     let mut answer = String::new();
@@ -61,7 +61,7 @@ pub(crate) async fn reply() {
 pub(crate) async fn drop_prefix() {
     let redis = backends::redis().await.unwrap();
     let (kept, dropped) = (redis.prefix(), redis.prefix());
-    // More than one SCAN finds, and none of the other prefix.
+    // More keys than one SCAN returns.
     for number in 0..1500 {
         redis
             .command(&["SET", &format!("{dropped}{number}"), "1"])
@@ -97,6 +97,6 @@ pub(crate) async fn stop_and_kill() {
         Reply::Int(keys) => Some(keys),
         other => panic!("{other:?}"),
     };
-    // It comes back empty.
+    // It is empty after a restart.
     break_private(&redis, address, write, is_cut, written, [0, 0, 0]).await;
 }

@@ -1,4 +1,4 @@
-//! What a child process does in each role. The tests of [`crate::servers`] are one role each.
+//! The roles of child processes. Each test of [`crate::servers`] is one role.
 
 use std::{
     any::Any,
@@ -74,7 +74,7 @@ pub(crate) fn play(role: &str) {
     }
 }
 
-/// Leaves a process behind that only SIGKILL ends.
+/// Leaves a process behind that ignores all signals but SIGKILL.
 #[allow(clippy::zombie_processes)]
 fn stubborn() {
     let mut child = reaper::command("sh").unwrap();
@@ -82,7 +82,7 @@ fn stubborn() {
         .args(["-c", "trap '' INT TERM; echo; sleep 1000"])
         .stdout(Stdio::piped());
     let mut child = child.spawn().unwrap();
-    // It ignores the signal from here on.
+    // From here on the process ignores the signal.
     BufReader::new(child.stdout.take().unwrap())
         .read_line(&mut String::new())
         .unwrap();
@@ -94,7 +94,7 @@ fn say(value: &Value) {
     io::stdout().flush().unwrap();
 }
 
-/// What is told of the shared server.
+/// The report of the shared server.
 async fn report(service: Service) -> Result<Report, Missing> {
     Ok(match service {
         Service::Postgres => backends::postgres().await?.report().clone(),
@@ -103,7 +103,7 @@ async fn report(service: Service) -> Result<Report, Missing> {
     })
 }
 
-/// Holds a server, and a database or a prefix with a key or a topic, until stdin ends, and then ends as it was told to.
+/// Keeps a server, and a database, a key or a topic on it, until a line on stdin says how to end.
 fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
     let (address, holds, _held): (String, String, Box<dyn Any>) = runtime.block_on(async {
         match service {
@@ -142,7 +142,7 @@ fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
 }
 
 fn share(service: Service) {
-    // Which one it is. It lives as long as the process.
+    // Identifies the server, which lives as long as the process.
     let on_its_own_runtime = || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -175,11 +175,12 @@ fn share(service: Service) {
         assert!(found.iter().all(|one| *one == found[0]));
         found[0]
     });
-    // And after all runtimes that took part in starting it are gone.
+    // Also after all runtimes that took part in starting it are gone.
     assert_eq!(first, on_its_own_runtime());
 }
 
-/// Stops or kills a server after each write. `left` is what is to be there after each start.
+/// Stops or kills a server after each write. `left` is the expected number of items after each
+/// start.
 pub(crate) async fn break_private<S, C>(
     server: &Private<S>,
     address: &str,
@@ -199,7 +200,7 @@ pub(crate) async fn break_private<S, C>(
         assert!(is_cut(connection).await, "the connection is cut");
         assert_eq!(written().await, None, "nobody answers");
         assert_eq!(server.pid().await.unwrap(), None);
-        // What is down already stays down.
+        // On a server that is down, both do nothing.
         server.stop().await.unwrap();
         server.kill().await.unwrap();
 
@@ -235,7 +236,8 @@ async fn drop_private(service: Service) {
     }
 }
 
-/// Drops two private servers, of which one was killed. Returns the segments of shared memory that there were before.
+/// Drops two private servers, one of which was killed. Returns the shared memory segments from
+/// before.
 async fn drop_two<S>(start: impl AsyncFn() -> Private<S>, report: fn(&S) -> &Report) -> Vec<String> {
     let up = start().await;
     let killed = start().await;
@@ -251,7 +253,7 @@ async fn drop_two<S>(start: impl AsyncFn() -> Private<S>, report: fn(&S) -> &Rep
     segments
 }
 
-/// The System V segments of shared memory on this machine.
+/// The ids of the System V shared memory segments on this machine.
 fn shared_memory() -> Vec<String> {
     let listed = Command::new("ipcs").arg("-m").output().unwrap();
     let listed = String::from_utf8(listed.stdout).unwrap();

@@ -1,4 +1,5 @@
-//! A server from either source: what it serves, that it is shared, that it survives a stop, and what goes with its owner.
+//! Servers from Docker and native programs: their settings, sharing, restarts, and the cleanup of
+//! databases, keys and topics.
 
 use harness::backends::Source;
 
@@ -9,7 +10,7 @@ use crate::{
     test,
 };
 
-/// Services, what is tested on each of them from each source, and the role that tests it.
+/// The services, the name of the test, and the role that runs it.
 type RoleTest = (&'static [Service], &'static str, &'static str);
 
 const TESTS: [RoleTest; 11] = [

@@ -1,4 +1,4 @@
-//! The three services under test, with their names and settings, and whether a source of one is there.
+//! The three services, with their names and settings, and whether a source is available.
 
 use std::sync::OnceLock;
 
@@ -6,7 +6,7 @@ use harness::backends::Source;
 
 use crate::child::{Role, temp};
 
-/// A service, with its names.
+/// A service under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Service {
     Postgres,
@@ -43,7 +43,7 @@ impl Service {
         }
     }
 
-    /// Why there is no native one for [`nowhere`].
+    /// The reason without native programs, as in [`crate::sources::nowhere`].
     pub(crate) fn not_native(self) -> &'static str {
         match self {
             Self::Postgres => "OVERSOLD_POSTGRES_BIN is `/nowhere`, which does not hold initdb and postgres",
@@ -53,7 +53,7 @@ impl Service {
     }
 }
 
-/// Why there is no such source on this machine, if there is none.
+/// Why a source is not available on this machine; `None` if it is.
 pub(crate) fn absent(service: Service, source: Source) -> Option<&'static str> {
     static KNOWN: [OnceLock<Option<String>>; 6] = [const { OnceLock::new() }; 6];
     let known = &KNOWN[service as usize * 2 + usize::from(source == Source::Native)];

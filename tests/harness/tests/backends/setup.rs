@@ -1,4 +1,5 @@
-//! `infra/setup.sh`: what it installs, what it says where nothing can be installed, and that it names the images used here.
+//! `infra/setup.sh`: its arguments, its messages when nothing can be installed, and the images that
+//! it names.
 
 use std::{fs, process::Command};
 
@@ -39,7 +40,7 @@ pub(crate) fn tests() -> Vec<Test> {
     tests
 }
 
-/// `infra/setup.sh` with no setting but those it is given.
+/// A command for `infra/setup.sh` without settings.
 fn setup(services: &[&str]) -> Command {
     let mut setup = Command::new("/bin/sh");
     setup.arg(repository().join("infra/setup.sh")).args(services);
@@ -72,7 +73,7 @@ fn setup_takes_the_names_of_services() {
         "exit status: 2\nsetup: there is no service mysql; there are postgres, redis and kafka\n"
     );
 
-    // Without a name, it is Postgres alone.
+    // Without a name, it sets up Postgres only.
     let mut all = setup(&[]);
     all.env("DATABASE_URL", "postgres://me@db/sale")
         .env("OVERSOLD_REDIS_BIN", "/nowhere")
@@ -81,7 +82,7 @@ fn setup_takes_the_names_of_services() {
 }
 
 fn setup_says_what_to_run(service: Service) {
-    // With no program on PATH but this one, nothing can be installed, whatever this machine has.
+    // With only this program on PATH, nothing can be installed on any machine.
     let path = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink("/usr/bin/uname", path.path().join("uname")).unwrap();
     let nothing = || {

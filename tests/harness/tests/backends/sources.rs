@@ -1,4 +1,4 @@
-//! The choice of a source: forced, badly set, absent or required, and what is said in each case.
+//! The choice of a source: forced, invalid, absent or required, with the message of each case.
 
 use std::{fs, path::Path};
 
@@ -124,8 +124,8 @@ fn every_bad_setting_gets_one_clear_line(service: Service) {
     }
 }
 
-/// A child for which there is no service anywhere.
-fn nowhere(service: Service, role: &str, temp: &Path) -> Role {
+/// A child for which no source provides a service.
+pub(crate) fn nowhere(service: Service, role: &str, temp: &Path) -> Role {
     Role::new(service, role, temp)
         .set("DOCKER_HOST", "unix:///nowhere/docker.sock")
         .set("OVERSOLD_POSTGRES_BIN", "/nowhere")
@@ -159,7 +159,7 @@ fn nothing_there_says_what_was_tried(service: Service) {
     );
 }
 
-/// This program as a whole, on a machine that has nothing.
+/// This test program on a machine without any source.
 fn this_test(temp: &Path, filter: &str) -> Role {
     let mut role = nowhere(Service::Postgres, "", temp);
     role.0.env_remove(ROLE).args(["--exact", filter]);
@@ -191,7 +191,7 @@ fn a_required_source_that_is_absent_fails() {
     let line = "OVERSOLD_REQUIRE lists docker, but: no Docker engine answers at unix:///nowhere/docker.sock";
     assert!(text(&output).contains(line), "{}", text(&output));
 
-    // One that is not listed may still be absent.
+    // A source that is not listed may be absent.
     this_test(temp().path(), "postgres::docker::can_be_durable")
         .set("OVERSOLD_REQUIRE", "native")
         .succeeds();
@@ -240,7 +240,7 @@ fn without_an_image_native_takes_over(service: Service) {
     forget_the_pull(&temp);
 }
 
-/// Deletes the note that a pull has failed, which stays on purpose.
+/// Deletes the note of the failed pull, which is kept on purpose.
 fn forget_the_pull(temp: &Temp) {
     let names = names_in(temp.path());
     let note = names

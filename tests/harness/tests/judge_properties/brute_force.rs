@@ -1,4 +1,4 @@
-//! The second judge: the definitions, one after the other.
+//! The second judge: a direct translation of the definitions, without indexes.
 
 use std::{collections::BTreeSet, ops::RangeInclusive};
 
@@ -66,7 +66,7 @@ fn no(request: &Request) -> Option<&Refused> {
     }
 }
 
-/// Refused, and nobody ever said anything else.
+/// Refused in every observed state.
 fn only_no(request: &Request) -> bool {
     no(request).is_some() && endings(request).iter().all(|ending| ending.refused.is_some())
 }
@@ -112,12 +112,12 @@ fn live(row: &Row) -> bool {
 
 /// Whether a row holds a ticket just after this moment of the database's clock.
 fn holds(row: &Row, at_us: Micros) -> bool {
-    let given_back = match (row.status, row.released_us) {
+    let released = match (row.status, row.released_us) {
         (Status::Released, None) => true,
         (Status::Released, Some(released_us)) => at_us >= released_us,
         _ => false,
     };
-    row.taken_us <= at_us && !given_back
+    row.taken_us <= at_us && !released
 }
 
 fn rows(history: &History) -> &[Row] {
@@ -136,7 +136,7 @@ fn releases(history: &History) -> bool {
             .any(|request| only_no(request) && matches!(no(request), Some(Expired | Declined)))
 }
 
-/// What buyers were told they have, once for each reservation.
+/// The stable confirmations, one for each reservation.
 fn told(history: &History) -> Vec<(Uuid, &Request)> {
     let mut told: Vec<(Uuid, &Request)> = vec![];
     let mut requests: Vec<&Request> = history.requests.iter().collect();
@@ -152,7 +152,7 @@ fn told(history: &History) -> Vec<(Uuid, &Request)> {
     told
 }
 
-/// Reservations that are there in the end; at least, where rows are not known.
+/// The number of reservations at quiescence; without rows, a lower bound.
 fn sold(history: &History) -> u64 {
     match &history.rows {
         Some(rows) => rows.iter().filter(|row| live(row)).count() as u64,
@@ -226,7 +226,7 @@ fn invented(history: &History) -> bool {
     })
 }
 
-/// When each ticket can have been taken at the earliest. Never by a request that was refused.
+/// The earliest time at which each ticket can have been taken. A refused request takes none.
 fn takers(history: &History) -> Vec<Micros> {
     let mut takers = vec![];
     let requests = &history.requests;
@@ -291,7 +291,8 @@ fn had(history: &History, buyer: BuyerId, id: Uuid, at_us: Micros) -> bool {
     if over && !own.iter().any(|row| live(row)) {
         return false;
     }
-    // A request may have made it if it was not refused, and was in an order that its answers or its row name.
+    // A request may have created it if it was not refused, and its order is named by the answers or
+    // the row.
     let may_have_made = |maker: &Request| {
         let named = history
             .requests
@@ -311,7 +312,7 @@ fn had(history: &History, buyer: BuyerId, id: Uuid, at_us: Micros) -> bool {
     if history.rows.is_some() && own.is_empty() {
         return false;
     }
-    // A row that nobody can have made may have been there from the start.
+    // A row without a possible creator may have existed from the start.
     (history.rows.is_some() && makers.peek().is_none()) || makers.any(|maker| maker.sent_us <= at_us)
 }
 
@@ -360,7 +361,7 @@ fn contradicted(history: &History) -> bool {
                 }
         })
     });
-    // Of every order, each final answer that no other one came after; one of them must agree.
+    // The final answers of an order that no other one follows; one of them must agree.
     let last_of_all = |request: &&Request| {
         let mut order = requests
             .iter()

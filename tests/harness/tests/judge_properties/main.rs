@@ -1,5 +1,7 @@
-//! The judge against a second judge that shares nothing with it but the format of a history: no tables, no shortcuts, every definition looked up by
-//! walking over everything. Small histories come from a small server that sells as it should; then mistakes are planted in them.
+//! Property tests: the judge against a brute-force checker that shares only the history format with
+//! it.
+//!
+//! Small histories come from a correct model server; then mistakes are planted in them.
 
 mod brute_force;
 mod mistakes;
@@ -31,7 +33,7 @@ use crate::{
 
 const CASES: u32 = 4000;
 
-fn gives_back(history: &History) -> bool {
+fn has_releases(history: &History) -> bool {
     let in_rows = history.rows.iter().flatten().any(|row| row.status == Status::Released);
     let in_answers = history.requests.iter().any(|request| match &request.answer {
         Answer::Refused(refused) => matches!(refused, Expired | Declined),
@@ -51,7 +53,7 @@ fn found(verdict: &Verdict) -> BTreeSet<&'static str> {
         .collect()
 }
 
-/// The same cases in every run.
+/// A deterministic runner: the same cases in every run.
 fn runner() -> TestRunner {
     let config = Config {
         cases: CASES,
@@ -87,8 +89,8 @@ fn it_finds_what_a_search_of_everything_finds() {
                 found.is_subset(&expected),
                 "false alarm: {found:?}, not {expected:?}\n{verdict}"
             );
-            if gives_back(&history) {
-                // Then only what is necessary for "sold out" is checked.
+            if has_releases(&history) {
+                // With releases, only the necessary condition for "sold out" is checked.
                 prop_assert!(
                     expected.difference(&found).all(|code| *code == "I6"),
                     "missed: {found:?}, not {expected:?}"
@@ -118,7 +120,8 @@ fn it_finds_what_a_search_of_everything_finds() {
     );
 }
 
-/// The other direction needs no second judge: what a right server does is right. Only undecided answers, which nothing excuses here, may be too many.
+/// The other direction needs no second judge: a correct server breaks nothing. Only unknown
+/// outcomes, which no fault excuses here, may break I10.
 #[test]
 fn it_never_accuses_a_right_server() {
     runner()

@@ -1,4 +1,4 @@
-//! Mistakes that are planted in a right history.
+//! Mistakes that are planted in a correct history.
 
 use box_office::BuyerId;
 use harness::history::{
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use crate::model_server::{ending, id};
 
-/// A mistake: what, where, and a number to make it with.
+/// A mistake: its kind, its place, and a parameter.
 pub(crate) type Mistake = (u8, prop::sample::Index, u8);
 
 pub(crate) fn plant(history: &mut History, &(what, at, number): &Mistake) {

@@ -1,4 +1,4 @@
-//! A small server that sells as it should, and the requests that are sent to it.
+//! A correct model server, and the requests that are sent to it.
 
 use box_office::BuyerId;
 use harness::history::{
@@ -25,24 +25,24 @@ pub(crate) fn ending(at_us: Micros, refused: Option<Refused>) -> Ending {
     }
 }
 
-/// A request, before the server has seen it.
+/// A generated request.
 #[derive(Clone, Debug)]
-pub(crate) struct Ask {
+pub(crate) struct GeneratedRequest {
     buyer: BuyerId,
     key: u8,
     sent_us: Micros,
-    /// From sent to the moment at which the server decides.
+    /// Microseconds from sent to the server's decision.
     until_decided_us: Micros,
-    /// From then to the answer.
+    /// Microseconds from the decision to the answer.
     until_answered_us: Micros,
     fate: u8,
 }
 
-pub(crate) fn asks() -> impl Strategy<Value = Vec<Ask>> {
+pub(crate) fn asks() -> impl Strategy<Value = Vec<GeneratedRequest>> {
     let ask = (1..=3_i64, 0..4_u8, 0..12_u64, 0..4_u64, 0..4_u64, 0..20_u8).prop_map(
-        |(buyer, key, sent_us, until_decided_us, until_answered_us, fate)| Ask {
+        |(buyer, key, sent_us, until_decided_us, until_answered_us, fate)| GeneratedRequest {
             buyer,
-            // Keys are mostly a buyer's own.
+            // Most keys belong to one buyer.
             key: if key == 3 {
                 0
             } else {
@@ -57,8 +57,8 @@ pub(crate) fn asks() -> impl Strategy<Value = Vec<Ask>> {
     vec(ask, 1..=6)
 }
 
-/// What a right server makes of it: requests are decided one at a time, each at a moment between sent and answered.
-pub(crate) fn sell(capacity: u64, asks: &[Ask]) -> History {
+/// Serves the requests: decides them one at a time, each at a moment between sent and answered.
+pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
     let mut rows: Vec<Row> = vec![];
     let mut answers: Vec<(usize, Answer)> = vec![];
     let mut order: Vec<usize> = (0..asks.len()).collect();
@@ -125,8 +125,8 @@ pub(crate) fn sell(capacity: u64, asks: &[Ask]) -> History {
     history(capacity, asks, answers, rows)
 }
 
-/// The history of these answers and rows.
-fn history(capacity: u64, asks: &[Ask], answers: Vec<(usize, Answer)>, rows: Vec<Row>) -> History {
+/// Builds the history of these answers and rows.
+fn history(capacity: u64, asks: &[GeneratedRequest], answers: Vec<(usize, Answer)>, rows: Vec<Row>) -> History {
     let sold = rows.iter().filter(|row| row.status != Status::Released).count();
     let requests = asks.iter().zip(answers).map(|(ask, (number, answer))| Request {
         request: number as u64,

@@ -14,7 +14,8 @@ const IMAGE: ImageName = ImageName {
 pub(super) async fn start() -> anyhow::Result<Container> {
     let request = |port: u16| {
         let mut request = apache::Kafka::default()
-            // The port is known in advance, so the broker need not wait for it and becomes the root process, which receives SIGTERM.
+            // The port is known in advance, so the broker need not wait for it and becomes the root
+            // process, which receives SIGTERM.
             .with_cmd(["-c", "exec /etc/kafka/docker/run"])
             .with_env_var(
                 "KAFKA_ADVERTISED_LISTENERS",

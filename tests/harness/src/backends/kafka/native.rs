@@ -41,7 +41,8 @@ pub(super) fn prepare() -> anyhow::Result<Process> {
         anyhow::Ok(content)
     };
 
-    // A class-data-sharing archive beside the jars. It cuts the start-up time to a third; Java ignores an archive of another version.
+    // A class-data-sharing archive beside the jars. It cuts the start-up time to a third; Java
+    // ignores an archive of another version.
     let classes = jars.with_extension("jsa");
     let mut class_path = jars.into_os_string();
     class_path.push("/*");
@@ -118,7 +119,8 @@ fn jars() -> anyhow::Result<PathBuf> {
         }
         return Ok(named);
     }
-    // As in infra/kafka/fetch.sh. A broker started by root runs as another user, who can't read root's home.
+    // As in infra/kafka/fetch.sh. A broker started by root runs as another user, who can't read
+    // root's home.
     let cache = if geteuid().is_root() {
         Some("/var/cache".into())
     } else {

@@ -1,4 +1,5 @@
-//! A unique prefix for the topics and groups of each test, and the cleanup of topics that a killed run left on an external cluster.
+//! A unique prefix for the topics and groups of each test, and the cleanup of topics that a killed
+//! run left on an external cluster.
 
 use std::{
     fmt, io,
@@ -14,11 +15,13 @@ use super::{Kafka, Server, wire_protocol::Connection};
 
 /// Time limit for deleting topics, for a broker that hangs or is gone.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Age in seconds of a run whose topics are deleted; no run lasts as long. Unlike Redis, a broker does not list its clients.
+/// Age in seconds of a run whose topics are deleted; no run lasts as long. Unlike Redis, a broker
+/// does not list its clients.
 const ABANDONED_AFTER_S: u64 = 24 * 60 * 60;
 
 impl Kafka {
-    /// Creates a unique prefix. Dropping it deletes the topics that start with it, and with them the groups' committed offsets.
+    /// Creates a unique prefix. Dropping it deletes the topics that start with it, and with them
+    /// the groups' committed offsets.
     pub fn prefix(&self) -> Prefix {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
@@ -34,7 +37,8 @@ impl Kafka {
     }
 }
 
-/// The prefix of all topics and groups of a test, such as `oversold-own-2-`. Dropping it deletes the topics.
+/// The prefix of all topics and groups of a test, such as `oversold-own-2-`. Dropping it deletes
+/// the topics.
 pub struct Prefix {
     text: String,
     servers: String,
@@ -59,7 +63,8 @@ impl fmt::Display for Prefix {
 impl Drop for Prefix {
     fn drop(&mut self) {
         let (servers, prefix) = (self.servers.clone(), self.text.clone());
-        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or outside of any.
+        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
+        // outside of any.
         let deleting = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let deleting = async {

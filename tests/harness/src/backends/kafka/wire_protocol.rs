@@ -1,7 +1,7 @@
 //! A minimal Kafka client: five requests over TCP (<https://kafka.apache.org/protocol>).
 //!
-//! The levels use a client library. The harness does not, so that it observes Kafka independently. The client supports brokers from 3.0 on,
-//! without TLS and without authentication.
+//! The levels use a client library. The harness does not, so that it observes Kafka independently.
+//! The client supports brokers from 3.0 on, without TLS and without authentication.
 
 use std::{io, time::Duration};
 
@@ -17,7 +17,8 @@ const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
 const DONE_WITHIN_MS: i32 = 8_000;
 /// Interval between requests for metadata until the broker has the controller's change.
 const LOOKED_AGAIN_AFTER: Duration = Duration::from_millis(5);
-/// Upper bound of a response in bytes. If the server is not Kafka, its first bytes may decode to any length.
+/// Upper bound of a response in bytes. If the server is not Kafka, its first bytes may decode to
+/// any length.
 const LONGEST_ANSWER: usize = 64 << 20;
 
 /// A broker's metadata of its cluster.
@@ -42,7 +43,8 @@ pub(super) struct Topic {
 pub(super) struct Connection(TcpStream);
 
 impl Connection {
-    /// Connects to the first of these servers that listens: `host:port`, several separated by commas.
+    /// Connects to the first of these servers that listens: `host:port`, several separated by
+    /// commas.
     ///
     /// # Errors
     /// Fails if none listens.
@@ -61,7 +63,8 @@ impl Connection {
         Err(last)
     }
 
-    /// The broker's release, as far as it reports one: the newest metadata version that it supports.
+    /// The broker's release, as far as it reports one: the newest metadata version that it
+    /// supports.
     ///
     /// # Errors
     /// Fails if the broker does not answer.
@@ -152,7 +155,8 @@ impl Connection {
         Ok(Metadata { brokers, topics })
     }
 
-    /// Creates a topic with the cluster's default replication factor, and returns once this broker's metadata lists its leaders.
+    /// Creates a topic with the cluster's default replication factor, and returns once this
+    /// broker's metadata lists its leaders.
     ///
     /// # Errors
     /// Fails if the topic exists, or if the broker rejects the request or does not answer.
@@ -181,8 +185,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Deletes topics with their messages and the groups' committed offsets, and returns once this broker's metadata no longer lists them.
-    /// Ignores topics that do not exist.
+    /// Deletes topics with their messages and the groups' committed offsets, and returns once this
+    /// broker's metadata no longer lists them. Ignores topics that do not exist.
     ///
     /// # Errors
     /// Fails if the broker rejects the request or does not answer.
@@ -359,7 +363,8 @@ mod tests {
 
     use super::*;
 
-    /// The requests that a broker receives when it sends these responses in turn and closes the connection.
+    /// The requests that a broker receives when it sends these responses in turn and closes the
+    /// connection.
     async fn broker(answers: Vec<Vec<u8>>) -> (String, tokio::task::JoinHandle<Vec<Vec<u8>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound").to_string();

@@ -1,4 +1,5 @@
-//! One database for each test, cloned from a migrated template, and the cleanup of databases that a killed run left on an external server.
+//! One database for each test, cloned from a migrated template, and the cleanup of databases that a
+//! killed run left on an external server.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -82,7 +83,8 @@ impl Postgres {
             .await?;
             run(&mut admin, format!("create database {}", quoted(&name))).await?;
             migrate(&self.admin.clone().database(&name), schema).await?;
-            // A template can be cloned only while no session is connected to it. Postgres would check again only after 100 ms.
+            // A template can be cloned only while no session is connected to it. Postgres would
+            // check again only after 100 ms.
             nobody_is_connected(&mut admin, &name).await?;
             admin.close().await?;
             anyhow::Ok(())
@@ -93,7 +95,8 @@ impl Postgres {
     }
 }
 
-/// Waits until no session is connected to a database: a backend ends a moment after its client has disconnected.
+/// Waits until no session is connected to a database: a backend ends a moment after its client has
+/// disconnected.
 async fn nobody_is_connected(admin: &mut PgConnection, name: &str) -> anyhow::Result<()> {
     let began = Instant::now();
     loop {
@@ -146,12 +149,14 @@ pub struct Database {
 }
 
 impl Database {
-    /// Its URL, including the password. [`without_secrets`](crate::backends::without_secrets) masks it for messages.
+    /// Its URL, including the password. [`without_secrets`](crate::backends::without_secrets) masks
+    /// it for messages.
     pub fn url(&self) -> String {
         self.options.to_url_lossy().to_string()
     }
 
-    /// The environment variables that connect Postgres's own programs to it. On a command line, other users could see the password.
+    /// The environment variables that connect Postgres's own programs to it. On a command line,
+    /// other users could see the password.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let url = self.options.to_url_lossy();
         let mut environment = vec![
@@ -172,7 +177,8 @@ impl Database {
         environment
     }
 
-    /// Opens a pool with this maximum number of connections. The pool belongs to the current runtime.
+    /// Opens a pool with this maximum number of connections. The pool belongs to the current
+    /// runtime.
     ///
     /// # Errors
     /// Fails if the server does not answer.
@@ -185,7 +191,8 @@ impl Database {
 impl Drop for Database {
     fn drop(&mut self) {
         let (admin, name) = (self.admin.clone(), quoted(&self.name));
-        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or outside of any.
+        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
+        // outside of any.
         let dropping = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let dropping = async {
@@ -203,7 +210,8 @@ impl Drop for Database {
     }
 }
 
-/// The registration of this run on an external server: shows other runs that it is alive and which databases are its own.
+/// The registration of this run on an external server: shows other runs that it is alive and which
+/// databases are its own.
 pub(super) struct ExternalOwner {
     number: u32,
     /// Listed in `pg_stat_activity` under the owner's name as long as this process lives.

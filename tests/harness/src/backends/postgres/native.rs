@@ -62,7 +62,8 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
     )
 }
 
-/// Finds a program of the Postgres distribution, such as `pgbench`: in the folder of `initdb`, or else on `PATH`.
+/// Finds a program of the Postgres distribution, such as `pgbench`: in the folder of `initdb`, or
+/// else on `PATH`.
 pub fn program(name: &str) -> Option<PathBuf> {
     let beside = folder().ok().map(|folder| folder.join(name));
     beside.filter(|file| file.is_file()).or_else(|| on_path(name))

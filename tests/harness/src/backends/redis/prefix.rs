@@ -1,4 +1,5 @@
-//! A unique key prefix for each test, and the cleanup of keys that a killed run left on an external server.
+//! A unique key prefix for each test, and the cleanup of keys that a killed run left on an external
+//! server.
 
 use std::{
     collections::HashSet,
@@ -63,7 +64,8 @@ impl fmt::Display for Prefix {
 impl Drop for Prefix {
     fn drop(&mut self) {
         let (place, pattern) = (self.place.clone(), format!("{}*", self.text));
-        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or outside of any.
+        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
+        // outside of any.
         let deleting = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let deleting = async {
@@ -82,7 +84,8 @@ impl Drop for Prefix {
     }
 }
 
-/// The registration of this run on an external server: shows other runs that it is alive and which keys are its own.
+/// The registration of this run on an external server: shows other runs that it is alive and which
+/// keys are its own.
 pub(super) struct ExternalOwner {
     number: u32,
     /// Listed in `CLIENT LIST` under the owner's name as long as this process lives.

@@ -1,4 +1,5 @@
-//! A minimal Redis client: RESP2 over TCP (<https://redis.io/docs/latest/develop/reference/protocol-spec/>).
+//! A minimal Redis client: RESP2 over TCP
+//! (<https://redis.io/docs/latest/develop/reference/protocol-spec/>).
 //!
 //! The levels use a client library. The harness does not, so that it observes Redis independently.
 
@@ -87,7 +88,8 @@ impl Place {
     /// Opens a connection.
     ///
     /// # Errors
-    /// Fails if the server does not answer; with `PermissionDenied` if it rejects user, password or database.
+    /// Fails if the server does not answer; with `PermissionDenied` if it rejects user, password or
+    /// database.
     pub(super) async fn connect(&self) -> io::Result<Connection> {
         let connecting = TcpStream::connect((self.host.as_str(), self.port));
         let stream = timeout(ENGINE_TIMEOUT, connecting).await??;

@@ -11,7 +11,7 @@ use crate::{
     },
 };
 
-/// I9.
+/// Checks I9: answers contradict neither an earlier answer nor the rows.
 pub(super) fn contradictions(index: &Index<'_>) -> Option<Found> {
     let mut cases = Cases::default();
     for orders in index.orders_of_key.all() {
@@ -26,7 +26,8 @@ pub(super) fn contradictions(index: &Index<'_>) -> Option<Found> {
     cases.found("answers contradict an earlier one or the rows")
 }
 
-/// Once a key is confirmed, a later confirmation of it, whoever is told, is of the same reservation.
+/// After a confirmation, every later confirmation under the same key, of any buyer, names the same
+/// reservation.
 fn confirmed_otherwise(index: &Index<'_>, orders: &[usize], cases: &mut Cases) {
     let mut confirmed: Vec<(Micros, Uuid, &Request)> = vec![];
     for &order in orders {
@@ -41,7 +42,7 @@ fn confirmed_otherwise(index: &Index<'_>, orders: &[usize], cases: &mut Cases) {
     let other = confirmed.iter().find(|(_, reservation, _)| *reservation != first.1);
     let Some(&other) = other else { return };
     for &(_, reservation, request) in &confirmed {
-        // The earliest one of another reservation.
+        // The earliest confirmation of another reservation.
         let (known_us, _, earlier) = if reservation == first.1 { other } else { first };
         if known_us < request.sent_us {
             cases.pair(earlier, request, || {
@@ -54,7 +55,7 @@ fn confirmed_otherwise(index: &Index<'_>, orders: &[usize], cases: &mut Cases) {
     }
 }
 
-/// Once an order is confirmed, its buyer is not refused any more.
+/// After the confirmation of an order, no later request of it is refused.
 fn refused_after_all(order: &Order<'_>, cases: &mut Cases) {
     let confirmed = order.requests.iter().copied();
     let confirmed =
@@ -74,7 +75,8 @@ fn refused_after_all(order: &Order<'_>, cases: &mut Cases) {
     }
 }
 
-/// The last final answer agrees with the rows. Which one was last may be open: then it is enough that one of them does.
+/// The last final answer agrees with the rows. If several concurrent answers may be the last, one
+/// that agrees is enough.
 fn last_answer_and_rows(index: &Index<'_>, order: &Order<'_>, cases: &mut Cases) {
     let finals = || order.requests.iter().copied().filter(|request| request.is_final());
     let Some(last_sent_us) = finals().map(|request| request.sent_us).max() else {
@@ -97,20 +99,22 @@ fn last_answer_and_rows(index: &Index<'_>, order: &Order<'_>, cases: &mut Cases)
 }
 
 fn disagrees_with_rows(index: &Index<'_>, order: &Order<'_>, last: &Request) -> bool {
-    // Rows match answers by reservation: one that was answered to somebody else is not this order's.
+    // Rows match answers by reservation: a row whose reservation was answered to another order is
+    // not this order's.
     let of_another = |row: &Row| {
         let mut answers = index.answers_of(row.reservation).iter();
         answers.any(|(answered, _)| *answered != order.number)
     };
     let mut own_rows = index.rows_of(order).iter().filter(|row| !of_another(row));
     match last.end() {
-        // A confirmed order without any row is lost, which is another rule's.
+        // A confirmed order without any row breaks I4 instead.
         End::Confirmed(reservation) => match index.rows_of_reservation(reservation) {
             [] => own_rows.next().is_some(),
             rows => !last.has_changed() && !rows.iter().any(|(_, row)| row.is_live()),
         },
         End::Refused(refused) => {
-            // What stayed undecided may have taken a ticket after the refusal: a later repeat, or any, once tickets came back.
+            // A request with unknown outcome may have taken a ticket after the refusal: a later
+            // repeat, or any request once tickets were released.
             let mut uncertain = order.requests.iter().filter(|request| request.is_uncertain());
             let taken_since = uncertain.any(|request| index.has_releases || last.sent_us <= request.sent_us);
             let named =

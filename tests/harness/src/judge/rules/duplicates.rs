@@ -6,7 +6,8 @@ use crate::{
     judge::{Evidence, index::Index},
 };
 
-/// I3. With rows: those that came while their buyer had a live one, or after another under their key.
+/// Checks I3. With rows: counts rows taken while their buyer had a live one, or after another row
+/// under the same key.
 pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
     if !index.has_rows() {
         return duplicates_told(index);
@@ -16,7 +17,7 @@ pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
         too_many.extend(rows.iter().skip(1).map(|row| [rows[0], *row]));
     }
     for rows in index.rows_of_buyer.all() {
-        // Of those that came before, the one that is live the longest.
+        // Of the earlier rows, the one that is live the longest.
         let mut longest: Option<(Micros, &Row)> = None;
         for &row in rows {
             let Some((from_us, until_us)) = row.held_us() else {
@@ -31,7 +32,7 @@ pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
             }
         }
     }
-    // A row that is too many for its buyer and for its key is one case, not two.
+    // A row that duplicates both its buyer's and its key's is one case, not two.
     too_many.sort_by_key(|[first, row]| (row.taken_us, row.reservation, first.taken_us, first.reservation));
     too_many.dedup_by_key(|[_, row]| std::ptr::from_ref(*row));
     let &[first, second] = too_many.first()?;
@@ -58,7 +59,7 @@ pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
     })
 }
 
-/// I3, where only the answers are known: what was confirmed stays, so that two are two.
+/// Checks I3 without rows: a confirmation is final, so two confirmed reservations are a duplicate.
 fn duplicates_told(index: &Index<'_>) -> Option<Found> {
     let mut told: Vec<&Request> = index.told().collect();
     let mut too_many: Vec<[&Request; 2]> = vec![];

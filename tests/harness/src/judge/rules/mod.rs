@@ -1,4 +1,4 @@
-//! The invariants, a function each, grouped by what they are about.
+//! The rules: one function for each invariant, grouped by subject.
 
 mod contradictions;
 mod duplicates;
@@ -24,14 +24,14 @@ use super::{
 };
 use crate::history::{Micros, Request, Row};
 
-/// What one rule found: how often, in words, and the first case.
+/// The result of one broken rule: the number of cases, a summary, and the first case.
 struct Found {
     count: u64,
     summary: String,
     evidence: Option<Evidence>,
 }
 
-/// Judges a history by every invariant.
+/// Checks a history against every invariant.
 pub(super) fn judge(index: &Index<'_>) -> Verdict {
     let tally = tally(index);
     Verdict {
@@ -46,7 +46,7 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
     }
 }
 
-/// The invariants that this history can't be judged by, or not fully, and why.
+/// The invariants that can't be checked on this history, or only in part, and why.
 fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
     use Invariant::{
         Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost, Order,
@@ -81,13 +81,13 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
         skip(NoOversell, "nobody knows until when released tickets were held");
         skip(NoDuplicate, "nobody knows until when released tickets were held");
     }
-    if !everybody_knows(index) {
+    if !all_last_answers_final(index) {
         skip(NoUndersell, "a buyer's last answer is not final");
     }
     not_checked
 }
 
-/// The invariants that are broken, in their order, each with the question that leads to the cause.
+/// The broken invariants in the order of their codes, each with a question that leads to the cause.
 fn findings(index: &Index<'_>, tally: &Tally) -> Vec<Finding> {
     use Invariant::{
         Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost, OneAnswer,
@@ -169,8 +169,9 @@ fn tally(index: &Index<'_>) -> Tally {
     }
 }
 
-/// Whether every buyer's last answer is final. Of requests that were sent at the same time, each may be the last.
-fn everybody_knows(index: &Index<'_>) -> bool {
+/// Whether every buyer's last answer is final. Each of several requests sent at the same time may
+/// be the last.
+fn all_last_answers_final(index: &Index<'_>) -> bool {
     index.requests_of_buyer.all().all(|requests| {
         let last_us = requests.last().map(|request| request.sent_us);
         let mut last = requests
@@ -186,7 +187,7 @@ fn is_late(index: &Index<'_>, request: &Request) -> bool {
     request.ended_us().is_some_and(|ended_us| ended_us > by_us)
 }
 
-/// What a rule has collected: how many cases, and the first of them.
+/// The cases that a rule has collected: their number, and the first.
 #[derive(Default)]
 struct Cases {
     count: u64,
@@ -230,7 +231,8 @@ impl Cases {
     }
 }
 
-/// How many intervals there are at the same time, at most. One that ends at a time makes room for one that begins at it.
+/// The maximum number of overlapping intervals. Intervals are half-open: one that ends where
+/// another begins does not overlap it.
 fn most_at_once(intervals: impl Iterator<Item = (Micros, Micros)>) -> u64 {
     let mut edges: Vec<(Micros, i64)> = vec![];
     for (from_us, until_us) in intervals {
@@ -246,7 +248,8 @@ fn most_at_once(intervals: impl Iterator<Item = (Micros, Micros)>) -> u64 {
     most.unsigned_abs()
 }
 
-/// How many requests were under way at the same time, at most. Here, equal times count as the same time.
+/// The maximum number of requests in flight. Here, a request that ends where another begins
+/// overlaps it.
 fn greatest_overlap(index: &Index<'_>) -> u64 {
     let requests = index.history.requests.iter();
     most_at_once(requests.map(|request| {

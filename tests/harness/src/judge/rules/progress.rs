@@ -1,4 +1,4 @@
-//! Progress (I10): every request comes to its end, in time.
+//! Progress (I10): every request ends within its deadline.
 
 use super::{Cases, Found, is_late};
 use crate::{
@@ -6,10 +6,10 @@ use crate::{
     judge::index::{End, Index},
 };
 
-/// I10.
+/// Checks I10: every request ends within its deadline, with a final answer.
 pub(super) fn unfinished(index: &Index<'_>) -> Option<Found> {
     let faults = &index.history.faults;
-    // `None`: something was never healed, which may excuse whoever is undecided.
+    // `None`: a fault was never healed, which may excuse any unknown outcome.
     let healed_us = faults
         .iter()
         .map(|fault| fault.healed_us)
@@ -17,7 +17,7 @@ pub(super) fn unfinished(index: &Index<'_>) -> Option<Found> {
     let mut cases = Cases::default();
     for order in index.orders() {
         let first_ended_us = order.requests.iter().filter_map(|request| request.ended_us()).min();
-        // The last time at which the buyer was told something final.
+        // The last time at which the buyer received a final answer.
         let told_us = order.requests.iter().filter(|request| request.is_settled());
         let told_us = told_us.map(|request| request.ended_us().unwrap_or(Micros::MAX)).max();
         for &request in order.requests {
@@ -26,7 +26,7 @@ pub(super) fn unfinished(index: &Index<'_>) -> Option<Found> {
             let was_told = told_us.is_some_and(|told_us| sent_us <= told_us);
             let must_be_told = match healed_us {
                 None => false,
-                // Nothing struck: nothing excuses silence.
+                // Without faults, nothing excuses a missing answer.
                 Some(_) if faults.is_empty() => is_repeat || request.ended_us().is_none(),
                 Some(healed_us) => healed_us < sent_us,
             };

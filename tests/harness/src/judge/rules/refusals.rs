@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// I6.
+/// Checks I6: every refusal was true at some moment between its request and its answer.
 pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
     let takers_us = index.takers_us();
     let unsure_us = unsure_us(index);
@@ -39,7 +39,7 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
                     other.is_some_and(|&other| index.order(other).requests[0].sent_us <= ended_us)
                 }
                 Refused::UnknownSale => false,
-                // A repeat gives an order no new life.
+                // A repeat does not extend the life of an order.
                 Refused::Expired => {
                     let passes_us = |expiry_us| order.requests[0].sent_us.saturating_add(expiry_us);
                     let expiry_us = index.history.header.expiry_us;
@@ -68,7 +68,8 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
     cases.found("refusals were not true")
 }
 
-/// From when until when a buyer may have had a reservation, as far as anybody can know. `None`: never.
+/// The longest interval in which a buyer may have had a reservation, as far as the history shows.
+/// `None`: never.
 fn may_have_had(
     index: &Index<'_>,
     order: &Order<'_>,
@@ -84,20 +85,22 @@ fn may_have_had(
     let from_us = if index.has_rows() {
         rows.first()?;
         let asked_us = rows.iter().filter_map(|(asked, _)| index.took_us[(*asked)?]);
-        // A row that nobody asked for may always have been there.
+        // A row without a request may have existed from the start.
         told_us.chain(asked_us).min().unwrap_or(0)
     } else {
-        // Another request of the buyer may have made it and never been answered.
+        // An unanswered request of the buyer may have created it.
         told_us.chain(unsure_us[order.buyer]).min()?
     };
-    // Row times can't be held against the refusal. But what a buyer was told is over, and is not live, was over by then.
+    // Row times are not comparable with the refusal. But a reservation that was answered as over,
+    // and is not live, was over by then.
     let is_live = rows.iter().any(|(_, row)| row.is_live());
     let over_us = answers.iter().filter(|(_, request)| request.refused().is_some());
     let over_us = over_us.filter_map(|(_, request)| request.ended_us()).min();
     Some((from_us, over_us.filter(|_| !is_live).unwrap_or(Micros::MAX)))
 }
 
-/// For each buyer, when the first request was sent of which nobody can say whether it took a ticket. Rows can say.
+/// For each buyer, when the first request with unknown outcome was sent. Empty with rows, which
+/// show every outcome.
 fn unsure_us(index: &Index<'_>) -> Vec<Option<Micros>> {
     if index.has_rows() {
         return vec![];

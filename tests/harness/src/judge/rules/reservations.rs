@@ -1,4 +1,4 @@
-//! Answers and rows belong together: nothing lost (I4), nothing invented (I5).
+//! Answers and rows match: nothing lost (I4), nothing invented (I5).
 
 use super::{Cases, Found, is_late};
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     judge::index::{End, Index},
 };
 
-/// I4.
+/// Checks I4: every confirmation has its row, and every accepted order its final state.
 pub(super) fn lost(index: &Index<'_>) -> Option<Found> {
     let mut cases = Cases::default();
     for request in &index.history.requests {
@@ -40,7 +40,7 @@ pub(super) fn lost(index: &Index<'_>) -> Option<Found> {
     cases.found("answers are not what came of them")
 }
 
-/// I5.
+/// Checks I5: every row has a request that may have created it.
 pub(super) fn invented(index: &Index<'_>) -> Option<Found> {
     let mut cases = Cases::default();
     for &(asked, row) in index.rows_of_reservation.all().flatten() {

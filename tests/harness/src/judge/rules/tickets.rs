@@ -1,6 +1,6 @@
 //! The count of tickets: no oversell (I1), conservation (I2), no undersell (I7).
 
-use super::{Found, everybody_knows, most_at_once};
+use super::{Found, all_last_answers_final, most_at_once};
 use crate::{
     history::{Micros, Refused, Request, Row, Status},
     judge::{
@@ -10,7 +10,8 @@ use crate::{
     },
 };
 
-/// I1. With rows: at no moment more of them hold a ticket than there are. Without: nor were more buyers told that they have one.
+/// Checks I1. With rows: at every moment, no more rows hold a ticket than there are tickets.
+/// Without rows: no more confirmations than tickets.
 pub(super) fn oversell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     let capacity = tally.capacity;
     let most = if index.has_rows() {
@@ -25,7 +26,7 @@ pub(super) fn oversell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     })
 }
 
-/// I2. What could not be read may be anything: without rows or stock, only more tickets than there were are certainly wrong.
+/// Checks I2. Without rows or stock, only a sum above the number of tickets is certainly wrong.
 pub(super) fn conservation(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     let Tally {
         capacity, sold, stock, ..
@@ -56,19 +57,19 @@ pub(super) fn conservation(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     })
 }
 
-/// I7.
+/// Checks I7: no ticket is left while a buyer goes without.
 pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
-    if index.has_releases || !everybody_knows(index) {
+    if index.has_releases || !all_last_answers_final(index) {
         return None;
     }
-    // Who only ever used another buyer's key never came as far as the tickets.
+    // A buyer who only used another buyer's key did not compete for the tickets.
     let came = |requests: &&[&Request]| {
         let mut finals = requests.iter().filter(|request| request.is_final());
         finals.any(|request| request.end() != End::Refused(&Refused::KeyOfAnotherBuyer))
     };
     let buyers = index.requests_of_buyer.all().filter(came).count() as u64;
     let requests = || index.history.requests.iter();
-    // Where rows could not be read, whatever was left undecided may have taken a ticket.
+    // Without rows, every unknown outcome may have taken a ticket.
     let unsure = match index.has_rows() {
         true => 0,
         false => requests().filter(|request| request.is_uncertain()).count() as u64,
@@ -85,9 +86,10 @@ pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     })
 }
 
-/// Two confirmed requests that overlap as briefly as any: where they were traced, two that had both looked before either had written.
+/// The two confirmed requests with the shortest overlap. If traced, typically two that had both
+/// read before either wrote.
 fn conflicting_pair<'a>(index: &Index<'a>) -> Option<[&'a Request; 2]> {
-    /// The time a request was inside the server, or, where it was not traced, under way.
+    /// The time of a request inside the server; if it was not traced, from sent to answered.
     fn inside(request: &Request) -> Option<(Micros, Micros)> {
         match (request.steps.first(), request.steps.last()) {
             (Some(first), Some(last)) => Some((first.at_us, last.at_us)),
