@@ -23,7 +23,9 @@ use goose::{
 };
 use harness::{
     history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
-    rush::{Answered, Classified, Clock, Report, classify, decided, is_event_stream, jittered, recheck, retry_after},
+    rush::{
+        Classified, Clock, HttpResponse, Report, classify, final_state, is_event_stream, jittered, recheck, retry_after,
+    },
 };
 use tokio::{
     sync::{Barrier, mpsc, watch},
@@ -234,7 +236,7 @@ impl Shop {
             if state.as_ref().is_some_and(|answered| !is_event_stream(answered)) {
                 path = location;
             }
-            if let Some(refused) = state.as_ref().and_then(decided) {
+            if let Some(refused) = state.as_ref().and_then(final_state) {
                 return Ending {
                     at_us: now_monotonic_us() - opened_us,
                     refused,
@@ -247,7 +249,7 @@ impl Shop {
     }
 
     /// Sends an order through Goose. `None`: no answer came.
-    async fn ask(&self, user: &mut GooseUser, request: &Request) -> Option<Answered> {
+    async fn ask(&self, user: &mut GooseUser, request: &Request) -> Option<HttpResponse> {
         let path = format!("/api/sales/{}/reservations", self.sale);
         let order = NewReservation {
             buyer_id: request.buyer,
@@ -267,9 +269,9 @@ impl Shop {
 }
 
 /// Sends a request through Goose. `None`: no answer came.
-async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<Answered> {
+async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<HttpResponse> {
     let response = user.request(request).await.ok()?.response.ok()?;
-    Some(Answered {
+    Some(HttpResponse {
         status: response.status(),
         headers: response.headers().clone(),
         body: response.bytes().await.ok()?,

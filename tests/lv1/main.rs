@@ -11,12 +11,13 @@ use harness::{
     backends::{Durability, Postgres, TestEnvironment},
     contract,
     history::{Answer, Refused},
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
     instance_faults,
     judge::judge,
     rush::{Program, Rush, SALE},
     schedule::ScheduleRunner,
     slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
     until,
 };
 use lv1_race_condition::{BARE, LEVEL};

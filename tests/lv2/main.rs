@@ -14,7 +14,7 @@ use harness::{
     contract,
     history::{Answer, Refused, Request},
     history_recorder::HistoryRecorder,
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
     instance_faults,
     judge::{Conclusion, judge},
     proxy::{Fault, Proxy},
@@ -25,6 +25,7 @@ use harness::{
         never_cancelled, never_disconnected,
     },
     slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
     twins::differ_by_one_mistake,
     until,
 };
@@ -798,7 +799,7 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 }
 
 #[tokio::test]
-#[should_panic(expected = "somebody is undecided: an instance left before it had answered")]
+#[should_panic(expected = "a request has an unknown outcome: an instance left before it had answered")]
 async fn a_rolling_restart_of_servers_that_do_not_drain_is_noticed() {
     let program = instance_faults::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
     let strategy = strategy("pessimistic");

@@ -13,13 +13,14 @@ use harness::{
     assert_failure_mode,
     backends::{self, Redis, TestEnvironment},
     contract,
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
     instance_faults,
     judge::{Conclusion, judge},
     required,
     rush::{Program, Rush, SALE},
     schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point},
     slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
     twins::differ_by_one_mistake,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};

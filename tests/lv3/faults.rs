@@ -17,9 +17,9 @@ use harness::{
     backends::{self, Private, Redis, Reply, TestEnvironment},
     history::{Answer, Refused},
     history_recorder::HistoryRecorder,
-    http_contract::TestServer,
     proxy::{Fault, Proxy},
     rush::{Program, Rush, SALE},
+    test_server::TestServer,
 };
 use lv3_redis_lock::{
     LEVEL,

@@ -13,10 +13,11 @@ use box_office::{
 use harness::{
     backends::TestEnvironment,
     contract,
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
     instance_faults,
     rush::{Program, Rush, SALE},
     slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
     twins::differ_by_one_mistake,
 };
 use lv4_kafka::{LEVEL, path::lag};

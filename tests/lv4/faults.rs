@@ -20,10 +20,10 @@ use harness::{
     backends::{self, Durability, Kafka, Postgres, Redis, Reply, TestEnvironment},
     history::Answer,
     history_recorder::HistoryRecorder,
-    http_contract::TestServer,
     judge::Verdict,
     proxy::{Fault, Proxy},
     rush::{Program, Rush, SALE},
+    test_server::TestServer,
     until,
 };
 use lv4_kafka::{

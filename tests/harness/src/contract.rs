@@ -27,7 +27,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
     let declared = strategy.guarantee.on(rush.instances);
     assert!(
         declared == expected,
-        "{}/{} declares another guarantee on {} instance(s) than the suite's table says.\n  declared: {}\n  table:    {}",
+        "{}/{} declares another guarantee on {} instance(s) than the test's table says.\n  declared: {}\n  table:    {}",
         level.name,
         strategy.name,
         rush.instances,

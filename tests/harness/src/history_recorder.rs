@@ -13,10 +13,10 @@ use uuid::Uuid;
 use crate::{
     backends::TestEnvironment,
     history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Request},
-    http_contract::TestServer,
     judge::{Verdict, judge},
     rows,
-    rush::{Classified, SALE, classify, decided},
+    rush::{Classified, SALE, classify, final_state},
+    test_server::TestServer,
 };
 
 /// Records the answers to the buyers of [`SALE`], and the faults.
@@ -115,7 +115,7 @@ impl HistoryRecorder {
         };
         for (number, reservation) in accepted {
             let state = server.get(&format!("/api/reservations/{reservation}")).await?;
-            let Some(refused) = decided(&state) else { continue };
+            let Some(refused) = final_state(&state) else { continue };
             if !matches!(timeout(within, server.final_state(reservation)).await, Ok(Ok(_))) {
                 continue;
             }

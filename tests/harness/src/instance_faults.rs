@@ -116,11 +116,11 @@ async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strat
                 && request.sent_us >= healed_us
                 && !matches!(request.answer, Answer::Indeterminate | Answer::Unexpected { .. })
         });
-        assert!(served, "nobody was served by the new instance: {}", fault.fault);
+        assert!(served, "the new instance served no request: {}", fault.fault);
     }
     if let Some(first) = undecided(&report).next() {
         panic!(
-            "somebody is undecided: an instance left before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
+            "a request has an unknown outcome: an instance left before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
             report.sent_to[&first.request], report.struck, report.history.faults, report.verdict
         );
     }

@@ -15,6 +15,7 @@ pub mod rows;
 pub mod rush;
 pub mod schedule;
 pub mod slow_clients;
+pub mod test_server;
 pub mod twins;
 mod until;
 

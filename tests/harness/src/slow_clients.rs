@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{http_contract::TestServer, rush::SALE};
+use crate::{rush::SALE, test_server::TestServer};
 
 /// Number of clients that connect and send nothing, or half of a request head.
 const IDLE: usize = 2_000;

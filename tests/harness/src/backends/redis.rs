@@ -150,7 +150,7 @@ async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
     let deleting = connection.obeyed(&["DEL", "oversold:{0.0}:none"]).await;
     deleting.with_context(|| format!("{shown} can't be written to"))?;
     let owner = ExternalOwner::register(&place).await;
-    let owner = owner.with_context(|| format!("{shown} does not tell whose keys are whose"))?;
+    let owner = owner.with_context(|| format!("{shown} does not list its clients"))?;
     Ok((owner, place))
 }
 
@@ -185,7 +185,7 @@ async fn version(connection: &mut Connection) -> io::Result<String> {
         Reply::Bulk(about) => about.lines().find_map(|line| line.strip_prefix("redis_version:")),
         _ => None,
     };
-    let version = version.ok_or_else(|| io::Error::other("INFO does not tell the version"))?;
+    let version = version.ok_or_else(|| io::Error::other("INFO does not contain the version"))?;
     Ok(version.to_owned())
 }
 

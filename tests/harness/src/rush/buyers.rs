@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use super::{
     Rush, SALE, Servers,
-    connection::{Answered, Connection},
+    connection::{Connection, HttpResponse},
     report::Clock,
 };
 use crate::history::{Answer, Ending, Micros, Refused, Request};
@@ -257,7 +257,7 @@ impl Click {
         ((request, sent_to), retry_after)
     }
 
-    async fn send(&mut self, number: u64) -> anyhow::Result<Answered> {
+    async fn send(&mut self, number: u64) -> anyhow::Result<HttpResponse> {
         let request = order(SALE, self.buyer, &self.key, number)?;
         self.connection().await?.send(request).await
     }
@@ -281,7 +281,7 @@ impl Click {
         Ok(self.connection.insert(connection))
     }
 
-    async fn classify(&mut self, answered: Answered, started_us: Micros) -> Answer {
+    async fn classify(&mut self, answered: HttpResponse, started_us: Micros) -> Answer {
         match classify(&answered) {
             Classified::Final(answer) => answer,
             Classified::Accepted { reservation, location } => {
@@ -325,12 +325,12 @@ impl Click {
 /// The final state of an accepted order in a response of `GET /api/reservations/{id}` or its event
 /// stream: `None` while it is pending, `Some(None)` if it is confirmed, otherwise the reason of the
 /// refusal.
-pub fn decided(answered: &Answered) -> Option<Option<Refused>> {
+pub fn final_state(answered: &HttpResponse) -> Option<Option<Refused>> {
     State::of(answered).ok()?.decided()
 }
 
 /// Whether a response is an event stream, read to its end.
-pub fn is_event_stream(answered: &Answered) -> bool {
+pub fn is_event_stream(answered: &HttpResponse) -> bool {
     let kind = answered.headers.get(header::CONTENT_TYPE);
     answered.status == StatusCode::OK && kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
 }
@@ -358,7 +358,7 @@ impl State {
     }
 
     /// Parses the body of a response, or the last event of a stream.
-    fn of(answered: &Answered) -> anyhow::Result<Self> {
+    fn of(answered: &HttpResponse) -> anyhow::Result<Self> {
         if !is_event_stream(answered) {
             return Ok(serde_json::from_slice(&answered.body)?);
         }
@@ -402,7 +402,7 @@ pub enum Classified {
 }
 
 /// Classifies an HTTP response by the contract that all levels share.
-pub fn classify(answered: &Answered) -> Classified {
+pub fn classify(answered: &HttpResponse) -> Classified {
     let answer = match answered.status {
         StatusCode::CREATED => reservation(answered).map(|reservation| Answer::Confirmed { reservation }),
         StatusCode::ACCEPTED => {
@@ -428,13 +428,13 @@ pub fn classify(answered: &Answered) -> Classified {
     }))
 }
 
-fn reservation(answered: &Answered) -> Option<Uuid> {
+fn reservation(answered: &HttpResponse) -> Option<Uuid> {
     serde_json::from_slice::<api::Reservation>(&answered.body)
         .ok()
         .map(|reservation| reservation.id)
 }
 
-fn refused(answered: &Answered) -> Option<Refused> {
+fn refused(answered: &HttpResponse) -> Option<Refused> {
     let problem: api::Problem = serde_json::from_slice(&answered.body).ok()?;
     let kind = ProblemKind::from_uri(&problem.kind).filter(|kind| kind.status() == answered.status)?;
     match kind {

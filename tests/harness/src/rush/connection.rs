@@ -24,7 +24,7 @@ pub struct Connection {
 }
 
 /// An HTTP response, read to its last byte.
-pub struct Answered {
+pub struct HttpResponse {
     /// The status.
     pub status: StatusCode,
     /// The headers.
@@ -68,13 +68,13 @@ impl Connection {
     ///
     /// # Errors
     /// Fails if the connection ends before the response does.
-    pub async fn send(&mut self, mut request: Request<Full<Bytes>>) -> anyhow::Result<Answered> {
+    pub async fn send(&mut self, mut request: Request<Full<Bytes>>) -> anyhow::Result<HttpResponse> {
         request.headers_mut().insert(HOST, self.address.to_string().parse()?);
         let sender = &mut self.sender;
         let mut exchange = pin!(async move {
             sender.ready().await?;
             let (head, body) = sender.send_request(request).await?.into_parts();
-            anyhow::Ok(Answered {
+            anyhow::Ok(HttpResponse {
                 status: head.status,
                 headers: head.headers,
                 body: body.collect().await?.to_bytes(),

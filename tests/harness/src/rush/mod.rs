@@ -18,8 +18,8 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use buyers::{Classified, classify, decided, is_event_stream, jittered, recheck, retry_after};
-pub use connection::{Answered, Connection};
+pub use buyers::{Classified, classify, final_state, is_event_stream, jittered, recheck, retry_after};
+pub use connection::{Connection, HttpResponse};
 pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
 
@@ -267,9 +267,9 @@ async fn wait_for_zero_lag(level: &Level, environment: &TestEnvironment, timeout
         }
         // An error may be transient: for a moment the broker does not know a new group or topic.
         if gave_up <= Instant::now() {
-            let waiting = waiting.context("nobody can say whether messages wait to be decided")?;
+            let waiting = waiting.context("the consumer lag is unknown")?;
             bail!(
-                "{timeout:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
+                "{timeout:?} after the last answer {waiting} messages are still not decided, so the number of tickets sold is unknown"
             );
         }
         sleep(POLL_INTERVAL).await;

@@ -16,10 +16,10 @@ use super::cancellation::{nothing_left_open, order, request};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
-    http_contract::TestServer,
     judge::judge,
     rows,
     rush::{Program, Rush},
+    test_server::TestServer,
 };
 
 /// Time limit for the server to reach its point, and to finish once it is resumed.

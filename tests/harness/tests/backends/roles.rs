@@ -198,7 +198,7 @@ pub(crate) async fn break_private<S, C>(
             server.stop().await.unwrap();
         }
         assert!(is_cut(connection).await, "the connection is cut");
-        assert_eq!(written().await, None, "nobody answers");
+        assert_eq!(written().await, None, "the server does not answer");
         assert_eq!(server.pid().await.unwrap(), None);
         // On a server that is down, both do nothing.
         server.stop().await.unwrap();

@@ -155,7 +155,7 @@ fn the_image_is_the_same_everywhere(service: Service) {
             .unwrap();
         tag[..end].to_owned()
     };
-    let suite = image(&format!("tests/harness/src/backends/{}/docker.rs", service.name()));
-    assert_eq!(image("infra/setup.sh"), suite);
-    assert_eq!(image("docker-compose.yml"), suite);
+    let harness = image(&format!("tests/harness/src/backends/{}/docker.rs", service.name()));
+    assert_eq!(image("infra/setup.sh"), harness);
+    assert_eq!(image("docker-compose.yml"), harness);
 }

@@ -369,14 +369,14 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound").to_string();
         let serving = tokio::spawn(async move {
-            let (mut stream, _) = listener.accept().await.expect("somebody connects");
+            let (mut stream, _) = listener.accept().await.expect("a client connects");
             let mut asked = Vec::new();
             for answer in answers {
                 let length = stream.read_i32().await.expect("there is a request");
                 let mut request = vec![0; usize::try_from(length).expect("it has a length")];
                 stream.read_exact(&mut request).await.expect("it is whole");
                 asked.push(request);
-                stream.write_all(&answer).await.expect("somebody listens");
+                stream.write_all(&answer).await.expect("the client reads");
             }
             asked
         });
@@ -406,7 +406,7 @@ mod tests {
         ]);
         let (address, serving) = broker(vec![answer]).await;
         let version = Connection::open(&address).await.expect("it listens").version().await;
-        assert_eq!(version.expect("it tells"), "4.1");
+        assert_eq!(version.expect("it is reported"), "4.1");
         let asked = serving.await.expect("it was asked");
         assert_eq!(asked[0], b"\0\x12\0\x03\0\0\0\x01\0\x08oversold\0\x09oversold\x020\0");
     }
@@ -444,7 +444,7 @@ mod tests {
             brokers: 1,
             topics: vec![topic("a", 2, true), topic("b", 1, false)],
         };
-        assert_eq!(metadata.expect("it tells"), expected);
+        assert_eq!(metadata.expect("it is reported"), expected);
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ use tokio::time::timeout;
 use super::{Postgres, Server};
 
 /// Time limit until the connections to a template have closed after its migration.
-const LEFT_WITHIN: Duration = Duration::from_secs(10);
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit for dropping a database, for a server that hangs or is gone.
 const DROPPED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -85,7 +85,7 @@ impl Postgres {
             migrate(&self.admin.clone().database(&name), schema).await?;
             // A template can be cloned only while no session is connected to it. Postgres would
             // check again only after 100 ms.
-            nobody_is_connected(&mut admin, &name).await?;
+            wait_for_disconnects(&mut admin, &name).await?;
             admin.close().await?;
             anyhow::Ok(())
         })
@@ -97,7 +97,7 @@ impl Postgres {
 
 /// Waits until no session is connected to a database: a backend ends a moment after its client has
 /// disconnected.
-async fn nobody_is_connected(admin: &mut PgConnection, name: &str) -> anyhow::Result<()> {
+async fn wait_for_disconnects(admin: &mut PgConnection, name: &str) -> anyhow::Result<()> {
     let began = Instant::now();
     loop {
         let connected: Vec<String> = sqlx::query_scalar(
@@ -111,9 +111,9 @@ async fn nobody_is_connected(admin: &mut PgConnection, name: &str) -> anyhow::Re
         if connected.is_empty() {
             return Ok(());
         }
-        if began.elapsed() > LEFT_WITHIN {
+        if began.elapsed() > DISCONNECT_TIMEOUT {
             bail!(
-                "waited {LEFT_WITHIN:?} until nobody is connected to {name}, but there is {}",
+                "waited {DISCONNECT_TIMEOUT:?} for the last connection to {name} to close, but there is {}",
                 connected.join(", ")
             );
         }

@@ -67,10 +67,10 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
         );
     }
     if index.has_releases {
-        skip(NoUndersell, "tickets were given back");
+        skip(NoUndersell, "tickets were released");
         skip(
             NoFalseRefusal,
-            "tickets were given back: only what is necessary for \"sold out\" was checked",
+            "tickets were released: only what is necessary for \"sold out\" was checked",
         );
     }
     if index
@@ -78,8 +78,8 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
         .iter()
         .any(|row| !row.is_live() && row.released_us.is_none())
     {
-        skip(NoOversell, "nobody knows until when released tickets were held");
-        skip(NoDuplicate, "nobody knows until when released tickets were held");
+        skip(NoOversell, "the release times of released tickets are unknown");
+        skip(NoDuplicate, "the release times of released tickets are unknown");
     }
     if !all_last_answers_final(index) {
         skip(NoUndersell, "a buyer's last answer is not final");

@@ -52,7 +52,7 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
                     let why_not = match refused {
                         Refused::SoldOut => "not enough others can have taken a ticket by then",
                         Refused::AlreadyReserved { .. } => "the reservation that was named is not the buyer's",
-                        Refused::KeyOfAnotherBuyer => "nobody else had sent this key",
+                        Refused::KeyOfAnotherBuyer => "no other buyer had sent this key",
                         Refused::Expired => "the order's time was not up",
                         _ => "there is",
                     };

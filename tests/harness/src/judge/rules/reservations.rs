@@ -64,7 +64,7 @@ pub(super) fn invented(index: &Index<'_>) -> Option<Found> {
             });
         } else if asked.is_none() {
             cases.row(row, || {
-                format!("nobody asked for reservation {reservation} of buyer {buyer}, key {key}")
+                format!("no request asked for reservation {reservation} of buyer {buyer}, key {key}")
             });
         } else if !asked.is_some_and(may_have_asked) {
             cases.row(row, || {
@@ -72,5 +72,5 @@ pub(super) fn invented(index: &Index<'_>) -> Option<Found> {
             });
         }
     }
-    cases.found("rows that nobody asked for")
+    cases.found("rows without a request")
 }
