@@ -106,7 +106,7 @@ bench: ## Measure one strategy beside the database's own ceiling: make bench LEV
 
 benchmarks: ## Hold the suite's own costs to their bounds: a rush against a server that does nothing, and the judge
 	@infra/setup.sh postgres
-	cargo run --quiet --release --package harness --example rush_of_nothing -- --bound
+	cargo run --quiet --release --package harness --example rush_overhead -- --bound
 	cargo run --quiet --release --package harness --example judge_benchmark -- --bound
 
 up: ## Start the backends in containers, for those who prefer compose

@@ -67,7 +67,7 @@ install_engine() {
 
 stop() {
     pid=$(engine_pid) || { say "there is none to stop"; return; }
-    # The keeper of a run that has just ended needs it to remove the run's containers.
+    # The reaper of a run that has just ended needs it to remove the run's containers.
     tries=0
     while [ "$tries" -lt 100 ] && [ -n "$(docker -H "$host" container ls --all --quiet --filter name=oversold-)" ]; do
         tries=$((tries + 1))

@@ -10,7 +10,7 @@ case $runs in "" | 0 | *[!0-9]*) echo "soak: it takes how many runs, not \`$runs
 [ $# = 0 ] || shift
 logs=$(mktemp -d)
 
-# By their arguments: the keepers (oversold-run-…), Postgres and Kafka (their data is in a folder oversold-…), Redis, and servers of a level.
+# By their arguments: the reapers (oversold-run-…), Postgres and Kafka (their data is in a folder oversold-…), Redis, and servers of a level.
 processes() { ps -eo pid=,args= | awk '/oversold[- ]|redis-server|lv[0-9]-[a-z-]+/ && !/awk|infra\/soak\.sh/ { print "process " $0 }'; }
 folders() { find "${TMPDIR:-/tmp}" /dev/shm -maxdepth 1 -name 'oversold-*' ! -name 'oversold-pull-failed-*' 2>/dev/null | sed 's/^/folder /'; }
 containers() { docker ps --all --filter 'name=^/?oversold-' --format 'container {{.Names}}' 2>/dev/null || true; }
@@ -33,7 +33,7 @@ while [ "$run" -le "$runs" ]; do
     cargo test --quiet "$@" >"$logs/$run" 2>&1 </dev/null || code=$?
     took=$(($(date +%s) - started))
     [ -z "$busy" ] || kill "$busy"
-    # The keeper clears up once the test program has ended, so it is a moment behind it.
+    # The reaper clears up once the test program has ended, so it is a moment behind it.
     tries=0
     while traces >"$logs/after" && [ -n "$(left_behind)" ] && [ "$tries" -lt 50 ]; do
         tries=$((tries + 1))

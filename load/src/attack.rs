@@ -23,7 +23,9 @@ use goose::{
 };
 use harness::{
     history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
-    rush::{Answered, Clock, Report, Understood, are_events, decided, jittered, look_again, retry_after, understand},
+    rush::{
+        Classified, Clock, HttpResponse, Report, classify, final_state, is_event_stream, jittered, recheck, retry_after,
+    },
 };
 use tokio::{
     sync::{Barrier, mpsc, watch},
@@ -113,7 +115,7 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         .map_err(|error| anyhow!("Goose did not end well: {error}"))?;
 
     requests.sort_by_key(|request| (request.sent_us, request.request));
-    look_again(&mut requests, rush.host.address().await?, opened_us).await;
+    recheck(&mut requests, rush.host.address().await?, opened_us).await;
     let sale = rush.host.sale(rush.sale).await?;
     let history = History {
         header: Header {
@@ -198,9 +200,9 @@ impl Shop {
             if let Some(answered) = self.ask(user, &request).await {
                 request.answered_us = Some(now_monotonic_us() - opened_us);
                 pause = retry_after(&answered.headers).unwrap_or(PAUSE);
-                request.answer = match understand(&answered) {
-                    Understood::Final(answer) => answer,
-                    Understood::Accepted { reservation, location } => Answer::Accepted {
+                request.answer = match classify(&answered) {
+                    Classified::Final(answer) => answer,
+                    Classified::Accepted { reservation, location } => Answer::Accepted {
                         reservation,
                         ending: timeout(self.patience, self.follow(user, &location, opened_us))
                             .await
@@ -231,10 +233,10 @@ impl Shop {
                 .path(path)
                 .build();
             let state = send(user, ready).await;
-            if state.as_ref().is_some_and(|answered| !are_events(answered)) {
+            if state.as_ref().is_some_and(|answered| !is_event_stream(answered)) {
                 path = location;
             }
-            if let Some(refused) = state.as_ref().and_then(decided) {
+            if let Some(refused) = state.as_ref().and_then(final_state) {
                 return Ending {
                     at_us: now_monotonic_us() - opened_us,
                     refused,
@@ -247,7 +249,7 @@ impl Shop {
     }
 
     /// Sends an order through Goose. `None`: no answer came.
-    async fn ask(&self, user: &mut GooseUser, request: &Request) -> Option<Answered> {
+    async fn ask(&self, user: &mut GooseUser, request: &Request) -> Option<HttpResponse> {
         let path = format!("/api/sales/{}/reservations", self.sale);
         let order = NewReservation {
             buyer_id: request.buyer,
@@ -267,9 +269,9 @@ impl Shop {
 }
 
 /// Sends a request through Goose. `None`: no answer came.
-async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<Answered> {
+async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<HttpResponse> {
     let response = user.request(request).await.ok()?.response.ok()?;
-    Some(Answered {
+    Some(HttpResponse {
         status: response.status(),
         headers: response.headers().clone(),
         body: response.bytes().await.ok()?,

@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use anyhow::{Context, bail, ensure};
 use box_office::{SaleId, api};
-use harness::rush::{Answered, Connection};
+use harness::rush::{Connection, HttpResponse};
 use http_body_util::Full;
 use hyper::{Request, StatusCode, Uri, header};
 
@@ -89,13 +89,13 @@ impl Host {
         addresses.next().with_context(|| format!("{self} has no address"))
     }
 
-    async fn send(&self, request: Request<Full<hyper::body::Bytes>>) -> anyhow::Result<Answered> {
+    async fn send(&self, request: Request<Full<hyper::body::Bytes>>) -> anyhow::Result<HttpResponse> {
         let mut connection = Connection::open(self.address().await?).await?;
         connection.send(request).await.with_context(|| format!("asking {self}"))
     }
 }
 
-fn unexpected(what: &str, answered: &Answered) -> anyhow::Error {
+fn unexpected(what: &str, answered: &HttpResponse) -> anyhow::Error {
     let body = String::from_utf8_lossy(&answered.body);
     anyhow::anyhow!("{what} was answered with {}: {body}", answered.status)
 }

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use box_office::{Invariant, Promise, SaleId, Schema, Service};
 use harness::{
-    backends::{Durability, Services, keeper},
+    backends::{Durability, Services, reaper},
     rush::{Program, Servers},
 };
 use serde::Deserialize;
@@ -111,7 +111,7 @@ async fn one(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyho
     let program = Program::new(std::path::absolute(&args.oversold)?)
         .argument("serve")
         .argument(level);
-    let stand = services.stand(EMPTY).await?;
+    let stand = services.environment(EMPTY).await?;
     let servers = Servers::start_named(&setting(strategy), &stand, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;
     let (crowd, clicks) = stress(args.crowd, strategy);
@@ -169,13 +169,13 @@ fn stress(crowd: Crowd, strategy: &Strategy) -> (Crowd, u32) {
 
 /// Runs the script of k6.
 async fn k6(args: &RushArgs, rush: &Rush) -> anyhow::Result<Outcome> {
-    let folder = keeper::folder("k6")?;
+    let folder = reaper::folder("k6")?;
     let summary: PathBuf = folder.join("summary.json");
     let codes = |promise| {
         let codes: Vec<&str> = rush.promises.those(promise).map(Invariant::code).collect();
         codes.join(",")
     };
-    let mut command = tokio::process::Command::from(keeper::command(std::path::absolute(&args.k6)?)?);
+    let mut command = tokio::process::Command::from(reaper::command(std::path::absolute(&args.k6)?)?);
     let output = command
         .args(["run", "--quiet", "--no-usage-report", "--no-color", "--address", ""])
         .arg(&args.script)

@@ -201,7 +201,7 @@ async fn one(args: &RushArgs, choice: &SelectedStrategy, services: &Services, ro
         progress.set_message(format!("{}: the buyers come", choice.name()));
         progress.enable_steady_tick(Duration::from_millis(100));
     }
-    let stand = services.stand(choice.strategy.schema).await?;
+    let stand = services.environment(choice.strategy.schema).await?;
     let report = rush.run_on(&stand, &program, choice.level, choice.strategy).await;
     if let Some(progress) = progress {
         progress.finish_and_clear();

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use box_office::Service;
 use harness::{
     judge::judge,
-    schedule::{RequestHandle, ScheduleRunner, Script},
+    schedule::{RequestHandle, Schedule, ScheduleRunner},
 };
 
 use crate::{Ended, TraceArgs, levels::SelectedStrategy};
@@ -22,7 +22,7 @@ pub(crate) async fn trace(args: &TraceArgs) -> anyhow::Result<Ended> {
     let rehearsal = ScheduleRunner::of(chosen.strategy).await?;
     let (script, title) = match &args.order {
         None => (
-            rehearsal.both_look_before_either_writes().await?,
+            rehearsal.both_read_before_either_writes().await?,
             "both look before either writes".to_owned(),
         ),
         Some(order) => {
@@ -88,7 +88,7 @@ impl Order {
     }
 
     /// Moves the requests letter by letter, then everybody to an answer.
-    async fn run(&self, script: &mut Script<'_>) -> anyhow::Result<()> {
+    async fn run(&self, script: &mut Schedule<'_>) -> anyhow::Result<()> {
         let mut lanes: Vec<(char, RequestHandle)> = vec![];
         for (letter, name) in NAMES {
             let again = letter.to_ascii_lowercase();
@@ -109,7 +109,7 @@ impl Order {
                 _ => eprintln!("{letter} can't move here: its turn passes"),
             }
         }
-        script.run_everybody_to_an_answer().await
+        script.run_all_to_completion().await
     }
 }
 

@@ -4,19 +4,20 @@
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, OneAnswer},
-    ProblemKind, Promise, Promises, Strategy,
+    ProblemKind, Promise, Promises, Strategy, points,
 };
 use harness::{
     assert_declared,
     backends::{Durability, Postgres, TestEnvironment},
     contract,
     history::{Answer, Refused},
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    instance_faults,
     judge::judge,
-    restarts,
     rush::{Program, Rush, SALE},
     schedule::ScheduleRunner,
-    slow_clients::bears_idle_and_slow_clients,
+    slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
     until,
 };
 use lv1_race_condition::{BARE, LEVEL};
@@ -81,7 +82,7 @@ const RUNS: usize = 100;
 async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold: usize, #[case] stock: i64) {
     let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
     for _ in 0..RUNS {
-        let script = rehearsal.both_look_before_either_writes().await.unwrap();
+        let script = rehearsal.both_read_before_either_writes().await.unwrap();
         let history = script.history().await.unwrap();
 
         assert_eq!(history.rows.as_ref().unwrap().len(), sold, "{}", script.trace());
@@ -96,7 +97,7 @@ async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold:
 async fn two_clicks_of_one_buyer_take_two_tickets_in_every_run() {
     let rehearsal = ScheduleRunner::of(strategy("check-then-insert")).await.unwrap();
     for _ in 0..RUNS {
-        let script = rehearsal.both_look_before_either_writes().await.unwrap();
+        let script = rehearsal.both_read_before_either_writes().await.unwrap();
         let verdict = judge(&script.history().await.unwrap());
 
         assert!(verdict.breaks(NoDuplicate), "{}", script.trace());
@@ -124,13 +125,13 @@ async fn one_key_gets_two_reservations_when_both_look_before_either_writes(
         } else {
             script.buyer("Bob")
         };
-        script.takes_the_key_of(second, first);
+        script.use_key_of(second, first);
         if at_once {
-            script.run_towards(first, "decided to sell").await.unwrap();
-            script.run_towards(second, "decided to sell").await.unwrap();
+            script.run_towards(first, points::DECIDED_TO_SELL).await.unwrap();
+            script.run_towards(second, points::DECIDED_TO_SELL).await.unwrap();
         }
-        script.run_to_its_answer(first).await.unwrap();
-        script.run_to_its_answer(second).await.unwrap();
+        script.run_to_completion(first).await.unwrap();
+        script.run_to_completion(second).await.unwrap();
 
         let history = script.history().await.unwrap();
         let verdict = judge(&history);
@@ -151,11 +152,11 @@ async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
     let mut script = rehearsal.sale(1).await.unwrap();
     let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
 
-    script.run_until(bob, "decided to sell").await.unwrap();
-    script.run_until(ann, "stock written").await.unwrap();
+    script.run_until(bob, points::DECIDED_TO_SELL).await.unwrap();
+    script.run_until(ann, points::STOCK_WRITTEN).await.unwrap();
     script.run_until_blocked(bob).await.unwrap();
-    script.run_to_its_answer(ann).await.unwrap();
-    script.run_to_its_answer(bob).await.unwrap();
+    script.run_to_completion(ann).await.unwrap();
+    script.run_to_completion(bob).await.unwrap();
 
     let history = script.history().await.unwrap();
     assert_eq!(history.header.stock, Some(-1), "{}", script.trace());
@@ -181,7 +182,7 @@ async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &st
     let again = script.click(ann);
     let lanes = [ann, again, script.buyer("Bob"), script.buyer("Carol")];
     for lane in lanes {
-        script.run_to_its_answer(lane).await.unwrap();
+        script.run_to_completion(lane).await.unwrap();
     }
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.findings.is_empty(), "{verdict}\n{}", script.trace());
@@ -196,7 +197,7 @@ async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &st
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -209,10 +210,10 @@ async fn the_http_contract_holds(#[case] name: &str) {
 async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
     let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy("read-then-write"))
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy("read-then-write"))
         .await
         .unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
 
     postgres.stop().await.unwrap();
@@ -233,9 +234,9 @@ async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
 async fn a_connection_that_was_closed_while_it_rested_is_handed_to_nobody() {
     let strategy = strategy("read-then-write");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
     let pool = stand.database().pool(1).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
 
     // Each once it has rested: no Postgres restarts in less.
     let mut closed = 0;
@@ -265,21 +266,21 @@ fn kept() -> Vec<Invariant> {
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
     let strategy = strategy("read-then-write");
-    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &kept()).await;
+    instance_faults::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &kept()).await;
 }
 
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided() {
     let strategy = strategy("read-then-write");
-    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &kept()).await;
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &kept()).await;
 }
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("read-then-write");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();
 }

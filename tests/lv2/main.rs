@@ -16,16 +16,18 @@ use harness::{
     contract,
     history::{Answer, Refused, Request},
     history_recorder::HistoryRecorder,
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    instance_faults,
     judge::{Conclusion, judge},
-    proxy::{Cut, Proxy},
-    required, restarts,
+    proxy::{Fault, Proxy},
+    required,
     rush::{Program, Report, Rush, SALE},
     schedule::{
-        Explored, Scenario, ScheduleRunner, cancelled_after_every_poll, hung_up_at_every_point, never_cancelled,
-        never_hung_up,
+        Exploration, Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point,
+        never_cancelled, never_disconnected,
     },
-    slow_clients::bears_idle_and_slow_clients,
+    slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
     until,
 };
 use lv2_db_lock::{BARE, LEVEL};
@@ -165,7 +167,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[
 }
 // ANCHOR_END: orders
 
-fn none_broken(explored: &Explored) {
+fn none_broken(explored: &Exploration) {
     if let Some(broken) = explored.broken.first() {
         panic!(
             "{} of {} orders break it, such as\n{}\n{}",
@@ -268,8 +270,8 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
     script.run_until(ann, "lock released").await.unwrap();
     a_transaction_is_open(&rehearsal).await; // Ann's
     script.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
-    script.run_to_its_answer(ann).await.unwrap();
-    script.run_to_its_answer(bob).await.unwrap();
+    script.run_to_completion(ann).await.unwrap();
+    script.run_to_completion(bob).await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.breaks(NoOversell), "{}\n{verdict}", script.trace());
@@ -278,7 +280,7 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
 
 /// Somebody's transaction is open while its request is held, as Postgres sees it.
 async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
-    let pool = rehearsal.stand().database().pool(1).await.unwrap();
+    let pool = rehearsal.environment().database().pool(1).await.unwrap();
     let open: i64 = sqlx::query_scalar(
         "select count(*)
            from pg_stat_activity
@@ -311,8 +313,8 @@ async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
 
     script.run_until(ann, "stock written").await.unwrap();
     script.run_until_blocked(bob).await.unwrap();
-    script.run_to_its_answer(ann).await.unwrap();
-    script.run_to_its_answer(bob).await.unwrap();
+    script.run_to_completion(ann).await.unwrap();
+    script.run_to_completion(bob).await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.findings.is_empty(), "{}\n{verdict}", script.trace());
@@ -392,7 +394,7 @@ const POOL_OF_EIGHT: Rush = Rush {
     work: Duration::ZERO,
     commit: Duration::from_millis(1),
     pool_size: Some(8),
-    patience: Duration::from_secs(20),
+    timeout: Duration::from_secs(20),
     traced: true,
     faults: vec![],
 };
@@ -517,10 +519,10 @@ async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_
 
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
     let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy("mutex"))
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy("mutex"))
         .await
         .unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
 
     postgres.stop().await.unwrap();
     let asking: JoinSet<_> = (1..=50).map(|buyer| status_of(talk.address(), buyer)).collect();
@@ -546,24 +548,24 @@ async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_
 async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let ledger = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&talk, 1), async {
         until("the fault did not strike: nobody commits", async || {
-            held.have_struck().await.unwrap()
+            held.has_struck().await.unwrap()
         })
         .await;
-        ledger.struck("a commit taken back");
+        ledger.record_fault("a commit taken back");
         assert_eq!(held.fail().await.unwrap(), 1, "the fault did not strike");
-        held.go_on().await.unwrap();
-        ledger.healed();
+        held.release().await.unwrap();
+        ledger.record_recovery();
     });
     assert_eq!(ann, Answer::Indeterminate);
-    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
-    assert_eq!(ledger.ask(&talk, 2).await, Answer::Refused(Refused::SoldOut));
+    assert!(matches!(ledger.reserve(&talk, 1).await, Answer::Confirmed { .. }));
+    assert_eq!(ledger.reserve(&talk, 2).await, Answer::Refused(Refused::SoldOut));
     talk.stop().await.unwrap();
     assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
 }
@@ -576,31 +578,31 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let stand = TestEnvironment::shared(strategy).await.unwrap();
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
-    let behind = program().variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
-    let talk = TestServer::with(&stand, &behind, &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let behind = program().variable("DATABASE_URL", proxy.url_through(&stand.database().url()));
+    let talk = TestServer::start(&stand, &behind, &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let ledger = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&talk, 1), async {
         until("the fault did not strike: nobody commits", async || {
-            held.have_struck().await.unwrap()
+            held.has_struck().await.unwrap()
         })
         .await;
-        proxy.cuts(Cut::Everything);
+        proxy.inject(Fault::CloseAll);
         until("the fault did not strike: nobody came through the proxy", async || {
             proxy.has_struck()
         })
         .await;
-        ledger.struck("a commit has lost its connection");
+        ledger.record_fault("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
     let bob = async {
         // He may get a connection of the pool that was cut as well, and asks again.
         loop {
-            match ledger.ask(&talk, 2).await {
+            match ledger.reserve(&talk, 2).await {
                 Answer::Indeterminate => {}
                 told => break told,
             }
@@ -611,10 +613,10 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
             held.waiting("transactionid tuple").await.unwrap() > 0
         })
         .await;
-        held.go_on().await.unwrap();
+        held.release().await.unwrap();
     });
     assert!(matches!(bob, Answer::Confirmed { .. }), "{bob:?}");
-    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
+    assert!(matches!(ledger.reserve(&talk, 1).await, Answer::Confirmed { .. }));
     talk.stop().await.unwrap();
     assert_after_fault(
         strategy,
@@ -633,8 +635,8 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
 async fn a_row_that_somebody_else_holds_for_too_long_leaves_a_buyer_undecided(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     let observer = stand.database().pool(1).await.unwrap();
     let mut somebody = observer.begin().await.unwrap();
     sqlx::query("select from sale where id = $1 for update")
@@ -650,7 +652,7 @@ async fn a_row_that_somebody_else_holds_for_too_long_leaves_a_buyer_undecided(#[
         .unwrap();
     somebody.rollback().await.unwrap();
     let again = talk.reserve(SALE, 1, Some("a")).await.unwrap();
-    talk.confirms(&again).await.unwrap();
+    talk.expect_confirmed(&again).await.unwrap();
     talk.stop().await.unwrap();
 }
 
@@ -675,7 +677,7 @@ async fn a_second_connection_taken_while_one_is_held_starves_the_pool() {
     let rush = Rush {
         buyers: 100,
         pool_size: Some(8),
-        patience: Duration::from_secs(6),
+        timeout: Duration::from_secs(6),
         ..Rush::default()
     };
     let strategy = strategy("mutants/second-connection");
@@ -725,7 +727,7 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
 #[case::one_that_could_not_bear_to_be_cancelled("mutants/transaction-left-open")]
 #[tokio::test]
 async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
-    let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
+    let points = disconnected_at_every_point(&program(), &LEVEL, strategy(name))
         .await
         .unwrap();
     println!("{name}: hung up at {points:?}");
@@ -735,7 +737,7 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_server_that_stands_still_nowhere_says_nothing_of_buyers_who_hang_up() {
-    never_hung_up(&program(), &LEVEL, strategy("pessimistic"))
+    never_disconnected(&program(), &LEVEL, strategy("pessimistic"))
         .await
         .unwrap();
 }
@@ -749,7 +751,7 @@ async fn a_server_that_stands_still_nowhere_says_nothing_of_buyers_who_hang_up()
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -762,8 +764,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("pessimistic");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();
 }
@@ -771,33 +773,34 @@ async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
     let strategy = strategy("pessimistic");
-    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+    instance_faults::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL)
+        .await;
 }
 
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided() {
     let strategy = strategy("pessimistic");
-    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
 }
 
 #[tokio::test]
 #[should_panic(expected = "somebody is undecided: an instance left before it had answered")]
 async fn a_rolling_restart_of_servers_that_do_not_drain_is_noticed() {
-    let program = restarts::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
+    let program = instance_faults::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
     let strategy = strategy("pessimistic");
-    restarts::a_rolling_restart_leaves_nobody_undecided(&program, &LEVEL, strategy, &Invariant::ALL).await;
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(&program, &LEVEL, strategy, &Invariant::ALL).await;
 }
 
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_rush_in_which_nobody_is_killed_says_nothing_of_kills() {
-    restarts::nobody_is_killed(&program(), &LEVEL, strategy("pessimistic")).await;
+    instance_faults::nobody_is_killed(&program(), &LEVEL, strategy("pessimistic")).await;
 }
 
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_rush_in_which_nobody_is_replaced_says_nothing_of_restarts() {
-    restarts::nobody_is_replaced(&program(), &LEVEL, strategy("pessimistic")).await;
+    instance_faults::nobody_is_replaced(&program(), &LEVEL, strategy("pessimistic")).await;
 }
 
 /// 64 buyers on one row, each on a connection of its own.
@@ -809,7 +812,7 @@ const STORM: Rush = Rush {
     work: Duration::from_millis(1),
     commit: Duration::ZERO,
     pool_size: Some(64),
-    patience: Duration::from_secs(20),
+    timeout: Duration::from_secs(20),
     traced: true,
     faults: vec![],
 };
@@ -885,7 +888,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
 #[tokio::test]
 async fn who_is_overtaken_too_often_is_undecided_and_never_told_that_all_is_sold() {
     let rehearsal = ScheduleRunner::of(strategy("optimistic")).await.unwrap();
-    let pool = rehearsal.stand().database().pool(1).await.unwrap();
+    let pool = rehearsal.environment().database().pool(1).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let ann = script.buyer("Ann");
 

@@ -13,10 +13,10 @@ use harness::{
     contract,
     history::Answer,
     history_recorder::HistoryRecorder,
-    http_contract::TestServer,
     judge::judge,
     rush::Rush,
     schedule::{Scenario, ScheduleRunner},
+    test_server::TestServer,
     until,
 };
 use lv2_db_lock::LEVEL;
@@ -66,7 +66,7 @@ fn impatient() -> Rush {
         capacity: 8,
         buyers: 64,
         clicks: 2,
-        patience: Duration::from_secs(2),
+        timeout: Duration::from_secs(2),
         ..Rush::default()
     }
 }
@@ -149,22 +149,22 @@ async fn two_requests_under_one_key_catch_it(
 async fn a_commit_that_fails_catches_a_commit_whose_error_is_ignored() {
     let strategy = strategy("mutants/commit-error-ignored");
     let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::with(&environment, &program(), &LEVEL, strategy)
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
         .await
         .unwrap();
-    server.opens_a_sale(1).await.unwrap();
+    server.create_rush_sale(1).await.unwrap();
     let commits = DelayedCommits::on(&environment).await.unwrap();
     let history = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(history.ask(&server, 1), async {
+    let (ann, ()) = tokio::join!(history.reserve(&server, 1), async {
         until("the fault did not strike: nobody commits", async || {
-            commits.have_struck().await.unwrap()
+            commits.has_struck().await.unwrap()
         })
         .await;
-        history.struck("a commit taken back");
+        history.record_fault("a commit taken back");
         assert_eq!(commits.fail().await.unwrap(), 1, "the fault did not strike");
-        commits.go_on().await.unwrap();
-        history.healed();
+        commits.release().await.unwrap();
+        history.record_recovery();
     });
     assert!(matches!(ann, Answer::Confirmed { .. }), "{ann:?}");
     server.stop().await.unwrap();
@@ -176,7 +176,7 @@ async fn a_buyer_who_is_always_overtaken_catches_retries_that_end_as_sold_out() 
     let name = "mutants/retries-exhausted-is-sold-out";
     assert_violates(name, &[NoFalseRefusal, NoUndersell]);
     let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
-    let pool = runner.stand().database().pool(1).await.unwrap();
+    let pool = runner.environment().database().pool(1).await.unwrap();
     let mut schedule = runner.sale(1).await.unwrap();
     let ann = schedule.buyer("Ann");
     loop {

@@ -10,12 +10,14 @@ use harness::{
     assert_failure_mode,
     backends::{self, Redis, TestEnvironment},
     contract,
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    instance_faults,
     judge::{Conclusion, judge},
-    required, restarts,
+    required,
     rush::{Program, Rush, SALE},
-    schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, hung_up_at_every_point},
-    slow_clients::bears_idle_and_slow_clients,
+    schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point},
+    slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};
 use redis::Cmd;
@@ -155,7 +157,7 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
     #[case] late: &'static str,
 ) {
     let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
-    let redis = rehearsal.stand().redis(Duration::ZERO).unwrap().unwrap();
+    let redis = rehearsal.environment().redis(Duration::ZERO).unwrap().unwrap();
     let redis = Connections::open(redis.url.expose(), &redis.prefix).await.unwrap();
     let mut script = rehearsal.sale(2).await.unwrap();
     let (ann, bob, carl) = (script.buyer("Ann"), script.buyer("Bob"), script.buyer("Carl"));
@@ -167,9 +169,9 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
         .unwrap();
     assert_eq!(ended, 1, "Ann had no lock");
     script.run_until(bob, "decided to sell").await.unwrap();
-    script.run_to_its_answer(ann).await.unwrap();
+    script.run_to_completion(ann).await.unwrap();
     script.run_towards(carl, "decided to sell").await.unwrap();
-    script.run_everybody_to_an_answer().await.unwrap();
+    script.run_all_to_completion().await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
     let conclusion = verdict.conclude(&required(expected));
@@ -228,7 +230,7 @@ async fn a_reservation_can_be_cancelled_anywhere(#[case] name: &str) {
 #[case::fenced("fenced", "reservation written")]
 #[tokio::test]
 async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str, #[case] last: &str) {
-    let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
+    let points = disconnected_at_every_point(&program(), &LEVEL, strategy(name))
         .await
         .unwrap();
     println!("{name}: hung up at {points:?}");
@@ -243,7 +245,7 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str, #[case] 
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -259,8 +261,8 @@ async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
 
     redis.stop().await.unwrap();
@@ -288,8 +290,8 @@ async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("rlock");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();
 }
@@ -301,7 +303,7 @@ async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided(#[case] name: &str) {
     let strategy = strategy(name);
-    restarts::a_kill_leaves_only_what_was_in_flight_undecided(
+    instance_faults::a_kill_leaves_only_what_was_in_flight_undecided(
         &program_with_short_leases(),
         &LEVEL,
         strategy,
@@ -313,7 +315,7 @@ async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_und
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided() {
     let strategy = strategy("rlock");
-    restarts::a_rolling_restart_leaves_nobody_undecided(
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(
         &program_with_short_leases(),
         &LEVEL,
         strategy,

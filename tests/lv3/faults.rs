@@ -17,9 +17,9 @@ use harness::{
     backends::{self, Private, Redis, Reply, TestEnvironment},
     history::{Answer, Refused},
     history_recorder::HistoryRecorder,
-    http_contract::TestServer,
-    proxy::{Cut, Proxy},
+    proxy::{Fault, Proxy},
     rush::{Program, Rush, SALE},
+    test_server::TestServer,
 };
 use lv3_redis_lock::{
     LEVEL,
@@ -50,7 +50,7 @@ fn program(lease: Duration) -> Program {
 
 /// Starts one instance.
 async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
-    TestServer::with(stand, &program(lease), &LEVEL, strategy(name))
+    TestServer::start(stand, &program(lease), &LEVEL, strategy(name))
         .await
         .unwrap()
 }
@@ -58,7 +58,9 @@ async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestS
 /// Starts one that freezes when a reservation comes to this point for the first time.
 async fn freezes_at(point: &str, stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
     let program = program(lease).variable("OVERSOLD_STOP_AT", format!("{point}#1"));
-    TestServer::with(stand, &program, &LEVEL, strategy(name)).await.unwrap()
+    TestServer::start(stand, &program, &LEVEL, strategy(name))
+        .await
+        .unwrap()
 }
 
 /// The lock of a sale, as Redis tells of it.
@@ -121,7 +123,7 @@ impl<'a> Lock<'a> {
 
 /// Waits until a process stands still at its point.
 async fn freezes(talk: &TestServer, patience: Duration) {
-    let frozen = talk.stands_still(patience).await;
+    let frozen = talk.wait_until_stopped(patience).await;
     frozen.expect("the fault did not strike: the process runs on");
 }
 
@@ -132,8 +134,8 @@ async fn is_killed(talk: &TestServer) {
 }
 
 /// What a proxy does to those who come through it, until it has struck somebody.
-async fn strikes(proxy: &Proxy, cut: Cut) {
-    proxy.cuts(cut);
+async fn strikes(proxy: &Proxy, cut: Fault) {
+    proxy.inject(cut);
     until("the fault did not strike: nobody came through the proxy", async || {
         proxy.has_struck()
     })
@@ -143,7 +145,7 @@ async fn strikes(proxy: &Proxy, cut: Cut) {
 /// Waits until a commit is on its way.
 async fn strike(held: &DelayedCommits) {
     until("the fault did not strike: nobody commits", async || {
-        held.have_struck().await.unwrap()
+        held.has_struck().await.unwrap()
     })
     .await;
 }
@@ -161,13 +163,13 @@ async fn a_fault_that_does_not_strike_is_noticed() {
         panic_of(lock.ends()),
         panic_of(lock.is_seen_renewed()),
         panic_of(freezes(&talk, PATIENCE)),
-        panic_of(strikes(&proxy, Cut::Everything)),
+        panic_of(strikes(&proxy, Fault::CloseAll)),
         panic_of(strike(&held)),
     );
     for panic in <[String; 5]>::from(does_not) {
         assert!(panic.contains("did not strike"), "{panic}");
     }
-    held.go_on().await.unwrap();
+    held.release().await.unwrap();
     talk.stop().await.unwrap();
 }
 
@@ -254,22 +256,22 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
-    first.opens_a_sale(1).await.unwrap();
+    first.create_rush_sale(1).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
         freezes(&first, PATIENCE).await;
-        ledger.struck("the first instance frozen");
+        ledger.record_fault("the first instance frozen");
         until("the lease has ended", async || !lock.is_taken().await).await;
-        let bob = ledger.ask(&second, 2).await;
+        let bob = ledger.reserve(&second, 2).await;
         assert!(is_confirmed(&bob), "nobody holds the lock, and Bob is told {bob:?}");
-        first.goes_on().await.unwrap();
-        ledger.healed();
+        first.resume().await.unwrap();
+        ledger.record_recovery();
     });
     match late {
         Late::Oversells => assert!(is_confirmed(&ann), "{ann:?}"),
         Late::IsRefused => {
             assert_eq!(ann, Answer::Indeterminate);
-            assert_eq!(ledger.ask(&first, 1).await, SOLD_OUT);
+            assert_eq!(ledger.reserve(&first, 1).await, SOLD_OUT);
         }
     }
     first.stop().await.unwrap();
@@ -295,25 +297,25 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
-    first.opens_a_sale(3).await.unwrap();
+    first.create_rush_sale(3).await.unwrap();
     // Somebody has had the lock before, on the instance that lives on.
-    assert!(is_confirmed(&ledger.ask(&second, 1).await));
+    assert!(is_confirmed(&ledger.reserve(&second, 1).await));
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 2), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 2), async {
         freezes(&first, PATIENCE).await;
         assert!(lock.is_taken().await, "the fault did not strike: the lock was free");
         is_killed(&first).await;
-        ledger.struck("the first instance killed");
+        ledger.record_fault("the first instance killed");
         assert!(
             lock.is_taken().await,
             "the fault did not strike: the lock went before its holder did"
         );
-        ledger.healed();
+        ledger.record_recovery();
     });
     assert_eq!(ann, Answer::Indeterminate);
 
     // Where it is right, the wait is over when the lease is: long before a buyer gives up.
-    let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
+    let bob = timeout(lease + Duration::from_secs(5), ledger.reserve(&second, 3)).await;
     if !others_get_in {
         assert!(bob.is_err(), "Bob is told {bob:?}, though the lock's holder is dead");
         if name != "mutants/message-alone" {
@@ -327,10 +329,10 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     let bob = bob.expect("the lock outlived its holder by more than a lease");
     assert!(is_confirmed(&bob), "{bob:?}");
     assert!(
-        is_confirmed(&ledger.ask(&second, 2).await),
+        is_confirmed(&ledger.reserve(&second, 2).await),
         "nothing was sold to her before"
     );
-    assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
+    assert_eq!(ledger.reserve(&second, 4).await, SOLD_OUT);
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
     assert_after_fault(strategy(name), &verdict, &[]);
@@ -396,27 +398,27 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
     let ledger = HistoryRecorder::new(strategy(name));
     let first = freezes_at(DECIDED, &stand, name, lease).await;
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redis_at(proxy.port()).unwrap();
+    stand.redirect_redis(proxy.port()).unwrap();
     let second = instance(&stand, name, lease).await;
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
 
     let holds = async {
-        let ann = ledger.ask(&first, 1).await;
+        let ann = ledger.reserve(&first, 1).await;
         assert!(is_confirmed(&ann), "{ann:?}");
     };
     let waits = async {
         freezes(&first, PATIENCE).await;
-        let mut bob = Box::pin(ledger.ask(&second, 2));
+        let mut bob = Box::pin(ledger.reserve(&second, 2));
         let strikes = async {
             until("Bob listens", async || lock.listeners().await == 1).await;
-            strikes(&proxy, Cut::Saying("SUBSCRIBE")).await;
-            ledger.struck("the messages of releases are lost");
+            strikes(&proxy, Fault::CloseOn("SUBSCRIBE")).await;
+            ledger.record_fault("the messages of releases are lost");
             until("nobody listens", async || lock.listeners().await == 0).await;
             assert!(
                 lock.is_taken().await,
                 "the fault did not strike: the lease ended before the lock was given back"
             );
-            first.goes_on().await.unwrap();
+            first.resume().await.unwrap();
             until("the lock is given back", async || !lock.is_taken().await).await;
             assert_eq!(
                 lock.listeners().await,
@@ -435,13 +437,13 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
             Err(_) => {
                 assert!(!lock.is_taken().await, "somebody holds the lock");
                 // It was the message that he waited for, and nothing else.
-                proxy.cuts(Cut::Nothing);
+                proxy.inject(Fault::None);
                 timeout(PATIENCE, bob).await.expect("he still waits")
             }
         };
         assert!(is_confirmed(&told));
-        proxy.cuts(Cut::Nothing);
-        ledger.healed();
+        proxy.inject(Fault::None);
+        ledger.record_recovery();
     };
     tokio::join!(holds, waits);
     first.stop().await.unwrap();
@@ -460,33 +462,33 @@ async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case]
     let redis = backends::redis().await.unwrap();
     let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redis_at(proxy.port()).unwrap();
+    stand.redirect_redis(proxy.port()).unwrap();
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
         freezes(&first, PATIENCE).await;
-        strikes(&proxy, Cut::Everything).await;
-        ledger.struck("Redis is cut");
+        strikes(&proxy, Fault::CloseAll).await;
+        ledger.record_fault("Redis is cut");
         let sent = proxy.bytes_to_server();
-        let bob = ledger.ask(&second, 2).await;
+        let bob = ledger.reserve(&second, 2).await;
         assert_eq!(bob, Answer::Indeterminate);
         assert_eq!(proxy.bytes_to_server(), sent, "the fault did not strike");
-        first.goes_on().await.unwrap();
+        first.resume().await.unwrap();
     });
     assert!(is_confirmed(&ann) || ann == Answer::Indeterminate, "{ann:?}");
-    assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    assert_eq!(ledger.reserve(&second, 3).await, Answer::Indeterminate);
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
 
     for (talk, what) in [(&first, "the first is ready"), (&second, "the second is ready")] {
         until(what, async || talk.get("/readyz").await.unwrap().status.is_success()).await;
     }
     for (talk, buyer) in [(&first, 1), (&second, 2)] {
-        let told = ledger.ask(talk, buyer).await;
+        let told = ledger.reserve(talk, buyer).await;
         assert!(is_confirmed(&told), "buyer {buyer} is told {told:?}");
     }
-    assert_eq!(ledger.ask(&second, 3).await, SOLD_OUT);
+    assert_eq!(ledger.reserve(&second, 3).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
@@ -509,16 +511,16 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
     };
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
-    second.opens_a_sale(BEFORE + 1).await.unwrap();
+    second.create_rush_sale(BEFORE + 1).await.unwrap();
     for buyer in 1..=BEFORE {
-        assert!(is_confirmed(&ledger.ask(&second, buyer.into()).await));
+        assert!(is_confirmed(&ledger.reserve(&second, buyer.into()).await));
     }
 
     let (late, early) = (100, 101);
-    let (told_late, ()) = tokio::join!(ledger.ask(&first, late), async {
+    let (told_late, ()) = tokio::join!(ledger.reserve(&first, late), async {
         freezes(&first, PATIENCE).await;
         let before = fence().await;
-        ledger.struck("Redis has lost its memory");
+        ledger.record_fault("Redis has lost its memory");
         let pid = redis.pid().await.unwrap();
         redis.kill().await.unwrap();
         redis.start().await.unwrap();
@@ -528,13 +530,13 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
             Reply::Int(0),
             "the fault did not strike"
         );
-        ledger.healed();
+        ledger.record_recovery();
         until("the second is ready", async || {
             second.get("/readyz").await.unwrap().status.is_success()
         })
         .await;
 
-        let told = ledger.ask(&second, early).await;
+        let told = ledger.reserve(&second, early).await;
         let after = fence().await;
         if grow {
             assert!(is_confirmed(&told), "{told:?}");
@@ -542,14 +544,14 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
         } else {
             // The tokens begin again at 1, and the row has seen greater ones.
             assert_eq!(told, Answer::Indeterminate);
-            assert_eq!(ledger.ask(&second, early).await, Answer::Indeterminate);
+            assert_eq!(ledger.reserve(&second, early).await, Answer::Indeterminate);
             assert_eq!(after, before);
         }
-        first.goes_on().await.unwrap();
+        first.resume().await.unwrap();
     });
     if grow {
         assert_eq!(told_late, Answer::Indeterminate, "the late holder's write");
-        assert_eq!(ledger.ask(&second, late).await, SOLD_OUT);
+        assert_eq!(ledger.reserve(&second, late).await, SOLD_OUT);
     } else {
         assert!(is_confirmed(&told_late), "{told_late:?}");
     }
@@ -573,8 +575,8 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
-    first.opens_a_sale(3).await.unwrap();
-    assert!(is_confirmed(&ledger.ask(&second, 1).await));
+    first.create_rush_sale(3).await.unwrap();
+    assert!(is_confirmed(&ledger.reserve(&second, 1).await));
     let release = Script::new(release);
     let bare = ["EVALSHA", release.get_hash(), "1", "nothing", "nobody"];
     let flush = async || {
@@ -587,10 +589,10 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     };
 
     flush().await;
-    assert!(is_confirmed(&ledger.ask(&second, 2).await));
+    assert!(is_confirmed(&ledger.reserve(&second, 2).await));
     if name == "mutants/bare-evalsha" {
         assert!(lock.is_taken().await, "it was given back all the same");
-        assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
+        assert_eq!(ledger.reserve(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
         second.stop().await.unwrap();
         let verdict = ledger.verdict(&stand).await.unwrap();
@@ -598,15 +600,15 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
         return;
     }
     // While somebody holds the lock, too.
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 3), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 3), async {
         freezes(&first, PATIENCE).await;
         flush().await;
         assert!(lock.is_taken().await);
-        first.goes_on().await.unwrap();
+        first.resume().await.unwrap();
     });
     assert!(is_confirmed(&ann));
     until("the lock is given back", async || !lock.is_taken().await).await;
-    assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
+    assert_eq!(ledger.reserve(&second, 4).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
@@ -637,17 +639,17 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     };
     let (program, strategy) = (program(lease), strategy(name));
     let slow = async || {
-        TestServer::during(&rush, &stand, &program, &LEVEL, strategy)
+        TestServer::start_for(&rush, &stand, &program, &LEVEL, strategy)
             .await
             .unwrap()
     };
     let (first, second) = tokio::join!(slow(), slow());
-    first.opens_a_sale(1).await.unwrap();
+    first.create_rush_sale(1).await.unwrap();
 
     let began = Instant::now();
-    let (ann, bob) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, bob) = tokio::join!(ledger.reserve(&first, 1), async {
         until("Ann has the lock", async || lock.is_taken().await).await;
-        ledger.ask(&second, 2).await
+        ledger.reserve(&second, 2).await
     });
     assert!(began.elapsed() > lease * 2, "the fault did not strike: she was quick");
     assert!(is_confirmed(&ann));
@@ -706,27 +708,27 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
         work: LEASE * 3,
         ..Rush::default()
     };
-    let behind = program(LEASE).variable("REDIS_URL", proxy.instead_of(redis.url()));
+    let behind = program(LEASE).variable("REDIS_URL", proxy.url_through(redis.url()));
     let (first, second) = tokio::join!(
         async {
-            let first = TestServer::during(&slow, &stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::start_for(&slow, &stand, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
         instance(&stand, name, LEASE)
     );
-    second.opens_a_sale(1).await.unwrap();
+    second.create_rush_sale(1).await.unwrap();
 
     let began = Instant::now();
     let ann = async {
-        let ann = ledger.ask(&first, 1).await;
+        let ann = ledger.reserve(&first, 1).await;
         (ann, began.elapsed())
     };
     let bob = async {
         lock.is_seen_renewed().await;
-        strikes(&proxy, Cut::Everything).await;
-        ledger.struck("the holder is cut off from Redis");
+        strikes(&proxy, Fault::CloseAll).await;
+        ledger.record_fault("the holder is cut off from Redis");
         until("the lease has ended", async || !lock.is_taken().await).await;
-        let bob = ledger.ask(&second, 2).await;
+        let bob = ledger.reserve(&second, 2).await;
         (bob, began.elapsed())
     };
     let ((ann, worked), (bob, by)) = tokio::join!(ann, bob);
@@ -736,10 +738,10 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
     );
     assert!(is_confirmed(&bob), "{bob:?}");
     is_told(&ann, late);
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
     if late == Late::IsRefused {
-        assert_eq!(ledger.ask(&second, 1).await, SOLD_OUT);
+        assert_eq!(ledger.reserve(&second, 1).await, SOLD_OUT);
     }
     first.stop().await.unwrap();
     second.stop().await.unwrap();
@@ -782,24 +784,24 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
         Carried::Out => LEASE * 2,
         Carried::OutTooLate => LEASE,
     };
-    let behind = program(lease).variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
+    let behind = program(lease).variable("DATABASE_URL", proxy.url_through(&stand.database().url()));
     let (first, second) = tokio::join!(
         async {
-            let first = TestServer::with(&stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::start(&stand, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
         instance(&stand, name, lease)
     );
-    second.opens_a_sale(1).await.unwrap();
+    second.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
         strike(&held).await;
-        strikes(&proxy, Cut::Everything).await;
-        ledger.struck("a commit has lost its connection");
+        strikes(&proxy, Fault::CloseAll).await;
+        ledger.record_fault("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
-    let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
+    let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
         let at_the_row = async || held.waiting("transactionid tuple").await.unwrap() > 0;
         if carried == Carried::Out && keeps && name != "fenced" {
             // Nobody renews the lock, and nobody gives it back.
@@ -815,16 +817,16 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
             // He has the lock, and comes as far as the row.
             until("Bob waits for the row", at_the_row).await;
         }
-        held.go_on().await.unwrap();
+        held.release().await.unwrap();
     });
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
     match keeps {
         true => assert_eq!(bob, SOLD_OUT),
         false => assert!(is_confirmed(&bob), "{bob:?}"),
     }
     assert!(
-        is_confirmed(&ledger.ask(&second, 1).await),
+        is_confirmed(&ledger.reserve(&second, 1).await),
         "her commit was carried out"
     );
     first.stop().await.unwrap();
@@ -843,18 +845,18 @@ async fn a_buyer_who_repeats_while_her_write_is_being_committed_has_one_reservat
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(instance(&stand, name, LEASE), instance(&stand, name, LEASE));
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
 
-    let (once, again) = tokio::join!(ledger.ask(&first, 1), async {
+    let (once, again) = tokio::join!(ledger.reserve(&first, 1), async {
         strike(&held).await;
         lock.ends().await;
-        let (again, ()) = tokio::join!(ledger.ask(&second, 1), async {
+        let (again, ()) = tokio::join!(ledger.reserve(&second, 1), async {
             until("she waits for the row", async || {
                 held.waiting("transactionid tuple").await.unwrap() > 0
             })
             .await;
-            held.go_on().await.unwrap();
+            held.release().await.unwrap();
         });
         again
     });
@@ -882,21 +884,21 @@ async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
         freezes_at("lock taken", &stand, name, lease),
         instance(&stand, name, lease)
     );
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
 
-    let (ann, raised) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, raised) = tokio::join!(ledger.reserve(&first, 1), async {
         freezes(&first, PATIENCE).await;
-        ledger.struck("the first instance frozen");
+        ledger.record_fault("the first instance frozen");
         until("the lease has ended", async || !lock.is_taken().await).await;
-        assert!(is_confirmed(&ledger.ask(&second, 2).await));
+        assert!(is_confirmed(&ledger.reserve(&second, 2).await));
         let raised = fence().await;
-        first.goes_on().await.unwrap();
-        ledger.healed();
+        first.resume().await.unwrap();
+        ledger.record_recovery();
         raised
     });
     assert_eq!(ann, Answer::Indeterminate);
     assert_eq!(fence().await, raised);
-    assert!(is_confirmed(&ledger.ask(&first, 1).await));
+    assert!(is_confirmed(&ledger.reserve(&first, 1).await));
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     database.close().await;
@@ -914,7 +916,7 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let second = instance(&stand, name, LEASE * 10).await;
-    second.opens_a_sale(1).await.unwrap();
+    second.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let context = StrategyContext {
         database: StrategyContext::pool_options(1)
@@ -943,7 +945,7 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
         }
     }
     let ledger = HistoryRecorder::new(strategy);
-    let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
+    let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
         // Far longer than it takes to come as far as the row, where the lock lets him.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let at_the_row = held.waiting("transactionid tuple").await.unwrap();
@@ -951,7 +953,7 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
             lock.is_taken().await && at_the_row == 0,
             "her lock is not hers any more"
         );
-        held.go_on().await.unwrap();
+        held.release().await.unwrap();
     });
     assert_eq!(bob, SOLD_OUT);
     second.stop().await.unwrap();

@@ -34,8 +34,8 @@ use std::{
 
 use futures_util::StreamExt;
 use harness::{
-    backends::{self, Prefix, Redis, keeper},
-    proxy::{Cut, Proxy},
+    backends::{self, Prefix, Redis, reaper},
+    proxy::{Fault, Proxy},
 };
 use lv3_redis_lock::lock::{
     Connections, Guard, HANDED_ON_AT_MOST, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens,
@@ -1432,10 +1432,10 @@ async fn one_renewal_may_fail_and_the_next_still_comes_in_time(#[case] kind: Kin
     // Its third is as long as a command may take: who waited for the answer first would have no time for another renewal.
     let lock = ground.lock(kind, Lease::Renewed(ms(1_500))).await;
     let held = lock.take("sale").await;
-    proxy.cuts(Cut::Silence(""));
+    proxy.inject(Fault::Blackhole(""));
     held.lost().await;
-    assert!(proxy.connections_silenced() > 0, "the fault did not strike");
-    let renewals = proxy.said_in_vain();
+    assert!(proxy.connections_blackholed() > 0, "the fault did not strike");
+    let renewals = proxy.chunks_discarded();
     assert!(renewals >= 2, "{renewals} within one lease");
 }
 
@@ -1466,13 +1466,13 @@ async fn all_who_queue_in_a_process_hear_at_once_that_redis_does_not_answer(#[ca
     let _: i64 = ground.ask(&["PEXPIRE", &key, "3000"]).await;
     let waiters: Vec<_> = (0..WAITERS).map(|_| lock.waits("sale", PATIENT)).collect();
     eventually("they listen", async || ground.listeners(&key).await == 1).await;
-    proxy.cuts(Cut::Silence(""));
+    proxy.inject(Fault::Blackhole(""));
     for waiter in waiters {
         let told = waiter.await.unwrap();
         assert!(matches!(told, Err(LockError::Redis(_))), "{:?}", told.err());
     }
-    assert!(proxy.connections_silenced() > 0, "the fault did not strike");
-    let asked = proxy.said_in_vain();
+    assert!(proxy.connections_blackholed() > 0, "the fault did not strike");
+    let asked = proxy.chunks_discarded();
     assert!(asked < WAITERS as u64, "Redis was asked {asked} times");
 }
 
@@ -1488,13 +1488,13 @@ async fn after_a_failure_others_of_the_process_wait_again(#[case] kind: Kind) {
         behind.lock(kind, LONG).await,
         Ground::on(&server).await.lock(kind, LONG).await,
     );
-    proxy.cuts(Cut::Everything);
+    proxy.inject(Fault::CloseAll);
     let failed = lock.acquire("sale", &Owner::fresh(), PATIENT).await.err();
     assert!(
         matches!(failed, Some(LockError::Redis(_))),
         "the fault did not strike: {failed:?}"
     );
-    proxy.cuts(Cut::Nothing);
+    proxy.inject(Fault::None);
     answers_again(&lock).await;
 
     let held = other.take("sale").await;
@@ -1523,13 +1523,16 @@ async fn a_subscription_that_went_silent_is_missed_and_made_anew(#[case] kind: K
         ground.listeners(&here.key("sale")).await == 1
     })
     .await;
-    proxy.cuts(Cut::Silence("SUBSCRIBE"));
-    eventually("it went silent", async || proxy.connections_silenced() == 1).await;
+    proxy.inject(Fault::Blackhole("SUBSCRIBE"));
+    eventually("it went silent", async || proxy.connections_blackholed() == 1).await;
     assert_eq!(held.release().await.unwrap(), Released::Free);
-    proxy.cuts(Cut::Nothing);
+    proxy.inject(Fault::None);
     // It would be at the end of the lease that it saw, and its patience ends before that.
     let (_next, _at) = waiter.await.unwrap().unwrap();
-    assert!(proxy.said_in_vain() > 0, "nobody asked whether the connection is one");
+    assert!(
+        proxy.chunks_discarded() > 0,
+        "nobody asked whether the connection is one"
+    );
 }
 
 /// The next one here asks right behind the release. Were that always so, others would wait for as long as anybody queues here.
@@ -1546,7 +1549,7 @@ async fn a_process_whose_queue_never_ends_lets_others_in(#[case] kind: Kind) {
     let (ground, proxy) = behind_a_proxy(&server).await;
     let (crowd, elsewhere) = (ground.lock(kind, LONG).await, direct.lock(kind, LONG).await);
     // On a network, beside whatever else a process asks of Redis, a release and the question behind it get there together.
-    proxy.cuts(Cut::Slow(ms(1)));
+    proxy.inject(Fault::Delay(ms(1)));
     let others: Vec<_> = (0..4)
         .map(|_| {
             let redis = crowd.connections().clone();
@@ -1588,7 +1591,7 @@ const ROLE: &str = "LV3_LOCK_ROLE";
 
 /// This program once more, as another process with a part of its own.
 fn process(role: &str, kind: Kind, ground: &Ground) -> tokio::process::Command {
-    let command = keeper::command(std::env::current_exe().unwrap()).unwrap();
+    let command = reaper::command(std::env::current_exe().unwrap()).unwrap();
     let mut command = tokio::process::Command::from(command);
     command
         .args(["--exact", "lock::plays_a_part_in_another_test", "--nocapture"])

@@ -12,10 +12,11 @@ use box_office::{
 use harness::{
     backends::TestEnvironment,
     contract,
-    http_contract::{TestServer, refuses_bad_input, sells_refuses_and_repeats},
-    restarts,
+    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    instance_faults,
     rush::{Program, Rush, SALE},
-    slow_clients::bears_idle_and_slow_clients,
+    slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
 };
 use lv4_kafka::{LEVEL, path::lag};
 use rstest::rstest;
@@ -98,7 +99,7 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
 async fn an_order_that_is_not_even_sent_is_lost() {
     let rush = Rush {
         buyers: 20,
-        patience: Duration::from_secs(2),
+        timeout: Duration::from_secs(2),
         ..Rush::default()
     };
     let breaks = Promises::ALL_KEPT.breaks(&[NothingLost, Progress]);
@@ -161,7 +162,7 @@ async fn a_rush_is_judged_when_no_order_waits_any_more() {
 async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
     let rush = Rush {
         buyers: 1,
-        patience: Duration::from_secs(2),
+        timeout: Duration::from_secs(2),
         ..Rush::default()
     };
     let level = Level {
@@ -180,7 +181,7 @@ async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -193,8 +194,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("single-writer");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();
 }
@@ -204,7 +205,7 @@ async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
 #[case::single_writer("single-writer")]
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided(#[case] name: &str) {
-    restarts::a_kill_leaves_only_what_was_in_flight_undecided(
+    instance_faults::a_kill_leaves_only_what_was_in_flight_undecided(
         &program_that_is_struck(name),
         &LEVEL,
         strategy(name),
@@ -218,7 +219,7 @@ async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_und
 #[case::single_writer("single-writer")]
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided(#[case] name: &str) {
-    restarts::a_rolling_restart_leaves_nobody_undecided(
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(
         &program_that_is_struck(name),
         &LEVEL,
         strategy(name),

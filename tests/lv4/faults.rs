@@ -20,10 +20,10 @@ use harness::{
     backends::{self, Durability, Kafka, Postgres, Redis, Reply, TestEnvironment},
     history::Answer,
     history_recorder::HistoryRecorder,
-    http_contract::TestServer,
     judge::Verdict,
-    proxy::{Cut, Proxy},
+    proxy::{Fault, Proxy},
     rush::{Program, Rush, SALE},
+    test_server::TestServer,
     until,
 };
 use lv4_kafka::{
@@ -127,7 +127,7 @@ impl Place {
         let program = settings
             .iter()
             .fold(program, |program, &(name, value)| program.variable(name, value));
-        TestServer::with(&self.stand, &program, &LEVEL, self.strategy)
+        TestServer::start(&self.stand, &program, &LEVEL, self.strategy)
             .await
             .unwrap()
     }
@@ -135,14 +135,17 @@ impl Place {
     /// One that accepts orders and decides none, with a sale.
     async fn acceptor(&self, capacity: u32) -> TestServer {
         let talk = self.instance(&[("KAFKA_CONSUMERS", "0")]).await;
-        talk.opens_a_sale(capacity).await.unwrap();
+        talk.create_rush_sale(capacity).await.unwrap();
         talk
     }
 
     /// One that stops (SIGSTOP) when its consumer comes to this point for the first time.
     async fn stops_at(&self, point: &str) -> TestServer {
         let stopping = self.instance(&[("OVERSOLD_STOP_AT", &format!("{point}#1"))]).await;
-        stopping.stands_still(PATIENCE).await.expect("the fault did not strike");
+        stopping
+            .wait_until_stopped(PATIENCE)
+            .await
+            .expect("the fault did not strike");
         stopping
     }
 
@@ -324,7 +327,7 @@ impl Place {
     }
 
     async fn accepts(&self, talk: &TestServer, buyer: i64) -> Uuid {
-        match self.ledger.ask(talk, buyer).await {
+        match self.ledger.reserve(talk, buyer).await {
             Answer::Accepted { reservation, .. } => reservation,
             other => panic!("buyer {buyer} is told {other:?}"),
         }
@@ -369,7 +372,7 @@ impl Place {
 
     /// What the judge finds, once every buyer has asked this server what became of the order.
     async fn verdict(&self, talk: &TestServer, patience: Duration) -> Verdict {
-        self.ledger.ask_how_they_ended(talk, patience).await.unwrap();
+        self.ledger.record_outcomes(talk, patience).await.unwrap();
         self.ledger.verdict(&self.stand).await.unwrap()
     }
 
@@ -519,7 +522,7 @@ async fn a_consumer_killed_between_its_commit_and_its_offset_decides_nothing_twi
         0,
         "the fault did not strike: the offset is committed"
     );
-    place.ledger.ask_how_they_ended(&acceptor, PATIENCE).await.unwrap();
+    place.ledger.record_outcomes(&acceptor, PATIENCE).await.unwrap();
     killed(&first).await;
     let second = place.instance(&[]).await;
     place.quiet().await;
@@ -545,7 +548,7 @@ async fn an_order_that_lies_in_the_topic_many_times_is_decided_once(#[case] name
     place.puts(partition, &[&message, &message]).await.unwrap();
     let decider = place.instance(&[]).await;
     place.quiet().await;
-    place.ledger.ask_how_they_ended(&decider, PATIENCE).await.unwrap();
+    place.ledger.record_outcomes(&decider, PATIENCE).await.unwrap();
     place.puts(partition, &[&message]).await.unwrap();
     place.quiet().await;
 
@@ -617,15 +620,15 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] na
     let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
     let taken = async || redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(1);
 
-    let behind = proxy.instead_of(&place.stand.database().url());
+    let behind = proxy.url_through(&place.stand.database().url());
     // It ends when the test says so.
     let lease = ("LOCK_LEASE_MS", "60000");
     let first = place.instance(&[("DATABASE_URL", &*behind), lease]).await;
     until("the fault did not strike: nobody commits", async || {
-        held.have_struck().await.unwrap()
+        held.has_struck().await.unwrap()
     })
     .await;
-    proxy.cuts(Cut::Everything);
+    proxy.inject(Fault::CloseAll);
     until("the fault did not strike: nobody came through the proxy", async || {
         proxy.has_struck()
     })
@@ -650,7 +653,7 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] na
             .await
         }
     }
-    held.go_on().await.unwrap();
+    held.release().await.unwrap();
     redis.command(&["DEL", &lock]).await.unwrap();
     place.quiet().await;
 
@@ -668,7 +671,7 @@ async fn a_lock_whose_answer_came_too_late_is_given_back() {
     let stand = TestEnvironment::on(&postgres.unwrap(), Some(&*redis), strategy.schema)
         .await
         .unwrap()
-        .and_kafka(Some(&*kafka.unwrap()));
+        .with_kafka(Some(&*kafka.unwrap()));
     let place = Place::on(strategy, stand).await;
     let acceptor = place.acceptor(1).await;
     // It would not end while anybody looks.
@@ -708,7 +711,7 @@ async fn a_lock_that_is_given_back_late_is_left_to_its_holder() {
         .await
         .unwrap();
     assert_eq!(taken, Reply::Status("OK".to_owned()));
-    first.goes_on().await.unwrap();
+    first.resume().await.unwrap();
     place.quiet().await;
 
     let holder = redis.command(&["GET", &lock]).await.unwrap();
@@ -730,11 +733,11 @@ async fn a_commit_that_fails_loses_no_order(#[case] name: &str) {
     let held = DelayedCommits::on(&place.stand).await.unwrap();
     let decider = place.instance(&[]).await;
     until("the fault did not strike: nobody commits", async || {
-        held.have_struck().await.unwrap()
+        held.has_struck().await.unwrap()
     })
     .await;
     assert!(held.fail().await.unwrap() > 0, "the fault did not strike");
-    held.go_on().await.unwrap();
+    held.release().await.unwrap();
     place.quiet().await;
 
     place.hold(&decider, &orders, Kept).await;
@@ -766,7 +769,7 @@ async fn an_offset_does_not_pass_an_order_that_was_put_off(
     let place = Place::of(name).await.where_deaths_are_noticed();
     let redis = backends::redis().await.unwrap();
     let acceptor = place.acceptor(1).await;
-    acceptor.opens(OTHER, 100).await.unwrap();
+    acceptor.create_sale(OTHER, 100).await.unwrap();
     let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
     redis
         .command(&["SET", &lock, "somebody else", "PX", "60000"])
@@ -904,7 +907,7 @@ async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
-        .and_kafka(Some(&kafka));
+        .with_kafka(Some(&kafka));
     let place = Place::on(strategy, stand).await;
     let acceptor = place.acceptor(3).await;
     let mut orders = place.accepted(&acceptor, 1..=1).await;
@@ -941,7 +944,7 @@ async fn an_order_that_a_broker_took_and_did_not_acknowledge_is_not_accepted(#[c
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
-        .and_kafka(Some(&kafka));
+        .with_kafka(Some(&kafka));
     let place = Place::on(strategy, stand).await;
     let acceptor = place.acceptor(3).await;
     let mut orders = place.accepted(&acceptor, 1..=1).await;
@@ -996,10 +999,10 @@ async fn an_instance_finds_the_broker_again(#[case] name: &str) {
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
-        .and_kafka(Some(&kafka));
+        .with_kafka(Some(&kafka));
     let place = Place::on(strategy, stand).await;
     let talk = place.instance(&[]).await;
-    talk.opens_a_sale(10).await.unwrap();
+    talk.create_rush_sale(10).await.unwrap();
     let mut orders = place.accepted(&talk, 1..=2).await;
     place.quiet().await;
     let pid = talk.pid().await.unwrap();
@@ -1040,7 +1043,7 @@ enum Again {
 async fn an_order_whose_offset_was_another_ones_before_is_decided(#[case] name: &str, #[case] again: Again) {
     let place = Place::of(name).await;
     let first = place.instance(&[]).await;
-    first.opens_a_sale(10).await.unwrap();
+    first.create_rush_sale(10).await.unwrap();
     let mut orders = place.accepted(&first, 1..=3).await;
     place.quiet().await;
     first.stop().await.unwrap();
@@ -1088,7 +1091,7 @@ async fn an_order_whose_offset_was_another_ones_before_is_decided(#[case] name: 
 async fn orders_that_the_database_has_lost_are_decided_again(#[case] name: &str, #[case] forgotten: bool) {
     let place = Place::of(name).await;
     let talk = place.instance(&[]).await;
-    talk.opens_a_sale(10).await.unwrap();
+    talk.create_rush_sale(10).await.unwrap();
     let mut orders = place.accepted(&talk, 1..=1).await;
     place.quiet().await;
     let backup: Vec<(i32, i64)> = sqlx::query_as("select partition, next_offset from partition_offset")
@@ -1164,7 +1167,7 @@ async fn who_comes_too_late_passes_nothing() {
         (1, 0),
         "the fault did not strike"
     );
-    decider.goes_on().await.unwrap();
+    decider.resume().await.unwrap();
     place.quiet().await;
 
     place.hold(&decider, &orders, Kept).await;
@@ -1198,7 +1201,7 @@ async fn who_asks_is_answered_while_orders_take_their_time() {
     let talk = place
         .instance(&[("DATABASE_POOL_SIZE", "2"), ("WORK_MS", "10000")])
         .await;
-    talk.opens_a_sale(10).await.unwrap();
+    talk.create_rush_sale(10).await.unwrap();
     let orders = place.accepted(&talk, 1..=8).await;
     let in_hand = place.an_order_is_in_hand().await;
     let state = talk.get(&format!("/api/reservations/{}", orders[0])).await.unwrap();
@@ -1226,7 +1229,7 @@ async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
-        .and_kafka(Some(&kafka));
+        .with_kafka(Some(&kafka));
     let place = Place::on(strategy, stand).await;
     let acceptor = place.acceptor(100).await;
     let orders = place.accepted(&acceptor, 1..=60).await;
@@ -1388,13 +1391,13 @@ async fn who_follows_is_let_go_when_the_database_can_not_be_read() {
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let acceptor = place.acceptor(1).await;
-    let behind = proxy.instead_of(&place.stand.database().url());
+    let behind = proxy.url_through(&place.stand.database().url());
     let cut_off = place
         .instance(&[("KAFKA_CONSUMERS", "0"), ("DATABASE_URL", &*behind)])
         .await;
     let orders = place.accepted(&acceptor, 1..=1).await;
     let mut follower = follows(&cut_off, orders[0]).await;
-    proxy.cuts(Cut::Everything);
+    proxy.inject(Fault::CloseAll);
     let mut told = String::new();
     timeout(PATIENCE, follower.read_to_string(&mut told))
         .await
@@ -1406,7 +1409,7 @@ async fn who_follows_is_let_go_when_the_database_can_not_be_read() {
     place.quiet().await;
 
     place.hold(&acceptor, &orders, Kept).await;
-    proxy.cuts(Cut::Nothing);
+    proxy.inject(Fault::None);
     acceptor.stop().await.unwrap();
     cut_off.stop().await.unwrap();
     decider.stop().await.unwrap();
@@ -1542,7 +1545,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     }
 
     // What was wrong with one is mended; another one is as bad as it was.
-    acceptor.opens(LATER, 1).await.unwrap();
+    acceptor.create_sale(LATER, 1).await.unwrap();
     replay(&kafka, &letters[4].origin, PATIENCE).await.unwrap();
     replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap();
     replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap_err();
@@ -1617,10 +1620,10 @@ async fn a_fault_that_passes_loses_no_order_and_buries_none(
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap()
-        .and_kafka(Some(&kafka));
+        .with_kafka(Some(&kafka));
     let place = Place::on(strategy, stand).await;
     let talk = place.instance(&[]).await;
-    talk.opens_a_sale(10).await.unwrap();
+    talk.create_rush_sale(10).await.unwrap();
     let mut orders = place.accepted(&talk, 1..=2).await;
     place.quiet().await;
 
@@ -1785,7 +1788,7 @@ async fn a_batch_that_comes_too_late_writes_nothing(
     assert_eq!(place.rows().await, 0, "the fault did not strike: it is committed");
     let second = place.instance(&[]).await;
     until("the other one has decided", async || place.rows().await == 1).await;
-    first.goes_on().await.unwrap();
+    first.resume().await.unwrap();
     first.stop().await.unwrap();
 
     place.hold(&second, &orders, expected).await;
@@ -1815,11 +1818,14 @@ async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
     let ids = Ids::of(&place.pool).await.unwrap();
     let [ann, bob] = [1, 2].map(|buyer| {
         let id = ids.id(&order(SALE, buyer));
-        place.ledger.accepted_by_hand(buyer, id);
+        place.ledger.record_accepted(buyer, id);
         OrderMessage::new(id, &order(SALE, buyer)).to_bytes()
     });
     place.puts(of_first, &[&ann]).await.unwrap();
-    first.stands_still(PATIENCE).await.expect("the fault did not strike");
+    first
+        .wait_until_stopped(PATIENCE)
+        .await
+        .expect("the fault did not strike");
     let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
     until("the lease has ended", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)
@@ -1827,7 +1833,7 @@ async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
     .await;
     place.puts(of_second.unwrap(), &[&bob]).await.unwrap();
     until("Bob has the ticket", async || place.rows().await == 1).await;
-    first.goes_on().await.unwrap();
+    first.resume().await.unwrap();
     until("Ann has it, too", async || place.rows().await == 2).await;
 
     assert_eq!(place.members().await, members, "nobody was missed");

@@ -244,7 +244,7 @@ async fn a_redis_that_is_not_there_is_exit_code_3_and_never_a_password(#[case] u
         .await
         .unwrap();
     let mut serve = command(&["serve", "lv3/rlock", "--port", "0"]);
-    serve.envs(stand.environment()).env("REDIS_URL", url);
+    serve.envs(stand.variables()).env("REDIS_URL", url);
     let output = serve.output().unwrap();
     let said = err(&output);
     assert_eq!(output.status.code(), Some(3), "{said}");
@@ -268,7 +268,7 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
     let stand = harness::backends::TestEnvironment::shared(strategy).await.unwrap();
     let letters = |arguments: &[&str]| {
         let mut letters = command(&[&["dead-letters"], arguments].concat());
-        letters.envs(stand.environment()).output().unwrap()
+        letters.envs(stand.variables()).output().unwrap()
     };
     let listed = || -> Vec<Value> { serde_json::from_str(&out(&letters(&["list", "--json"]))).unwrap() };
 

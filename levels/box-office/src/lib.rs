@@ -13,6 +13,7 @@ mod http;
 mod instrumentation;
 mod level;
 mod metrics;
+pub mod points;
 mod problem;
 mod run;
 mod server;

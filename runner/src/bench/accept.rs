@@ -171,7 +171,7 @@ impl Bench {
 
     /// Orders for so long, of a server that nobody helps.
     async fn accept_for_a_while(&self, wrk: &Wrk, strategy: &'static Strategy, pool: u32) -> anyhow::Result<Round> {
-        let stand = self.services.stand(strategy.schema).await?;
+        let stand = self.services.environment(strategy.schema).await?;
         let (servers, ready) = self.start_as(&self.program, strategy, &stand, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;

@@ -151,7 +151,7 @@ impl Bench {
 
     /// Lets orders wait, and then one consumer come.
     async fn drain_once(&self, pool: u32, orders: u32, void: &mut Vec<String>) -> anyhow::Result<Round> {
-        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let stand = self.services.environment(self.choice.strategy.schema).await?;
         let deciding = self.program.clone().variable("KAFKA_CONSUMERS", "1");
         // Topics and group are in place when it comes, as they are where a shop is open every day.
         self.started(&deciding, &stand, pool).await?.0.stop().await?;
@@ -196,7 +196,7 @@ impl Bench {
         orders: u32,
         void: &mut Vec<String>,
     ) -> anyhow::Result<f64> {
-        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let stand = self.services.environment(self.choice.strategy.schema).await?;
         let (servers, _) = self.started(&accepting(self.program.clone()), &stand, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         servers.stop().await?;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use harness::{backends::keeper, rush::Connection};
+use harness::{backends::reaper, rush::Connection};
 use serde::Serialize;
 
 /// The middle of several measurements, and how far they lie apart.
@@ -52,7 +52,7 @@ pub(super) fn fdatasync() -> anyhow::Result<Duration> {
     const TIMES: u64 = 300;
     const PAGE_BYTES: u64 = 4096;
 
-    let folder = keeper::folder("fdatasync")?;
+    let folder = reaper::folder("fdatasync")?;
     let file = File::create_new(folder.join("pages"))?;
     let page = [b'x'; PAGE_BYTES as usize];
     // Room first, as a log that is written over again has it.

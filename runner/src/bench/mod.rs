@@ -487,7 +487,7 @@ impl Bench {
     }
 
     async fn ours(&self, wrk: &Wrk, pool: u32) -> anyhow::Result<Round> {
-        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let stand = self.services.environment(self.choice.strategy.schema).await?;
         let (servers, ready) = self.start(&stand, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;
@@ -512,7 +512,7 @@ impl Bench {
         time: Duration,
         void: &mut Vec<String>,
     ) -> anyhow::Result<Ceiling> {
-        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let stand = self.services.environment(self.choice.strategy.schema).await?;
         let (servers, _) = self.start(&stand, 1).await?;
         servers.open_sale(SALE, STOCK).await?;
         servers.stop().await?;
@@ -567,7 +567,7 @@ impl Bench {
 
     /// What a server holds once it is ready, and with a thousand connections open, in MiB.
     async fn memory(&self, pool: u32) -> anyhow::Result<(f64, f64)> {
-        let stand = self.services.stand(self.choice.strategy.schema).await?;
+        let stand = self.services.environment(self.choice.strategy.schema).await?;
         let (servers, _) = self.start(&stand, pool).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;
         let pid = servers.pid(0).await?;

@@ -3,7 +3,7 @@
 use std::{fmt, path::PathBuf, process::Stdio};
 
 use anyhow::{Context, bail};
-use harness::backends::keeper;
+use harness::backends::reaper;
 
 /// A program that is not on this machine.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub(super) fn needed(file: Option<PathBuf>, name: &'static str, install: &'stati
 
 /// A program's command, which ends when this process does.
 pub(super) fn command(file: &PathBuf) -> anyhow::Result<tokio::process::Command> {
-    let mut command = tokio::process::Command::from(keeper::command(file)?);
+    let mut command = tokio::process::Command::from(reaper::command(file)?);
     command.stdin(Stdio::null()).kill_on_drop(true);
     Ok(command)
 }

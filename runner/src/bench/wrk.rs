@@ -4,7 +4,7 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use harness::{
-    backends::{keeper, on_path},
+    backends::{on_path, reaper},
     rush::SALE,
 };
 use serde::{Deserialize, Serialize};
@@ -58,7 +58,7 @@ impl Wrk {
     }
 
     pub(super) fn new(program: PathBuf) -> anyhow::Result<Self> {
-        let script = keeper::folder("wrk")?.join("reserve.lua");
+        let script = reaper::folder("wrk")?.join("reserve.lua");
         fs::write(&script, SCRIPT)?;
         Ok(Self { program, script })
     }

@@ -1,8 +1,11 @@
-//! How long the judge takes for 1,000,000 requests, and how much memory: `cargo run --release -p harness --example judge_benchmark`.
-//! With `-- --bound` it fails where that is more than it may be.
+//! Benchmark of the judge: time and memory for 1,000,000 requests.
 //!
-//! The history is a right one, so that every rule looks at all of it: a third of a million tickets, sold at once or accepted first, with repeats of
-//! undecided requests, second clicks, and everybody else too late. Writing and reading it as JSON lines is measured apart.
+//! `cargo run --release -p harness --example judge_benchmark`; with `-- --bound` it fails above its
+//! limits.
+//!
+//! The history is correct, so that every rule reads all of it: a third of a million tickets, sold
+//! at once or accepted first, with repeats after unknown outcomes, second clicks, and refusals for
+//! all other buyers. Writing and reading the JSON lines is measured separately.
 
 use std::{
     env, fs,
@@ -19,11 +22,11 @@ use uuid::Uuid;
 
 const REQUESTS: u64 = 1_000_000;
 const CAPACITY: u64 = 333_333;
-/// What the judge may take, where it is built in release and nothing else runs.
+/// Time limit of the judge, for a release build on an idle machine.
 const BOUND: Duration = Duration::from_secs(2);
-/// What this process may hold at most.
+/// Memory limit of this process.
 const BOUND_MIB: u64 = 1024;
-/// From sent to answered, a hundred times the time between two requests.
+/// Time from sent to answered: a hundred times the interval between two requests.
 const TOOK_US: Micros = 100;
 
 fn main() -> anyhow::Result<()> {
@@ -78,7 +81,8 @@ fn history() -> History {
     let mut turn = 0_u64;
     while requests.len() < REQUESTS as usize {
         turn += 1;
-        // Numbers that follow no order, so that no table is walked as it was filled.
+        // Numbers in no particular order, so that no table is read in the order in which it was
+        // filled.
         let scattered = u64::wrapping_mul(turn, 0x9E37_79B9_7F4A_7C15);
         let buyer = (scattered >> 24) as i64;
         let key = format!("buyer-{buyer}-click-1");
@@ -149,7 +153,7 @@ fn history() -> History {
     }
 }
 
-/// The most memory that this process ever had, where the system tells.
+/// The peak memory of this process, if the system reports it.
 fn peak_mib() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,4 +1,4 @@
-//! The one test of a sale: 1,000 buyers, 100 tickets, and everything that must be true of it. Every level is held to the same lines.
+//! The contract test: 1,000 buyers, 100 tickets, and every invariant. All levels run the same code.
 
 use std::env;
 
@@ -9,14 +9,17 @@ use crate::{
     rush::{Program, Report, Rush},
 };
 
-/// Set by `make red`: the contract then asks of every strategy what only a right one can keep, and shows how it fails.
+/// The environment variable that `make red` sets: the contract then requires all invariants of
+/// every strategy, and shows how it fails.
 pub const RED: &str = "OVERSOLD_RED";
 
-/// Runs a rush against a strategy and holds what happened against `expected`, the suite's own table of promises.
+/// Runs a rush against a strategy and asserts that the verdict matches `expected`, the test's own
+/// table of promises.
 ///
 /// # Panics
-/// With the judge's report, unless the strategy declares just these promises, kept all that it keeps, and was seen to break all that
-/// it breaks. A run that did not stress the strategy enough to see that is a failure too.
+/// Panics with the judge's report unless the strategy declares exactly these promises, keeps all
+/// that it promises to keep, and is observed to break all that it declares to break. An
+/// inconclusive run also panics.
 pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Rush, expected: Promises) -> Report {
     let strategy = level
         .strategy(strategy)
@@ -24,7 +27,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
     let declared = strategy.guarantee.on(rush.instances);
     assert!(
         declared == expected,
-        "{}/{} declares another guarantee on {} instance(s) than the suite's table says.\n  declared: {}\n  table:    {}",
+        "{}/{} declares another guarantee on {} instance(s) than the test's table says.\n  declared: {}\n  table:    {}",
         level.name,
         strategy.name,
         rush.instances,
@@ -56,7 +59,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
     // ANCHOR_END: heart
 }
 
-/// What a test of the contract asks for: what it expects, or all there is under `make red`.
+/// The promises that a contract test requires: `expected`, or all invariants under `make red`.
 pub fn required(expected: Promises) -> Promises {
     if env::var_os(RED).is_some() {
         Promises::ALL_KEPT
@@ -65,7 +68,7 @@ pub fn required(expected: Promises) -> Promises {
     }
 }
 
-/// Such as `breaks I1 I2; leaves open I3`.
+/// The promises in words, such as `keeps I5; breaks I1 I2; leaves open I3`.
 fn in_words(promises: &Promises) -> String {
     let codes = |promise| {
         promises

@@ -1,25 +1,27 @@
-//! A commit that takes its time, and that Postgres carries out to the end whoever has left.
+//! Fault: commits that Postgres delays and then completes, even if the client has disconnected.
 
 use sqlx::{PgPool, Postgres, pool::PoolConnection};
 
 use crate::{backends::TestEnvironment, until};
 
-/// Commits of reservations in one database, which Postgres has taken and does not carry out before it is let. It does so to the end, whether or not
-/// the client is still there, as when a commit waits for a slow disk or a standby.
+/// Delays the commits of reservations in one database until they are released. Postgres completes
+/// each commit even if its client has disconnected, as when a commit waits for a slow disk or a
+/// standby.
 pub struct DelayedCommits {
     database: PgPool,
-    holds: PoolConnection<Postgres>,
+    holder: PoolConnection<Postgres>,
 }
 
 impl DelayedCommits {
-    /// Holds them from here on.
+    /// Starts to delay commits.
     ///
     /// # Errors
-    /// The database does not do as asked.
-    pub async fn on(stand: &TestEnvironment) -> anyhow::Result<Self> {
-        let database = stand.database().pool(2).await?;
-        let mut holds = database.acquire().await?;
-        // A trigger that is put off runs inside of the commit. It waits for longer than any statement may.
+    /// Fails if a statement fails.
+    pub async fn on(environment: &TestEnvironment) -> anyhow::Result<Self> {
+        let database = environment.database().pool(2).await?;
+        let mut holder = database.acquire().await?;
+        // A deferred trigger runs inside the commit. Its wait exceeds the lock timeout of the
+        // strategies.
         sqlx::raw_sql(
             "create function waits() returns trigger language plpgsql set lock_timeout = 0 as $$
                  begin
@@ -30,15 +32,16 @@ impl DelayedCommits {
                  deferrable initially deferred for each row execute function waits();
              select pg_advisory_lock(1);",
         )
-        .execute(&mut *holds)
+        .execute(&mut *holder)
         .await?;
-        Ok(Self { database, holds })
+        Ok(Self { database, holder })
     }
 
-    /// How many backends wait for a lock of such kinds, in the words of `pg_stat_activity`.
+    /// The number of backends that wait for a lock of these kinds, which are names of
+    /// `pg_stat_activity.wait_event` separated by spaces.
     ///
     /// # Errors
-    /// The database does not answer.
+    /// Fails if the database does not answer.
     pub async fn waiting(&self, kinds: &str) -> sqlx::Result<i64> {
         let waiting = sqlx::query_scalar(
             "select count(*)
@@ -50,18 +53,19 @@ impl DelayedCommits {
         waiting.bind(kinds).fetch_one(&self.database).await
     }
 
-    /// Whether a commit is on its way.
+    /// Whether a commit is being delayed.
     ///
     /// # Errors
-    /// The database does not answer.
-    pub async fn have_struck(&self) -> sqlx::Result<bool> {
+    /// Fails if the database does not answer.
+    pub async fn has_struck(&self) -> sqlx::Result<bool> {
         Ok(self.waiting("advisory").await? > 0)
     }
 
-    /// Ends the connections of those that are on their way: Postgres takes them back. Tells how many.
+    /// Terminates the backends of the delayed commits, which Postgres rolls back. Returns their
+    /// number.
     ///
     /// # Errors
-    /// The database does not answer.
+    /// Fails if the database does not answer.
     pub async fn fail(&self) -> sqlx::Result<i64> {
         sqlx::query_scalar(
             "select count(*) filter (where pg_terminate_backend(pid))
@@ -74,18 +78,18 @@ impl DelayedCommits {
         .await
     }
 
-    /// Lets them, and waits until all are carried out.
+    /// Releases the delayed commits, and waits until all have completed.
     ///
     /// # Errors
-    /// The database does not do as asked.
+    /// Fails if a statement fails.
     ///
     /// # Panics
-    /// After 20 seconds some still are not.
-    pub async fn go_on(mut self) -> sqlx::Result<()> {
+    /// Panics if some are not complete after 20 seconds.
+    pub async fn release(mut self) -> sqlx::Result<()> {
         sqlx::query("select pg_advisory_unlock(1)")
-            .execute(&mut *self.holds)
+            .execute(&mut *self.holder)
             .await?;
-        // Each keeps its advisory lock until what it has committed can be seen.
+        // Each commit keeps its advisory lock until its changes are visible.
         let on_their_way = "select count(*)
                               from pg_locks
                              where locktype = 'advisory'
@@ -95,7 +99,7 @@ impl DelayedCommits {
             left.await.is_ok_and(|left: i64| left == 0)
         })
         .await;
-        drop(self.holds);
+        drop(self.holder);
         self.database.close().await;
         Ok(())
     }

@@ -1,21 +1,25 @@
-//! What every strategy of a level declares, held against the suite's own tables.
+//! Assertions that the strategies' declared guarantees match the tests' own tables.
 
 use box_office::{Invariant, Level, Promises, Strategy};
 
 use crate::judge::Verdict;
 
-/// Holds every strategy's declared guarantee, on one instance and on several, against its line of the table: the name, and both promises.
+/// Asserts that every strategy's declared guarantee matches its line of the table: name, promises
+/// on one instance, promises on several.
 ///
 /// # Panics
-/// One declares something else, has no line, or has two; or there is a line without a strategy.
+/// Panics if a declaration differs, a strategy has no line or several, or a line has no strategy.
 pub fn assert_declared(level: &Level, table: &[(&str, Promises, Promises)]) {
-    for &(name, alone, together) in table {
+    for &(name, single_instance, multi_instance) in table {
         let strategy = level
             .strategy(name)
             .unwrap_or_else(|| panic!("{} has no strategy {name}", level.name));
-        assert_eq!(strategy.guarantee.single_instance, alone, "{name} on one instance");
         assert_eq!(
-            strategy.guarantee.multi_instance, together,
+            strategy.guarantee.single_instance, single_instance,
+            "{name} on one instance"
+        );
+        assert_eq!(
+            strategy.guarantee.multi_instance, multi_instance,
             "{name} on several instances"
         );
     }
@@ -25,23 +29,24 @@ pub fn assert_declared(level: &Level, table: &[(&str, Promises, Promises)]) {
     }
 }
 
-/// Holds what the suite expects a fault to break against the limits that the strategy declares.
+/// Asserts that the strategy declares a failure mode that violates exactly these invariants.
 ///
 /// # Panics
-/// It declares no limit that breaks just this.
+/// Panics if it does not.
 pub fn assert_failure_mode(strategy: &Strategy, breaks: &[Invariant]) {
-    let limits = strategy.guarantee.failure_modes;
+    let failure_modes = strategy.guarantee.failure_modes;
     assert!(
-        limits.iter().any(|limit| limit.violates == breaks),
-        "{} breaks {breaks:?}, and its limits are {limits:?}",
+        failure_modes.iter().any(|mode| mode.violates == breaks),
+        "{} breaks {breaks:?}, and its failure modes are {failure_modes:?}",
         strategy.name
     );
 }
 
-/// Holds what a fault left behind against what the suite expects: nothing broken, or at least this, as the strategy declares it.
+/// Asserts the verdict after a fault: either no invariant is broken, or at least these are, and the
+/// strategy declares that failure mode.
 ///
 /// # Panics
-/// Something is broken and nothing should be, or not all of it is; or the strategy does not declare it.
+/// Panics if the verdict differs or the strategy does not declare the failure mode.
 pub fn assert_after_fault(strategy: &Strategy, verdict: &Verdict, breaks: &[Invariant]) {
     println!("{}: {verdict}", strategy.name);
     let as_expected = match breaks {

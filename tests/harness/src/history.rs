@@ -1,9 +1,10 @@
-//! A history: every request of a rush as its client saw it, and the rows once all was quiet.
+//! A history: every request of a rush as its client saw it, and the rows at quiescence.
 //!
-//! As a file it is JSON lines, one `Line` each: a header, then requests, rows and faults in any order. The judge believes nothing else.
-//! All times of requests and faults are microseconds on one monotonic clock of the client, counted from the start of the rush:
-//! *sent* before the first byte of the request, *answered* after the last byte of the answer. Times of rows are microseconds on the
-//! database's own clock. The two are never compared.
+//! A history file is JSON lines: a header, then requests, rows and faults in any order. It is the
+//! judge's only input. All times of requests and faults are microseconds on one monotonic clock of
+//! the client, counted from the start of the rush: *sent* before the first byte of the request,
+//! *answered* after the last byte of the answer. Times of rows are microseconds on the database's
+//! own clock. The two are never compared.
 
 use std::io::{self, BufRead, Write};
 
@@ -11,40 +12,42 @@ use box_office::{BuyerId, ProblemKind, Refusal, SaleId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The version of the format that this suite writes and reads.
+/// The version of the format that this crate writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Microseconds on the clock of whoever wrote them down.
+/// Microseconds, on the clock of the recording process or of the database.
 pub type Micros = u64;
 
-/// A rush, as its clients and its rows tell it.
+/// The record of a rush.
 #[derive(Clone, Debug, PartialEq)]
 pub struct History {
-    /// What was sold, and how.
+    /// The sale and the limits of the run.
     pub header: Header,
     /// Every request.
     pub requests: Vec<Request>,
-    /// The reservations at quiescence. `None`: the rows could not be read, as with a foreign server.
+    /// The reservations at quiescence. `None`: the rows could not be read, as with a third-party
+    /// server.
     pub rows: Option<Vec<Row>>,
-    /// What the suite did to the system.
+    /// The injected faults.
     pub faults: Vec<Fault>,
 }
 
-/// The first line: what was sold, and how.
+/// The first line: the sale and the limits of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
     /// [`FORMAT_VERSION`].
     pub version: u32,
-    /// The strategy and its level, such as `lv1/read-then-write`; free text for the reader.
+    /// The strategy and its level, such as `lv1/read-then-write`. Informative only.
     pub strategy: String,
-    /// The sale that all requests are about.
+    /// The sale of all requests.
     pub sale: SaleId,
-    /// How many tickets it had.
+    /// The number of tickets on sale.
     pub capacity: u64,
-    /// How long a request may take, from sent to its end.
+    /// The deadline of a request, from sent to its end.
     pub deadline_us: Micros,
-    /// How long an order lives, from sent, before it may be answered "expired". `None`: orders do not expire.
+    /// The time from sent after which an order may be answered "expired". `None`: orders do not
+    /// expire.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expiry_us: Option<Micros>,
     /// The stock at quiescence. `None`: it could not be read.
@@ -56,25 +59,25 @@ pub struct Header {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// Names the request within its history, and in its `X-Request-Id`.
+    /// The id of the request in its history, and its `X-Request-Id`.
     pub request: u64,
-    /// Who asked.
+    /// The buyer.
     pub buyer: BuyerId,
-    /// The request key it carried. Repeats carry the same one.
+    /// The idempotency key. Repeats carry the same key.
     pub key: String,
-    /// Before the first byte went out.
+    /// The time before the first byte was sent.
     pub sent_us: Micros,
-    /// After the last byte of the answer came in. `None`: no answer ever came.
+    /// The time after the last byte of the answer was received. `None`: there was no answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answered_us: Option<Micros>,
-    /// What came back.
+    /// The answer.
     pub answer: Answer,
-    /// The steps it took inside the server, where they were traced.
+    /// The steps inside the server, if they were traced.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
 }
 
-/// What a client was told.
+/// The answer to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Answer {
@@ -83,18 +86,18 @@ pub enum Answer {
         /// Its id.
         reservation: Uuid,
     },
-    /// 202: the order is taken; its final state comes later.
+    /// 202: the order is accepted; its final state follows later.
     Accepted {
         /// Its id.
         reservation: Uuid,
-        /// The final state as the client observed it. `None`: it never came.
+        /// The final state as the client observed it. `None`: none was observed.
         ending: Option<Ending>,
     },
-    /// A correct no, if the judge finds it true.
+    /// A refusal, which is correct if the judge finds it true.
     Refused(Refused),
-    /// 503, a dead connection, or no answer at all: it may or may not have happened.
+    /// 503, a broken connection, or no answer: the outcome is unknown.
     Indeterminate,
-    /// An answer that the HTTP contract does not know.
+    /// An answer outside the HTTP contract.
     Unexpected {
         /// The HTTP status, and the start of the body.
         what: String,
@@ -113,7 +116,7 @@ pub enum Refused {
     SoldOut,
     /// The buyer already has this reservation.
     AlreadyReserved {
-        /// The one that the answer named.
+        /// The reservation that the answer named.
         earlier: Uuid,
     },
     /// The key was used by another buyer.
@@ -164,10 +167,11 @@ impl From<Refusal> for Refused {
 pub struct Ending {
     /// When it was observed.
     pub at_us: Micros,
-    /// `None`: confirmed. Otherwise why not.
+    /// The reason of a refusal; `None`: confirmed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refused>,
-    /// Another final state, observed after this one: that breaks the promise that a final state never changes.
+    /// Another final state, observed after this one: that breaks the promise that a final state
+    /// never changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed_to: Option<Box<Ending>>,
 }
@@ -176,11 +180,11 @@ pub struct Ending {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
-    /// When, on the client's clock: a trace is taken on the client's own machine only.
+    /// The time on the client's clock, as a trace is only taken on the client's machine.
     pub at_us: Micros,
     /// The scheduling point.
     pub step: String,
-    /// What was found there.
+    /// The value that the strategy reported there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saw: Option<String>,
     /// The source line that marks it: `levels/…/read_then_write.rs:52`.
@@ -193,32 +197,32 @@ pub struct Step {
 pub struct Row {
     /// Its id.
     pub reservation: Uuid,
-    /// Whose it is.
+    /// The buyer.
     pub buyer: BuyerId,
-    /// The request key it was made under.
+    /// The idempotency key of the reservation.
     pub key: String,
-    /// What it is at quiescence.
+    /// The status at quiescence.
     pub status: Status,
     /// When the ticket was taken, on the database's clock.
     pub taken_us: Micros,
-    /// When the ticket was given back, on the database's clock.
+    /// When the ticket was released, on the database's clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub released_us: Option<Micros>,
 }
 
-/// What a reservation is.
+/// The status of a reservation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
-    /// It holds a ticket, and may still give it back.
+    /// It holds a ticket, and may still release it.
     Held,
     /// It holds a ticket for good.
     Confirmed,
-    /// It held a ticket and gave it back.
+    /// It held a ticket and has released it.
     Released,
 }
 
-/// What the suite did to the system.
+/// An injected fault.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
@@ -226,7 +230,7 @@ pub struct Fault {
     pub fault: String,
     /// When it was seen to have struck.
     pub struck_us: Micros,
-    /// When it was mended. `None`: it was not.
+    /// When it was healed. `None`: it was not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub healed_us: Option<Micros>,
 }
@@ -239,19 +243,19 @@ enum Line {
     Request(Request),
     Row(Row),
     Fault(Fault),
-    /// Says that the rows that stand in the file are all there were.
+    /// Marks the rows in the file as complete.
     RowsComplete,
 }
 
 /// Why a history file can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// A line is not what it should be.
+    /// A line is invalid.
     #[error("line {line}: {problem}")]
     Line {
         /// Counted from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The reason.
         problem: String,
     },
     /// The file can't be read at all.
@@ -263,7 +267,7 @@ impl History {
     /// Writes the history as JSON lines.
     ///
     /// # Errors
-    /// Whatever writing to `out` fails with.
+    /// The error of writing to `out`.
     pub fn write(&self, mut out: impl Write) -> io::Result<()> {
         let mut line = |line: &Line| -> io::Result<()> {
             serde_json::to_writer(&mut out, line)?;
@@ -288,7 +292,7 @@ impl History {
     /// Reads what [`write`](Self::write) wrote.
     ///
     /// # Errors
-    /// [`Unreadable`], naming the line.
+    /// [`Unreadable::Line`] if a line is invalid, [`Unreadable::Io`] if reading fails.
     pub fn read(input: impl BufRead) -> Result<Self, Unreadable> {
         let mut header: Option<Header> = None;
         let mut rows_complete = false;

@@ -1,4 +1,5 @@
-//! A few buyers that a test sends one by one, each to a server of its choice; what they are told is written down for the judge.
+//! A recorder for tests that send requests one by one: collects the history of one sale for the
+//! judge.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -12,43 +13,44 @@ use uuid::Uuid;
 use crate::{
     backends::TestEnvironment,
     history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Request},
-    http_contract::TestServer,
     judge::{Verdict, judge},
     rows,
-    rush::{SALE, Understood, decided, understand},
+    rush::{Classified, SALE, classify, final_state},
+    test_server::TestServer,
 };
 
-/// What the buyers of [`SALE`] were told, and what befell the servers.
+/// Records the answers to the buyers of [`SALE`], and the faults.
 pub struct HistoryRecorder {
     strategy: &'static str,
     started_us: Micros,
-    written: Mutex<Written>,
+    recorded: Mutex<Recorded>,
 }
 
 #[derive(Default)]
-struct Written {
+struct Recorded {
     requests: Vec<Request>,
     faults: Vec<Fault>,
 }
 
 impl HistoryRecorder {
-    /// An empty one.
+    /// Creates an empty recorder.
     pub fn new(strategy: &Strategy) -> Self {
         Self {
             strategy: strategy.name,
             started_us: now_monotonic_us(),
-            written: Mutex::default(),
+            recorded: Mutex::default(),
         }
     }
 
-    /// A buyer asks this server for a ticket. Whoever asks again carries the same key. A connection that breaks is an answer too: undecided. An
-    /// order that is accepted has no ending yet.
-    pub async fn ask(&self, talk: &TestServer, buyer: BuyerId) -> Answer {
+    /// Sends a buyer's request to a server and records the answer. A buyer uses the same key for
+    /// every request. A broken connection is an unknown outcome. An accepted order has no ending
+    /// yet.
+    pub async fn reserve(&self, server: &TestServer, buyer: BuyerId) -> Answer {
         let key = key_of(buyer);
         let number = {
-            let mut written = self.written();
-            let number = written.requests.len();
-            written.requests.push(Request {
+            let mut recorded = self.recorded();
+            let number = recorded.requests.len();
+            recorded.requests.push(Request {
                 request: number as u64,
                 buyer,
                 key: key.clone(),
@@ -59,28 +61,28 @@ impl HistoryRecorder {
             });
             number
         };
-        let Ok(answered) = talk.reserve(SALE, buyer, Some(&key)).await else {
+        let Ok(answered) = server.reserve(SALE, buyer, Some(&key)).await else {
             return Answer::Indeterminate;
         };
-        let answer = match understand(&answered) {
-            Understood::Final(answer) => answer,
-            Understood::Accepted { reservation, .. } => Answer::Accepted {
+        let answer = match classify(&answered) {
+            Classified::Final(answer) => answer,
+            Classified::Accepted { reservation, .. } => Answer::Accepted {
                 reservation,
                 ending: None,
             },
         };
-        let request = &mut self.written().requests[number];
+        let request = &mut self.recorded().requests[number];
         request.answered_us = Some(self.now());
         request.answer = answer.clone();
         answer
     }
 
-    /// An order of this buyer was put into the topic by hand, as if a server had accepted it.
-    pub fn accepted_by_hand(&self, buyer: BuyerId, reservation: Uuid) {
+    /// Records an order that the test itself produced to the topic, as if a server had accepted it.
+    pub fn record_accepted(&self, buyer: BuyerId, reservation: Uuid) {
         let now = self.now();
-        let mut written = self.written();
+        let mut recorded = self.recorded();
         let request = Request {
-            request: written.requests.len() as u64,
+            request: recorded.requests.len() as u64,
             buyer,
             key: key_of(buyer),
             sent_us: now,
@@ -91,18 +93,19 @@ impl HistoryRecorder {
             },
             steps: vec![],
         };
-        written.requests.push(request);
+        recorded.requests.push(request);
     }
 
-    /// Whoever has an order accepted asks this server what became of it, and hears it once more from the events, within `patience`. An order
-    /// whose state is not final, or whose events do not tell so, has no ending.
+    /// Records the final state of every accepted order, read from a server and confirmed by the
+    /// order's events `within` this time. An order whose state is not final, or whose events do not
+    /// confirm it, gets no ending.
     ///
     /// # Errors
-    /// The server gives no answer.
-    pub async fn ask_how_they_ended(&self, talk: &TestServer, patience: Duration) -> anyhow::Result<()> {
+    /// Fails if the server does not answer.
+    pub async fn record_outcomes(&self, server: &TestServer, within: Duration) -> anyhow::Result<()> {
         let accepted: Vec<(usize, Uuid)> = {
-            let written = self.written();
-            let accepted = written.requests.iter().enumerate();
+            let recorded = self.recorded();
+            let accepted = recorded.requests.iter().enumerate();
             accepted
                 .filter_map(|(number, request)| match request.answer {
                     Answer::Accepted { reservation, .. } => Some((number, reservation)),
@@ -111,14 +114,14 @@ impl HistoryRecorder {
                 .collect()
         };
         for (number, reservation) in accepted {
-            let state = talk.get(&format!("/api/reservations/{reservation}")).await?;
-            let Some(refused) = decided(&state) else { continue };
-            if !matches!(timeout(patience, talk.final_state(reservation)).await, Ok(Ok(_))) {
+            let state = server.get(&format!("/api/reservations/{reservation}")).await?;
+            let Some(refused) = final_state(&state) else { continue };
+            if !matches!(timeout(within, server.final_state(reservation)).await, Ok(Ok(_))) {
                 continue;
             }
             let at_us = self.now();
-            let mut written = self.written();
-            let Answer::Accepted { ending, .. } = &mut written.requests[number].answer else {
+            let mut recorded = self.recorded();
+            let Answer::Accepted { ending, .. } = &mut recorded.requests[number].answer else {
                 continue;
             };
             match ending {
@@ -142,47 +145,48 @@ impl HistoryRecorder {
         Ok(())
     }
 
-    /// Something struck, and is not mended yet.
-    pub fn struck(&self, fault: &str) {
+    /// Records that a fault has struck.
+    pub fn record_fault(&self, fault: &str) {
         let struck_us = self.now();
-        self.written().faults.push(Fault {
+        self.recorded().faults.push(Fault {
             fault: fault.to_owned(),
             struck_us,
             healed_us: None,
         });
     }
 
-    /// All that struck is mended.
-    pub fn healed(&self) {
+    /// Records that all faults are healed.
+    pub fn record_recovery(&self) {
         let now = self.now();
-        for fault in &mut self.written().faults {
+        for fault in &mut self.recorded().faults {
             fault.healed_us.get_or_insert(now);
         }
     }
 
-    /// Has it judged, with the rows as they are. Only meaningful once nothing moves any more.
+    /// Judges the recorded history with the current rows. The result is meaningful only at
+    /// quiescence.
     ///
     /// # Errors
-    /// The rows can't be read.
-    pub async fn verdict(&self, stand: &TestEnvironment) -> anyhow::Result<Verdict> {
-        let pool = stand.database().pool(1).await?;
+    /// Fails if the rows can't be read.
+    pub async fn verdict(&self, environment: &TestEnvironment) -> anyhow::Result<Verdict> {
+        let pool = environment.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
-        let written = self.written();
+        let recorded = self.recorded();
         Ok(judge(&History {
             header: Header {
                 version: FORMAT_VERSION,
                 strategy: self.strategy.to_owned(),
                 sale: SALE,
                 capacity: sold.capacity,
-                // How long anybody waits is the test's own business.
+                // The test itself limits waits.
                 deadline_us: Micros::MAX / 2,
                 expiry_us: None,
                 stock: Some(sold.stock),
             },
-            requests: written.requests.clone(),
+            requests: recorded.requests.clone(),
             rows: Some(sold.rows),
-            faults: written.faults.clone(),
+            faults: recorded.faults.clone(),
         }))
     }
 
@@ -190,12 +194,12 @@ impl HistoryRecorder {
         now_monotonic_us() - self.started_us
     }
 
-    fn written(&self) -> MutexGuard<'_, Written> {
-        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    fn recorded(&self) -> MutexGuard<'_, Recorded> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Every buyer has one key.
+/// The one key of a buyer.
 fn key_of(buyer: BuyerId) -> String {
     format!("buyer-{buyer}")
 }

@@ -1,479 +1,116 @@
-//! The HTTP contract that all levels share, tried on a level's own server over real sockets.
+//! The HTTP contract that all levels share, tested on a level's own server over real sockets.
 
-use std::{net::SocketAddr, process::ExitStatus, time::Duration};
-
-use anyhow::{Context, anyhow, bail, ensure};
-use box_office::{Level, ProblemKind, SaleId, Strategy, api};
-use http_body_util::Full;
-use hyper::{Method, Request, StatusCode, body::Bytes, header};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
-use serde::de::DeserializeOwned;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::{sleep, timeout},
-};
+use anyhow::{Context, ensure};
+use box_office::{ProblemKind, SaleId, api};
+use hyper::{StatusCode, header};
 use uuid::Uuid;
 
-use crate::{
-    backends::TestEnvironment,
-    rush::{Answered, Connection, Program, Rush, SALE, Servers, Steps},
-};
+use crate::{rush::SALE, test_server::TestServer};
 
-/// How long any single answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A level's server that a test talks to.
-pub struct TestServer {
-    servers: Servers,
-    address: SocketAddr,
-}
-
-/// One call, and what must come back.
-struct Call<'a> {
-    method: Method,
-    path: String,
-    key: Option<&'a str>,
-    token: Option<String>,
-    body: Option<Vec<u8>>,
-}
-
-impl TestServer {
-    /// Starts one server.
-    ///
-    /// # Errors
-    /// It does not start.
-    pub async fn with(
-        stand: &TestEnvironment,
-        program: &Program,
-        level: &Level,
-        strategy: &Strategy,
-    ) -> anyhow::Result<Self> {
-        Self::during(&Rush::default(), stand, program, level, strategy).await
-    }
-
-    /// Starts one server, as this rush would.
-    ///
-    /// # Errors
-    /// It does not start.
-    pub async fn during(
-        rush: &Rush,
-        stand: &TestEnvironment,
-        program: &Program,
-        level: &Level,
-        strategy: &Strategy,
-    ) -> anyhow::Result<Self> {
-        let servers = Servers::start(rush, stand, program, level, strategy).await?;
-        let address = *servers.live().borrow().first().context("one was started")?;
-        Ok(Self { servers, address })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// The process, for a look at it from outside.
-    ///
-    /// # Errors
-    /// It has left.
-    pub async fn pid(&self) -> anyhow::Result<u32> {
-        self.servers.pid(0).await
-    }
-
-    /// Stops the server, which must leave with exit code 0.
-    ///
-    /// # Errors
-    /// It did not.
-    pub async fn stop(self) -> anyhow::Result<()> {
-        self.stop_and_tell().await.map(drop)
-    }
-
-    /// The same; tells the steps that it wrote down, if it did.
-    ///
-    /// # Errors
-    /// It did not leave with exit code 0.
-    pub async fn stop_and_tell(self) -> anyhow::Result<Steps> {
-        self.servers.stop().await
-    }
-
-    /// Waits until the process is seen to be stopped (SIGSTOP).
-    ///
-    /// # Errors
-    /// It runs for longer than `patience`.
-    pub async fn stands_still(&self, patience: Duration) -> anyhow::Result<()> {
-        let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let pid = self.process().await?;
-        let seen = async {
-            while waitid(WaitId::Pid(pid), stopped)?.is_none() {
-                sleep(Duration::from_millis(1)).await;
-            }
-            anyhow::Ok(())
-        };
-        timeout(patience, seen)
-            .await
-            .map_err(|_| anyhow!("after {patience:?} the server still runs"))?
-    }
-
-    /// Lets a stopped process go on (SIGCONT).
-    ///
-    /// # Errors
-    /// It has left.
-    pub async fn goes_on(&self) -> anyhow::Result<()> {
-        Ok(kill_process(self.process().await?, Signal::CONT)?)
-    }
-
-    /// Kills the process (SIGKILL), also one that is stopped. Says how it left.
-    ///
-    /// # Errors
-    /// It had left before.
-    pub async fn kill(&self) -> anyhow::Result<ExitStatus> {
-        self.servers.kill(0).await
-    }
-
-    async fn process(&self) -> anyhow::Result<Pid> {
-        Pid::from_raw(self.pid().await?.cast_signed()).context("a process has a number")
-    }
-
-    async fn call(&self, call: Call<'_>) -> anyhow::Result<Answered> {
-        let mut request = Request::builder().method(call.method).uri(call.path);
-        if let Some(key) = call.key {
-            request = request.header("idempotency-key", key);
-        }
-        if let Some(token) = call.token {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
-        if call.body.is_some() {
-            request = request.header(header::CONTENT_TYPE, "application/json");
-        }
-        let request = request.body(Full::<Bytes>::from(call.body.unwrap_or_default()))?;
-        let mut connection = Connection::open(self.address).await?;
-        timeout(PATIENCE, connection.send(request))
-            .await
-            .context("no answer in time")?
-    }
-
-    /// `GET path`.
-    ///
-    /// # Errors
-    /// No answer.
-    pub async fn get(&self, path: &str) -> anyhow::Result<Answered> {
-        self.call(Call {
-            method: Method::GET,
-            path: path.to_owned(),
-            key: None,
-            token: None,
-            body: None,
-        })
-        .await
-    }
-
-    /// The events of a reservation, from the one after `seen` to the last.
-    ///
-    /// # Errors
-    /// The stream does not end in time, or is none.
-    pub async fn events(&self, reservation: Uuid, seen: Option<i64>) -> anyhow::Result<Vec<(i64, api::Reservation)>> {
-        let mut request = Request::get(format!("/api/reservations/{reservation}/events"));
-        if let Some(seen) = seen {
-            request = request.header("last-event-id", seen.to_string());
-        }
-        let mut connection = Connection::open(self.address).await?;
-        let answered = timeout(PATIENCE, connection.send(request.body(Full::default())?))
-            .await
-            .context("the events do not end in time")??;
-        if answered.status == StatusCode::NO_CONTENT {
-            return Ok(vec![]);
-        }
-        let text = str::from_utf8(&answered.body)?;
-        ensure!(answered.status == StatusCode::OK, "{} {text}", answered.status);
-        let mut events = vec![];
-        for event in text.split("\n\n").filter(|event| event.contains("data:")) {
-            let field = |name: &str| {
-                event
-                    .lines()
-                    .find_map(|line| line.strip_prefix(name))
-                    .map(str::trim_start)
-            };
-            let number = field("id:").context("an event without a number")?.parse()?;
-            let reservation: api::Reservation = serde_json::from_str(field("data:").unwrap_or_default())?;
-            ensure!(
-                field("event:") == Some(&reservation.status),
-                "an event is named after the status"
-            );
-            events.push((number, reservation));
-        }
-        Ok(events)
-    }
-
-    /// The final state of an order that was accepted, as its events and its status both tell it.
-    ///
-    /// # Errors
-    /// It has none in time, or they differ.
-    pub async fn final_state(&self, reservation: Uuid) -> anyhow::Result<api::Reservation> {
-        let events = self.events(reservation, None).await?;
-        let (_, last) = events.into_iter().next_back().context("no events")?;
-        ensure!(last.is_final(), "the events end, and the last one is {last:?}");
-        let state: api::Reservation = self.get(&format!("/api/reservations/{reservation}")).await?.json()?;
-        ensure!(state == last, "the events end with {last:?}, the status says {state:?}");
-        Ok(state)
-    }
-
-    /// Checks that the buyer has a ticket, now or in the end.
-    ///
-    /// # Errors
-    /// What came instead.
-    pub async fn confirms(&self, answered: &Answered) -> anyhow::Result<api::Reservation> {
-        let reservation: api::Reservation = answered.json()?;
-        let reservation = match answered.status {
-            StatusCode::CREATED => reservation,
-            StatusCode::ACCEPTED => self.final_state(reservation.id).await?,
-            status => bail!("answered with {status}"),
-        };
-        ensure!(reservation.status == "confirmed", "{reservation:?}");
-        Ok(reservation)
-    }
-
-    /// Checks that the buyer is refused for this reason, now or in the end. Tells the earlier reservation that is named.
-    ///
-    /// # Errors
-    /// What came instead.
-    pub async fn refuses(&self, answered: &Answered, kind: ProblemKind) -> anyhow::Result<Option<Uuid>> {
-        if answered.status != StatusCode::ACCEPTED {
-            return Ok(answered.is(kind)?.reservation_id);
-        }
-        let state = self.final_state(answered.json::<api::Reservation>()?.id).await?;
-        ensure!(
-            (state.status.as_str(), state.reason.as_deref()) == ("refused", Some(kind.name())),
-            "expected to be refused with {}, and got {state:?}",
-            kind.name()
-        );
-        Ok(state.earlier)
-    }
-
-    /// Asks for a ticket.
-    ///
-    /// # Errors
-    /// No answer.
-    pub async fn reserve(&self, sale: SaleId, buyer: i64, key: Option<&str>) -> anyhow::Result<Answered> {
-        let body = serde_json::to_vec(&api::NewReservation { buyer_id: buyer })?;
-        self.post(sale, key, body).await
-    }
-
-    /// Sends any body where a reservation is expected.
-    ///
-    /// # Errors
-    /// No answer.
-    pub async fn post(&self, sale: SaleId, key: Option<&str>, body: Vec<u8>) -> anyhow::Result<Answered> {
-        self.call(Call {
-            method: Method::POST,
-            path: format!("/api/sales/{sale}/reservations"),
-            key,
-            token: None,
-            body: Some(body),
-        })
-        .await
-    }
-
-    /// Opens a sale with any token.
-    ///
-    /// # Errors
-    /// No answer.
-    pub async fn open_sale(&self, sale: SaleId, capacity: i64, token: Option<&str>) -> anyhow::Result<Answered> {
-        let body = serde_json::to_vec(&api::NewSale {
-            name: "the last tickets".to_owned(),
-            capacity,
-        })?;
-        self.call(Call {
-            method: Method::PUT,
-            path: format!("/api/sales/{sale}"),
-            key: None,
-            token: token.map(str::to_owned),
-            body: Some(body),
-        })
-        .await
-    }
-
-    /// Opens the sale of the rush, as an administrator.
-    ///
-    /// # Errors
-    /// It was open already, or there is no answer.
-    pub async fn opens_a_sale(&self, capacity: u32) -> anyhow::Result<()> {
-        self.opens(SALE, capacity).await
-    }
-
-    /// Opens any sale, as an administrator.
-    ///
-    /// # Errors
-    /// It was open already, or there is no answer.
-    pub async fn opens(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
-        self.servers.open_sale(sale, capacity).await
-    }
-
-    /// The sale as the server tells it.
-    ///
-    /// # Errors
-    /// It does not.
-    pub async fn sale(&self, sale: SaleId) -> anyhow::Result<api::Sale> {
-        self.get(&format!("/api/sales/{sale}")).await?.json()
-    }
-
-    /// Writes raw bytes, and reads until the server closes or has said something.
-    ///
-    /// # Errors
-    /// The connection can't be had.
-    pub async fn raw(&self, bytes: &[u8]) -> anyhow::Result<String> {
-        let mut stream = TcpStream::connect(self.address).await?;
-        // The server may well close before it has read everything.
-        let _ = stream.write_all(bytes).await;
-        let mut answer = vec![0; 4096];
-        let read = timeout(PATIENCE, stream.read(&mut answer))
-            .await
-            .context("neither answered nor closed")?;
-        answer.truncate(read.unwrap_or(0));
-        Ok(String::from_utf8_lossy(&answer).into_owned())
-    }
-}
-
-impl Answered {
-    /// The body, as what it must be.
-    ///
-    /// # Errors
-    /// It is something else.
-    pub fn json<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
-        serde_json::from_slice(&self.body)
-            .with_context(|| format!("{} {}", self.status, String::from_utf8_lossy(&self.body)))
-    }
-
-    /// Checks that this is the problem, with everything that RFC 9457 and the contract ask of it.
-    ///
-    /// # Errors
-    /// What differs.
-    pub fn is(&self, kind: ProblemKind) -> anyhow::Result<api::Problem> {
-        let problem: api::Problem = self.json()?;
-        ensure!(
-            (problem.kind.as_str(), self.status) == (kind.uri().as_str(), kind.status()),
-            "expected {} with {}, got {} with {}: {}",
-            kind.uri(),
-            kind.status(),
-            problem.kind,
-            self.status,
-            problem.detail
-        );
-        ensure!(
-            problem.status == self.status.as_u16(),
-            "the body says {}, the answer {}",
-            problem.status,
-            self.status
-        );
-        ensure!(
-            self.headers
-                .get(header::CONTENT_TYPE)
-                .is_some_and(|kind| kind == "application/problem+json")
-        );
-        let id = self.headers.get("x-request-id").and_then(|id| id.to_str().ok());
-        ensure!(
-            id == Some(problem.request_id.as_str()),
-            "request id {id:?}, in the body {:?}",
-            problem.request_id
-        );
-        ensure!(
-            (self.status == StatusCode::SERVICE_UNAVAILABLE) == self.headers.contains_key(header::RETRY_AFTER),
-            "503, and only 503, says when to try again"
-        );
-        Ok(problem)
-    }
-}
-
-/// Everything the contract says about selling, refusing and repeating: at once, or in the final state of an order that was accepted.
+/// Checks what the contract requires of confirmations, refusals and repeats, at once or as the
+/// final state of an accepted order.
 ///
 /// # Errors
-/// The first thing that is not as the contract says.
-pub async fn sells_refuses_and_repeats(talk: &TestServer) -> anyhow::Result<()> {
+/// Names the first deviation.
+pub async fn sells_refuses_and_repeats(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         AlreadyReserved, KeyOfAnotherBuyer, SaleDiffers, SoldOut, Unauthorized, UnknownReservation, UnknownSale,
     };
 
-    let token = talk.servers.admin_token();
-    talk.open_sale(SALE, 2, None).await?.is(Unauthorized)?;
-    talk.open_sale(SALE, 2, Some("wrong")).await?.is(Unauthorized)?;
-    talk.get(&format!("/api/sales/{SALE}")).await?.is(UnknownSale)?;
-    ensure!(talk.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::CREATED);
-    ensure!(talk.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::OK);
-    talk.open_sale(SALE, 3, Some(token)).await?.is(SaleDiffers)?;
+    let token = server.admin_token();
+    server.open_sale(SALE, 2, None).await?.is(Unauthorized)?;
+    server.open_sale(SALE, 2, Some("wrong")).await?.is(Unauthorized)?;
+    server.get(&format!("/api/sales/{SALE}")).await?.is(UnknownSale)?;
+    ensure!(server.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::CREATED);
+    ensure!(server.open_sale(SALE, 2, Some(token)).await?.status == StatusCode::OK);
+    server.open_sale(SALE, 3, Some(token)).await?.is(SaleDiffers)?;
 
-    let first = talk.reserve(SALE, 1, Some("a")).await?;
+    let first = server.reserve(SALE, 1, Some("a")).await?;
     let location = first
         .headers
         .get(header::LOCATION)
         .context("201 and 202 say where the reservation is")?
         .to_str()?;
-    let reservation = talk.confirms(&first).await?;
+    let reservation = server.expect_confirmed(&first).await?;
     ensure!((reservation.sale_id, reservation.buyer_id) == (Some(SALE), Some(1)));
-    ensure!(talk.get(location).await?.json::<api::Reservation>()? == reservation);
+    ensure!(server.get(location).await?.json::<api::Reservation>()? == reservation);
 
-    let again = talk.reserve(SALE, 1, Some("a")).await?;
+    let again = server.reserve(SALE, 1, Some("a")).await?;
     ensure!(
         again.status == first.status && again.body == first.body,
         "a repeat answers as the first did"
     );
-    ensure!(talk.confirms(&again).await? == reservation);
-    let other_key = talk.reserve(SALE, 1, Some("b")).await?;
-    let earlier = talk.refuses(&other_key, AlreadyReserved).await?;
+    ensure!(server.expect_confirmed(&again).await? == reservation);
+    let other_key = server.reserve(SALE, 1, Some("b")).await?;
+    let earlier = server.expect_refused(&other_key, AlreadyReserved).await?;
     ensure!(
         earlier == Some(reservation.id),
         "it names the reservation that is there, and not {earlier:?}"
     );
-    let other_buyer = talk.reserve(SALE, 2, Some("a")).await?;
-    talk.refuses(&other_buyer, KeyOfAnotherBuyer).await?;
-    talk.reserve(99, 1, None).await?.is(UnknownSale)?;
-    sells_elsewhere(talk, &reservation).await?;
+    let other_buyer = server.reserve(SALE, 2, Some("a")).await?;
+    server.expect_refused(&other_buyer, KeyOfAnotherBuyer).await?;
+    server.reserve(99, 1, None).await?.is(UnknownSale)?;
+    sells_elsewhere(server, &reservation).await?;
 
-    let without_key = talk.reserve(SALE, 2, None).await?;
-    talk.confirms(&without_key).await.context("a key is optional")?;
-    let too_late = talk.reserve(SALE, 3, None).await?;
-    talk.refuses(&too_late, SoldOut).await?;
-    let repeat_after_the_end = talk.reserve(SALE, 1, Some("a")).await?;
+    let without_key = server.reserve(SALE, 2, None).await?;
+    server
+        .expect_confirmed(&without_key)
+        .await
+        .context("a key is optional")?;
+    let too_late = server.reserve(SALE, 3, None).await?;
+    server.expect_refused(&too_late, SoldOut).await?;
+    let repeat_after_the_end = server.reserve(SALE, 1, Some("a")).await?;
     ensure!(
-        talk.confirms(&repeat_after_the_end).await? == reservation,
+        server.expect_confirmed(&repeat_after_the_end).await? == reservation,
         "sold out, and yet the same answer"
     );
-    let sale = talk.sale(SALE).await?;
+    let sale = server.sale(SALE).await?;
     ensure!((sale.capacity, sale.stock, sale.reserved) == (2, 0, 2), "{sale:?}");
 
-    talk.get(&format!("/api/reservations/{}", Uuid::new_v4()))
+    server
+        .get(&format!("/api/reservations/{}", Uuid::new_v4()))
         .await?
         .is(UnknownReservation)?;
     Ok(())
 }
 
-/// While one sale is open, so is another, to the same buyers, under the same keys: neither knows of the other.
-async fn sells_elsewhere(talk: &TestServer, here: &api::Reservation) -> anyhow::Result<()> {
+/// Checks that two open sales are independent, with the same buyers and keys.
+async fn sells_elsewhere(server: &TestServer, here: &api::Reservation) -> anyhow::Result<()> {
     const ELSEWHERE: SaleId = 2;
 
-    let before = talk.sale(SALE).await?;
-    talk.opens(ELSEWHERE, 5).await?;
-    let first = talk
-        .confirms(&talk.reserve(ELSEWHERE, 1, Some("a")).await?)
+    let before = server.sale(SALE).await?;
+    server.create_sale(ELSEWHERE, 5).await?;
+    let first = server
+        .expect_confirmed(&server.reserve(ELSEWHERE, 1, Some("a")).await?)
         .await
         .context("a ticket for one sale is none for another")?;
     ensure!(first.id != here.id, "one reservation for two sales");
-    let second = talk.confirms(&talk.reserve(ELSEWHERE, 2, Some("c")).await?).await?;
-    // Whoever has a ticket is told more of the key than of the ticket.
-    let others_key = talk.reserve(ELSEWHERE, 1, Some("c")).await?;
-    talk.refuses(&others_key, ProblemKind::KeyOfAnotherBuyer).await?;
-    ensure!(talk.confirms(&talk.reserve(ELSEWHERE, 2, Some("c")).await?).await? == second);
+    let second = server
+        .expect_confirmed(&server.reserve(ELSEWHERE, 2, Some("c")).await?)
+        .await?;
+    // For a buyer with a ticket, the error about the key takes precedence.
+    let others_key = server.reserve(ELSEWHERE, 1, Some("c")).await?;
+    server
+        .expect_refused(&others_key, ProblemKind::KeyOfAnotherBuyer)
+        .await?;
+    ensure!(
+        server
+            .expect_confirmed(&server.reserve(ELSEWHERE, 2, Some("c")).await?)
+            .await?
+            == second
+    );
 
-    let sale = talk.sale(ELSEWHERE).await?;
+    let sale = server.sale(ELSEWHERE).await?;
     ensure!((sale.capacity, sale.stock, sale.reserved) == (5, 3, 2), "{sale:?}");
-    ensure!(talk.sale(SALE).await? == before, "another sale has changed this one");
+    ensure!(server.sale(SALE).await? == before, "another sale has changed this one");
     Ok(())
 }
 
-/// Whatever a client gets wrong is answered with a 4xx that says what it was, and sells nothing.
+/// Checks that every invalid request is answered with the right 4xx problem, and sells nothing.
 ///
 /// # Errors
-/// The first answer that does not.
-pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
+/// Names the first wrong answer.
+pub async fn refuses_bad_input(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         BodyTooLarge, InvalidBody, MalformedBody, MalformedKey, MalformedPath, MethodNotAllowed, NotFound,
         UnknownReservation,
@@ -495,7 +132,7 @@ pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
         (deep, BodyTooLarge, ""),
     ] {
         let start = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
-        let answered = talk.post(SALE, None, body).await.with_context(|| start.clone())?;
+        let answered = server.post(SALE, None, body).await.with_context(|| start.clone())?;
         let told = answered.is(problem).with_context(|| start.clone())?;
         ensure!(
             told.detail.contains(says),
@@ -504,7 +141,8 @@ pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
         );
     }
     for key in ["with space", "", &"k".repeat(129)] {
-        talk.reserve(SALE, 1, Some(key))
+        server
+            .reserve(SALE, 1, Some(key))
             .await?
             .is(MalformedKey)
             .with_context(|| format!("key {key:?}"))?;
@@ -517,14 +155,14 @@ pub async fn refuses_bad_input(talk: &TestServer) -> anyhow::Result<()> {
         ("/api/nothing", NotFound),
         ("/api/sales/1/reservations", MethodNotAllowed),
     ] {
-        talk.get(path).await?.is(problem).with_context(|| path.to_owned())?;
+        server.get(path).await?.is(problem).with_context(|| path.to_owned())?;
     }
     for raw in [
         &b"\x00\xff\xfe garbage\r\n\r\n"[..],
         b"GET /\xff HTTP/1.1\r\n\r\n",
         b"POST / HTTP/9.9\r\n\r\n",
     ] {
-        let answer = talk.raw(raw).await?;
+        let answer = server.raw(raw).await?;
         ensure!(
             answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
             "{raw:?} is answered with {answer:?}"

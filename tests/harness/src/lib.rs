@@ -1,4 +1,5 @@
-//! The suite: real services, a rush of buyers, a judge, and exact schedules. It knows no level's name.
+//! The test harness: real backends, a rush of buyers, a judge of histories, exact schedules, and
+//! faults. It does not depend on any level.
 
 pub mod backends;
 mod contract;
@@ -7,13 +8,14 @@ mod guarantees;
 pub mod history;
 pub mod history_recorder;
 pub mod http_contract;
+pub mod instance_faults;
 pub mod judge;
 pub mod proxy;
-pub mod restarts;
 pub mod rows;
 pub mod rush;
 pub mod schedule;
 pub mod slow_clients;
+pub mod test_server;
 mod until;
 
 pub use contract::{RED, contract, required};

@@ -1,4 +1,4 @@
-//! A proxy before a server: what goes through it is counted, and can be cut.
+//! A TCP proxy in front of a server, which counts traffic and injects network faults.
 
 use std::{
     sync::{
@@ -16,104 +16,105 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// As much of what a client says is remembered, in bytes.
+/// The number of bytes from the start of a connection that are searched for a fault's word.
 const BEGINNING: usize = 16 * 1024;
 
-/// Forwards TCP connections to a server, as long as it is let. Ends when it is dropped, with all its connections.
+/// Forwards TCP connections to a server, subject to a [`Fault`]. Dropping it closes all its
+/// connections.
 pub struct Proxy {
     port: u16,
-    cut: watch::Sender<Cut>,
+    fault: watch::Sender<Fault>,
     counted: Arc<Counted>,
     accepting: AbortHandle,
 }
 
-/// What does not get through.
+/// A network fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cut {
-    /// Everything does.
-    Nothing,
-    /// A connection ends, now or later, as soon as its client has said this word near its beginning, such as `SUBSCRIBE`.
-    Saying(&'static str),
-    /// A connection whose client has said this word goes silent, for good: nothing gets through either way any more, and nobody hangs up. An empty
-    /// word is said by everybody.
-    Silence(&'static str),
-    /// Everything does, later by so much. What a client has said by then arrives together.
-    Slow(Duration),
-    /// Every connection ends, and whoever comes is turned away.
-    Everything,
+pub enum Fault {
+    /// Forwards everything.
+    None,
+    /// Closes a connection once its client has sent this word near the start, such as `SUBSCRIBE`.
+    CloseOn(&'static str),
+    /// Discards all bytes in both directions, for good and without closing, on a connection whose
+    /// client has sent this word. The empty word matches every connection.
+    Blackhole(&'static str),
+    /// Delays what clients send by this time, and forwards what has arrived by then in one piece.
+    Delay(Duration),
+    /// Closes every connection, and rejects new ones.
+    CloseAll,
 }
 
 #[derive(Default)]
 struct Counted {
     to_server: AtomicU64,
-    cut: AtomicU64,
-    silenced: AtomicU64,
-    in_vain: AtomicU64,
+    closed: AtomicU64,
+    blackholed: AtomicU64,
+    discarded: AtomicU64,
 }
 
 impl Proxy {
-    /// Stands before the server at this address.
+    /// Starts a proxy in front of the server at this address.
     ///
     /// # Errors
-    /// There is no port to be had.
+    /// Fails if no port is free.
     pub async fn before(server: String) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
-        let (cut, cuts) = watch::channel(Cut::Nothing);
+        let (fault, faults) = watch::channel(Fault::None);
         let counted = Arc::<Counted>::default();
-        let accepting = tokio::spawn(accept(listener, server, cuts, counted.clone())).abort_handle();
+        let accepting = tokio::spawn(accept(listener, server, faults, counted.clone())).abort_handle();
         Ok(Self {
             port,
-            cut,
+            fault,
             counted,
             accepting,
         })
     }
 
-    /// Where it listens, on 127.0.0.1.
+    /// Its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The address of what it stands before, such as a `DATABASE_URL`, with its own place in it.
+    /// A URL of the server, such as a `DATABASE_URL`, with host and port replaced by the proxy's.
     ///
     /// # Panics
-    /// The address is no URL of a server.
-    pub fn instead_of(&self, url: &str) -> String {
+    /// Panics unless `url` is the URL of a server.
+    pub fn url_through(&self, url: &str) -> String {
         let mut url = url::Url::parse(url).expect("a URL");
         url.set_host(Some("127.0.0.1")).expect("a URL with a host");
         url.set_port(Some(self.port)).expect("a URL with a port");
         url.into()
     }
 
-    /// Whether somebody's connection was cut or fell silent.
+    /// Whether the fault has closed or blackholed any connection.
     pub fn has_struck(&self) -> bool {
-        self.connections_cut() + self.connections_silenced() > 0
+        self.connections_closed() + self.connections_blackholed() > 0
     }
 
-    /// From here on this does not get through, also on the connections that are there. [`Cut::Nothing`] mends it.
-    pub fn cuts(&self, cut: Cut) {
-        self.cut.send_replace(cut);
+    /// Injects a fault on all connections, open ones included. [`Fault::None`] removes it.
+    pub fn inject(&self, fault: Fault) {
+        self.fault.send_replace(fault);
     }
 
-    /// Bytes that clients have sent and that went on to the server.
+    /// The number of bytes forwarded to the server.
     pub fn bytes_to_server(&self) -> u64 {
         self.counted.to_server.load(Relaxed)
     }
 
-    /// Connections that were cut or turned away.
-    pub fn connections_cut(&self) -> u64 {
-        self.counted.cut.load(Relaxed)
+    /// The number of connections that were closed or rejected.
+    pub fn connections_closed(&self) -> u64 {
+        self.counted.closed.load(Relaxed)
     }
 
-    /// Connections that went silent.
-    pub fn connections_silenced(&self) -> u64 {
-        self.counted.silenced.load(Relaxed)
+    /// The number of connections that were blackholed.
+    pub fn connections_blackholed(&self) -> u64 {
+        self.counted.blackholed.load(Relaxed)
     }
 
-    /// How often a client has said something on a connection that was silent by then.
-    pub fn said_in_vain(&self) -> u64 {
-        self.counted.in_vain.load(Relaxed)
+    /// The number of chunks that clients sent on blackholed connections.
+    pub fn chunks_discarded(&self) -> u64 {
+        self.counted.discarded.load(Relaxed)
     }
 }
 
@@ -123,33 +124,34 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, server: String, cuts: watch::Receiver<Cut>, counted: Arc<Counted>) {
+async fn accept(listener: TcpListener, server: String, faults: watch::Receiver<Fault>, counted: Arc<Counted>) {
     while let Ok((client, _)) = listener.accept().await {
-        let (server, cuts, counted) = (server.clone(), cuts.clone(), counted.clone());
+        let (server, faults, counted) = (server.clone(), faults.clone(), counted.clone());
         tokio::spawn(async move {
-            let turned_away = *cuts.borrow() == Cut::Everything;
+            let turned_away = *faults.borrow() == Fault::CloseAll;
             if !turned_away && let Ok(server) = TcpStream::connect(server).await {
-                // What is small must not wait for more.
+                // Small writes must not wait for more (Nagle's algorithm).
                 let _ = (client.set_nodelay(true), server.set_nodelay(true));
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
                 let silent = AtomicBool::new(false);
                 tokio::select! {
-                    () = forth(from_client, to_server, cuts, &counted, &silent) => {}
-                    () = back(from_server, to_client, &silent) => {}
+                    () = client_to_server(from_client, to_server, faults, &counted, &silent) => {}
+                    () = server_to_client(from_server, to_client, &silent) => {}
                 }
             } else {
-                counted.cut.fetch_add(1, Relaxed);
+                counted.closed.fetch_add(1, Relaxed);
             }
         });
     }
 }
 
-/// What the client says, until one of both closes or it is cut; or until the proxy is gone.
-async fn forth(
+/// Forwards what the client sends, until either side closes, a fault closes the connection, or the
+/// proxy is dropped.
+async fn client_to_server(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
-    mut cuts: watch::Receiver<Cut>,
+    mut faults: watch::Receiver<Fault>,
     counted: &Counted,
     silent: &AtomicBool,
 ) {
@@ -157,26 +159,26 @@ async fn forth(
     let mut buffer = vec![0; BEGINNING];
     let mut unsent = 0;
     loop {
-        let has_said =
+        let has_sent =
             |word: &str| word.is_empty() || beginning.windows(word.len()).any(|said| said == word.as_bytes());
-        let is_cut = match *cuts.borrow_and_update() {
-            Cut::Nothing | Cut::Slow(_) => false,
-            Cut::Saying(word) => has_said(word),
-            Cut::Silence(word) => {
-                if has_said(word) && !silent.swap(true, Relaxed) {
-                    counted.silenced.fetch_add(1, Relaxed);
+        let is_closed = match *faults.borrow_and_update() {
+            Fault::None | Fault::Delay(_) => false,
+            Fault::CloseOn(word) => has_sent(word),
+            Fault::Blackhole(word) => {
+                if has_sent(word) && !silent.swap(true, Relaxed) {
+                    counted.blackholed.fetch_add(1, Relaxed);
                 }
                 false
             }
-            Cut::Everything => true,
+            Fault::CloseAll => true,
         };
-        if is_cut {
-            counted.cut.fetch_add(1, Relaxed);
+        if is_closed {
+            counted.closed.fetch_add(1, Relaxed);
             return;
         }
-        // Only after that, or the server would hear what is to be cut.
+        // Only after the fault check, or the server would receive what the fault is to stop.
         if silent.load(Relaxed) {
-            counted.in_vain.fetch_add(u64::from(unsent > 0), Relaxed);
+            counted.discarded.fetch_add(u64::from(unsent > 0), Relaxed);
         } else if to.write_all(&buffer[..unsent]).await.is_err() {
             return;
         } else {
@@ -184,13 +186,13 @@ async fn forth(
         }
         unsent = 0;
         tokio::select! {
-            changed = cuts.changed() => if changed.is_err() {
+            changed = faults.changed() => if changed.is_err() {
                 return;
             },
             read = from.read(&mut buffer) => {
                 let Ok(mut length @ 1..) = read else { return };
-                let slow = match *cuts.borrow() {
-                    Cut::Slow(by) => Some(by),
+                let slow = match *faults.borrow() {
+                    Fault::Delay(by) => Some(by),
                     _ => None,
                 };
                 if let Some(by) = slow {
@@ -207,8 +209,8 @@ async fn forth(
     }
 }
 
-/// What the server says.
-async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silent: &AtomicBool) {
+/// Forwards what the server sends.
+async fn server_to_client(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silent: &AtomicBool) {
     let mut buffer = vec![0; BEGINNING];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         if !silent.load(Relaxed) && to.write_all(&buffer[..length]).await.is_err() {

@@ -1,4 +1,4 @@
-//! The rows at quiescence, read through the two views that every level has.
+//! The rows of a sale, read through the two views that every level has.
 
 use box_office::{BuyerId, SaleId};
 use sqlx::PgPool;
@@ -6,21 +6,21 @@ use uuid::Uuid;
 
 use crate::history::{Row, Status};
 
-/// What the database says of one sale.
+/// A sale in the database.
 #[derive(Clone, Debug)]
 pub struct Sold {
     /// The tickets that were on sale.
     pub capacity: u64,
-    /// The tickets that are left; negative where a strategy let it.
+    /// The tickets that are left; negative if the strategy oversold.
     pub stock: i64,
     /// Every reservation.
     pub rows: Vec<Row>,
 }
 
-/// Reads one sale. Only meaningful once nothing moves any more.
+/// Reads a sale. The result is meaningful only at quiescence.
 ///
 /// # Errors
-/// The views can't be read, or the sale is not there.
+/// Fails if the views can't be read or the sale does not exist.
 pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
     let (capacity, stock): (i64, i64) = sqlx::query_as("select capacity, stock from sale_now where sale_id = $1")
         .bind(sale)
@@ -42,7 +42,7 @@ pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
                 "confirmed" => Status::Confirmed,
                 "held" => Status::Held,
                 "released" => Status::Released,
-                unknown => anyhow::bail!("reservation {reservation} has the status {unknown:?}, which nobody knows"),
+                unknown => anyhow::bail!("reservation {reservation} has the status {unknown:?}, which is unknown"),
             };
             Ok(Row {
                 reservation,

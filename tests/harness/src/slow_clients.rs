@@ -1,4 +1,5 @@
-//! Clients that hold a server up: idle, slow, or endless. Seen on the level's own process, from outside.
+//! Slow clients: idle connections, slow bodies and endless bodies, against a level's own server
+//! process (the Slowloris attack).
 
 use std::{fs, net::SocketAddr, process::Command, time::Duration};
 
@@ -11,39 +12,41 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{http_contract::TestServer, rush::SALE};
+use crate::{rush::SALE, test_server::TestServer};
 
-/// Clients that connect and say nothing, or half of what they should.
+/// Number of clients that connect and send nothing, or half of a request head.
 const IDLE: usize = 2_000;
 
-/// Clients whose body comes to a halt after one byte.
+/// Number of clients whose body stalls after one byte.
 const SLOW: usize = 50;
 
-/// Clients whose body does not end.
+/// Number of clients whose body does not end.
 const ENDLESS: usize = 10;
 
-/// What an endless body has sent at most when it is given up.
+/// Maximum number of bytes that an endless body sends.
 const ENDLESS_BYTES: usize = 8 * 1024 * 1024;
 
-/// What a server may take for one client, in KiB, all of them taken together: less than the endless bodies would be if it kept them.
+/// Memory limit per client on average, in KiB: less than the endless bodies would take if the
+/// server buffered them.
 const MOST_KIB_EACH: u64 = 32;
 
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time limit of each operation.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Holds 2,000 idle connections and 50 slow bodies open, sends endless ones, and sells: everybody else is served, and the memory of the process
-/// stays within a bound. The server cuts such clients off in the end, which is not waited for here.
+/// Keeps 2,000 idle connections and 50 slow bodies open, sends endless bodies, and buys tickets:
+/// other clients are served, and the memory of the process stays within a bound. The server
+/// eventually disconnects such clients; this check does not wait for that.
 ///
-/// Returns how many KiB the process took for them.
+/// Returns the memory that the process took for these clients, in KiB.
 ///
 /// # Errors
-/// Somebody was not served, or too much memory was taken.
-pub async fn bears_idle_and_slow_clients(talk: &TestServer) -> anyhow::Result<u64> {
+/// Fails if a client is not served or the process takes too much memory.
+pub async fn withstands_idle_and_slow_clients(server: &TestServer) -> anyhow::Result<u64> {
     raise_open_files_limit();
-    let address = talk.address();
-    talk.opens_a_sale(20).await?;
-    sells(talk, 1..=10).await.context("before anybody came")?;
-    let before_kib = memory_kib(talk.pid().await?, "VmRSS:")?;
+    let address = server.address();
+    server.create_rush_sale(20).await?;
+    sells(server, 1..=10).await.context("before the slow clients")?;
+    let before_kib = memory_kib(server.pid().await?, "VmRSS:")?;
 
     let mut held = vec![];
     for client in 0..IDLE {
@@ -59,26 +62,27 @@ pub async fn bears_idle_and_slow_clients(talk: &TestServer) -> anyhow::Result<u6
         held.push(connect(address, head.as_bytes()).await?);
     }
     let endless = (0..ENDLESS).map(|_| endless(address));
-    timeout(PATIENCE, try_join_all(endless))
+    timeout(TIMEOUT, try_join_all(endless))
         .await
         .context("an endless body was neither refused nor cut off")??;
-    sells(talk, 11..=20).await.context("beside them")?;
+    sells(server, 11..=20).await.context("beside the slow clients")?;
 
-    let grown_kib = memory_kib(talk.pid().await?, "VmHWM:")?.saturating_sub(before_kib);
+    let grown_kib = memory_kib(server.pid().await?, "VmHWM:")?.saturating_sub(before_kib);
     let clients = (IDLE + SLOW + ENDLESS) as u64;
     ensure!(
         grown_kib <= clients * MOST_KIB_EACH,
         "{clients} clients cost {grown_kib} KiB"
     );
     drop(held);
-    ensure!(talk.get("/livez").await?.status == 200);
+    ensure!(server.get("/livez").await?.status == 200);
     Ok(grown_kib)
 }
 
-async fn sells(talk: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
+async fn sells(server: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::Result<()> {
     for buyer in buyers {
-        let answered = talk.reserve(SALE, buyer, None).await?;
-        talk.confirms(&answered)
+        let answered = server.reserve(SALE, buyer, None).await?;
+        server
+            .expect_confirmed(&answered)
             .await
             .with_context(|| format!("buyer {buyer}"))?;
     }
@@ -86,7 +90,7 @@ async fn sells(talk: &TestServer, buyers: impl Iterator<Item = i64>) -> anyhow::
 }
 
 async fn connect(address: SocketAddr, says: &[u8]) -> anyhow::Result<TcpStream> {
-    let mut stream = timeout(PATIENCE, TcpStream::connect(address))
+    let mut stream = timeout(TIMEOUT, TcpStream::connect(address))
         .await
         .context("not accepted in time")??;
     stream.write_all(says).await?;
@@ -99,7 +103,7 @@ fn head(length: &str) -> String {
     )
 }
 
-/// Sends a body without end, until the server has had enough of it.
+/// Sends an endless body until the server responds or closes the connection.
 async fn endless(address: SocketAddr) -> anyhow::Result<()> {
     let mut stream = connect(address, head("Transfer-Encoding: chunked").as_bytes()).await?;
     let chunk = format!("4000\r\n{}\r\n", " ".repeat(0x4000));
@@ -109,7 +113,7 @@ async fn endless(address: SocketAddr) -> anyhow::Result<()> {
         }
     }
     let mut answer = vec![];
-    // A reset is an end as well.
+    // A reset is also accepted.
     let _ = stream.read_to_end(&mut answer).await;
     ensure!(
         answer.is_empty() || answer.starts_with(b"HTTP/1.1 413"),
@@ -119,9 +123,9 @@ async fn endless(address: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The memory of a process, in KiB: what it has in use (`VmRSS:`), or has ever had (`VmHWM:`).
+/// The resident memory of a process in KiB: current (`VmRSS:`) or peak (`VmHWM:`).
 fn memory_kib(pid: u32, field: &str) -> anyhow::Result<u64> {
-    // Where there is no /proc there is ps, which knows the first of them only.
+    // Without /proc, `ps` reports the current value only.
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok();
     let resident = match status.as_deref().and_then(|status| status.split_once(field)) {
         Some((_, rest)) => rest.split_whitespace().next().unwrap_or_default().to_owned(),

@@ -1,23 +1,23 @@
-//! Waiting for something that nobody announces.
+//! Polling for a condition.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// How long it may take on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Time limit, generous for a slow machine.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How often it is looked for.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Interval between two checks.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Looks until it is so.
+/// Waits until the condition holds.
 ///
 /// # Panics
-/// After 20 seconds it is still not so.
-pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let gave_up = Instant::now() + PATIENCE;
-    while !is_so().await {
-        assert!(Instant::now() < gave_up, "waited {PATIENCE:?} for {what}");
-        sleep(LOOK_EVERY).await;
+/// Panics if the condition does not hold within 20 seconds.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let gave_up = Instant::now() + TIMEOUT;
+    while !holds().await {
+        assert!(Instant::now() < gave_up, "waited {TIMEOUT:?} for {what}");
+        sleep(POLL_INTERVAL).await;
     }
 }

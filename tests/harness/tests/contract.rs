@@ -1,6 +1,8 @@
-//! The contract against a server that accepts orders first and decides them later, as LV.4 will: a stub, honest or with one lie.
+//! The contract test itself, against a stub server that accepts orders first and decides them
+//! later: correct, or with one mistake.
 //!
-//! This test binary is that server as well: told by a variable, it acts as the stub that `STRATEGY` names.
+//! This test binary is also that server: if an environment variable says so, it acts as the stub
+//! that `STRATEGY` names.
 
 use std::{
     collections::HashMap,
@@ -47,7 +49,7 @@ fn main() -> ExitCode {
         runtime.block_on(stub());
         return ExitCode::SUCCESS;
     }
-    // Most panics here are what a test waits for; one that fails a test is shown with the test.
+    // Most panics here are expected. A panic that fails a test is reported with the test.
     panic::set_hook(Box::new(|_| ()));
     let on = Arc::clone(&runtime);
     let mut trials = vec![Trial::test(
@@ -80,7 +82,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-/// A few buyers and fewer tickets: enough for a lie about one order.
+/// A few buyers and fewer tickets, enough for a mistake in one order.
 const FEW: Rush = Rush {
     capacity: 10,
     buyers: 40,
@@ -89,7 +91,7 @@ const FEW: Rush = Rush {
     work: Duration::ZERO,
     commit: Duration::ZERO,
     pool_size: None,
-    patience: Duration::from_secs(5),
+    timeout: Duration::from_secs(5),
     traced: false,
     faults: vec![],
 };
@@ -100,7 +102,8 @@ async fn honest() {
     assert_eq!(report.verdict.tally.sold, 100);
 }
 
-/// The contract names what a lie breaks and nothing else; and whoever says that the same server keeps everything is refused.
+/// The contract names exactly the invariants that a mistake breaks, and rejects the same server if
+/// it declares to keep everything.
 async fn caught(lie: &'static Lie) {
     required(&DECLARED, lie.name, FEW, lie.breaks).await;
 
@@ -114,19 +117,19 @@ async fn caught(lie: &'static Lie) {
     }
 }
 
-/// A run that did not show what a strategy is there to show has tried nothing.
+/// A run that does not show a declared violation is inconclusive.
 fn inconclusive(on: &Runtime) {
     let said = on.block_on(denied(required(&OVERSELLS, "honest", FEW, OVERSOLD)));
     assert!(said.contains("inconclusive: I1, I2"), "{said}");
 }
 
-/// What a strategy says of itself is not what it is held to.
+/// The test's table decides, not the strategy's own declaration.
 fn declared_otherwise(on: &Runtime) {
     let said = on.block_on(denied(required(&OVERSELLS, "honest", FEW, Promises::ALL_KEPT)));
     assert!(said.contains("declares another guarantee"), "{said}");
 }
 
-/// What the contract says against it.
+/// The message of the contract's panic.
 async fn denied(held: impl Future<Output = Report>) -> String {
     let panic = AssertUnwindSafe(held).catch_unwind().await;
     let panic = panic.expect_err("the contract was kept");
@@ -138,7 +141,7 @@ async fn required(level: &Level, name: &str, rush: Rush, expected: Promises) -> 
     contract(&program, level, name, rush, expected).await
 }
 
-/// What a stub does wrong, and what the judge must say of it.
+/// The mistake of a stub, and the invariants that the judge must report.
 struct Lie {
     name: &'static str,
     breaks: Promises,
@@ -167,7 +170,7 @@ const OVERSELLS_LATE: Lie = Lie {
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../levels/box-office/tests/migrations");
 
-/// The stubs, as what they are.
+/// The stubs with true declarations.
 static DECLARED: Level = level(&[
     strategy("honest", Promises::ALL_KEPT),
     strategy(NEVER_ENDS.name, NEVER_ENDS.breaks),
@@ -176,7 +179,7 @@ static DECLARED: Level = level(&[
     strategy(OVERSELLS_LATE.name, OVERSELLS_LATE.breaks),
 ]);
 
-/// The stubs, each of which says that it keeps everything.
+/// The stubs, each declaring to keep everything.
 static KEPT: Level = level(&[
     strategy("honest", Promises::ALL_KEPT),
     strategy(NEVER_ENDS.name, Promises::ALL_KEPT),
@@ -185,7 +188,7 @@ static KEPT: Level = level(&[
     strategy(OVERSELLS_LATE.name, Promises::ALL_KEPT),
 ]);
 
-/// An honest stub that says it oversells.
+/// A correct stub that declares to oversell.
 static OVERSELLS: Level = level(&[strategy("honest", OVERSOLD)]);
 
 const OVERSOLD: Promises = Promises::ALL_KEPT.breaks(&[NoOversell, Conservation]);
@@ -216,7 +219,8 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
     }
 }
 
-/// A server that takes every order with a 202. An order is decided once its buyer has asked about it: so every buyer has seen it undecided.
+/// A server that answers every order with 202. It decides an order after the buyer's first read of
+/// its state, so every buyer sees it pending.
 struct Stub {
     lie: String,
     database: PgPool,
@@ -230,7 +234,7 @@ struct Order {
     buyer: BuyerId,
     key: String,
     asked_about: bool,
-    /// Nothing while it is under way; then whether it got a ticket.
+    /// `None` while the order is pending; then whether it got a ticket.
     confirmed: Option<bool>,
 }
 
@@ -329,7 +333,7 @@ impl Stub {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a ticket, and writes the reservation.
+    /// Takes a ticket, and inserts the reservation.
     async fn sell(&self, id: Uuid, order: &Order) -> sqlx::Result<()> {
         let mut tx = self.database.begin().await?;
         sqlx::query("update sale set stock = stock - 1 where id = $1")

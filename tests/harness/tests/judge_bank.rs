@@ -1,6 +1,8 @@
-//! A bank of histories that grade the judge. Each is right as it stands, at the edge of one invariant, and one planted change takes it over that edge.
+//! A bank of histories that test the judge. Each is correct and at the edge of one invariant; one
+//! planted change breaks that invariant.
 //!
-//! Times of requests are microseconds on the client's clock, times of rows on the database's: that both are small numbers here means nothing.
+//! Times of requests are on the client's clock, times of rows on the database's. They are not
+//! comparable, although both are small here.
 
 use box_office::{
     BuyerId,
@@ -64,7 +66,7 @@ fn accepted(number: u128) -> Answer {
     }
 }
 
-/// 202, and then this.
+/// 202, and then this final state.
 fn ends(number: u128, at_us: Micros, refused: Option<Refused>) -> Answer {
     Answer::Accepted {
         reservation: id(number),
@@ -76,7 +78,7 @@ fn ends(number: u128, at_us: Micros, refused: Option<Refused>) -> Answer {
     }
 }
 
-/// 202, and then this, and then that.
+/// 202, then one final state, then another.
 fn ends_twice(number: u128, first: Option<Refused>, second: Option<Refused>) -> Answer {
     Answer::Accepted {
         reservation: id(number),
@@ -97,7 +99,7 @@ fn already(number: u128) -> Answer {
 }
 
 impl Sale {
-    /// One request.
+    /// Adds a request.
     fn ask(mut self, buyer: BuyerId, key: &str, sent_us: Micros, answered_us: Micros, answer: Answer) -> Self {
         self.0.requests.push(Request {
             request: self.0.requests.len() as u64,
@@ -111,7 +113,7 @@ impl Sale {
         self
     }
 
-    /// One reservation, and its ticket less.
+    /// Adds a reservation, and takes its ticket from the stock.
     fn row(mut self, buyer: BuyerId, key: &str, number: u128) -> Self {
         let rows = self.0.rows.get_or_insert_default();
         rows.push(Row {
@@ -125,14 +127,14 @@ impl Sale {
         self.back(-1)
     }
 
-    /// A buyer is confirmed, under a key of the buyer's own number, and has the row of that number.
+    /// Adds a confirmed request with its row; key and reservation have the buyer's number.
     fn takes(self, buyer: BuyerId, sent_us: Micros, answered_us: Micros) -> Self {
         let number = u128::try_from(buyer).expect("buyers are positive");
         self.ask(buyer, &buyer.to_string(), sent_us, answered_us, confirmed(number))
             .row(buyer, &buyer.to_string(), number)
     }
 
-    /// The last row gave its ticket back.
+    /// Releases the ticket of the last row.
     fn released(mut self, taken_us: Micros, released_us: Micros) -> Self {
         let row = self.last_row();
         row.status = Released;
@@ -156,7 +158,7 @@ impl Sale {
         self
     }
 
-    /// A foreign server: nobody can read its rows or its stock.
+    /// Removes rows and stock, as with a third-party server.
     fn foreign(mut self) -> Self {
         self.0.rows = None;
         self.no_stock()
@@ -175,7 +177,7 @@ impl Sale {
         self.with_row(|row| row.status = status)
     }
 
-    /// The last row is not there, and its ticket is.
+    /// Removes the last row, and returns its ticket to the stock.
     fn without_row(mut self) -> Self {
         self.0.rows.as_mut().and_then(Vec::pop).expect("a row");
         self.back(1)
@@ -187,7 +189,7 @@ impl Sale {
         self
     }
 
-    /// The last request gets another answer.
+    /// Replaces the answer of the last request.
     fn answer(self, answer: Answer) -> Self {
         self.with(|request| request.answer = answer)
     }
@@ -204,7 +206,7 @@ impl Sale {
         self.with(|request| request.answered_us = None)
     }
 
-    /// The first request gets another answer.
+    /// Replaces the answer of the first request.
     fn first_answer(mut self, answer: Answer) -> Self {
         self.0.requests[0].answer = answer;
         self
@@ -230,7 +232,7 @@ impl Sale {
     }
 }
 
-/// One ticket that was held and given back at 20, and then sold to another.
+/// One ticket, held and released at 20, then sold to another buyer.
 fn sold_again() -> Sale {
     sale(1)
         .ask(1, "1", 0, 5, ends(1, 50, Some(Declined)))
@@ -240,7 +242,7 @@ fn sold_again() -> Sale {
         .with_row(|row| row.taken_us = 20)
 }
 
-/// Two tickets, two buyers who have them, and a third who came too late.
+/// Two tickets, two buyers who have them, and a third buyer who is refused.
 fn sold_out() -> Sale {
     sale(2)
         .takes(1, 0, 10)
@@ -248,7 +250,7 @@ fn sold_out() -> Sale {
         .ask(3, "3", 0, 10, ReserveError(SoldOut))
 }
 
-/// One of two tickets is sold; the other buyer can't know yet.
+/// One of two tickets is sold; the other buyer's outcome is unknown.
 fn undecided() -> Sale {
     sale(2).takes(1, 0, 10).ask(2, "2", 0, 10, Indeterminate)
 }
@@ -365,7 +367,7 @@ fn undecided() -> Sale {
     sale(1).ask(1, "1", 0, 9, Indeterminate).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, ReserveError(Expired)),
     |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal])]
 #[case::no_such_sale(sold_out(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal])]
-// I7. Where nothing is given back, a ticket that is left makes "sold out" or a confirmation untrue as well.
+// I7. Without releases, a remaining ticket also makes "sold out" or a confirmation false.
 #[case::one_left_and_one_refused(
     sale(2).takes(1, 0, 9).takes(2, 0, 9),
     |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
@@ -434,7 +436,8 @@ fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> 
     assert_eq!(found, broken, "{verdict}");
 }
 
-/// The numbers that a verdict gives, and that books and tables repeat: sold, oversold by, duplicates, and how often each invariant was broken.
+/// The numbers of a verdict: sold, oversold by, duplicates, and the number of cases of each broken
+/// invariant.
 #[rstest]
 #[case::nothing_sold(sale(2), (0, 0, 0), &[])]
 #[case::all_sold(sale(2).takes(1, 0, 9).takes(2, 0, 9), (2, 0, 0), &[])]
@@ -481,7 +484,7 @@ fn a_verdict_counts_right(
     assert_eq!(counted, found, "{verdict}");
 }
 
-/// What is found, and what is shown for it, does not hang on the order of the lines.
+/// Findings and evidence do not depend on the order of the lines.
 #[test]
 fn the_order_of_the_lines_does_not_matter() {
     let late = 9 + DEADLINE_US;
@@ -508,7 +511,7 @@ fn the_order_of_the_lines_does_not_matter() {
     }
 }
 
-/// The sentence that a verdict owes to what it could not look at.
+/// The verdict names what it could not check.
 #[rstest]
 #[case::a_foreign_server(sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)), &["I8", "I4", "I5", "I2"])]
 #[case::tickets_given_back(sold_again(), &["I8", "I7", "I6"])]

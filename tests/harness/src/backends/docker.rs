@@ -1,4 +1,4 @@
-//! What containers have in common: the engine, images, and a container that can be stopped and started.
+//! Containers: the engine, images, and a container that can be stopped and started.
 
 use std::{
     collections::HashMap,
@@ -22,22 +22,23 @@ use testcontainers_modules::testcontainers::{
 };
 use tokio::{runtime::Runtime, sync::Mutex, time::timeout};
 
-use super::{free_port, keeper, root, setting};
+use super::{free_port, reaper, root, setting};
 
-/// How long an engine may take to say that it is there.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
-/// How long an orderly end may take, before the engine kills the container.
-const ENDS_WITHIN_S: i32 = 30;
-/// How long an engine may need to hold a container still.
-const FROZEN_WITHIN: Duration = Duration::from_secs(10);
-/// How long removing a container may take. Then the keeper does it.
-const REMOVED_WITHIN: Duration = Duration::from_secs(30);
-/// How long a failed pull keeps other processes from trying it again.
-const PULL_AGAIN_AFTER: Duration = Duration::from_secs(5 * 60);
-/// How often another port is tried when somebody was quicker.
+/// Time limit of the first ping to the engine.
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Seconds of a graceful shutdown after which the engine kills the container.
+const SHUTDOWN_TIMEOUT_S: i32 = 30;
+/// Time limit for freezing a container.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit for removing a container, after which it is left to the reaper.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time after a failed pull in which no process repeats it.
+const PULL_RETRY_INTERVAL: Duration = Duration::from_secs(5 * 60);
+/// Attempts with another port if the chosen one was taken in the meantime.
 const PORTS_TO_TRY: u32 = 3;
 
-/// All talk with the engine happens here. Its connections belong to the runtime that opened them, and a test's own ends with the test.
+/// The runtime of all calls to the engine. Connections belong to the runtime that opened them, and
+/// a test's runtime ends with the test.
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -49,26 +50,26 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
 
 type Remove = Box<dyn FnOnce() -> BoxFuture<'static, Result<(), TestcontainersError>> + Send + Sync>;
 
-/// A container of a service, which goes when this is dropped.
+/// A container of a service. Dropping it removes the container.
 pub(super) struct Container {
-    /// Asks the engine to remove it. Always there until the drop.
+    /// Asks the engine to remove the container. `Some` until the drop.
     remove: Option<Remove>,
     name: String,
     host: String,
     port: u16,
 }
 
-/// Where a service's image comes from.
+/// The image of a service.
 pub(super) struct ImageName {
-    /// The environment variable that names another one.
+    /// The environment variable that overrides it.
     pub(super) variable: &'static str,
-    /// The one that is pulled unless told otherwise.
+    /// The default image.
     pub(super) default: &'static str,
 }
 
 impl Container {
-    /// Starts a container whose port `inside` can be reached at a port that stays the same when it is stopped and started. `request` is told that
-    /// port. It need not be ready yet.
+    /// Starts a container and maps its port `inside` to a port of this machine that stays the same
+    /// across restarts. `request` receives that port. The container need not be ready on return.
     pub(super) async fn start<I: Image + 'static>(
         service: &'static str,
         image: ImageName,
@@ -77,7 +78,7 @@ impl Container {
     ) -> anyhow::Result<Self> {
         let (repository, tag) = image.named()?;
         let named = move |port| request(port).with_name(&repository).with_tag(&tag);
-        on_engine(async move {
+        on_engine_runtime(async move {
             let engine = engine().await?;
             present(service, &engine, named(inside)).await?;
             let mut tries_left = PORTS_TO_TRY;
@@ -85,16 +86,17 @@ impl Container {
                 tries_left -= 1;
                 let port = free_port()?;
                 let name = format!("oversold-{service}-{:08x}", rand::random::<u32>());
-                keeper::enter_container(&name, address().as_deref())?;
+                reaper::register_container(&name, address().as_deref())?;
                 let request = named(port)
                     .with_container_name(&name)
                     .with_mapped_port(port, inside.tcp())
-                    // Readiness is asked of the service itself.
+                    // The service's own probe decides readiness.
                     .with_ready_conditions(Vec::new());
                 match request.start().await {
                     Ok(container) => {
                         let host = match container.get_host().await?.to_string() {
-                            // Which may be ::1 first, where a container need not be published.
+                            // localhost may resolve to ::1 first, where the port may not be
+                            // published.
                             host if host == "localhost" => "127.0.0.1".to_owned(),
                             host => host,
                         };
@@ -106,7 +108,7 @@ impl Container {
                         });
                     }
                     Err(error) if tries_left > 0 && format!("{error:?}").contains("port is already allocated") => {
-                        // It exists without running: the keeper has its name and removes it.
+                        // The container exists but does not run. The reaper removes it by its name.
                     }
                     Err(error) => return Err(error).context("the container did not start"),
                 }
@@ -115,26 +117,26 @@ impl Container {
         .await
     }
 
-    /// Where it can be reached from here.
+    /// Host and port at which this process reaches the container.
     pub(super) fn address(&self) -> (&str, u16) {
         (&self.host, self.port)
     }
 
-    /// Lets it end in order, unless it is down.
+    /// Stops the container gracefully unless it is down.
     pub(super) async fn stop(&self) -> anyhow::Result<()> {
-        let options = StopContainerOptionsBuilder::new().t(ENDS_WITHIN_S).build();
+        let options = StopContainerOptionsBuilder::new().t(SHUTDOWN_TIMEOUT_S).build();
         self.ask(|engine, name| async move { engine.stop_container(&name, Some(options)).await })
             .await
     }
 
-    /// Kills every process in it, unless it is down.
+    /// Kills every process in the container unless it is down.
     pub(super) async fn kill(&self) -> anyhow::Result<()> {
         if self.pid().await?.is_none() {
             return Ok(());
         }
         self.ask(|engine, name| async move { engine.kill_container(&name, None).await })
             .await?;
-        // The engine answers when the signal is sent.
+        // The engine answers once the signal is sent, before the container has exited.
         self.ask(|engine, name| async move {
             engine.wait_container(&name, None).next().await;
             Ok(())
@@ -142,7 +144,7 @@ impl Container {
         .await
     }
 
-    /// Holds every process in it still, unless it is down.
+    /// Freezes every process in the container unless it is down.
     pub(super) async fn freeze(&self) -> anyhow::Result<()> {
         if self.pid().await?.is_none() {
             return Ok(());
@@ -153,14 +155,15 @@ impl Container {
                 .ask(|engine, name| async move { engine.pause_container(&name).await })
                 .await;
             match paused {
-                // What an engine on cgroups v1 says of a container in which many threads come and go: it gave up half-way, and all go on.
-                Err(why) if format!("{why:#}").contains("unable to freeze") && began.elapsed() < FROZEN_WITHIN => {}
+                // An engine on cgroups v1 gives up on a container whose threads come and go, and
+                // resumes all of them.
+                Err(why) if format!("{why:#}").contains("unable to freeze") && began.elapsed() < FREEZE_TIMEOUT => {}
                 paused => return paused,
             }
         }
     }
 
-    /// Lets them go on.
+    /// Resumes every process in the container.
     pub(super) async fn thaw(&self) -> anyhow::Result<()> {
         if self.pid().await?.is_none() {
             return Ok(());
@@ -169,13 +172,13 @@ impl Container {
             .await
     }
 
-    /// Starts it again, unless it is up.
+    /// Starts the container again unless it is running.
     pub(super) async fn start_again(&self) -> anyhow::Result<()> {
         self.ask(|engine, name| async move { engine.start_container(&name, None).await })
             .await
     }
 
-    /// The pid of its first process as the engine sees it, while it is up.
+    /// The pid of its root process as the engine reports it, while the container is running.
     pub(super) async fn pid(&self) -> anyhow::Result<Option<u32>> {
         let about = self
             .ask(|engine, name| async move { engine.inspect_container(&name, None).await })
@@ -184,15 +187,15 @@ impl Container {
         Ok(u32::try_from(pid).ok().filter(|&pid| pid > 0))
     }
 
-    /// An error with its last words, unless it is up.
-    pub(super) async fn still_there(&self) -> anyhow::Result<()> {
+    /// Fails with the end of the log unless the container is running.
+    pub(super) async fn ensure_running(&self) -> anyhow::Result<()> {
         if self.pid().await?.is_none() {
             bail!("its container ended: {}", self.log().await?);
         }
         Ok(())
     }
 
-    /// The end of what it wrote.
+    /// The last 10 lines of its output.
     async fn log(&self) -> anyhow::Result<String> {
         let options = LogsOptionsBuilder::new().stdout(true).stderr(true).tail("10").build();
         self.ask(|engine, name| async move {
@@ -208,7 +211,7 @@ impl Container {
         F: Future<Output = Result<T, EngineError>> + Send,
     {
         let name = self.name.clone();
-        on_engine(async move { Ok(question(docker_client_instance().await?, name).await?) }).await
+        on_engine_runtime(async move { Ok(question(docker_client_instance().await?, name).await?) }).await
     }
 }
 
@@ -221,9 +224,9 @@ impl Drop for Container {
         RUNTIME.spawn(async move {
             let _ = removed.send(remove().await);
         });
-        // Until it is struck out, the keeper sees to it.
-        if let Ok(Ok(())) = wait.recv_timeout(REMOVED_WITHIN) {
-            let _ = keeper::strike_container(&self.name);
+        // While it is registered, the reaper removes it.
+        if let Ok(Ok(())) = wait.recv_timeout(REMOVE_TIMEOUT) {
+            let _ = reaper::unregister_container(&self.name);
         }
     }
 }
@@ -246,20 +249,20 @@ impl ImageName {
     }
 }
 
-async fn on_engine<T: Send + 'static>(
+async fn on_engine_runtime<T: Send + 'static>(
     work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
 ) -> anyhow::Result<T> {
     RUNTIME.spawn(work).await?
 }
 
-/// The engine, if it answers.
+/// Connects to the engine.
 async fn engine() -> anyhow::Result<Docker> {
     let answers = async {
         let engine = docker_client_instance().await.ok()?;
         engine.ping().await.ok()?;
         Some(engine)
     };
-    match timeout(ANSWERS_WITHIN, answers).await {
+    match timeout(ENGINE_TIMEOUT, answers).await {
         Ok(Some(engine)) => Ok(engine),
         _ => bail!(
             "no Docker engine answers at {}",
@@ -268,7 +271,8 @@ async fn engine() -> anyhow::Result<Docker> {
     }
 }
 
-/// Where the engine is: what testcontainers makes of the environment, for the keeper, whose `docker` may make something else of it.
+/// The engine's address as testcontainers derives it from the environment. The reaper needs it, as
+/// its `docker` may derive another one.
 fn address() -> Option<String> {
     if let Some(host) = setting("DOCKER_HOST") {
         return Some(host.to_string_lossy().into_owned());
@@ -285,8 +289,9 @@ fn address() -> Option<String> {
     .map(|socket| format!("unix://{}", socket.display()))
 }
 
-/// Sees to it that the image is there. A pull is tried once, and its failure remembered: here, and for a while in a file for other processes,
-/// so that a machine without a network does not wait for it in every test binary.
+/// Pulls the image unless it is present. A failed pull is not repeated in this process, and for a
+/// while not in others, which find it noted in a file: a machine without a network does not wait
+/// for a pull in every test binary.
 async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerRequest<I>) -> anyhow::Result<()> {
     static PULLED: Mutex<Option<HashMap<String, Result<(), String>>>> = Mutex::const_new(None);
 
@@ -308,7 +313,7 @@ async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerReq
 async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>) -> Result<(), String> {
     let note = pull_note(image);
     if let Some(age_s) = age(&note)
-        .filter(|age| *age < PULL_AGAIN_AFTER)
+        .filter(|age| *age < PULL_RETRY_INTERVAL)
         .map(|age| age.as_secs())
     {
         let before = fs::read_to_string(&note).unwrap_or_default();
@@ -325,14 +330,14 @@ async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>
         }
         Err(error) => {
             let reason = format!("can't be pulled: {}", root(&error));
-            // Without the note, the next process tries it again: slower, not wrong.
+            // Without the note, the next process repeats the pull: slower, but correct.
             let _ = fs::write(&note, &reason);
             Err(reason)
         }
     }
 }
 
-/// The file that remembers a failed pull.
+/// The file that notes a failed pull.
 fn pull_note(image: &str) -> PathBuf {
     let user = rustix::process::geteuid().as_raw();
     let image = image.replace(|c: char| !c.is_ascii_alphanumeric(), "-");

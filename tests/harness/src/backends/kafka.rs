@@ -1,9 +1,9 @@
-//! Kafka: an external cluster, or a broker of our own with the same settings from every source.
+//! Kafka: an external cluster, or one broker started here with the same settings from every source.
 
 mod docker;
 mod native;
 mod prefix;
-mod wire;
+mod wire_protocol;
 
 use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
@@ -11,34 +11,35 @@ use anyhow::Context;
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, ManagedServer, NotReady},
+    managed_server::{ManagedServer, NotReady, ReadinessProbe},
     search::{Candidate, Service, search},
 };
 pub use native::programs;
 pub use prefix::Prefix;
 use prefix::Run;
-use wire::Connection;
+use wire_protocol::Connection;
 
 const SERVICE: Service = Service {
     name: "kafka",
     url_variable: URL_VARIABLE,
-    // What it takes is more than a package: infra/setup.sh fetches it.
+    // No package provides it: infra/setup.sh downloads it.
     packages: &[],
 };
 const URL_VARIABLE: &str = "KAFKA_BOOTSTRAP_SERVERS";
 
-/// Every cluster needs one. That of the containers, too.
+/// The cluster id of every broker started here, in containers too.
 const CLUSTER_ID: &str = "5L6g3nShT-eMCtK--X86sw";
 
-/// How long it may take until a new topic can be written to.
-const MADE_WITHIN: Duration = Duration::from_secs(10);
+/// Time limit until a new topic accepts writes.
+const CREATE_TOPIC_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The settings of every broker that is started here.
+/// The settings of every broker started here.
 fn settings() -> [(&'static str, &'static str); 11] {
     [
-        // A topic that a client makes by asking for it would have one partition.
+        // An automatically created topic would have one partition.
         ("auto.create.topics.enable", "false"),
-        // What Kafka keeps for itself, small: with the default of 50 partitions, the first group would wait for them.
+        // Small internal topics: with the default of 50 partitions, the first consumer group would
+        // wait for them.
         ("offsets.topic.num.partitions", "4"),
         ("offsets.topic.replication.factor", "1"),
         ("transaction.state.log.num.partitions", "4"),
@@ -46,17 +47,17 @@ fn settings() -> [(&'static str, &'static str); 11] {
         ("transaction.state.log.min.isr", "1"),
         // The first consumer of a group does not wait for more of them.
         ("group.initial.rebalance.delay.ms", "0"),
-        // Tests let a consumer be missed sooner than the 6 s that are the least by default.
+        // Tests use session timeouts below the default minimum of 6 s.
         ("group.min.session.timeout.ms", "500"),
-        // A broker that was killed takes part again once its last life has timed out, after 9 s by default.
+        // A killed broker rejoins once its previous session has timed out, by default after 9 s.
         ("broker.session.timeout.ms", "2000"),
         ("broker.heartbeat.interval.ms", "200"),
-        // The cleaner of compacted topics takes 128 MiB by default.
+        // The log cleaner of compacted topics allocates 128 MiB by default.
         ("log.cleaner.dedupe.buffer.size", "2097152"),
     ]
 }
 
-/// A Kafka cluster; of our own, it has one broker.
+/// A Kafka cluster; one started here has one broker.
 pub struct Kafka {
     server: Server,
     servers: String,
@@ -65,29 +66,31 @@ pub struct Kafka {
 
 enum Server {
     External(Run),
-    ManagedServer(Arc<ManagedServer>),
+    Managed(Arc<ManagedServer>),
 }
 
 impl Kafka {
-    /// Finds a broker or starts one. What was started ends when this is dropped, or with this process.
+    /// Finds a broker or starts one. A started broker stops when this is dropped or this process
+    /// ends.
     ///
     /// # Errors
-    /// There is none; the error says what was tried and how to get one.
+    /// [`Missing`] if no source provides a broker.
     pub async fn find() -> Result<Self, Missing> {
         Self::search(&[Source::External, Source::Docker, Source::Native]).await
     }
 
-    /// Starts a broker that nobody else uses, at an address that it keeps when it is stopped and started again. It is never an external one.
+    /// Starts a broker for one test, from Docker or native programs. It keeps its address when it
+    /// is stopped and started again.
     ///
     /// # Errors
-    /// None can be started; the error says what was tried and how to get one.
+    /// [`Missing`] if no broker can be started.
     pub async fn private() -> Result<Private<Self>, Missing> {
         let kafka = Self::search(&[Source::Docker, Source::Native]).await?;
-        let own = match &kafka.server {
-            Server::ManagedServer(own) => Arc::clone(own),
-            Server::External(_) => unreachable!("nobody looked for an external one"),
+        let managed = match &kafka.server {
+            Server::Managed(managed) => Arc::clone(managed),
+            Server::External(_) => unreachable!("external servers were not searched"),
         };
-        Ok(Private::new(kafka, own))
+        Ok(Private::new(kafka, managed))
     }
 
     async fn search(order: &[Source]) -> Result<Self, Missing> {
@@ -96,11 +99,11 @@ impl Kafka {
                 let servers = candidate.url.clone();
                 Self::new(Server::External(external(&servers).await?), servers, candidate).await
             }
-            own => {
-                let own = start(own).await?;
-                let (host, port) = own.address();
+            managed => {
+                let managed = start(managed).await?;
+                let (host, port) = managed.address();
                 let servers = format!("{host}:{port}");
-                Self::new(Server::ManagedServer(Arc::new(own)), servers, candidate).await
+                Self::new(Server::Managed(Arc::new(managed)), servers, candidate).await
             }
         })
         .await
@@ -108,7 +111,8 @@ impl Kafka {
 
     async fn new(server: Server, servers: String, candidate: Candidate) -> anyhow::Result<Self> {
         let version = Connection::open(&servers).await?.version().await?;
-        // No broker waits for its disk unless told to: what it acknowledged is with the operating system.
+        // By default a broker does not wait for its disk: acknowledged messages are in the
+        // operating system's page cache.
         let report = candidate.report(version, servers.clone(), BTreeMap::new())?;
         Ok(Self {
             server,
@@ -117,20 +121,20 @@ impl Kafka {
         })
     }
 
-    /// Where its clients begin: `host:port`, or several with commas between them.
+    /// The bootstrap servers: `host:port`, or several separated by commas.
     pub fn bootstrap_servers(&self) -> &str {
         &self.servers
     }
 
-    /// Where it comes from, and which one it is.
+    /// The cluster's source, version and address.
     pub fn report(&self) -> &Report {
         &self.report
     }
 
-    /// The topics that begin with `prefix`, each with the number of its partitions.
+    /// The topics whose names start with `prefix`, each with its number of partitions.
     ///
     /// # Errors
-    /// No broker answers.
+    /// Fails if no broker answers.
     pub async fn topics(&self, prefix: &str) -> anyhow::Result<BTreeMap<String, usize>> {
         let asking = async { Connection::open(&self.servers).await?.metadata().await };
         let metadata = asking
@@ -143,30 +147,30 @@ impl Kafka {
             .collect())
     }
 
-    /// Makes a topic, and returns once it can be written to.
+    /// Creates a topic, and returns once it accepts writes.
     ///
     /// # Errors
-    /// It is there already, or no broker answers.
+    /// Fails if the topic exists or no broker answers.
     pub async fn create_topic(&self, name: &str, partitions: i32) -> anyhow::Result<()> {
         let making = async {
             let mut connection = Connection::open(&self.servers).await?;
             connection.create_topic(name, partitions).await
         };
-        let made = tokio::time::timeout(MADE_WITHIN, making).await;
-        made.map_err(|_| anyhow::anyhow!("it has no leader after {MADE_WITHIN:?}"))
+        let made = tokio::time::timeout(CREATE_TOPIC_TIMEOUT, making).await;
+        made.map_err(|_| anyhow::anyhow!("it has no leader after {CREATE_TOPIC_TIMEOUT:?}"))
             .and_then(|made| Ok(made?))
-            .with_context(|| format!("making {name} in Kafka at {}", self.servers))
+            .with_context(|| format!("creating {name} in Kafka at {}", self.servers))
     }
 }
 
-/// The cluster that the user named.
+/// Connects to the cluster that the user named.
 async fn external(servers: &str) -> anyhow::Result<Run> {
     let named = |server: &str| {
         let (host, port) = server.trim().rsplit_once(':')?;
         let is_host = !host.is_empty() && !host.contains(['/', '@']);
         (is_host && port.parse::<u16>().is_ok()).then_some(())
     };
-    // Not repeated, as somebody may have put a password there.
+    // The message does not repeat the value, which may contain a password.
     servers
         .split(',')
         .try_for_each(|server| named(server).ok_or(()))
@@ -177,23 +181,23 @@ async fn external(servers: &str) -> anyhow::Result<Run> {
         connection.version().await?;
         Run::begin(&mut connection).await
     };
-    // One that wants TLS or a login hangs up.
+    // A broker that requires TLS or a login closes the connection.
     asking.await.map_err(|error: io::Error| {
         anyhow::anyhow!("{servers} does not answer to a client without TLS and login: {error}")
     })
 }
 
-/// Starts a broker, and waits until it answers.
+/// Starts a broker, and waits until it is ready.
 async fn start(source: Source) -> anyhow::Result<ManagedServer> {
-    let ask: Ask = Box::new(|host, port| Box::pin(ask(format!("{host}:{port}"))));
+    let probe: ReadinessProbe = Box::new(|host, port| Box::pin(probe(format!("{host}:{port}"))));
     match source {
-        Source::Docker => ManagedServer::in_container(docker::start().await?, ask).await,
-        _ => ManagedServer::as_process(tokio::task::spawn_blocking(native::prepare).await??, ask).await,
+        Source::Docker => ManagedServer::in_container(docker::start().await?, probe).await,
+        _ => ManagedServer::as_process(tokio::task::spawn_blocking(native::prepare).await??, probe).await,
     }
 }
 
-/// Asks a broker that was just started whether it is ready: it takes part in its cluster, and what it has can be written to.
-async fn ask(server: String) -> Result<(), NotReady> {
+/// The readiness probe: the broker has joined its cluster and leads its partitions.
+async fn probe(server: String) -> Result<(), NotReady> {
     let asked = async { Connection::open(&server).await?.metadata().await };
     let error = match asked.await {
         Ok(metadata) if metadata.brokers > 0 && metadata.topics.iter().all(|topic| topic.led) => return Ok(()),
@@ -201,10 +205,13 @@ async fn ask(server: String) -> Result<(), NotReady> {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             return Err(NotReady {
                 error: error.into(),
-                comes_yet: false,
+                may_become_ready: false,
             });
         }
         Err(error) => error.into(),
     };
-    Err(NotReady { error, comes_yet: true })
+    Err(NotReady {
+        error,
+        may_become_ready: true,
+    })
 }

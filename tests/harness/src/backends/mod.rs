@@ -1,25 +1,29 @@
-//! Backends: where the services of a test or a rush come from.
+//! Backends: the Postgres, Redis and Kafka that a test or a rush runs on.
 //!
-//! Each service is looked for on its own, in this order, and one line on stderr says what was chosen and why:
+//! The sources of each service are tried in this order, and one line on stderr reports which one
+//! was chosen and why:
 //!
-//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`; for Kafka `KAFKA_BOOTSTRAP_SERVERS`).
-//! 2. **docker**: an engine answers, and the image is there or can be pulled. `OVERSOLD_POSTGRES_IMAGE`, `OVERSOLD_REDIS_IMAGE` and
-//!    `OVERSOLD_KAFKA_IMAGE` name other images.
-//! 3. **native**: its programs are on this machine. `OVERSOLD_POSTGRES_BIN` and `OVERSOLD_REDIS_BIN` name their folders where they can't be
-//!    found. Kafka is Java and a folder of jars, which `OVERSOLD_KAFKA_JARS` names.
+//! 1. **external**: its URL is set (`DATABASE_URL`, `REDIS_URL`; for Kafka
+//!    `KAFKA_BOOTSTRAP_SERVERS`).
+//! 2. **docker**: an engine answers, and the image is there or can be pulled.
+//!    `OVERSOLD_POSTGRES_IMAGE`, `OVERSOLD_REDIS_IMAGE` and `OVERSOLD_KAFKA_IMAGE` name other
+//!    images.
+//! 3. **native**: its programs are installed on this machine. `OVERSOLD_POSTGRES_BIN` and
+//!    `OVERSOLD_REDIS_BIN` name their folders if they are not in the usual places. Kafka needs Java
+//!    and a folder of jars, which `OVERSOLD_KAFKA_JARS` names.
 //!
-//! `OVERSOLD_BACKENDS=docker` or `=native` takes that source and no other. What was started here is stopped and removed by the [`keeper`] when
-//! this process ends, in whatever way it ends.
+//! `OVERSOLD_BACKENDS=docker` or `=native` forces one source. The [`reaper`] stops and removes what
+//! this process started, however this process ends.
 
 mod docker;
+mod environment;
 mod kafka;
-pub mod keeper;
+mod managed_server;
 mod native;
-mod own;
 mod postgres;
+pub mod reaper;
 mod redis;
 mod search;
-mod stand;
 
 use std::{
     collections::BTreeMap,
@@ -33,17 +37,18 @@ use std::{
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
+pub use environment::{Services, TestEnvironment};
 pub use kafka::{Kafka, Prefix as KafkaPrefix, programs as kafka_programs};
+pub use managed_server::Private;
 pub use native::on_path;
-pub use own::Private;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
 pub use redis::{Prefix, Redis, Reply};
-pub use stand::{Services, TestEnvironment};
 
-/// The Postgres of this process: found or started once, and shared by all its tests. It trades durability for speed.
+/// The Postgres of this process: found or started once, and shared by all its tests. It runs with
+/// [`Durability::Fast`].
 ///
 /// # Errors
-/// There is none; the error says what was tried and how to get one. It is remembered.
+/// [`Missing`] if no source provides a Postgres. The first result is cached.
 pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
     static SHARED: OnceCell<Result<Arc<Postgres>, Missing>> = OnceCell::const_new();
     let found = SHARED.get_or_init(|| async { Postgres::find(Durability::Fast).await.map(Arc::new) });
@@ -53,7 +58,7 @@ pub async fn postgres() -> Result<Arc<Postgres>, Missing> {
 /// The Redis of this process: found or started once, and shared by all its tests.
 ///
 /// # Errors
-/// There is none; the error says what was tried and how to get one. It is remembered.
+/// [`Missing`] if no source provides a Redis. The first result is cached.
 pub async fn redis() -> Result<Arc<Redis>, Missing> {
     static SHARED: OnceCell<Result<Arc<Redis>, Missing>> = OnceCell::const_new();
     let found = SHARED.get_or_init(|| async { Redis::find().await.map(Arc::new) });
@@ -63,18 +68,18 @@ pub async fn redis() -> Result<Arc<Redis>, Missing> {
 /// The Kafka of this process: found or started once, and shared by all its tests.
 ///
 /// # Errors
-/// There is none; the error says what was tried and how to get one. It is remembered.
+/// [`Missing`] if no source provides a Kafka. The first result is cached.
 pub async fn kafka() -> Result<Arc<Kafka>, Missing> {
     static SHARED: OnceCell<Result<Arc<Kafka>, Missing>> = OnceCell::const_new();
     let found = SHARED.get_or_init(|| async { Kafka::find().await.map(Arc::new) });
     found.await.clone()
 }
 
-/// Where a service comes from.
+/// The origin of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// Somebody runs it, and told its URL.
+    /// A server that an environment variable names.
     External,
     /// A container, started by this process.
     Docker,
@@ -99,22 +104,22 @@ impl fmt::Display for Source {
     }
 }
 
-/// What a service is and where it came from, as `oversold doctor` prints it.
+/// The chosen server of a service and its source, as `oversold doctor` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// The service: `postgres`, `redis` or `kafka`.
     pub service: &'static str,
-    /// Where it comes from.
+    /// The source.
     pub source: Source,
-    /// Why not from a source that comes earlier.
+    /// Why no earlier source was chosen.
     pub reason: String,
-    /// The version, as the service tells it.
+    /// The version that the service reports.
     pub version: String,
     /// Host and port.
     pub address: String,
-    /// From the start of the search to the first answer.
+    /// Time from the start of the search to the first answer, in milliseconds.
     pub start_up_ms: u64,
-    /// The settings in force that decide what a crash can lose, such as `fsync`.
+    /// The effective settings that determine what a crash can lose, such as `fsync`.
     pub durability: BTreeMap<&'static str, String>,
 }
 
@@ -136,7 +141,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Why there is no service.
+/// A service that no source provides.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Missing {
     /// A setting can't be understood.
@@ -144,19 +149,19 @@ pub enum Missing {
     BadSetting {
         /// The environment variable.
         variable: &'static str,
-        /// What it holds, without secrets.
+        /// Its value, without secrets.
         held: String,
-        /// What it takes.
+        /// The values it takes.
         takes: &'static str,
     },
-    /// No source has it.
+    /// No source provides the service.
     #[error("there is no {service}:{}\n{remedy}", lines(tried))]
     Nowhere {
         /// The service: `postgres`, `redis` or `kafka`.
         service: &'static str,
-        /// The sources that were tried, and what was wrong with each.
+        /// The sources that were tried, each with the reason for its failure.
         tried: Vec<(Source, String)>,
-        /// What to do about it.
+        /// How to get one.
         remedy: String,
     },
 }
@@ -168,17 +173,17 @@ fn lines(tried: &[(Source, String)]) -> String {
         .collect()
 }
 
-/// The error at the root of another, which says what is wrong without repeating where.
+/// The root cause of an error.
 fn root(error: &dyn std::error::Error) -> &dyn std::error::Error {
     error.source().map_or(error, root)
 }
 
-/// A setting that is there and not empty.
+/// The value of an environment variable that is set and not empty.
 fn setting(variable: &str) -> Option<OsString> {
     env::var_os(variable).filter(|held| !held.is_empty())
 }
 
-/// A URL without what is secret in it: its password and its parameters.
+/// A URL with its password masked and its parameters removed.
 pub fn without_secrets(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
     let rest = rest.split(['?', '#']).next().unwrap_or_default();
@@ -196,8 +201,8 @@ pub fn without_secrets(url: &str) -> String {
     }
 }
 
-/// A port on which nobody listens, outside the range from which systems take the ports of outgoing connections: a server
-/// that stops and starts again finds it free.
+/// A free port outside the ephemeral range, so that a server that restarts finds its port still
+/// free.
 fn free_port() -> std::io::Result<u16> {
     const TRIES: usize = 100;
     let mut last = std::io::ErrorKind::AddrInUse.into();

@@ -1,4 +1,5 @@
-//! What native servers have in common: where programs are, who runs them, and a process that can be stopped and started.
+//! Native servers: where their programs are, which user runs them, and a process that can be
+//! stopped and started.
 
 use std::{
     env,
@@ -15,40 +16,40 @@ use std::{
 use anyhow::bail;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{free_port, keeper, setting};
+use super::{free_port, reaper, setting};
 
-/// How long an orderly shutdown may take.
-const ENDS_WITHIN: Duration = Duration::from_secs(30);
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
+/// Time limit of a graceful shutdown.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Whether a server's data may lie in memory, for as long as nobody needs it afterwards.
+/// Whether a server's data may be in memory, for data that is discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Memory {
     IfThereIsRoom,
-    ReserveError,
+    Never,
 }
 
-/// The folders of a server: they go when this is dropped.
+/// The folders of a server. Dropping it removes them.
 pub(super) struct Home {
-    /// Its log.
+    /// The folder of its log.
     folder: PathBuf,
-    /// Its data: the same folder, or one in memory.
+    /// The folder of its data: the same, or one in memory.
     data_folder: PathBuf,
 }
 
 impl Home {
     pub(super) fn make(service: &str, memory: Memory) -> anyhow::Result<Self> {
-        let folder = keeper::folder(service)?;
+        let folder = reaper::folder(service)?;
         let in_memory = match memory {
-            Memory::IfThereIsRoom => keeper::folder_in_memory(service)?,
-            Memory::ReserveError => None,
+            Memory::IfThereIsRoom => reaper::folder_in_memory(service)?,
+            Memory::Never => None,
         };
         let home = Self {
             data_folder: in_memory.unwrap_or_else(|| folder.clone()),
             folder,
         };
-        home.hand_over(&home.folder)?;
-        home.hand_over(&home.data_folder)?;
+        home.chown_to_server_user(&home.folder)?;
+        home.chown_to_server_user(&home.data_folder)?;
         Ok(home)
     }
 
@@ -60,24 +61,25 @@ impl Home {
         &self.data_folder
     }
 
-    /// Gives a file to the user that the server runs as.
-    pub(super) fn hand_over(&self, file: &Path) -> anyhow::Result<()> {
+    /// Makes the user that runs the server the owner of a file.
+    pub(super) fn chown_to_server_user(&self, file: &Path) -> anyhow::Result<()> {
         if let Some(user) = unprivileged_user() {
             chown(file, Some(user.uid), Some(user.gid))?;
         }
         Ok(())
     }
 
-    /// One of the service's programs, as the user that it runs as, writing to the log.
+    /// A command for one of the service's programs, run as the server's user, with its output in
+    /// the log.
     pub(super) fn command(&self, program: &Path) -> anyhow::Result<Command> {
         let log = File::options().create(true).append(true).open(self.log_file())?;
-        let mut command = keeper::command(program)?;
+        let mut command = reaper::command(program)?;
         command
             .current_dir(&self.folder)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        // Settings for clients of Postgres, such as PGDATA or PGPORT, are for other servers than this one.
+        // Variables such as PGDATA or PGPORT are meant for other servers than this one.
         for (variable, _) in env::vars_os() {
             if variable.to_string_lossy().starts_with("PG") {
                 command.env_remove(variable);
@@ -93,7 +95,7 @@ impl Home {
         self.folder.join("log")
     }
 
-    /// The end of its log.
+    /// The last 10 lines of its log.
     pub(super) fn log(&self) -> String {
         const LINES: usize = 10;
         let log = fs::read_to_string(self.log_file()).unwrap_or_else(|error| error.to_string());
@@ -104,18 +106,19 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        // What goes wrong here, the keeper puts right.
+        // The reaper handles any failure here.
         for folder in [&self.data_folder, &self.folder] {
-            let _ = keeper::clear(folder);
+            let _ = reaper::clear(folder);
         }
     }
 }
 
-/// Has a server be at this port: the arguments that tell it so. Asked once for each port that is tried.
-pub(super) type At = Box<dyn Fn(u16) -> anyhow::Result<Vec<OsString>> + Send + Sync>;
+/// Returns the arguments that make a server listen on a port. Called once for each port that is
+/// tried.
+pub(super) type PortArguments = Box<dyn Fn(u16) -> anyhow::Result<Vec<OsString>> + Send + Sync>;
 
-/// A port as a program takes it that has an argument for it.
-pub(super) fn port_argument(name: &'static str) -> At {
+/// For a program that takes its port as an argument of this name.
+pub(super) fn port_argument(name: &'static str) -> PortArguments {
     Box::new(move |port| Ok(vec![name.into(), port.to_string().into()]))
 }
 
@@ -124,64 +127,71 @@ pub(super) struct Process {
     home: Home,
     program: PathBuf,
     arguments: Vec<OsString>,
-    at: At,
+    arguments_for_port: PortArguments,
     port: u16,
     port_arguments: Vec<OsString>,
-    /// What makes it shut down in order.
-    stopped_with: Signal,
-    /// What ends it at once when nobody needs its data any more.
-    dropped_with: Signal,
+    /// Requests a graceful shutdown.
+    stop_signal: Signal,
+    /// Ends the process at once when its data is discarded.
+    drop_signal: Signal,
     child: Mutex<Option<Child>>,
 }
 
 impl Process {
-    /// A process that is yet to be launched.
-    pub(super) fn new(home: Home, program: PathBuf, arguments: Vec<OsString>, at: At) -> Self {
+    /// A process that is not started yet.
+    pub(super) fn new(
+        home: Home,
+        program: PathBuf,
+        arguments: Vec<OsString>,
+        arguments_for_port: PortArguments,
+    ) -> Self {
         Self {
             home,
             program,
             arguments,
-            at,
+            arguments_for_port,
             port: 0,
             port_arguments: Vec::new(),
-            // For Postgres it is the "fast shutdown": clients are cut off, not waited for.
-            stopped_with: Signal::INT,
-            dropped_with: Signal::KILL,
+            // For Postgres this is the "fast shutdown", which disconnects clients instead of
+            // waiting for them.
+            stop_signal: Signal::INT,
+            drop_signal: Signal::KILL,
             child: Mutex::default(),
         }
     }
 
-    /// One that another signal than SIGINT makes shut down in order.
-    pub(super) fn stopped_with(mut self, signal: Signal) -> Self {
-        self.stopped_with = signal;
+    /// Sets the signal that requests a graceful shutdown; SIGINT by default.
+    pub(super) fn stop_signal(mut self, signal: Signal) -> Self {
+        self.stop_signal = signal;
         self
     }
 
-    /// One that has something to tidy up even if nobody needs its data any more.
-    pub(super) fn dropped_with(mut self, signal: Signal) -> Self {
-        self.dropped_with = signal;
+    /// Sets the signal that ends the process on drop, for one that has to clean up; SIGKILL by
+    /// default.
+    pub(super) fn drop_signal(mut self, signal: Signal) -> Self {
+        self.drop_signal = signal;
         self
     }
 
-    /// Gives it a port that is free.
+    /// Chooses a free port.
     pub(super) fn choose_port(&mut self) -> anyhow::Result<()> {
         self.port = free_port()?;
-        self.port_arguments = (self.at)(self.port)?;
+        self.port_arguments = (self.arguments_for_port)(self.port)?;
         Ok(())
     }
 
-    /// Whether it ended because somebody else was quicker to take its port.
+    /// Whether the process exited because another process had taken its port.
     pub(super) fn port_was_taken(&self) -> bool {
         self.home.log().contains("Address already in use")
     }
 
-    /// Where it can be reached.
+    /// Its host and port.
     pub(super) fn address(&self) -> (&str, u16) {
         static HOST: LazyLock<String> = LazyLock::new(|| Ipv4Addr::LOCALHOST.to_string());
         (&HOST, self.port)
     }
 
-    /// Starts it, unless it is up. It need not be ready yet.
+    /// Starts the process unless it is running. It need not be ready on return.
     pub(super) fn launch(&self) -> anyhow::Result<()> {
         let mut child = self.child();
         if let Some(child) = child.as_mut()
@@ -195,8 +205,8 @@ impl Process {
         Ok(())
     }
 
-    /// An error with its last words, unless it is up.
-    pub(super) fn still_there(&self) -> anyhow::Result<()> {
+    /// Fails with the end of the log unless the process is running.
+    pub(super) fn ensure_running(&self) -> anyhow::Result<()> {
         let name = self.name();
         match self.child().as_mut() {
             Some(child) => match child.try_wait()? {
@@ -207,28 +217,29 @@ impl Process {
         }
     }
 
-    /// Shuts it down in order, unless it is down.
+    /// Shuts the process down gracefully unless it is down.
     pub(super) async fn stop(&self) -> anyhow::Result<()> {
-        self.send(self.stopped_with)?;
+        self.send(self.stop_signal)?;
         self.ended().await
     }
 
-    /// Kills every process of it, unless it is down.
+    /// Kills the process and its children unless it is down.
     pub(super) async fn kill(&self) -> anyhow::Result<()> {
-        // Held still first, so that none of its processes is made or noticed to be missing between the look and the blow.
+        // Stopped first, so that no child is created or reaped between listing the children and
+        // killing them.
         self.send(Signal::STOP)?;
         self.send_to_children(Signal::KILL)?;
         self.send(Signal::KILL)?;
         self.ended().await
     }
 
-    /// Holds every process of it still, unless it is down.
+    /// Freezes the process and its children (SIGSTOP) unless it is down.
     pub(super) fn freeze(&self) -> anyhow::Result<()> {
         self.send(Signal::STOP)?;
         self.send_to_children(Signal::STOP)
     }
 
-    /// Lets them go on.
+    /// Resumes the process and its children (SIGCONT).
     pub(super) fn thaw(&self) -> anyhow::Result<()> {
         self.send_to_children(Signal::CONT)?;
         self.send(Signal::CONT)
@@ -237,14 +248,14 @@ impl Process {
     fn send_to_children(&self, signal: Signal) -> anyhow::Result<()> {
         if let Some(first) = self.pid() {
             for pid in children(first)? {
-                // It may have ended by itself since.
+                // It may have exited in the meantime.
                 let _ = kill_process(pid, signal);
             }
         }
         Ok(())
     }
 
-    /// Its first process, while it is up.
+    /// Its pid, while it is running.
     pub(super) fn pid(&self) -> Option<u32> {
         self.child().as_ref().map(Child::id)
     }
@@ -263,19 +274,19 @@ impl Process {
                     return Ok(());
                 }
             }
-            if began.elapsed() > ENDS_WITHIN {
+            if began.elapsed() > SHUTDOWN_TIMEOUT {
                 bail!(
-                    "{} did not end within {ENDS_WITHIN:?}: {}",
+                    "{} did not end within {SHUTDOWN_TIMEOUT:?}: {}",
                     self.name(),
                     self.home.log()
                 );
             }
-            tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
     fn send(&self, signal: Signal) -> anyhow::Result<()> {
-        // The lock keeps the child from being reaped, and so its pid from being somebody else's.
+        // The lock keeps the child from being reaped, and so its pid from being reused.
         let mut child = self.child();
         if let Some(child) = child.as_mut()
             && child.try_wait()?.is_none()
@@ -297,8 +308,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // What goes wrong here, the keeper puts right.
-        let _ = self.send(self.dropped_with);
+        // The reaper handles any failure here.
+        let _ = self.send(self.drop_signal);
         let _ = self.send(Signal::CONT);
         if let Some(mut child) = self.child().take() {
             let _ = child.wait();
@@ -306,7 +317,7 @@ impl Drop for Process {
     }
 }
 
-/// The processes whose parent is this one.
+/// The child processes of a process.
 fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
     let table = Command::new("ps").args(["-A", "-o", "ppid=", "-o", "pid="]).output()?;
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
@@ -318,7 +329,8 @@ fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
     Ok(table.lines().filter_map(child).collect())
 }
 
-/// The folder that holds all these programs: the one that `variable` names, else the first of the usual ones.
+/// The folder that contains all these programs: the one that `variable` names, else the first of
+/// the usual ones.
 pub(super) fn programs(
     variable: &str,
     programs: &[&str],
@@ -340,14 +352,15 @@ pub(super) fn programs(
     found.ok_or_else(|| anyhow::anyhow!("{names} {neither} on PATH nor in the usual places, {such_as}"))
 }
 
-/// A user without rights, for servers that refuse to run as root.
+/// An unprivileged user, for servers that refuse to run as root.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct User {
     pub(super) uid: u32,
     pub(super) gid: u32,
 }
 
-/// Who runs a server when this process runs as root: `postgres` if there is one, else `nobody`. `None` when this process is not root.
+/// The user that runs servers when this process runs as root: `postgres` if it exists, else
+/// `nobody`. `None` if this process is not root.
 pub(super) fn unprivileged_user() -> Option<User> {
     static USER: OnceLock<Option<User>> = OnceLock::new();
     *USER.get_or_init(|| {
@@ -363,20 +376,20 @@ pub(super) fn unprivileged_user() -> Option<User> {
     })
 }
 
-/// Asks `id`, which knows the users of directories and of macOS as well.
+/// Asks `id`, which also knows the users of directory services and of macOS.
 fn id(which: &str, name: &str) -> Option<u32> {
     let answer = Command::new("id").args([which, name]).output().ok()?;
     String::from_utf8_lossy(&answer.stdout).trim().parse().ok()
 }
 
-/// Finds a program as the shell would.
+/// Finds a program on `PATH`.
 pub fn on_path(program: &str) -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?)
         .map(|folder| folder.join(program))
         .find(|file| file.is_file())
 }
 
-/// The folders `parent/PREFIX*SUFFIX`, the greatest version in their names first.
+/// The folders `parent/PREFIX*/SUFFIX`, highest version first.
 pub(super) fn versioned(parent: &str, prefix: &str, suffix: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(parent) else {
         return Vec::new();

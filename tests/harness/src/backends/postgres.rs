@@ -1,4 +1,4 @@
-//! Postgres: an external server, or one of our own with the same settings from every source.
+//! Postgres: an external server, or one started here with the same settings from every source.
 
 mod database;
 mod docker;
@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, ManagedServer, NotReady},
+    managed_server::{ManagedServer, NotReady, ReadinessProbe},
     root,
     search::{Candidate, Service, search},
 };
@@ -40,27 +40,28 @@ const SERVICE: Service = Service {
 };
 const URL_VARIABLE: &str = "DATABASE_URL";
 
-/// What a server that is started here may lose when the machine crashes.
+/// What a server started here may lose when the machine crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// Everything: no commit waits for the disk. For tests, whose data nobody needs afterwards.
+    /// Everything: commits do not wait for the disk. For tests, whose data is discarded.
     Fast,
-    /// Nothing that was committed: Postgres as it comes. For every number that is to mean something.
+    /// Nothing that was committed: the defaults of Postgres. For measurements.
     Durable,
 }
 
-/// The settings of every server that is started here, as arguments.
+/// The settings of every server started here, as arguments.
 fn settings(durability: Durability) -> Vec<String> {
     let mut settings = vec![
-        // Several servers of a test, each with its pool, beside the pools of other tests.
+        // Several servers of a test, each with its pool, run beside the pools of other tests.
         "max_connections=500",
         // The default of 1 s would make every test of a deadlock wait that long.
         "deadlock_timeout=10ms",
-        // In files of the data folder, which go with it: a server that is killed leaves others behind in /dev/shm.
+        // In files of the data folder, which are removed with it. A killed server would leave
+        // segments behind in /dev/shm.
         "dynamic_shared_memory_type=mmap",
     ];
     if durability == Durability::Fast {
-        // Little log is kept, as it may lie in memory.
+        // Keeps little WAL, which may be in memory.
         settings.extend([
             "fsync=off",
             "full_page_writes=off",
@@ -72,48 +73,50 @@ fn settings(durability: Durability) -> Vec<String> {
     arguments.map(str::to_owned).collect()
 }
 
-/// A Postgres server, and what is needed to make databases on it.
+/// A Postgres server on which tests create databases.
 pub struct Postgres {
     server: Server,
-    /// How to reach its database for administration.
+    /// Connection options of its administration database.
     admin: PgConnectOptions,
     report: Report,
-    /// One migrated template for each schema, made by whoever needs it first.
+    /// One migrated template database for each schema, created on first use.
     templates: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
 }
 
 enum Server {
     External(ExternalOwner),
-    ManagedServer(Arc<ManagedServer>),
+    Managed(Arc<ManagedServer>),
 }
 
 impl Postgres {
-    /// Finds a server or starts one. What was started ends when this is dropped, or with this process.
+    /// Finds a server or starts one. A started server stops when this is dropped or this process
+    /// ends.
     ///
     /// # Errors
-    /// There is none; the error says what was tried and how to get one.
+    /// [`Missing`] if no source provides a server.
     pub async fn find(durability: Durability) -> Result<Self, Missing> {
         Self::search(&[Source::External, Source::Docker, Source::Native], durability).await
     }
 
-    /// Starts a server that nobody else uses, at an address that it keeps when it is stopped and started again. It is never an external one.
+    /// Starts a server for one test, from Docker or native programs. It keeps its address when it
+    /// is stopped and started again.
     ///
     /// # Errors
-    /// None can be started; the error says what was tried and how to get one.
+    /// [`Missing`] if no server can be started.
     pub async fn private(durability: Durability) -> Result<Private, Missing> {
         let postgres = Self::search(&[Source::Docker, Source::Native], durability).await?;
-        let own = match &postgres.server {
-            Server::ManagedServer(own) => Arc::clone(own),
-            Server::External(_) => unreachable!("nobody looked for an external one"),
+        let managed = match &postgres.server {
+            Server::Managed(managed) => Arc::clone(managed),
+            Server::External(_) => unreachable!("external servers were not searched"),
         };
-        Ok(Private::new(postgres, own))
+        Ok(Private::new(postgres, managed))
     }
 
     async fn search(order: &[Source], durability: Durability) -> Result<Self, Missing> {
         search(&SERVICE, order, async |candidate| {
             let (server, admin) = match candidate.source {
                 Source::External => external(&candidate.url).await?,
-                own => start(own, durability).await?,
+                managed => start(managed, durability).await?,
             };
             Self::new(server, admin, candidate).await
         })
@@ -142,33 +145,35 @@ impl Postgres {
         })
     }
 
-    /// Where it comes from, which one it is, and what it would lose in a crash.
+    /// The server's source, version, address and durability settings.
     pub fn report(&self) -> &Report {
         &self.report
     }
 }
 
-/// Starts a server, and waits until it answers.
+/// Starts a server, and waits until it is ready.
 async fn start(source: Source, durability: Durability) -> anyhow::Result<(Server, PgConnectOptions)> {
     let password = Alphanumeric.sample_string(&mut rand::rng(), 32);
-    let ask: Ask = {
+    let probe: ReadinessProbe = {
         let password = password.clone();
-        Box::new(move |host, port| Box::pin(ask(admin(&host, port, &password))))
+        Box::new(move |host, port| Box::pin(probe(admin(&host, port, &password))))
     };
-    let own = match source {
-        Source::Docker => ManagedServer::in_container(docker::start(durability, password.clone()).await?, ask).await?,
+    let managed = match source {
+        Source::Docker => {
+            ManagedServer::in_container(docker::start(durability, password.clone()).await?, probe).await?
+        }
         _ => {
             let password = password.clone();
             let preparing = tokio::task::spawn_blocking(move || native::prepare(durability, &password));
-            ManagedServer::as_process(preparing.await??, ask).await?
+            ManagedServer::as_process(preparing.await??, probe).await?
         }
     };
-    let (host, port) = own.address();
+    let (host, port) = managed.address();
     let admin = admin(host, port, &password);
-    Ok((Server::ManagedServer(Arc::new(own)), admin))
+    Ok((Server::Managed(Arc::new(managed)), admin))
 }
 
-/// How to reach the database for administration of a server that was started here.
+/// Connection options of the administration database of a server started here.
 fn admin(host: &str, port: u16, password: &str) -> PgConnectOptions {
     PgConnectOptions::new_without_pgpass()
         .host(host)
@@ -179,14 +184,14 @@ fn admin(host: &str, port: u16, password: &str) -> PgConnectOptions {
         .ssl_mode(PgSslMode::Disable)
 }
 
-/// Asks a server that was just started whether it is ready.
-async fn ask(admin: PgConnectOptions) -> Result<(), NotReady> {
-    /// Postgres: it is starting up, or shutting down.
+/// The readiness probe: connects once.
+async fn probe(admin: PgConnectOptions) -> Result<(), NotReady> {
+    /// SQLSTATE of a server that is starting up or shutting down.
     const CANNOT_CONNECT_NOW: &str = "57P03";
 
     let asked = async { admin.connect().await?.close().await };
     asked.await.map_err(|error| NotReady {
-        comes_yet: match &error {
+        may_become_ready: match &error {
             sqlx::Error::Io(_) => true,
             sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
             _ => false,
@@ -195,9 +200,9 @@ async fn ask(admin: PgConnectOptions) -> Result<(), NotReady> {
     })
 }
 
-/// The server at a URL that the user gave.
+/// Connects to the server at the user's URL, and checks that the user may create databases.
 async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
-    // Messages of the parser may repeat what it was given, and so the password.
+    // The parser's messages may repeat its input, and with it the password.
     let admin = PgConnectOptions::from_str(url)
         .ok()
         .filter(|_| {
@@ -216,7 +221,7 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
             .fetch_one(&mut connection)
             .await?;
     if !may_create {
-        bail!("the user of {shown} may not create databases, and every test has its own (`alter role … createdb`)");
+        bail!("the user of {shown} may not create databases, and every test has its managed (`alter role … createdb`)");
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))

@@ -1,4 +1,4 @@
-//! Redis: an external server, or one of our own with the same settings from every source.
+//! Redis: an external server, or one started here with the same settings from every source.
 
 mod docker;
 mod native;
@@ -12,7 +12,7 @@ use rand::distr::{Alphanumeric, SampleString};
 
 use super::{
     Missing, Private, Report, Source,
-    own::{Ask, ManagedServer, NotReady},
+    managed_server::{ManagedServer, NotReady, ReadinessProbe},
     search::{Candidate, Service, search},
 };
 use prefix::ExternalOwner;
@@ -32,7 +32,8 @@ const SERVICE: Service = Service {
 };
 const URL_VARIABLE: &str = "REDIS_URL";
 
-/// The settings of every server that is started here. Nothing is ever written to a disk: a server that starts again is empty.
+/// The settings of every server started here. It never writes to a disk, so it is empty after a
+/// restart.
 fn settings(password: &str) -> [(&'static str, &str); 3] {
     [("save", ""), ("appendonly", "no"), ("requirepass", password)]
 }
@@ -47,29 +48,31 @@ pub struct Redis {
 
 enum Server {
     External(ExternalOwner),
-    ManagedServer(Arc<ManagedServer>),
+    Managed(Arc<ManagedServer>),
 }
 
 impl Redis {
-    /// Finds a server or starts one. What was started ends when this is dropped, or with this process.
+    /// Finds a server or starts one. A started server stops when this is dropped or this process
+    /// ends.
     ///
     /// # Errors
-    /// There is none; the error says what was tried and how to get one.
+    /// [`Missing`] if no source provides a server.
     pub async fn find() -> Result<Self, Missing> {
         Self::search(&[Source::External, Source::Docker, Source::Native]).await
     }
 
-    /// Starts a server that nobody else uses, at an address that it keeps when it is stopped and started again. It is never an external one.
+    /// Starts a server for one test, from Docker or native programs. It keeps its address when it
+    /// is stopped and started again.
     ///
     /// # Errors
-    /// None can be started; the error says what was tried and how to get one.
+    /// [`Missing`] if no server can be started.
     pub async fn private() -> Result<Private<Self>, Missing> {
         let redis = Self::search(&[Source::Docker, Source::Native]).await?;
-        let own = match &redis.server {
-            Server::ManagedServer(own) => Arc::clone(own),
-            Server::External(_) => unreachable!("nobody looked for an external one"),
+        let managed = match &redis.server {
+            Server::Managed(managed) => Arc::clone(managed),
+            Server::External(_) => unreachable!("external servers were not searched"),
         };
-        Ok(Private::new(redis, own))
+        Ok(Private::new(redis, managed))
     }
 
     async fn search(order: &[Source]) -> Result<Self, Missing> {
@@ -79,13 +82,13 @@ impl Redis {
                 let url = candidate.url.clone();
                 Self::new(Server::External(owner), place, url, candidate).await
             }
-            own => {
+            managed => {
                 let password = Alphanumeric.sample_string(&mut rand::rng(), 32);
-                let own = start(own, &password).await?;
-                let (host, port) = own.address();
+                let managed = start(managed, &password).await?;
+                let (host, port) = managed.address();
                 let place = Place::with_password(host, port, &password);
                 let url = format!("redis://:{password}@{host}:{port}/0");
-                Self::new(Server::ManagedServer(Arc::new(own)), place, url, candidate).await
+                Self::new(Server::Managed(Arc::new(managed)), place, url, candidate).await
             }
         })
         .await
@@ -107,20 +110,22 @@ impl Redis {
         })
     }
 
-    /// Its URL, password included. [`without_secrets`](crate::backends::without_secrets) makes it fit to be shown.
+    /// Its URL, including the password. [`without_secrets`](crate::backends::without_secrets) masks
+    /// it for messages.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Where it comes from, which one it is, and what it would lose in a crash.
+    /// The server's source, version, address and durability settings.
     pub fn report(&self) -> &Report {
         &self.report
     }
 
-    /// Runs a command on a connection of its own, such as `command(&["PTTL", key])`. A refusal is a [`Reply::Error`].
+    /// Runs a command on a new connection, such as `command(&["PTTL", key])`. An error reply is a
+    /// [`Reply::Error`].
     ///
     /// # Errors
-    /// The server does not answer.
+    /// Fails if the server does not answer.
     pub async fn command(&self, words: &[impl AsRef<str>]) -> anyhow::Result<Reply> {
         let asking = async { self.place.connect().await?.command(words).await };
         asking.await.with_context(|| {
@@ -130,7 +135,8 @@ impl Redis {
     }
 }
 
-/// The server at a URL that the user gave.
+/// Connects to the server at the user's URL, and checks that it accepts writes and lists its
+/// clients.
 async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
     let place = Place::parse(url).with_context(|| {
         format!("{URL_VARIABLE} is no URL of a Redis server, such as redis://user:password@host:6379/0")
@@ -139,31 +145,32 @@ async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
     let does_not_answer = |error: io::Error| anyhow::anyhow!("{shown} does not answer: {error}");
     let mut connection = place.connect().await.map_err(does_not_answer)?;
     connection.obeyed(&["PING"]).await.map_err(does_not_answer)?;
-    // A command that writes, and has nothing to: a replica refuses it, and so does a server that lets this user only read.
+    // A write command without effect: a replica rejects it, and so does a server on which this user
+    // may only read.
     let deleting = connection.obeyed(&["DEL", "oversold:{0.0}:none"]).await;
     deleting.with_context(|| format!("{shown} can't be written to"))?;
     let owner = ExternalOwner::register(&place).await;
-    let owner = owner.with_context(|| format!("{shown} does not tell whose keys are whose"))?;
+    let owner = owner.with_context(|| format!("{shown} does not list its clients"))?;
     Ok((owner, place))
 }
 
-/// Starts a server, and waits until it answers.
+/// Starts a server, and waits until it is ready.
 async fn start(source: Source, password: &str) -> anyhow::Result<ManagedServer> {
-    let ask: Ask = {
+    let probe: ReadinessProbe = {
         let password = password.to_owned();
-        Box::new(move |host, port| Box::pin(ask(Place::with_password(&host, port, &password))))
+        Box::new(move |host, port| Box::pin(probe(Place::with_password(&host, port, &password))))
     };
     match source {
-        Source::Docker => ManagedServer::in_container(docker::start(password).await?, ask).await,
-        _ => ManagedServer::as_process(native::prepare(password)?, ask).await,
+        Source::Docker => ManagedServer::in_container(docker::start(password).await?, probe).await,
+        _ => ManagedServer::as_process(native::prepare(password)?, probe).await,
     }
 }
 
-/// Asks a server that was just started whether it is ready.
-async fn ask(place: Place) -> Result<(), NotReady> {
+/// The readiness probe: sends PING.
+async fn probe(place: Place) -> Result<(), NotReady> {
     let asked = async { place.connect().await?.obeyed(&["PING"]).await };
     asked.await.map(drop).map_err(|error| NotReady {
-        comes_yet: !matches!(
+        may_become_ready: !matches!(
             error.kind(),
             io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData
         ),
@@ -171,18 +178,18 @@ async fn ask(place: Place) -> Result<(), NotReady> {
     })
 }
 
-/// The version, as the server tells it.
+/// The version that the server reports.
 async fn version(connection: &mut Connection) -> io::Result<String> {
     let about = connection.obeyed(&["INFO", "server"]).await?;
     let version = match &about {
         Reply::Bulk(about) => about.lines().find_map(|line| line.strip_prefix("redis_version:")),
         _ => None,
     };
-    let version = version.ok_or_else(|| io::Error::other("INFO does not tell the version"))?;
+    let version = version.ok_or_else(|| io::Error::other("INFO does not contain the version"))?;
     Ok(version.to_owned())
 }
 
-/// A setting that is in force, where the server tells it.
+/// The effective value of a setting, or `not told` if the server does not report it.
 async fn configured(connection: &mut Connection, setting: &str) -> io::Result<String> {
     Ok(match connection.command(&["CONFIG", "GET", setting]).await? {
         Reply::Array(told) => match told.as_slice() {

@@ -1,31 +1,32 @@
-//! The search: the sources of a service, one after the other, until one of them has it.
+//! The search for a service: tries its sources in order until one provides it.
 
 use std::{collections::BTreeMap, env, time::Instant};
 
 use super::{Missing, Report, Source, native, setting};
 
-/// What the search has to know of a service.
+/// A service as the search knows it.
 pub(super) struct Service {
     /// Its name in settings and messages.
     pub(super) name: &'static str,
-    /// The environment variable with the URL of an external one.
+    /// The environment variable with the URL of an external server.
     pub(super) url_variable: &'static str,
-    /// The commands of package managers that install it, each after its manager. None: it takes more, and `infra/setup.sh` does it.
+    /// Package managers, each with the command that installs the service. Empty: only
+    /// `infra/setup.sh` can install it.
     pub(super) packages: &'static [(&'static str, &'static str)],
 }
 
-/// A source whose turn it is.
+/// A source that is being tried.
 pub(super) struct Candidate {
     service: &'static Service,
     pub(super) source: Source,
-    /// The URL of an external one, and nothing for the others.
+    /// The URL of an external server; empty for other sources.
     pub(super) url: String,
     reason: String,
     began: Instant,
 }
 
 impl Candidate {
-    /// Says on stderr what was found, and hands it back as a report.
+    /// Prints the chosen server on stderr, and returns the report.
     pub(super) fn report(
         self,
         version: String,
@@ -46,7 +47,8 @@ impl Candidate {
     }
 }
 
-/// Has `take` try the sources in this order, or the forced one alone. The first that it can take is the one.
+/// Tries the sources in this order with `take`, or only the forced one, and returns the first
+/// success.
 pub(super) async fn search<T>(
     service: &'static Service,
     order: &[Source],
@@ -55,16 +57,16 @@ pub(super) async fn search<T>(
     let Service { name, url_variable, .. } = service;
     let began = Instant::now();
     let forced = forced()?;
-    let mut passed_over = Vec::new();
+    let mut rejected = Vec::new();
     for &source in forced.as_ref().map_or(order, std::slice::from_ref) {
         let (url, reason) = match (source, setting(url_variable)) {
             (Source::External, None) => {
-                passed_over.push((source, format!("{url_variable} is not set")));
+                rejected.push((source, format!("{url_variable} is not set")));
                 continue;
             }
             (Source::External, Some(url)) => (url.to_string_lossy().into_owned(), format!("{url_variable} is set")),
             _ if forced.is_some() => (String::new(), "OVERSOLD_BACKENDS asks for it".to_owned()),
-            _ => (String::new(), reason(&passed_over)),
+            _ => (String::new(), reason(&rejected)),
         };
         let candidate = Candidate {
             service,
@@ -75,7 +77,7 @@ pub(super) async fn search<T>(
         };
         match take(candidate).await {
             Ok(found) => return Ok(found),
-            // Whoever names a server wants that one, so nothing else is tried when it is not there.
+            // A URL selects one server, so no other source is tried if that server does not answer.
             Err(error) if source == Source::External => {
                 return Err(Missing::Nowhere {
                     service: name,
@@ -83,17 +85,17 @@ pub(super) async fn search<T>(
                     remedy: format!("Set {url_variable} to a server that answers, or unset it to have one started."),
                 });
             }
-            Err(error) => passed_over.push((source, format!("{error:#}"))),
+            Err(error) => rejected.push((source, format!("{error:#}"))),
         }
     }
     Err(Missing::Nowhere {
         service: name,
-        tried: passed_over,
+        tried: rejected,
         remedy: remedy(service, forced),
     })
 }
 
-/// The source that `OVERSOLD_BACKENDS` forces, if it does.
+/// The source that `OVERSOLD_BACKENDS` forces, if any.
 fn forced() -> Result<Option<Source>, Missing> {
     const VARIABLE: &str = "OVERSOLD_BACKENDS";
     match env::var_os(VARIABLE).as_ref().map(|held| held.to_str()) {
@@ -109,15 +111,15 @@ fn forced() -> Result<Option<Source>, Missing> {
 }
 
 /// Why no earlier source was chosen, in one line.
-fn reason(passed_over: &[(Source, String)]) -> String {
-    let reasons: Vec<&str> = passed_over
+fn reason(rejected: &[(Source, String)]) -> String {
+    let reasons: Vec<&str> = rejected
         .iter()
         .filter_map(|(_, reason)| reason.lines().next())
         .collect();
     reasons.join("; ")
 }
 
-/// What to do when there is no such service.
+/// How to get a service that no source provides.
 fn remedy(service: &Service, forced: Option<Source>) -> String {
     let start_docker = "start a Docker engine";
     let mut packages = service.packages.iter();

@@ -1,4 +1,4 @@
-//! The smallest case of a finding, shown as lanes.
+//! The evidence of a finding: its smallest case, as a table with a lane for each request.
 
 use std::fmt;
 
@@ -10,9 +10,9 @@ use crate::history::{Answer, Micros, Refused, Request, Row};
 /// One or two requests, or a row, that show what is broken.
 #[derive(Clone, Debug, Serialize)]
 pub struct Evidence {
-    /// A lane for each request.
+    /// The name of each lane: one for each request.
     pub lanes: Vec<String>,
-    /// What they did, in the order of time.
+    /// The steps, in order of time.
     pub steps: Vec<LaneStep>,
 }
 
@@ -25,13 +25,13 @@ pub struct LaneStep {
     pub lane: usize,
     /// What happened.
     pub what: String,
-    /// Where in the source, if it was traced.
+    /// The source line, if the step was traced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub place: Option<String>,
 }
 
 impl Evidence {
-    /// Shows these requests.
+    /// The steps of these requests.
     pub(super) fn of(requests: &[&Request]) -> Self {
         let mut steps: Vec<LaneStep> = vec![];
         for (lane, request) in requests.iter().enumerate() {
@@ -67,7 +67,7 @@ impl Evidence {
         }
     }
 
-    /// Shows these rows, beside whom they belong to.
+    /// These rows, each in a lane with its buyer's name.
     pub(super) fn of_rows(rows: &[&Row]) -> Self {
         let start_us = rows.iter().map(|row| row.taken_us).min().unwrap_or(0);
         let steps = rows.iter().enumerate().map(|(lane, row)| LaneStep {
@@ -100,7 +100,7 @@ impl fmt::Display for Evidence {
     }
 }
 
-/// An answer as a person would say it.
+/// An answer in words.
 pub(crate) fn in_words(answer: &Answer) -> String {
     match answer {
         Answer::Confirmed { .. } => "confirmed".to_owned(),

@@ -1,4 +1,4 @@
-//! A history, looked up by what the rules ask for.
+//! An index over a history: the look-up tables that the rules need.
 
 use std::hash::Hash;
 
@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::history::{Answer, Ending, History, Micros, Refused, Request, Row, Status};
 
-/// One order: a buyer's key, and every request that carried it, in the order in which they were sent.
+/// An order: a buyer's key, and every request that carried it, in the order of sending.
 pub(super) struct Order<'a> {
     pub(super) number: usize,
     /// The number of its buyer.
@@ -20,8 +20,8 @@ pub(super) struct Order<'a> {
 
 /// A history and its look-up tables.
 ///
-/// Buyers, keys, orders and reservations are numbered as they are first seen, so that each is hashed once. The tables are then plain vectors, which
-/// are walked alike in every run.
+/// Buyers, keys, orders and reservations are numbered in the order of their first occurrence, so
+/// that each is hashed once. The tables are plain vectors, whose iteration order is deterministic.
 pub(super) struct Index<'a> {
     pub(super) history: &'a History,
     reservations: Numbers<Uuid>,
@@ -36,15 +36,17 @@ pub(super) struct Index<'a> {
     pub(super) rows_of_buyer: Groups<&'a Row>,
     /// For each reservation, its rows, with the number of the order that asked for them.
     pub(super) rows_of_reservation: Groups<(Option<usize>, &'a Row)>,
-    /// For each reservation, the requests whose answer said that it is theirs, with the number of their order.
+    /// For each reservation, the requests that it was answered to, with the number of their order.
     answers_of_reservation: Groups<(usize, &'a Request)>,
-    /// For each order, the first time at which a reservation of it can have been there. `None`: none of its requests can have made one.
+    /// For each order, the earliest time at which its reservation can have existed. `None`: none of
+    /// its requests can have created one.
     pub(super) took_us: Vec<Option<Micros>>,
-    /// Whether a ticket was ever given back, or may have been: then some rules can only check what is necessary.
+    /// Whether a ticket was or may have been released. Some rules then check necessary conditions
+    /// only.
     pub(super) has_releases: bool,
 }
 
-/// The end of a request, as far as the client saw one.
+/// The end of a request as the client saw it.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum End<'a> {
     Confirmed(Uuid),
@@ -56,7 +58,7 @@ pub(super) enum End<'a> {
 }
 
 impl Request {
-    /// What the client knows in the end.
+    /// The final answer as the client knows it.
     pub(super) fn end(&self) -> End<'_> {
         match &self.answer {
             Answer::Confirmed { reservation } => End::Confirmed(*reservation),
@@ -74,7 +76,7 @@ impl Request {
         }
     }
 
-    /// When it ended for the client: answered, or its final state observed.
+    /// When the request ended for the client: answered, or its final state observed.
     pub(super) fn ended_us(&self) -> Option<Micros> {
         match &self.answer {
             Answer::Accepted { ending, .. } => ending.as_ref().map(|ending| ending.at_us),
@@ -82,12 +84,12 @@ impl Request {
         }
     }
 
-    /// Whether it ended before another time. What never ended did not.
+    /// Whether the request ended before this time.
     pub(super) fn ended_before(&self, at_us: Micros) -> bool {
         self.ended_us().is_some_and(|ended_us| ended_us < at_us)
     }
 
-    /// The reservation that its answer says is its own.
+    /// The reservation that its answer names as its own.
     pub(super) fn reservation(&self) -> Option<Uuid> {
         match self.answer {
             Answer::Confirmed { reservation } | Answer::Accepted { reservation, .. } => Some(reservation),
@@ -95,7 +97,8 @@ impl Request {
         }
     }
 
-    /// Whether nothing can come after it: the buyer need not ask again. Rate limiting says nothing about the order.
+    /// Whether the answer is final, so that the buyer need not repeat. A rate-limited answer is
+    /// not.
     pub(super) fn is_final(&self) -> bool {
         match self.end() {
             End::Confirmed(_) => true,
@@ -104,17 +107,17 @@ impl Request {
         }
     }
 
-    /// Whether the system has said all that it has to say. Rate limiting is a no, too.
+    /// Whether the request was confirmed or refused, by a rate limit too.
     pub(super) fn is_settled(&self) -> bool {
         matches!(self.end(), End::Confirmed(_) | End::Refused(_))
     }
 
-    /// Whether it may have happened or not, for all that its client knows.
+    /// Whether its outcome is unknown to the client.
     pub(super) fn is_uncertain(&self) -> bool {
         matches!(self.end(), End::Open | End::Indeterminate | End::Unexpected)
     }
 
-    /// Every final state that was observed of an accepted order: one, if all is well.
+    /// Every observed final state of an accepted order: at most one if the state is stable.
     fn endings(&self) -> impl Iterator<Item = &Ending> {
         let first = match &self.answer {
             Answer::Accepted { ending, .. } => ending.as_ref(),
@@ -123,14 +126,14 @@ impl Request {
         std::iter::successors(first, |ending| ending.changed_to.as_deref())
     }
 
-    /// Whether its final state did not stay what it was.
+    /// Whether its final state changed.
     pub(super) fn has_changed(&self) -> bool {
         let mut endings = self.endings();
         let first = endings.next();
         endings.any(|later| first.is_some_and(|first| later.refused != first.refused))
     }
 
-    /// The no that it ended with, if nobody ever said yes.
+    /// The refusal, if no observed state was a confirmation.
     pub(super) fn refused(&self) -> Option<&Refused> {
         match self.end() {
             End::Refused(refused) if self.endings().all(|ending| ending.refused.is_some()) => Some(refused),
@@ -138,22 +141,22 @@ impl Request {
         }
     }
 
-    /// Whether it was refused after it may have held a ticket for a while.
-    fn may_have_given_back(&self) -> bool {
+    /// Whether it was refused after it may have held a ticket.
+    fn may_have_released(&self) -> bool {
         matches!(self.refused(), Some(Refused::Expired | Refused::Declined))
     }
 
-    /// Whether it may have taken a ticket, as nothing does that was refused. Where tickets are given back, an order that was decided late may have
-    /// held one until then.
+    /// Whether it may have taken a ticket. A refused request has not; but if tickets are released,
+    /// an order that was accepted first may have held one until its refusal.
     fn may_have_taken(&self, has_releases: bool) -> bool {
         let accepted = matches!(self.answer, Answer::Accepted { .. });
-        self.refused().is_none() || self.may_have_given_back() || (accepted && has_releases)
+        self.refused().is_none() || self.may_have_released() || (accepted && has_releases)
     }
 
-    /// Whether this row may be its own, which a request that was refused has none of. Only an order that was decided late may have held a ticket
-    /// and given it back.
+    /// Whether it may have created this row. A refused request has not, unless its order was
+    /// decided later and the row is released.
     pub(super) fn may_have_made(&self, row: &Row) -> bool {
-        let decided_late = matches!(self.answer, Answer::Accepted { .. }) || self.may_have_given_back();
+        let decided_late = matches!(self.answer, Answer::Accepted { .. }) || self.may_have_released();
         self.refused().is_none() || (decided_late && !row.is_live())
     }
 }
@@ -164,7 +167,8 @@ impl Row {
         self.status != Status::Released
     }
 
-    /// Its time with a ticket, on the database's clock. `None`: it was given back, and nobody knows when.
+    /// The interval in which it held a ticket, on the database's clock. `None`: it was released at
+    /// an unknown time.
     pub(super) fn held_us(&self) -> Option<(Micros, Micros)> {
         let until_us = if self.is_live() { Micros::MAX } else { self.released_us? };
         (self.taken_us < until_us).then_some((self.taken_us, until_us))
@@ -213,7 +217,7 @@ impl<'a> Index<'a> {
         let of_key = of_key.map(|(order, &(_, key))| (key, order)).collect();
         let by_first_sent = |order: &usize| by_sent(&requests_of_order.of(*order)[0]);
         let has_releases =
-            rows.iter().any(|row| !row.is_live()) || history.requests.iter().any(Request::may_have_given_back);
+            rows.iter().any(|row| !row.is_live()) || history.requests.iter().any(Request::may_have_released);
         let took_us = |requests: &[&Request]| {
             let mut requests = requests.iter();
             let first = requests.find(|request| request.may_have_taken(has_releases));
@@ -268,13 +272,13 @@ impl<'a> Index<'a> {
         number.map_or(&[], |number| self.rows_of_reservation.of(number))
     }
 
-    /// The requests whose answer said that this reservation is theirs, with the number of their order.
+    /// The requests that this reservation was answered to, with the number of their order.
     pub(super) fn answers_of(&self, reservation: Uuid) -> &[(usize, &'a Request)] {
         let number = self.reservations.look_up(reservation);
         number.map_or(&[], |number| self.answers_of_reservation.of(number))
     }
 
-    /// For every reservation that buyers were told they have for good, the first request that was told so.
+    /// For every reservation with a stable confirmation, the first request that was confirmed.
     pub(super) fn told(&self) -> impl Iterator<Item = &'a Request> {
         self.answers_of_reservation.all().filter_map(|answers| {
             let mut told = answers.iter().map(|&(_, request)| request);
@@ -282,9 +286,11 @@ impl<'a> Index<'a> {
         })
     }
 
-    /// The times at which tickets may have been taken: for each, when its order was first sent. In the order of time.
+    /// The times at which tickets may have been taken, sorted: for each ticket, when its order was
+    /// first sent.
     ///
-    /// A repeated key takes at its first sending, so that nobody is accused for having been quick. A request that was refused takes nothing.
+    /// An order takes its ticket at its first sending, which is the earliest possible time. A
+    /// refused request takes none.
     pub(super) fn takers_us(&self) -> Vec<Micros> {
         let mut takers = vec![];
         for order in self.orders() {
@@ -306,12 +312,12 @@ impl<'a> Index<'a> {
                 told.dedup();
                 let mut taken = rows.len() + told.len();
                 if taken == 0 {
-                    taken = usize::from(order.requests.iter().any(|request| request.may_have_given_back()));
+                    taken = usize::from(order.requests.iter().any(|request| request.may_have_released()));
                 }
                 takers.extend(std::iter::repeat_n(first_us, taken));
             }
             if !self.has_rows() {
-                // Nobody can say which of these took a ticket.
+                // Any of these may have taken a ticket.
                 let uncertain = order.requests.iter().filter(|request| request.is_uncertain());
                 takers.extend(uncertain.map(|request| request.sent_us));
             }
@@ -321,7 +327,7 @@ impl<'a> Index<'a> {
     }
 }
 
-/// Gives each thing a number: how many others were seen before it.
+/// Numbers values in the order of their first occurrence.
 struct Numbers<T>(HashMap<T, usize>);
 
 impl<T: Eq + Hash> Numbers<T> {
@@ -343,17 +349,18 @@ impl<T: Eq + Hash> Numbers<T> {
     }
 }
 
-/// Things by the number of the group they are in.
+/// Values grouped by a number.
 pub(super) struct Groups<T> {
-    /// Where each group starts; one more says where the last one ends.
+    /// The start of each group, and the end of the last.
     starts: Vec<usize>,
     members: Vec<T>,
 }
 
 impl<T: Copy> Groups<T> {
-    /// Members of a group stand in the order of `key`.
+    /// Groups the members, and sorts each group by `key`.
     fn new<K: Ord>(groups: usize, mut members: Vec<(usize, T)>, key: impl Fn(&T) -> K) -> Self {
-        // Groups are numbered as they come, so this is close to sorted, which a stable sort is quick with.
+        // Groups are numbered in the order of occurrence, so the input is nearly sorted, which
+        // makes the stable sort fast.
         members.sort_by_key(|(group, member)| (*group, key(member)));
         let mut starts = Vec::with_capacity(groups + 1);
         for (at, (group, _)) in members.iter().enumerate() {
@@ -372,7 +379,7 @@ impl<T: Copy> Groups<T> {
         &self.members[self.starts[group]..self.starts[group + 1]]
     }
 
-    /// Group by group, empty ones too.
+    /// All groups in order, empty ones included.
     pub(super) fn all(&self) -> impl Iterator<Item = &[T]> {
         self.starts.windows(2).map(|edges| &self.members[edges[0]..edges[1]])
     }

@@ -1,20 +1,28 @@
-//! The judge: reads a history, and says which of the invariants it breaks.
+//! The judge: an independent checker that reads a history and reports which invariants it breaks.
 //!
-//! It asks nobody and knows no strategy. A doubtful case never accuses: an undecided request may have taken effect at any time after it was
-//! sent, requests whose times are equal count as concurrent, and times of rows are never compared with times of requests.
+//! It has no other input and depends on no strategy. A doubtful case is never a finding: a request
+//! with unknown outcome may have taken effect at any time after it was sent, requests with equal
+//! times are concurrent, and times of rows are never compared with times of requests.
 //!
-//! Each invariant is judged by itself, so that one mistake may break several. Where their words leave room:
+//! Each invariant is checked separately, so one mistake may break several. Where the definitions
+//! leave room:
 //!
-//! - Where there are rows, they say who has a ticket. Without them, a confirmation does: it is final. Whatever is undecided then may be a ticket.
-//! - A row that was given back nobody knows when (no release time) is not held against I1 and I3.
-//! - A 202 that is decided after its deadline breaks I4 and I10. Final states observed twice alike are one.
-//! - Only an order that was decided late, expired or declined may have held a ticket and have a released row. Others that were refused have none (I5).
-//! - "Expired" counts from the first sending of the order. "Already reserved" is false once an answer said that the reservation was over.
-//! - Buyers who only ever used another buyer's key are no buyers for I7. A rate-limited request is no final answer there, nor for I9.
-//! - A refused order with a live row breaks I9, unless a request that is undecided was sent at the same time or later, or tickets were given back.
-//!   A confirmed one with no row at all is I4's.
-//! - An answer that the HTTP contract does not know breaks I10, and may have taken a ticket. I10 is also broken, where no fault struck, by an
-//!   undecided repeat or an unanswered request that no final answer follows. With faults, only what was sent after the last healing counts.
+//! - With rows, the rows show who has a ticket. Without rows, a confirmation does, and any unknown
+//!   outcome may be a ticket.
+//! - A released row without release time does not count for I1 and I3.
+//! - A 202 that is decided after its deadline breaks I4 and I10. Two equal observations of a final
+//!   state count as one.
+//! - Only an order that was accepted first, expired or declined may have held a ticket and have a
+//!   released row. Other refused orders have no row (I5).
+//! - "Expired" counts from the first sending of the order. "Already reserved" is false once an
+//!   answer has reported the reservation as over.
+//! - Buyers who only used another buyer's key do not count for I7. A rate-limited answer is not
+//!   final, neither for I7 nor for I9.
+//! - A refused order with a live row breaks I9, unless a request with unknown outcome was sent at
+//!   the same time or later, or tickets were released. A confirmed order without a row breaks I4.
+//! - An answer outside the HTTP contract breaks I10, and may have taken a ticket. Without faults,
+//!   I10 is also broken by a repeat with unknown outcome or an unanswered request that no final
+//!   answer follows. With faults, only requests sent after the last healing count.
 
 mod evidence;
 mod index;
@@ -27,7 +35,7 @@ pub use verdict::{Conclusion, Coverage, Finding, NotChecked, Tally, Verdict};
 
 use crate::history::History;
 
-/// Judges a history, in a time that grows with its length and hardly more.
+/// Judges a history, in time that is nearly linear in its length.
 pub fn judge(history: &History) -> Verdict {
     rules::judge(&index::Index::new(history))
 }

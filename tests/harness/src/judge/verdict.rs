@@ -1,4 +1,4 @@
-//! What the judge says.
+//! The verdict of the judge.
 
 use std::fmt;
 
@@ -7,31 +7,31 @@ use serde::Serialize;
 
 use super::Evidence;
 
-/// What a history breaks, what was looked at to say so, and what could not be looked at.
+/// The broken invariants of a history, the coverage of the run, and what could not be checked.
 #[derive(Clone, Debug, Serialize)]
 pub struct Verdict {
     /// At most one for each invariant, in the order of their codes.
     pub findings: Vec<Finding>,
     /// The sale in numbers.
     pub tally: Tally,
-    /// How hard the system was tried.
+    /// How hard the system was stressed.
     pub coverage: Coverage,
-    /// What this history can't show.
+    /// What could not be checked on this history.
     pub not_checked: Vec<NotChecked>,
 }
 
 /// A broken invariant.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
-    /// Which.
+    /// The invariant.
     pub invariant: Invariant,
-    /// How often.
+    /// The number of cases.
     pub count: u64,
     /// One sentence with the numbers.
     pub summary: String,
     /// The smallest case of it.
     pub evidence: Option<Evidence>,
-    /// A question for the reader; the answer is the reader's.
+    /// A question for the reader that leads to the cause.
     pub question: &'static str,
 }
 
@@ -40,44 +40,45 @@ pub struct Finding {
 pub struct Tally {
     /// Tickets on sale.
     pub capacity: u64,
-    /// Reservations that hold a ticket; where rows could not be read, those that buyers were told of.
+    /// Reservations that hold a ticket; without rows, those that were confirmed to buyers.
     pub sold: u64,
     /// The stock at quiescence.
     pub stock: Option<i64>,
-    /// Tickets sold that were not there.
+    /// Tickets sold beyond the capacity.
     pub oversold_by: u64,
-    /// Reservations too many for their buyer.
+    /// Reservations beyond one per buyer.
     pub duplicates: u64,
 }
 
-/// How hard the system was tried.
+/// How hard the system was stressed.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Coverage {
     /// Requests sent.
     pub requests: u64,
-    /// Requests under way at the same time, at most.
+    /// The maximum number of requests in flight.
     pub greatest_overlap: u64,
     /// Faults that struck.
     pub faults: u64,
 }
 
-/// Something that this history can't show.
+/// An invariant that could not be checked on this history, or only in part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NotChecked {
-    /// The invariant, or a part of it.
+    /// The invariant.
     pub invariant: Invariant,
-    /// Why not.
+    /// The reason.
     pub why: &'static str,
 }
 
-/// What a verdict means for a strategy that made promises.
+/// A verdict compared with a strategy's promises.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Conclusion {
-    /// It kept what it keeps, and was seen to break what it breaks.
+    /// The strategy kept what it promises to keep, and was observed to break what it declares to
+    /// break.
     AsPromised,
-    /// It broke these, and had promised to keep them.
+    /// The strategy broke these invariants, which it promises to keep.
     Broken(Vec<Invariant>),
-    /// The run did not stress it enough to show what it breaks.
+    /// The run did not stress the strategy enough to show that it breaks these invariants.
     Inconclusive(Vec<Invariant>),
 }
 
@@ -87,14 +88,14 @@ impl Verdict {
         self.findings.iter().any(|finding| finding.invariant == invariant)
     }
 
-    /// Holds the verdict against what was promised.
+    /// Compares the verdict with the promises.
     pub fn conclude(&self, promises: &Promises) -> Conclusion {
         Conclusion::of(promises, |invariant| self.breaks(invariant))
     }
 }
 
 impl Conclusion {
-    /// Holds what was seen to break against what was promised.
+    /// Compares the observed violations with the promises.
     pub fn of(promises: &Promises, breaks: impl Fn(Invariant) -> bool) -> Self {
         let broken: Vec<Invariant> = promises
             .those(Promise::Keeps)
@@ -130,7 +131,7 @@ impl fmt::Display for Conclusion {
 }
 
 impl fmt::Display for Verdict {
-    /// A report for people.
+    /// A readable report.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tally {
             capacity, sold, stock, ..

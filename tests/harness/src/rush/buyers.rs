@@ -1,4 +1,5 @@
-//! The buyers: each clicks, and repeats what stayed undecided, under the same key, until a patience runs out.
+//! The buyers: each sends its requests, and repeats those with unknown outcome under the same key,
+//! until a timeout.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -22,21 +23,21 @@ use uuid::Uuid;
 
 use super::{
     Rush, SALE, Servers,
-    connection::{Answered, Connection},
+    connection::{Connection, HttpResponse},
     report::Clock,
 };
 use crate::history::{Answer, Ending, Micros, Refused, Request};
 
-/// How many connections are opened at once: fewer than a listener's backlog.
+/// Number of connections that are opened concurrently: less than a listener's backlog.
 const OPENING_AT_ONCE: usize = 64;
 
-/// How often an accepted order is asked about until its final state is there.
-const ASK_AGAIN: Duration = Duration::from_millis(5);
+/// The first pause between two reads of an accepted order's state.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
 
-/// It is asked less and less often, down to this.
+/// The longest pause between two reads; pauses double up to it.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// Everybody is here and connected; nobody has asked yet.
+/// The closed gate: every buyer is connected, and no request has been sent.
 pub(super) struct Gate {
     buyers: JoinSet<Vec<Sent>>,
     opened: Arc<Barrier>,
@@ -51,10 +52,10 @@ struct Start {
     healings: watch::Receiver<usize>,
 }
 
-/// What came of a rush, as its clients saw it.
+/// The requests of a rush, as their clients saw them.
 pub(super) struct Released {
     pub(super) requests: Vec<Request>,
-    /// Which instance each request was sent to.
+    /// The instance that each request was sent to.
     pub(super) sent_to: HashMap<u64, SocketAddr>,
     pub(super) clock: Clock,
 }
@@ -62,7 +63,7 @@ pub(super) struct Released {
 /// A request, and the instance that it was sent to.
 type Sent = (Request, SocketAddr);
 
-/// One click of one buyer, and every repeat of it.
+/// One click of one buyer, and all its repeats.
 struct Click {
     number: u64,
     buyer: BuyerId,
@@ -71,7 +72,7 @@ struct Click {
     /// The instance at the other end.
     address: SocketAddr,
     live: watch::Receiver<Vec<SocketAddr>>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Gate {
@@ -105,16 +106,16 @@ impl Gate {
                     connection: Some(connection),
                     address,
                     live: live.clone(),
-                    patience: rush.patience,
+                    timeout: rush.timeout,
                 });
         let mut buyers = JoinSet::new();
         for buyer in 0..rush.buyers as usize {
-            // One task for all clicks of a buyer: they leave in the same breath.
+            // One task for all clicks of a buyer, which sends them back to back.
             let clicks: Vec<Click> = clicks.by_ref().take(rush.clicks as usize).collect();
             let wave = buyer * rush.waves() / rush.buyers as usize;
             buyers.spawn(buy(clicks, wave, started.clone(), opened.clone()));
         }
-        // Every buyer has run up to the gate before it opens.
+        // Every buyer waits at the gate before it opens.
         opened.wait().await;
         Ok(Self {
             buyers,
@@ -124,7 +125,8 @@ impl Gate {
         })
     }
 
-    /// Opens, and waits until everybody has gone home. Each wave of buyers but the first comes when one more fault has been mended.
+    /// Opens the gate, and waits until every buyer has finished. Each wave of buyers after the
+    /// first starts when one more fault is healed.
     pub(super) async fn open(
         self,
         started_us: Micros,
@@ -144,7 +146,7 @@ impl Gate {
         let mut requests: Vec<Request> = sent.into_iter().map(|(request, _)| request).collect();
         let address = self.live.borrow().first().copied();
         if let Some(address) = address {
-            look_again(&mut requests, address, started_us).await;
+            recheck(&mut requests, address, started_us).await;
         }
         requests.sort_by_key(|request| (request.sent_us, request.request));
         Released {
@@ -155,8 +157,9 @@ impl Gate {
     }
 }
 
-/// A final state never changes: everybody whose order was accepted asks once more, now that all is decided.
-pub async fn look_again(requests: &mut [Request], address: SocketAddr, started_us: Micros) {
+/// Reads every accepted order's state once more after all are decided, as a final state must never
+/// change.
+pub async fn recheck(requests: &mut [Request], address: SocketAddr, started_us: Micros) {
     let Ok(mut connection) = Connection::open(address).await else {
         return;
     };
@@ -181,7 +184,7 @@ pub async fn look_again(requests: &mut [Request], address: SocketAddr, started_u
     }
 }
 
-/// One buyer, up to the gate and, when the wave is let in, through it.
+/// One buyer: waits at the gate and for its wave, then sends its requests.
 async fn buy(
     clicks: Vec<Click>,
     wave: usize,
@@ -191,12 +194,12 @@ async fn buy(
     opened.wait().await;
     drop(opened);
     let Ok(start) = started.wait_for(Option::is_some).await.map(|start| start.clone()) else {
-        return vec![]; // The rush was given up before it began.
+        return vec![]; // The rush was aborted before it began.
     };
     drop(started);
     let Some(mut start) = start else { return vec![] };
     if start.healings.wait_for(|healed| *healed >= wave).await.is_err() {
-        return vec![]; // A fault before this wave could not be carried out, and the rush is given up.
+        return vec![]; // A fault before this wave failed, and the rush is aborted.
     }
     join_all(clicks.into_iter().map(|click| click.run(start.clone())))
         .await
@@ -215,7 +218,7 @@ impl Click {
             let undecided = request.answer == Answer::Indeterminate;
             requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
-            let left = self.patience.saturating_sub(Duration::from_micros(spent_us));
+            let left = self.timeout.saturating_sub(Duration::from_micros(spent_us));
             if !undecided || left.is_zero() {
                 return requests;
             }
@@ -223,7 +226,7 @@ impl Click {
         }
     }
 
-    /// Sends one request and follows it to its end. Also tells how long to wait before a repeat.
+    /// Sends one request and follows it to its final state. Also returns the pause before a repeat.
     async fn ask(&mut self, number: u64, start: &Start) -> (Sent, Duration) {
         let started_us = start.started_us;
         let mut request = Request {
@@ -236,17 +239,17 @@ impl Click {
             steps: vec![],
         };
         let mut retry_after = jittered(Duration::from_millis(50));
-        // The client's own deadline: it hangs up, the server may go on.
-        let sending = timeout(self.patience, self.send(number)).await;
+        // The client's own deadline: the client disconnects, the server may continue.
+        let sending = timeout(self.timeout, self.send(number)).await;
         start.answered.send_modify(|answered| *answered += 1);
-        // An order that is accepted may be followed elsewhere.
+        // An accepted order may be followed on another instance.
         let sent_to = self.address;
         if let Ok(Ok(answered)) = sending {
             request.answered_us = Some(now_monotonic_us() - started_us);
             if let Some(pause) = self::retry_after(&answered.headers) {
                 retry_after = jittered(pause);
             }
-            request.answer = self.understand(answered, started_us).await;
+            request.answer = self.classify(answered, started_us).await;
         }
         if request.answered_us.is_none() {
             self.connection = None;
@@ -254,12 +257,13 @@ impl Click {
         ((request, sent_to), retry_after)
     }
 
-    async fn send(&mut self, number: u64) -> anyhow::Result<Answered> {
+    async fn send(&mut self, number: u64) -> anyhow::Result<HttpResponse> {
         let request = order(SALE, self.buyer, &self.key, number)?;
         self.connection().await?.send(request).await
     }
 
-    /// The buyer's connection; a new one, to an instance that lives, if the old one is gone or leads to one that does not.
+    /// The buyer's connection; a new one to a live instance if it is closed or its instance is
+    /// gone.
     async fn connection(&mut self) -> anyhow::Result<&mut Connection> {
         let live = self.live.borrow().clone();
         let gone = self.connection.as_mut().is_some_and(Connection::is_closed);
@@ -277,11 +281,11 @@ impl Click {
         Ok(self.connection.insert(connection))
     }
 
-    async fn understand(&mut self, answered: Answered, started_us: Micros) -> Answer {
-        match understand(&answered) {
-            Understood::Final(answer) => answer,
-            Understood::Accepted { reservation, location } => {
-                let ending = timeout(self.patience, self.follow(&location, started_us))
+    async fn classify(&mut self, answered: HttpResponse, started_us: Micros) -> Answer {
+        match classify(&answered) {
+            Classified::Final(answer) => answer,
+            Classified::Accepted { reservation, location } => {
+                let ending = timeout(self.timeout, self.follow(&location, started_us))
                     .await
                     .ok()
                     .flatten();
@@ -290,16 +294,16 @@ impl Click {
         }
     }
 
-    /// Waits for the event that tells how an accepted order ended, at any instance that lives. Where there are no events, asks for its state
-    /// again and again.
+    /// Waits for an accepted order's final event, on any live instance. Without event streams,
+    /// polls its state.
     async fn follow(&mut self, location: &str, started_us: Micros) -> Option<Ending> {
-        let mut pause = ASK_AGAIN;
+        let mut pause = FIRST_PAUSE;
         let mut events = true;
         loop {
             let state = match self.connection().await {
                 Err(_) => None,
                 Ok(connection) if events => {
-                    let told = State::told(connection, location).await;
+                    let told = State::from_events(connection, location).await;
                     events = told.as_ref().map_or(true, Option::is_some);
                     told.ok().flatten()
                 }
@@ -318,19 +322,20 @@ impl Click {
     }
 }
 
-/// How an accepted order ended, as an answer of `GET /api/reservations/{id}` or a stream of its events tells it: `None` while it is under way;
-/// then whether, and why, it was refused.
-pub fn decided(answered: &Answered) -> Option<Option<Refused>> {
+/// The final state of an accepted order in a response of `GET /api/reservations/{id}` or its event
+/// stream: `None` while it is pending, `Some(None)` if it is confirmed, otherwise the reason of the
+/// refusal.
+pub fn final_state(answered: &HttpResponse) -> Option<Option<Refused>> {
     State::of(answered).ok()?.decided()
 }
 
-/// Whether an answer is a stream of events, read to its end.
-pub fn are_events(answered: &Answered) -> bool {
+/// Whether a response is an event stream, read to its end.
+pub fn is_event_stream(answered: &HttpResponse) -> bool {
     let kind = answered.headers.get(header::CONTENT_TYPE);
     answered.status == StatusCode::OK && kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 
-/// A reservation as `GET /api/reservations/{id}` tells it.
+/// The state of a reservation in a response of `GET /api/reservations/{id}`.
 #[derive(Deserialize)]
 struct State {
     status: String,
@@ -344,16 +349,17 @@ impl State {
         Self::of(&connection.send(request).await?)
     }
 
-    /// The last event of an order; the stream ends when it is final. `None`: there are no events here.
-    async fn told(connection: &mut Connection, location: &str) -> anyhow::Result<Option<Self>> {
+    /// Reads the last event of an order; the stream ends with the final state. `None`: the server
+    /// has no event stream.
+    async fn from_events(connection: &mut Connection, location: &str) -> anyhow::Result<Option<Self>> {
         let request = HttpRequest::get(format!("{location}/events")).body(Full::default())?;
         let answered = connection.send(request).await?;
-        are_events(&answered).then(|| Self::of(&answered)).transpose()
+        is_event_stream(&answered).then(|| Self::of(&answered)).transpose()
     }
 
-    /// As the body of an answer tells it, or the last of its events.
-    fn of(answered: &Answered) -> anyhow::Result<Self> {
-        if !are_events(answered) {
+    /// Parses the body of a response, or the last event of a stream.
+    fn of(answered: &HttpResponse) -> anyhow::Result<Self> {
+        if !is_event_stream(answered) {
             return Ok(serde_json::from_slice(&answered.body)?);
         }
         let text = str::from_utf8(&answered.body)?;
@@ -363,7 +369,8 @@ impl State {
         )?)
     }
 
-    /// `None` while it is under way; then whether, and why, it was refused.
+    /// `None` while the order is pending, `Some(None)` if it is confirmed, otherwise the reason of
+    /// the refusal.
     #[expect(clippy::option_option, reason = "not decided yet, decided yes, decided no")]
     fn decided(&self) -> Option<Option<Refused>> {
         match (self.status.as_str(), self.reason.as_deref()) {
@@ -374,21 +381,21 @@ impl State {
     }
 }
 
-/// What an HTTP answer to a reservation means.
-pub enum Understood {
-    /// All there is to know.
+/// The meaning of an HTTP response to a reservation.
+pub enum Classified {
+    /// The answer is complete.
     Final(Answer),
-    /// 202: the final state comes later.
+    /// 202: the final state follows later.
     Accepted {
         /// The order's id.
         reservation: Uuid,
-        /// Where to ask for its state.
+        /// The URL of its state.
         location: String,
     },
 }
 
-/// What an HTTP answer means, by the contract that all levels share.
-pub fn understand(answered: &Answered) -> Understood {
+/// Classifies an HTTP response by the contract that all levels share.
+pub fn classify(answered: &HttpResponse) -> Classified {
     let answer = match answered.status {
         StatusCode::CREATED => reservation(answered).map(|reservation| Answer::Confirmed { reservation }),
         StatusCode::ACCEPTED => {
@@ -398,7 +405,7 @@ pub fn understand(answered: &Answered) -> Understood {
                 .and_then(|location| location.to_str().ok());
             if let (Some(reservation), Some(location)) = (reservation(answered), location) {
                 let location = location.to_owned();
-                return Understood::Accepted { reservation, location };
+                return Classified::Accepted { reservation, location };
             }
             None
         }
@@ -406,7 +413,7 @@ pub fn understand(answered: &Answered) -> Understood {
         StatusCode::TOO_MANY_REQUESTS => Some(Answer::Refused(Refused::RateLimited)),
         _ => refused(answered).map(Answer::Refused),
     };
-    Understood::Final(answer.unwrap_or_else(|| {
+    Classified::Final(answer.unwrap_or_else(|| {
         let start: String = String::from_utf8_lossy(&answered.body).chars().take(200).collect();
         Answer::Unexpected {
             what: format!("{} {start}", answered.status),
@@ -414,13 +421,13 @@ pub fn understand(answered: &Answered) -> Understood {
     }))
 }
 
-fn reservation(answered: &Answered) -> Option<Uuid> {
+fn reservation(answered: &HttpResponse) -> Option<Uuid> {
     serde_json::from_slice::<api::Reservation>(&answered.body)
         .ok()
         .map(|reservation| reservation.id)
 }
 
-fn refused(answered: &Answered) -> Option<Refused> {
+fn refused(answered: &HttpResponse) -> Option<Refused> {
     let problem: api::Problem = serde_json::from_slice(&answered.body).ok()?;
     let kind = ProblemKind::from_uri(&problem.kind).filter(|kind| kind.status() == answered.status)?;
     Refused::from_name(kind.name(), problem.reservation_id)
@@ -435,13 +442,14 @@ fn order(sale: SaleId, buyer: BuyerId, key: &str, number: u64) -> anyhow::Result
         .body(Full::from(body))?)
 }
 
-/// The pause that an undecided answer asks for, where it does.
+/// The pause of a `Retry-After` header, if present.
 pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
     Some(Duration::from_secs(seconds))
 }
 
-/// Somewhere between the time and one and a half times it, so that those who were refused together do not come back together.
+/// A random time between `pause` and 1.5 times `pause`, so that clients rejected together do not
+/// retry together.
 pub fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(1.0..1.5))
 }

@@ -1,4 +1,4 @@
-//! One buyer's connection: HTTP/1.1, open and warm before the gate opens.
+//! A buyer's HTTP/1.1 connection.
 
 use std::{net::SocketAddr, pin::pin};
 
@@ -18,13 +18,13 @@ use tokio::net::TcpStream;
 pub struct Connection {
     address: SocketAddr,
     sender: SendRequest<Full<Bytes>>,
-    /// Moves the bytes, in the task that sends: handed to a task of its own, the clicks of one buyer would leave in whatever order the
-    /// scheduler likes.
+    /// Drives the connection in the task that sends. With its own task, the scheduler would choose
+    /// the order in which a buyer's clicks are sent.
     driver: Option<Driver<TokioIo<TcpStream>, Full<Bytes>>>,
 }
 
-/// An answer, read to its last byte.
-pub struct Answered {
+/// An HTTP response, read to its last byte.
+pub struct HttpResponse {
     /// The status.
     pub status: StatusCode,
     /// The headers.
@@ -34,10 +34,10 @@ pub struct Answered {
 }
 
 impl Connection {
-    /// Connects.
+    /// Opens a connection.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// Fails if no server listens at the address.
     pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
         let stream = TcpStream::connect(address)
             .await
@@ -51,7 +51,8 @@ impl Connection {
         })
     }
 
-    /// Connects, and asks whether the server is ready, so that the first real request finds everything warm, its database pool too.
+    /// Opens a connection and requests `/readyz`, so that the first reservation finds connection
+    /// and database pool warm.
     pub(super) async fn open_warm(address: SocketAddr) -> anyhow::Result<Self> {
         let mut connection = Self::open(address).await?;
         let answered = connection.send(Request::get("/readyz").body(Full::default())?).await?;
@@ -63,17 +64,17 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Sends a request and reads the answer to its end.
+    /// Sends a request and reads the whole response.
     ///
     /// # Errors
-    /// The connection ends before the answer does.
-    pub async fn send(&mut self, mut request: Request<Full<Bytes>>) -> anyhow::Result<Answered> {
+    /// Fails if the connection ends before the response does.
+    pub async fn send(&mut self, mut request: Request<Full<Bytes>>) -> anyhow::Result<HttpResponse> {
         request.headers_mut().insert(HOST, self.address.to_string().parse()?);
         let sender = &mut self.sender;
         let mut exchange = pin!(async move {
             sender.ready().await?;
             let (head, body) = sender.send_request(request).await?.into_parts();
-            anyhow::Ok(Answered {
+            anyhow::Ok(HttpResponse {
                 status: head.status,
                 headers: head.headers,
                 body: body.collect().await?.to_bytes(),
@@ -83,7 +84,7 @@ impl Connection {
             tokio::select! {
                 biased;
                 answered = &mut exchange => return answered,
-                // The server closed; what it had said before is still to be read.
+                // The server has closed; what it sent before is still to be read.
                 _ = driver => self.driver = None,
             }
         }

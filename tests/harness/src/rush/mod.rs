@@ -1,7 +1,8 @@
-//! A rush: N buyers, released at once through a gate, against one sale.
+//! A rush: N buyers, released at once through a gate, compete for one sale.
 //!
-//! Servers are real processes and buyers talk HTTP, each over a connection of its own that is open and warm before the gate opens.
-//! What happened is written down as a [`History`]; the judge reads nothing else.
+//! Servers are real processes. Each buyer sends HTTP requests over its own connection, which is
+//! open and warm before the gate opens. The rush records a [`History`], which is the judge's only
+//! input.
 
 mod buyers;
 mod connection;
@@ -17,8 +18,8 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use buyers::{Understood, are_events, decided, jittered, look_again, retry_after, understand};
-pub use connection::{Answered, Connection};
+pub use buyers::{Classified, classify, final_state, is_event_stream, jittered, recheck, retry_after};
+pub use connection::{Connection, HttpResponse};
 pub use report::{Answers, Clock, Latency, Report};
 pub use servers::{Program, Servers, Steps};
 
@@ -28,35 +29,39 @@ use crate::{
     rows,
 };
 
-/// Two rushes at once would be each other's load, and where a lock is waited for by a thousand buyers, the patience of the last would end with it.
+/// Serialises rushes. Concurrent rushes would load each other, and if a thousand buyers wait for a
+/// lock, the last ones would time out.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-/// The sale that a rush opens.
+/// The id of the sale that a rush opens.
 pub const SALE: SaleId = 1;
 
-/// How a rush is run. The defaults are the question of this workbook: 1,000 buyers, 100 tickets, one instant.
+/// The parameters of a rush. The defaults are this workbook's question: 1,000 buyers, 100 tickets,
+/// one instant.
 #[derive(Clone, Debug)]
 pub struct Rush {
     /// Tickets on sale.
     pub capacity: u32,
-    /// Buyers, all at once.
+    /// Number of buyers, all released at once.
     pub buyers: u32,
-    /// Requests each buyer sends at once, each under its own key.
+    /// Number of requests that each buyer sends at once, each under its own key.
     pub clicks: u32,
-    /// Server processes that the buyers are spread over.
+    /// Number of server processes that the buyers are distributed over.
     pub instances: usize,
-    /// Business time inside the critical section.
+    /// Simulated work inside the critical section.
     pub work: Duration,
-    /// How long the commit of a reservation takes at least. The suite's Postgres does not wait for a disk, as one that is durable does.
+    /// Minimum duration of a reservation's commit. Simulates the disk, which the harness's Postgres
+    /// does not wait for.
     pub commit: Duration,
-    /// Connections in each server's pool. `None`: the server's own default.
+    /// Size of each server's connection pool. `None`: the server's default.
     pub pool_size: Option<u32>,
-    /// How long a buyer repeats an undecided request before giving up; also the deadline of a single request.
-    pub patience: Duration,
-    /// Whether the servers write down every step of every request, for the evidence of a verdict.
+    /// Time for which a buyer repeats a request with unknown outcome; also the deadline of a single
+    /// request.
+    pub timeout: Duration,
+    /// Whether the servers trace every step of every request, as evidence for a verdict.
     pub traced: bool,
-    /// What to do to the servers while they sell. With faults, buyers come in waves: the first when the gate opens, one more when each fault
-    /// has been mended, or has struck where it is not mended.
+    /// Faults to inject during the sale. With faults, buyers come in waves: the first when the gate
+    /// opens, and one more when each fault is healed or, if it is permanent, has struck.
     pub faults: Vec<PlannedFault>,
 }
 
@@ -70,45 +75,46 @@ impl Default for Rush {
             work: Duration::ZERO,
             commit: Duration::ZERO,
             pool_size: None,
-            patience: Duration::from_secs(20),
+            timeout: Duration::from_secs(20),
             traced: false,
             faults: vec![],
         }
     }
 }
 
-/// Something to do to a server while it sells.
+/// A fault to inject into an instance during a sale.
 #[derive(Clone, Copy, Debug)]
 pub struct PlannedFault {
-    /// Strikes as soon as so many requests have their answer, be it only that their order is accepted, counted from the gate's opening or the
-    /// mending of the fault before.
+    /// Strikes once this number of requests are answered (a 202 counts), counted from the opening
+    /// of the gate or the healing of the previous fault.
     pub after_answers: u64,
-    /// Which instance, counted from 0.
+    /// Index of the instance, from 0.
     pub instance: usize,
-    /// What happens to it.
+    /// The kind of fault.
     pub kind: FaultKind,
 }
 
 /// An instance that a fault struck.
 #[derive(Clone, Copy, Debug)]
 pub struct Struck {
-    /// Where it listened.
+    /// The address of the instance.
     pub address: SocketAddr,
-    /// Where the one listens that took its place. `None`: none did.
+    /// The address of its replacement, if any.
     pub replaced_by: Option<SocketAddr>,
 }
 
-/// What happens to an instance.
+/// The kind of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
-    /// SIGKILL, and it stays away.
+    /// SIGKILL without replacement.
     Kill,
-    /// SIGTERM; once it has left, a new one takes its place.
+    /// SIGTERM; a new instance replaces it once it has exited.
     Restart,
 }
 
 impl Rush {
-    /// The rush that tries a strategy's guarantee: the defaults, with the clicks that it needs.
+    /// The rush that tests a strategy's guarantee: the defaults, with the strategy's number of
+    /// clicks.
     pub fn for_strategy(strategy: &Strategy) -> Self {
         Self {
             clicks: strategy.clicks,
@@ -116,65 +122,66 @@ impl Rush {
         }
     }
 
-    /// The same, over so many instances.
+    /// Sets the number of instances.
     pub fn instances(self, instances: usize) -> Self {
         Self { instances, ..self }
     }
 
-    /// The same, with every step written down.
+    /// Traces every step.
     pub fn traced(self) -> Self {
         Self { traced: true, ..self }
     }
 
-    /// The same, with one more fault.
+    /// Adds a fault.
     pub fn fault(mut self, fault: PlannedFault) -> Self {
         self.faults.push(fault);
         self
     }
 
-    /// How many waves the buyers come in.
+    /// The number of waves of buyers.
     fn waves(&self) -> usize {
         self.faults.len() + 1
     }
 
-    /// Starts the servers on a fresh database of the shared backends, and runs the rush.
+    /// Starts the servers on a new database of the shared backends, and runs the rush.
     ///
     /// # Errors
-    /// A backend is missing, or a server does not start or stop as it should. What buyers are told is never an error here: the judge
-    /// decides about that.
+    /// Fails if a backend is missing, or a server does not start or stop as it should. Answers to
+    /// buyers are never an error here; the judge checks them.
     pub async fn run(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let stand = TestEnvironment::shared(strategy).await?;
-        self.run_on(&stand, program, level, strategy).await
+        let environment = TestEnvironment::shared(strategy).await?;
+        self.run_on(&environment, program, level, strategy).await
     }
 
-    /// The same, and from when its buyers come it has the machine to itself, as far as other rushes of this process go that are run like this.
+    /// Runs the rush like [`run`](Self::run), but not concurrently with other rushes that this
+    /// process runs through this method.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn run_alone(&self, program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<Report> {
-        let stand = TestEnvironment::shared(strategy).await?;
-        self.run_in_turn(Some(&ONE_AT_A_TIME), &stand, program, level, strategy)
+        let environment = TestEnvironment::shared(strategy).await?;
+        self.run_in_turn(Some(&ONE_AT_A_TIME), &environment, program, level, strategy)
             .await
     }
 
-    /// The same, on backends of the caller's.
+    /// Runs the rush like [`run`](Self::run), on the caller's backends.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn run_on(
         &self,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Report> {
-        self.run_in_turn(None, stand, program, level, strategy).await
+        self.run_in_turn(None, environment, program, level, strategy).await
     }
 
     async fn run_in_turn(
         &self,
         turns: Option<&Mutex<()>>,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -188,10 +195,10 @@ impl Rush {
                 fault.after_answers
             );
         }
-        let servers = Servers::start(self, stand, program, level, strategy).await?;
+        let servers = Servers::start(self, environment, program, level, strategy).await?;
         servers.open_sale(SALE, self.capacity).await?;
         if !self.commit.is_zero() {
-            slow_commits_down(stand.database(), self.commit).await?;
+            delay_commits(environment.database(), self.commit).await?;
         }
 
         let turn = match turns {
@@ -206,18 +213,18 @@ impl Rush {
         let started_us = now_monotonic_us();
         let (released, faults) = tokio::join!(
             gate.open(started_us, Arc::new(answered), healings),
-            strike(&self.faults, answers, healed, &servers, started_us)
+            inject_faults(&self.faults, answers, healed, &servers, started_us)
         );
         let (faults, struck) = faults?.into_iter().unzip();
 
         let mut requests = released.requests;
-        nothing_waits(level, stand, self.patience).await?;
+        wait_for_zero_lag(level, environment, self.timeout).await?;
         let retries = servers.retries().await?;
         drop(turn);
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
 
-        let pool = stand.database().pool(1).await?;
+        let pool = environment.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
         let history = History {
@@ -226,7 +233,7 @@ impl Rush {
                 strategy: format!("{}/{}", level.name, strategy.name),
                 sale: SALE,
                 capacity: self.capacity.into(),
-                deadline_us: micros(self.patience),
+                deadline_us: micros(self.timeout),
                 expiry_us: None,
                 stock: Some(sold.stock),
             },
@@ -242,34 +249,35 @@ impl Rush {
     }
 }
 
-/// Waits until every message is passed by the group that decides. What is decided after the rows were read would be an oversell that nobody has seen.
-async fn nothing_waits(level: &Level, stand: &TestEnvironment, patience: Duration) -> anyhow::Result<()> {
+/// Waits until the consumer lag is 0. An order decided after the rows were read could be an
+/// unnoticed oversell.
+async fn wait_for_zero_lag(level: &Level, environment: &TestEnvironment, timeout: Duration) -> anyhow::Result<()> {
     const ANSWER: Duration = Duration::from_secs(5);
-    const LOOK_EVERY: Duration = Duration::from_millis(20);
+    const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-    let (Some(lag), Some(place)) = (level.lag, stand.kafka(0, ANSWER)) else {
+    let (Some(lag), Some(place)) = (level.lag, environment.kafka(0, ANSWER)) else {
         return Ok(());
     };
-    let gave_up = Instant::now() + patience;
+    let gave_up = Instant::now() + timeout;
     loop {
         let place = place.clone();
         let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await?;
         if let Ok(0) = waiting {
             return Ok(());
         }
-        // An error may pass: for a moment the broker knows nothing of a group or a topic that is new.
+        // An error may be transient: for a moment the broker does not know a new group or topic.
         if gave_up <= Instant::now() {
-            let waiting = waiting.context("nobody can say whether messages wait to be decided")?;
+            let waiting = waiting.context("the consumer lag is unknown")?;
             bail!(
-                "{patience:?} after the last answer {waiting} messages still wait to be decided, so nobody can say what was sold"
+                "{timeout:?} after the last answer {waiting} messages are still not decided, so the number of tickets sold is unknown"
             );
         }
-        sleep(LOOK_EVERY).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 
-/// From here on whoever commits a reservation waits for so long, in Postgres, before anybody else can see it.
-async fn slow_commits_down(database: &Database, by: Duration) -> anyhow::Result<()> {
+/// Delays every commit of a reservation in Postgres by this time, before its changes are visible.
+async fn delay_commits(database: &Database, by: Duration) -> anyhow::Result<()> {
     let pool = database.pool(1).await?;
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
         "create function take_time() returns trigger language plpgsql
@@ -284,8 +292,9 @@ async fn slow_commits_down(database: &Database, by: Duration) -> anyhow::Result<
     Ok(())
 }
 
-/// Carries out the plan, each fault at its moment, writes down when it struck and when it was mended, and lets the next buyers come.
-async fn strike(
+/// Injects the planned faults in order, records when each struck and healed, and starts the next
+/// wave of buyers after each.
+async fn inject_faults(
     plan: &[PlannedFault],
     mut answers: watch::Receiver<u64>,
     healed: watch::Sender<usize>,

@@ -1,4 +1,4 @@
-//! What a rush measured, beside what the judge says of it.
+//! The report of a rush: its history, the verdict and the measurements.
 
 use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
@@ -14,81 +14,83 @@ use crate::{
     judge::{Verdict, judge},
 };
 
-/// A rush, judged and measured.
+/// A judged and measured rush.
 #[derive(Debug)]
 pub struct Report {
-    /// What happened.
+    /// The recorded history.
     pub history: History,
-    /// What the judge says of it.
+    /// The judge's verdict.
     pub verdict: Verdict,
-    /// How many requests got which answer.
+    /// The number of requests by answer.
     pub answers: Answers,
-    /// From a buyer's first click to the last answer to it. Clicks that never got one are left out.
+    /// Latency from the first sending of a click to its last answer. Clicks without an answer are
+    /// left out.
     pub answered: Latency,
-    /// How many clicks never got an answer.
+    /// The number of clicks without an answer.
     pub unanswered: usize,
-    /// From a buyer's first click to the final state, where orders are accepted first and decided later.
+    /// Latency from the first sending of a click to its final state, if orders are accepted first.
     pub completed: Option<Latency>,
-    /// From the opening of the gate until every buyer had an answer.
+    /// Time from the opening of the gate until every buyer had an answer.
     pub all_answered: Duration,
-    /// From the opening of the gate until the last order reached its final state, where orders are accepted first and decided later.
+    /// Time from the opening of the gate until the last order reached its final state, if orders
+    /// are accepted first.
     pub all_completed: Option<Duration>,
-    /// From the opening of the gate until the last buyer was gone.
+    /// Time from the opening of the gate until the last buyer had finished.
     pub took: Duration,
-    /// The share of this machine's processors that the clients themselves used in that time, from 0 to 1.
+    /// The clients' share of this machine's processor time during the rush, from 0 to 1.
     pub client_share: f64,
-    /// How often reservations started again because others were quicker, on the servers that were alive at the end.
+    /// The number of retries after a conflict, on the servers that were alive at the end.
     pub retries: u64,
-    /// Server processes.
+    /// The number of server processes.
     pub instances: usize,
-    /// What each of them did beside requests, as consumers do, where it was written down.
+    /// For each server, its traced steps outside requests, such as those of consumers.
     pub beside_requests: Vec<Vec<Record>>,
-    /// Which instance each request was sent to, by the request's number.
+    /// The instance that each request was sent to, by request id.
     pub sent_to: HashMap<u64, SocketAddr>,
     /// The instances that the faults struck, in the order of the history's faults.
     pub struck: Vec<Struck>,
 }
 
-/// How many requests got which answer.
+/// The number of requests by answer.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Answers {
     /// 201.
     pub confirmed: u64,
     /// 202.
     pub accepted: u64,
-    /// 409, every ticket is taken.
+    /// 409: every ticket is taken.
     pub sold_out: u64,
-    /// 409, the buyer has a reservation.
+    /// 409: the buyer has a reservation.
     pub already_reserved: u64,
     /// Every other refusal.
     pub otherwise_refused: u64,
     /// 503, or no answer.
     pub undecided: u64,
-    /// What the HTTP contract does not know.
+    /// A response outside the HTTP contract.
     pub unexpected: u64,
 }
 
-/// How long buyers waited, in milliseconds.
+/// Latency percentiles in milliseconds.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Latency {
-    /// Half of them at most so long.
+    /// Median.
     pub p50_ms: f64,
-    /// 95 of 100 at most so long.
+    /// 95th percentile.
     pub p95_ms: f64,
-    /// 99 of 100 at most so long.
+    /// 99th percentile.
     pub p99_ms: f64,
-    /// Nobody longer.
+    /// Maximum.
     pub max_ms: f64,
 }
 
-/// Wall-clock and processor time of the clients' own process.
+/// Wall-clock and processor time of the clients' process.
 pub struct Clock {
     wall: Duration,
     processor: Duration,
 }
 
 impl Clock {
-    /// Begins to count.
+    /// Starts the clock.
     pub fn start() -> Self {
         Self {
             wall: read(ClockId::Monotonic),
@@ -96,7 +98,7 @@ impl Clock {
         }
     }
 
-    /// Holds what has passed since [`start`](Self::start).
+    /// Stops the clock: holds the times since [`start`](Self::start).
     #[must_use]
     pub fn stop(self) -> Self {
         Self {
@@ -115,7 +117,8 @@ fn read(clock: ClockId) -> Duration {
 }
 
 impl Report {
-    /// Judges a history that was recorded while `clock` ran, with so many server processes. `retries` is what these counted.
+    /// Judges and measures a history that was recorded while `clock` ran. `retries` is the servers'
+    /// count.
     pub fn new(instances: usize, history: History, retries: u64, clock: &Clock) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let Waits {
@@ -142,12 +145,12 @@ impl Report {
         }
     }
 
-    /// Requests answered in a second, from the opening of the gate to the last answer.
+    /// Requests per second, from the opening of the gate to the last answer.
     pub fn requests_a_second(&self) -> f64 {
         self.history.requests.len() as f64 / self.all_answered.as_secs_f64()
     }
 
-    /// Tickets sold in a second, from the opening of the gate until nobody waited for a ticket any more.
+    /// Tickets sold per second, from the opening of the gate until no buyer was waiting.
     pub fn sales_a_second(&self) -> f64 {
         let all = self.all_completed.unwrap_or_default().max(self.all_answered);
         self.verdict.tally.sold as f64 / all.as_secs_f64()
@@ -200,7 +203,8 @@ fn ended_us(request: &Request) -> Option<Micros> {
     }
 }
 
-/// How long each click waited for its last answer, and for its final state; repeats are part of the wait.
+/// The time from a click's first sending to its last answer and to its final state, repeats
+/// included.
 struct Waits {
     answered: Vec<Micros>,
     completed: Vec<Micros>,

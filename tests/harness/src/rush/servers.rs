@@ -1,4 +1,4 @@
-//! The servers of a rush: real processes of the level's own program.
+//! The servers of a rush: processes of the level's own program.
 
 use std::{
     collections::HashMap,
@@ -25,14 +25,15 @@ use uuid::Uuid;
 
 use super::{Rush, connection::Connection};
 use crate::{
-    backends::{TestEnvironment, keeper},
+    backends::{TestEnvironment, reaper},
     history::{self, Micros, Step},
 };
 
-/// How long a server may take to listen, or to leave.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for a server to listen, or to exit.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How to start a server: a program, and the arguments and variables it takes. What a rush needs, it is told through its environment as well.
+/// How to start a server: a program, its arguments and its environment variables. A rush adds
+/// variables of its own.
 #[derive(Clone, Debug)]
 pub struct Program {
     executable: PathBuf,
@@ -59,17 +60,17 @@ struct Instance {
     traces: Vec<PathBuf>,
 }
 
-/// The steps that the servers wrote down.
+/// The steps that the servers traced.
 #[derive(Default)]
 pub struct Steps {
-    /// By the number of the request.
+    /// By the id of the request.
     of_requests: HashMap<u64, Vec<Record>>,
-    /// What each instance did beside requests.
+    /// For each instance, the steps outside requests.
     beside: Vec<Vec<Record>>,
 }
 
 impl Program {
-    /// A program that serves when it is started without arguments, as a level's own server does.
+    /// A program that serves when it is started without arguments, such as a level's server.
     pub fn new(executable: impl Into<PathBuf>) -> Self {
         Self {
             executable: executable.into(),
@@ -78,13 +79,13 @@ impl Program {
         }
     }
 
-    /// The same, started with one more argument.
+    /// Adds an argument.
     pub fn argument(mut self, argument: &str) -> Self {
         self.arguments.push(argument.to_owned());
         self
     }
 
-    /// The same, with one more variable in its environment.
+    /// Adds an environment variable.
     pub fn variable(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.environment.push((name, value.into()));
         self
@@ -92,13 +93,13 @@ impl Program {
 }
 
 impl Servers {
-    /// Starts the servers of a rush, all at once, and waits until each listens.
+    /// Starts the servers of a rush concurrently, and waits until each is ready.
     ///
     /// # Errors
-    /// One does not start; with the end of its log.
+    /// Fails, with the end of its log, if a server does not start.
     pub async fn start(
         rush: &Rush,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         level: &Level,
         strategy: &Strategy,
@@ -109,21 +110,22 @@ impl Servers {
             level.name,
             strategy.name
         );
-        Self::start_named(rush, stand, program, strategy.name).await
+        Self::start_named(rush, environment, program, strategy.name).await
     }
 
-    /// The same for a strategy that is known by its name only, as the program knows it.
+    /// Starts the servers like [`start`](Self::start), for a strategy given by its name in the
+    /// program.
     ///
     /// # Errors
     /// As [`start`](Self::start).
     pub async fn start_named(
         rush: &Rush,
-        stand: &TestEnvironment,
+        environment: &TestEnvironment,
         program: &Program,
         strategy: &str,
     ) -> anyhow::Result<Self> {
         let admin_token = Uuid::new_v4().to_string();
-        let mut environment = stand.environment();
+        let mut environment = environment.variables();
         environment.extend([
             ("HOST", "127.0.0.1".to_owned()),
             ("PORT", "0".to_owned()),
@@ -134,9 +136,9 @@ impl Servers {
         if let Some(pool_size) = rush.pool_size {
             environment.push(("DATABASE_POOL_SIZE", pool_size.to_string()));
         }
-        // Every buyer is an open file here as well.
+        // Every buyer is also an open file in this process.
         box_office::raise_open_files_limit();
-        let folder = keeper::folder("rush")?;
+        let folder = reaper::folder("rush")?;
         let mut servers = Self {
             program: program.clone(),
             environment,
@@ -158,15 +160,15 @@ impl Servers {
         Ok(servers)
     }
 
-    /// The addresses of those that live, as a proxy in front of them would know them.
+    /// The addresses of the live instances, as a load balancer would know them.
     pub fn live(&self) -> watch::Receiver<Vec<SocketAddr>> {
         self.live.subscribe()
     }
 
-    /// Opens a sale, as an administrator.
+    /// Opens a sale as an administrator.
     ///
     /// # Errors
-    /// The sale was open already, or there is no answer.
+    /// Fails if the sale is open already or the server does not answer.
     pub async fn open_sale(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
         let address = *self.live.borrow().first().context("no instance lives")?;
         let body = serde_json::to_vec(&api::NewSale {
@@ -187,12 +189,12 @@ impl Servers {
         Ok(())
     }
 
-    /// Where an instance listens, or listened last.
+    /// The current or last address of an instance.
     pub(super) async fn address(&self, instance: usize) -> anyhow::Result<SocketAddr> {
         Ok(self.instance(instance)?.lock().await.address)
     }
 
-    /// SIGKILL. The clients know at once that this instance is gone.
+    /// Kills an instance (SIGKILL). Clients stop using it at once.
     pub(crate) async fn kill(&self, instance: usize) -> anyhow::Result<ExitStatus> {
         let mut instance = self.instance(instance)?.lock().await;
         self.leave_out(instance.address);
@@ -200,7 +202,7 @@ impl Servers {
         Ok(instance.process.wait().await?)
     }
 
-    /// SIGTERM; when the process has left, a new one takes its place.
+    /// Terminates an instance (SIGTERM), and starts a new one once it has exited.
     pub(super) async fn restart(&self, number: usize) -> anyhow::Result<ExitStatus> {
         let mut instance = self.instance(number)?.lock().await;
         self.leave_out(instance.address);
@@ -212,15 +214,15 @@ impl Servers {
         Ok(status)
     }
 
-    /// The token that opens sales on these servers.
+    /// The administration token of these servers.
     pub fn admin_token(&self) -> &str {
         &self.admin_token
     }
 
-    /// The process of an instance.
+    /// The pid of an instance.
     ///
     /// # Errors
-    /// There is none.
+    /// Fails if the instance does not exist or has exited.
     pub async fn pid(&self, instance: usize) -> anyhow::Result<u32> {
         self.instance(instance)?
             .lock()
@@ -230,10 +232,11 @@ impl Servers {
             .context("it has left")
     }
 
-    /// How often reservations started again on the servers that live, as their metrics say. One whose metrics do not tell counts as none.
+    /// The sum of `oversold_retries_total` over the live servers. A server without this metric
+    /// counts as 0.
     ///
     /// # Errors
-    /// A server does not answer.
+    /// Fails if a server does not answer.
     pub async fn retries(&self) -> anyhow::Result<u64> {
         let live = self.live.borrow().clone();
         let mut retries = 0;
@@ -249,10 +252,11 @@ impl Servers {
         Ok(retries)
     }
 
-    /// SIGTERM to all that still run. Each must answer what is in flight and leave with exit code 0.
+    /// Terminates all running servers (SIGTERM). Each must answer its requests in flight and exit
+    /// with code 0.
     ///
     /// # Errors
-    /// One does not; with the end of its log.
+    /// Fails, with the end of its log, if a server does not.
     pub async fn stop(self) -> anyhow::Result<Steps> {
         let mut steps = Steps::default();
         for instance in self.instances {
@@ -291,7 +295,7 @@ impl Servers {
     async fn launch(&self, number: usize, generation: usize) -> anyhow::Result<Instance> {
         let name = format!("instance-{}-{generation}", number + 1);
         let log = self.folder.join(format!("{name}.log"));
-        let mut command = Command::from(keeper::command(&self.program.executable)?);
+        let mut command = Command::from(reaper::command(&self.program.executable)?);
         command
             .args(&self.program.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
@@ -313,7 +317,7 @@ impl Servers {
         let output = process.stdout.take().context("its output is piped")?;
         let mut line = String::new();
         let mut output = AsyncBufReader::new(output);
-        let read = timeout(PATIENCE, output.read_line(&mut line)).await;
+        let read = timeout(TIMEOUT, output.read_line(&mut line)).await;
         let address = line
             .trim()
             .rsplit_once("http://")
@@ -326,7 +330,7 @@ impl Servers {
                 traces,
             }),
             (Err(_), _) => bail!(
-                "after {PATIENCE:?} the server did not say where it listens\n{}",
+                "after {TIMEOUT:?} the server did not say where it listens\n{}",
                 tail(&log)
             ),
             (Ok(read), _) => {
@@ -341,20 +345,20 @@ impl Instance {
     async fn terminate(&mut self) -> anyhow::Result<ExitStatus> {
         let pid = self.process.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         kill_process(pid.context("it has left already")?, Signal::TERM)?;
-        timeout(PATIENCE, self.process.wait())
+        timeout(TIMEOUT, self.process.wait())
             .await
-            .map_err(|_| anyhow!("{PATIENCE:?} after SIGTERM the server still runs\n{}", tail(&self.log)))?
+            .map_err(|_| anyhow!("{TIMEOUT:?} after SIGTERM the server still runs\n{}", tail(&self.log)))?
             .map_err(Into::into)
     }
 }
 
 impl Steps {
-    /// What the server wrote down of one request.
+    /// The traced steps of a request.
     pub fn of(&self, request: u64) -> &[Record] {
         self.of_requests.get(&request).map_or(&[], Vec::as_slice)
     }
 
-    /// Puts each request's steps beside it. What is left is what each instance did beside requests.
+    /// Adds its steps to each request, and returns the remaining steps of each instance.
     pub(super) fn add_to(mut self, requests: &mut [history::Request], started_us: Micros) -> Vec<Vec<Record>> {
         for request in requests {
             let mut records = self.of_requests.remove(&request.request).unwrap_or_default();
@@ -373,7 +377,7 @@ impl Steps {
     }
 }
 
-/// Waits until a server has all that it needs: also its part of the work, where several share it.
+/// Waits until a server is ready; a consumer is ready once it has its partitions.
 async fn ready(instance: &Instance) -> anyhow::Result<()> {
     let asked = async {
         loop {
@@ -385,12 +389,12 @@ async fn ready(instance: &Instance) -> anyhow::Result<()> {
             sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(PATIENCE, asked)
+    timeout(TIMEOUT, asked)
         .await
-        .map_err(|_| anyhow!("after {PATIENCE:?} the server is not ready\n{}", tail(&instance.log)))?
+        .map_err(|_| anyhow!("after {TIMEOUT:?} the server is not ready\n{}", tail(&instance.log)))?
 }
 
-/// The last lines of a log, for a message about a server that failed.
+/// The last 20 lines of a log.
 fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();

@@ -1,4 +1,4 @@
-//! Who is blocked, as Postgres itself sees it, and which request each of its backends works for.
+//! Blocked backends as Postgres reports them, and the request that each backend serves.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,24 +10,25 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
-/// Which request holds which connection. A connection is given back only after its transaction has ended.
+/// The request that holds each connection. A connection returns to the pool only after its
+/// transaction has ended.
 #[derive(Clone, Default)]
 pub(super) struct Holders(Arc<Mutex<HashMap<i32, Holder>>>);
 
-/// One request of one script.
+/// A request of a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
-    pub(super) script: i64,
+    pub(super) schedule: i64,
     pub(super) lane: usize,
 }
 
 tokio::task_local! {
-    /// For which request the task works.
-    pub(super) static WORKS_FOR: Holder;
+    /// The request that the task serves.
+    pub(super) static CURRENT_REQUEST: Holder;
 }
 
 impl Holders {
-    /// A pool that writes down which request takes which connection, and when it comes back.
+    /// Creates a pool that records which request holds which connection.
     pub(super) async fn pool(&self, options: PgConnectOptions, size: u32) -> sqlx::Result<PgPool> {
         let (connected, taken, returned) = (self.clone(), self.clone(), self.clone());
         PgPoolOptions::new()
@@ -53,8 +54,8 @@ impl Holders {
     }
 
     async fn take(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
-        // The pool's own first connection is nobody's.
-        if let Ok(holder) = WORKS_FOR.try_with(|holder| *holder) {
+        // The pool's first connection belongs to no request.
+        if let Ok(holder) = CURRENT_REQUEST.try_with(|holder| *holder) {
             let pid = pid_of(connection).await?;
             self.all(|holders| holders.insert(pid, holder));
         }
@@ -85,13 +86,13 @@ async fn pid_of(connection: &mut PgConnection) -> sqlx::Result<i32> {
 /// The blocked backends of one database, at one moment.
 #[derive(Debug)]
 pub(super) struct Blocked {
-    /// For each blocked backend, those that it waits for.
+    /// For each blocked backend, the backends that it waits for.
     waits_for: HashMap<i32, Vec<i32>>,
 }
 
 impl Blocked {
-    /// Asks Postgres which backends of the database wait for which.
-    pub(super) async fn look(observer: &PgPool) -> sqlx::Result<Self> {
+    /// Queries which backends of the database wait for which (`pg_blocking_pids`).
+    pub(super) async fn query(observer: &PgPool) -> sqlx::Result<Self> {
         let waiting: Vec<(i32, Vec<i32>)> = sqlx::query_as(
             "select pid, pg_blocking_pids(pid)
                from pg_stat_activity
@@ -110,8 +111,8 @@ impl Blocked {
         self.waits_for.keys().copied()
     }
 
-    /// The backend that `pid` waits for in the end: one that is not blocked itself. `None`: they wait for each other in a circle,
-    /// and Postgres will soon choose a victim.
+    /// The root of the chain of backends that `pid` waits for: one that is not blocked itself.
+    /// `None` for a deadlock, which Postgres is about to break.
     pub(super) fn root(&self, pid: i32) -> Option<i32> {
         let mut seen = HashSet::new();
         let mut next = pid;

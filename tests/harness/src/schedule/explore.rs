@@ -1,63 +1,66 @@
-//! Every feasible order of a few requests, one after another.
+//! Exploration: every feasible order of the steps of a few requests.
 //!
-//! The search is depth first, by replay: a run follows the choices of its prefix, then always takes the first request that can move; the
-//! last choice that had an alternative is changed for the next run. What the engine decides by itself, such as who wins among waiters, is
-//! not a choice: a replay that meets another set of movable requests goes on from what it finds.
+//! The search is depth first, by replay. A run follows the choices of its prefix, then always moves
+//! the first request that can move. The next run changes the last choice that had an untried
+//! alternative. A decision of the engine, such as which waiter gets a lock, is not a choice: a
+//! replay that meets another set of movable requests continues with that set.
 
 use anyhow::ensure;
 
-use super::{RequestHandle, ScheduleRunner, Script, Trace};
+use super::{RequestHandle, Schedule, ScheduleRunner, Trace};
 use crate::{
     history::{Answer, History},
     judge::{Verdict, judge},
 };
 
-/// A bound on the search: more runs than this are a mistake in the test, not a longer wait.
+/// Upper bound of the search: more runs are a mistake in the test.
 const MOST_RUNS: usize = 5_000;
 
-/// What is tried in every order.
+/// The requests that are run in every order.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
     /// Tickets on sale.
     pub capacity: u32,
-    /// One for each buyer: how many requests that buyer sends, each under its own key.
+    /// For each buyer, the number of requests, each under its own key.
     pub clicks: &'static [u32],
-    /// Points that a request passes without being held: what happens right before and right after them is one step.
+    /// Points at which requests are not held: what precedes and follows them is one step.
     pub passes: &'static [&'static str],
-    /// How often a request may be interrupted while it could go on. `None`: as often as there are points.
+    /// Maximum number of preemptions: switches away from a request that could move. `None`:
+    /// unlimited.
     pub preemptions: Option<usize>,
 }
 
-/// What came of every order.
+/// The results of all orders.
 #[derive(Debug)]
-pub struct Explored {
-    /// How many orders there were.
+pub struct Exploration {
+    /// The number of orders.
     pub orders: usize,
-    /// In how many of them somebody was blocked, so that the order went on differently than was chosen.
+    /// The number of orders in which a request was blocked, so that the run deviated from the
+    /// choices.
     pub blocked: usize,
-    /// Those in which something was broken.
+    /// The orders that broke an invariant.
     pub broken: Vec<Broken>,
-    /// For each order, what each request was told: those of the first buyer first.
+    /// For each order, the answer to each request, in the order of the buyers.
     pub answers: Vec<Vec<Answer>>,
 }
 
-/// An order that broke something.
+/// An order that broke an invariant.
 #[derive(Debug)]
 pub struct Broken {
-    /// What the judge says.
+    /// The judge's verdict.
     pub verdict: Verdict,
-    /// How it came about.
+    /// The order of the steps.
     pub trace: Trace,
 }
 
-/// Whose keys the requests of a scenario carry.
+/// The request keys of a scenario.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keys {
-    ManagedServer,
-    TheFirstOnes,
+    Own,
+    First,
 }
 
-/// One decision of a run: who was moved, and who could have been.
+/// One decision of a run: the request that was moved, and all that could have been.
 struct Decision {
     chosen: usize,
     movable: Vec<RequestHandle>,
@@ -67,21 +70,22 @@ impl ScheduleRunner {
     /// Runs the scenario in every feasible order.
     ///
     /// # Errors
-    /// A step did not end in time, or there are too many orders.
-    pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Explored> {
-        self.every_order(scenario, Keys::ManagedServer).await
+    /// Fails if a step times out or there are too many orders.
+    pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
+        self.every_order(scenario, Keys::Own).await
     }
 
-    /// The same, but all requests carry one key, that of the first.
+    /// Runs the scenario in every feasible order, with the key of the first request for all
+    /// requests.
     ///
     /// # Errors
     /// As [`explore`](Self::explore).
-    pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Explored> {
-        self.every_order(scenario, Keys::TheFirstOnes).await
+    pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
+        self.every_order(scenario, Keys::First).await
     }
 
-    async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Explored> {
-        let mut explored = Explored {
+    async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Exploration> {
+        let mut explored = Exploration {
             orders: 0,
             blocked: 0,
             broken: vec![],
@@ -93,20 +97,20 @@ impl ScheduleRunner {
                 explored.orders < MOST_RUNS,
                 "more than {MOST_RUNS} orders: take fewer requests or preemptions"
             );
-            let (script, decisions) = self.one_order(scenario, keys, &prefix).await?;
+            let (schedule, decisions) = self.one_order(scenario, keys, &prefix).await?;
             explored.orders += 1;
-            explored.blocked += usize::from(script.was_anybody_blocked());
-            let history: History = script.history().await?;
+            explored.blocked += usize::from(schedule.was_blocked());
+            let history: History = schedule.history().await?;
             let verdict = judge(&history);
             if !verdict.findings.is_empty() {
                 explored.broken.push(Broken {
                     verdict,
-                    trace: script.trace(),
+                    trace: schedule.trace(),
                 });
             }
             let answers = history.requests.into_iter().map(|request| request.answer);
             explored.answers.push(answers.collect());
-            // The last decision with an alternative that was not tried yet.
+            // The last decision with an untried alternative.
             let Some(last) = decisions
                 .iter()
                 .rposition(|decision| decision.chosen + 1 < decision.movable.len())
@@ -123,32 +127,32 @@ impl ScheduleRunner {
         scenario: Scenario,
         keys: Keys,
         prefix: &[usize],
-    ) -> anyhow::Result<(Script<'_>, Vec<Decision>)> {
+    ) -> anyhow::Result<(Schedule<'_>, Vec<Decision>)> {
         const NAMES: [&str; 3] = ["Ann", "Bob", "Carol"];
 
-        let mut script = self.sale(scenario.capacity).await?;
-        script.passes(scenario.passes);
+        let mut schedule = self.sale(scenario.capacity).await?;
+        schedule.passes(scenario.passes);
         for (&clicks, name) in scenario.clicks.iter().zip(NAMES) {
-            let first = script.buyer(name);
+            let first = schedule.buyer(name);
             for _ in 1..clicks {
-                script.click(first);
+                schedule.click(first);
             }
         }
-        if keys == Keys::TheFirstOnes {
-            let lanes = script.movable();
+        if keys == Keys::First {
+            let lanes = schedule.movable();
             for &lane in &lanes[1..] {
-                script.takes_the_key_of(lane, lanes[0]);
+                schedule.use_key_of(lane, lanes[0]);
             }
         }
         let mut decisions: Vec<Decision> = vec![];
         let mut moving: Option<RequestHandle> = None;
         let mut preemptions = 0;
         loop {
-            let mut movable = script.movable();
+            let mut movable = schedule.movable();
             if movable.is_empty() {
                 break;
             }
-            // The one that is on its way comes first, so that the first run is the one without preemption.
+            // The moving request comes first, so that the first run has no preemption.
             if let Some(at) = moving.and_then(|lane| movable.iter().position(|&other| other == lane)) {
                 movable.swap(0, at);
                 if scenario.preemptions.is_some_and(|most| preemptions == most) {
@@ -161,9 +165,9 @@ impl ScheduleRunner {
             preemptions += usize::from(moving.is_some_and(|lane| lane != next && movable.contains(&lane)));
             moving = Some(next);
             decisions.push(Decision { chosen, movable });
-            script.step(next).await?;
+            schedule.step(next).await?;
         }
-        script.everybody_has_answered()?;
-        Ok((script, decisions))
+        schedule.ensure_all_answered()?;
+        Ok((schedule, decisions))
     }
 }

@@ -1,13 +1,14 @@
-//! The trace of a schedule: who did what, in which order. One trace, three views: tests print it, the runner shows it, the book includes it.
+//! The trace of a schedule: the events of all requests in order. Tests print it, the runner shows
+//! it, and the book includes it.
 
 use std::fmt;
 
 use comfy_table::{Table, TableStyle, presets};
 
-/// What happened, in order.
+/// What kind, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Trace {
-    /// A name for each lane, in the order in which they were introduced.
+    /// The name of each lane, in the order in which the requests were added.
     pub lanes: Vec<String>,
     /// Every step of every lane.
     pub events: Vec<Event>,
@@ -18,28 +19,28 @@ pub struct Trace {
 pub struct Event {
     /// Index into [`Trace::lanes`].
     pub lane: usize,
-    /// What it was.
-    pub happened: Happened,
+    /// What happened.
+    pub kind: EventKind,
 }
 
 /// What a request did.
 #[derive(Clone, Debug)]
-pub enum Happened {
-    /// It passed a scheduling point.
+pub enum EventKind {
+    /// The request passed a scheduling point.
     Passed {
         /// The point's name.
         step: &'static str,
-        /// What was found there.
+        /// The value that the strategy reported there.
         saw: Option<String>,
         /// `levels/…/file.rs:12`.
         place: String,
     },
-    /// It waits for another.
+    /// The request waits for another.
     Waits {
-        /// For what, in words: `waits for Ann's row lock`.
+        /// The reason, such as `waits for Ann's row lock`.
         why: String,
     },
-    /// It got its answer.
+    /// The request got its answer.
     Answered {
         /// The answer in words.
         answer: String,
@@ -47,26 +48,26 @@ pub enum Happened {
 }
 
 impl Trace {
-    /// The table as the book includes it.
+    /// The trace as a Markdown table, for the book.
     pub fn markdown(&self) -> String {
         self.table(presets::ASCII_MARKDOWN)
     }
 
-    /// A lane a buyer, a row a step.
+    /// A column for each lane, a row for each event.
     fn table(&self, style: TableStyle) -> String {
         let mut table = Table::new();
         table.load_style(style);
         let names = self.lanes.iter().map(String::as_str);
         table.set_header(["#"].into_iter().chain(names).chain(["where"]));
         for (index, event) in self.events.iter().enumerate() {
-            let (text, place) = match &event.happened {
-                Happened::Passed { step, saw, place } => {
+            let (text, place) = match &event.kind {
+                EventKind::Passed { step, saw, place } => {
                     let saw = saw.as_ref().map(|saw| format!(": {saw}"));
                     let file = place.rsplit('/').next().unwrap_or(place);
                     (format!("{step}{}", saw.unwrap_or_default()), file)
                 }
-                Happened::Waits { why } => (why.clone(), ""),
-                Happened::Answered { answer } => (format!("→ {answer}"), ""),
+                EventKind::Waits { why } => (why.clone(), ""),
+                EventKind::Answered { answer } => (format!("→ {answer}"), ""),
             };
             let mut cells = vec![String::new(); self.lanes.len() + 2];
             cells[0] = (index + 1).to_string();
@@ -79,7 +80,7 @@ impl Trace {
 }
 
 impl fmt::Display for Trace {
-    /// The table as a terminal shows it.
+    /// The trace as a table for a terminal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.table(presets::UTF8_FULL_CONDENSED))
     }

@@ -10,11 +10,12 @@ const IMAGE: ImageName = ImageName {
     default: "apache/kafka-native:4.1.1",
 };
 
-/// Starts a container with a broker that its clients find on this machine.
+/// Starts a container with a broker that advertises a port of this machine.
 pub(super) async fn start() -> anyhow::Result<Container> {
     let request = |port: u16| {
         let mut request = apache::Kafka::default()
-            // Known beforehand, so the broker need not wait to be told, and becomes the first process: then it is the one that gets SIGTERM.
+            // The port is known in advance, so the broker need not wait for it and becomes the root
+            // process, which receives SIGTERM.
             .with_cmd(["-c", "exec /etc/kafka/docker/run"])
             .with_env_var(
                 "KAFKA_ADVERTISED_LISTENERS",

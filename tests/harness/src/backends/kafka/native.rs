@@ -1,4 +1,4 @@
-//! Kafka as a process of its own: Java, and the jars that `infra/kafka/fetch.sh` fetches.
+//! Kafka as a native process: Java, and the jars that `infra/kafka/fetch.sh` downloads.
 
 use std::{env, fmt::Write as _, fs, path::PathBuf};
 
@@ -15,10 +15,10 @@ use crate::backends::{
 const JARS_VARIABLE: &str = "OVERSOLD_KAFKA_JARS";
 const LOG_SETTINGS: &str = include_str!("log4j2.properties");
 
-/// Formats a data folder, for a process that is yet to be launched.
+/// Formats a data folder. The process is not started yet.
 pub(super) fn prepare() -> anyhow::Result<Process> {
     let (jars, java) = (jars()?, java()?);
-    let home = Home::make(SERVICE.name, Memory::ReserveError)?;
+    let home = Home::make(SERVICE.name, Memory::Never)?;
     let folder = home.folder().to_owned();
     let log_settings = folder.join("log4j2.properties");
     fs::write(&log_settings, LOG_SETTINGS)?;
@@ -41,16 +41,17 @@ pub(super) fn prepare() -> anyhow::Result<Process> {
         anyhow::Ok(content)
     };
 
-    // Beside the jars. With it, a broker is up in a third of the time; one that does not fit this Java is not used.
+    // A class-data-sharing archive beside the jars. It cuts the start-up time to a third; Java
+    // ignores an archive of another version.
     let classes = jars.with_extension("jsa");
     let mut class_path = jars.into_os_string();
     class_path.push("/*");
     let mut arguments: Vec<_> = [
-        // Up in the shortest time, and small: it serves one test.
+        // Short start-up and a small heap: the broker serves one test.
         "-XX:+UseSerialGC",
         "-XX:TieredStopAtLevel=1",
         "-Xmx512m",
-        // They would lie in the temporary folder, and stay there after a kill.
+        // The files would be in the temporary folder and remain there after a kill.
         "-XX:-UsePerfData",
     ]
     .map(Into::into)
@@ -66,7 +67,7 @@ pub(super) fn prepare() -> anyhow::Result<Process> {
     }
     arguments.extend(["-cp".into(), class_path]);
 
-    // The ports are not known yet, and do not matter to the data.
+    // The ports are not known yet and do not affect the data.
     fs::write(&file, content(1, 2)?)?;
     let formatted = home
         .command(&java)?
@@ -90,19 +91,19 @@ pub(super) fn prepare() -> anyhow::Result<Process> {
         Ok(Vec::new())
     };
     Ok(Process::new(home, java, arguments, Box::new(at))
-        // A JVM that was started in the background of a shell does not hear SIGINT.
-        .stopped_with(Signal::TERM))
+        // A JVM started in the background of a shell ignores SIGINT.
+        .stop_signal(Signal::TERM))
 }
 
-/// What Kafka's own programs run with: `java`, and the folder of the jars.
+/// Finds what Kafka's own programs run with: `java`, and the folder of the jars.
 ///
 /// # Errors
-/// One of them is not on this machine.
+/// Fails if one of them is not on this machine.
 pub fn programs() -> anyhow::Result<(PathBuf, PathBuf)> {
     Ok((java()?, jars()?))
 }
 
-/// The folder that holds Kafka's jars.
+/// Finds the folder of Kafka's jars.
 fn jars() -> anyhow::Result<PathBuf> {
     let holds_kafka = |folder: &PathBuf| {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
@@ -118,7 +119,8 @@ fn jars() -> anyhow::Result<PathBuf> {
         }
         return Ok(named);
     }
-    // As in infra/kafka/fetch.sh. A broker that root starts runs as another user, who may not look into root's home.
+    // As in infra/kafka/fetch.sh. A broker started by root runs as another user, who can't read
+    // root's home.
     let cache = if geteuid().is_root() {
         Some("/var/cache".into())
     } else {
@@ -135,10 +137,10 @@ fn jars() -> anyhow::Result<PathBuf> {
     Ok(usual)
 }
 
-/// The program `java`.
+/// Finds `java`.
 fn java() -> anyhow::Result<PathBuf> {
     let in_home = |home| PathBuf::from(home).join("bin/java");
-    // Homebrew links none, and macOS has one on PATH that only says that there is none.
+    // Homebrew does not link it, and macOS has a stub on PATH that only reports a missing Java.
     let usual = ["/opt/homebrew/opt/openjdk", "/usr/local/opt/openjdk"].map(Into::into);
     let mut homes = env::var_os("JAVA_HOME").into_iter().chain(usual).map(in_home);
     homes

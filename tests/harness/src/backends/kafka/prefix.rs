@@ -1,4 +1,5 @@
-//! A prefix of its own for the topics and groups of every test.
+//! A unique prefix for the topics and groups of each test, and the cleanup of topics that a killed
+//! run left on an external cluster.
 
 use std::{
     fmt, io,
@@ -10,21 +11,23 @@ use std::{
 
 use tokio::time::timeout;
 
-use super::{Kafka, Server, wire::Connection};
+use super::{Kafka, Server, wire_protocol::Connection};
 
-/// How long deleting may take. It is given up when the broker hangs or is gone.
-const DELETED_WITHIN: Duration = Duration::from_secs(10);
-/// How old a run is whose topics another one deletes: no run lasts as long. Unlike a server of Redis, a broker does not tell who is connected.
+/// Time limit for deleting topics, for a broker that hangs or is gone.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Age in seconds of a run whose topics are deleted; no run lasts as long. Unlike Redis, a broker
+/// does not list its clients.
 const ABANDONED_AFTER_S: u64 = 24 * 60 * 60;
 
 impl Kafka {
-    /// A prefix that nobody else uses. Topics that begin with it go when it is dropped, and with them what groups have noted about them.
+    /// Creates a unique prefix. Dropping it deletes the topics that start with it, and with them
+    /// the groups' committed offsets.
     pub fn prefix(&self) -> Prefix {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let run = match &self.server {
             Server::External(run) => run.to_string(),
-            Server::ManagedServer(_) => "own".to_owned(),
+            Server::Managed(_) => "own".to_owned(),
         };
         Prefix {
             text: format!("oversold-{run}-{number}-"),
@@ -34,11 +37,12 @@ impl Kafka {
     }
 }
 
-/// What all topics and groups of a test begin with, such as `oversold-own-2-`. The topics are deleted when this is dropped.
+/// The prefix of all topics and groups of a test, such as `oversold-own-2-`. Dropping it deletes
+/// the topics.
 pub struct Prefix {
     text: String,
     servers: String,
-    /// Whether to wait until they are gone: where the broker outlives this process, only then they are sure to be.
+    /// Whether the drop waits for the deletion: true if the broker outlives this process.
     wait: bool,
 }
 
@@ -59,7 +63,8 @@ impl fmt::Display for Prefix {
 impl Drop for Prefix {
     fn drop(&mut self) {
         let (servers, prefix) = (self.servers.clone(), self.text.clone());
-        // A thread and a runtime of its own: this may be dropped by a runtime, at its end, or outside of any.
+        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
+        // outside of any.
         let deleting = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let deleting = async {
@@ -67,7 +72,7 @@ impl Drop for Prefix {
                 delete(&mut connection, |topic| topic.starts_with(&prefix)).await
             };
             runtime.is_ok_and(|runtime| {
-                let deleted = runtime.block_on(async { timeout(DELETED_WITHIN, deleting).await });
+                let deleted = runtime.block_on(async { timeout(DELETE_TIMEOUT, deleting).await });
                 matches!(deleted, Ok(Ok(())))
             })
         });
@@ -77,7 +82,7 @@ impl Drop for Prefix {
     }
 }
 
-/// A run on an external broker: when it began, in seconds since 1970, and a number that tells it from others that began then.
+/// A run on an external broker: its start in seconds since 1970, and a random number.
 pub(super) struct Run {
     began_s: u64,
     number: u32,
@@ -90,13 +95,13 @@ impl fmt::Display for Run {
 }
 
 impl Run {
-    /// Begins one, and deletes the topics of runs that were killed before they could.
+    /// Starts a run, and deletes the topics of runs that were killed.
     pub(super) async fn begin(connection: &mut Connection) -> io::Result<Self> {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
         let began_s = since_1970.as_secs();
         let abandoned = |began: u64| began.saturating_add(ABANDONED_AFTER_S) < began_s;
         timeout(
-            DELETED_WITHIN,
+            DELETE_TIMEOUT,
             delete(connection, |topic| began(topic).is_some_and(abandoned)),
         )
         .await??;
@@ -107,7 +112,7 @@ impl Run {
     }
 }
 
-/// When the run began whose topic this is, if it is the topic of one.
+/// The start of the run that owns a topic; `None` for a topic of no run.
 fn began(topic: &str) -> Option<u64> {
     let mut words = topic.strip_prefix("oversold-")?.splitn(4, '-');
     let began = words.next()?.parse().ok()?;
@@ -116,7 +121,7 @@ fn began(topic: &str) -> Option<u64> {
     words.next().map(|_| began)
 }
 
-/// Deletes all topics of which this is true.
+/// Deletes all topics whose names `which` accepts.
 async fn delete(connection: &mut Connection, which: impl Fn(&str) -> bool) -> io::Result<()> {
     let topics = connection.metadata().await?.topics.into_iter();
     let names: Vec<String> = topics.map(|topic| topic.name).filter(|name| which(name)).collect();

@@ -1,4 +1,5 @@
-//! A database of its own for every test, copied from a migrated template.
+//! One database for each test, cloned from a migrated template, and the cleanup of databases that a
+//! killed run left on an external server.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -21,23 +22,23 @@ use tokio::time::timeout;
 
 use super::{Postgres, Server};
 
-/// How long connections to a template may outlive its migration.
-const LEFT_WITHIN: Duration = Duration::from_secs(10);
-/// How long a drop may take. It is given up when its server hangs or is gone.
+/// Time limit until the connections to a template have closed after its migration.
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit for dropping a database, for a server that hangs or is gone.
 const DROPPED_WITHIN: Duration = Duration::from_secs(10);
 
 impl Postgres {
-    /// Makes a fresh database with the tables of `schema`, which goes when it is dropped.
+    /// Creates a database with the tables of `schema`. Dropping the value drops the database.
     ///
     /// # Errors
-    /// The server does not answer, or a migration fails.
+    /// Fails if the server does not answer or a migration fails.
     pub async fn database(&self, schema: Schema) -> anyhow::Result<Database> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let (name, template) = match &self.server {
-            // On a server of somebody else nothing is to stay behind, so there is no template.
+            // An external server has no template, which would stay behind.
             Server::External(owner) => (format!("{}{number}", owner.prefix()), None),
-            Server::ManagedServer(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
+            Server::Managed(_) => (format!("{}_{number}", schema.name), Some(self.template(schema).await?)),
         };
         let database = Database {
             options: self.admin.clone().database(&name),
@@ -63,9 +64,9 @@ impl Postgres {
         Ok(database)
     }
 
-    /// The name of the migrated template of a schema, which is made by whoever comes first.
+    /// The name of the migrated template of a schema, created on first use.
     async fn template(&self, schema: Schema) -> anyhow::Result<String> {
-        // Two levels may call their schemas the same.
+        // Two levels may use the same name for their schemas.
         let mut hash = DefaultHasher::new();
         for migration in schema.migrations.iter() {
             migration.checksum.hash(&mut hash);
@@ -74,7 +75,7 @@ impl Postgres {
         let made = Arc::clone(self.templates.lock().await.entry(name.clone()).or_default());
         made.get_or_try_init(|| async {
             let mut admin = self.admin.connect().await?;
-            // Left by one who was cancelled half way.
+            // Left behind by a cancelled call.
             run(
                 &mut admin,
                 format!("drop database if exists {} with (force)", quoted(&name)),
@@ -82,8 +83,9 @@ impl Postgres {
             .await?;
             run(&mut admin, format!("create database {}", quoted(&name))).await?;
             migrate(&self.admin.clone().database(&name), schema).await?;
-            // Nobody may be connected to what is copied: Postgres would look again only after 100 ms.
-            nobody_is_connected(&mut admin, &name).await?;
+            // A template can be cloned only while no session is connected to it. Postgres would
+            // check again only after 100 ms.
+            wait_for_disconnects(&mut admin, &name).await?;
             admin.close().await?;
             anyhow::Ok(())
         })
@@ -93,8 +95,9 @@ impl Postgres {
     }
 }
 
-/// Waits until the last connection to a database is gone: a server process ends a moment after its client has closed.
-async fn nobody_is_connected(admin: &mut PgConnection, name: &str) -> anyhow::Result<()> {
+/// Waits until no session is connected to a database: a backend ends a moment after its client has
+/// disconnected.
+async fn wait_for_disconnects(admin: &mut PgConnection, name: &str) -> anyhow::Result<()> {
     let began = Instant::now();
     loop {
         let connected: Vec<String> = sqlx::query_scalar(
@@ -108,9 +111,9 @@ async fn nobody_is_connected(admin: &mut PgConnection, name: &str) -> anyhow::Re
         if connected.is_empty() {
             return Ok(());
         }
-        if began.elapsed() > LEFT_WITHIN {
+        if began.elapsed() > DISCONNECT_TIMEOUT {
             bail!(
-                "waited {LEFT_WITHIN:?} until nobody is connected to {name}, but there is {}",
+                "waited {DISCONNECT_TIMEOUT:?} for the last connection to {name} to close, but there is {}",
                 connected.join(", ")
             );
         }
@@ -131,27 +134,29 @@ async fn migrate(options: &PgConnectOptions, schema: Schema) -> anyhow::Result<(
     Ok(connection.close().await?)
 }
 
-/// A name as SQL writes it.
+/// A quoted SQL identifier.
 fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A database that nobody else uses. It goes, with its connections cut, when this is dropped.
+/// A database of one test. Dropping it closes its connections and drops the database.
 pub struct Database {
     name: String,
     options: PgConnectOptions,
     admin: PgConnectOptions,
-    /// Whether to wait until it is gone: where the server outlives this process, only then it is sure to be.
+    /// Whether the drop waits for the server: true if the server outlives this process.
     wait: bool,
 }
 
 impl Database {
-    /// Its URL, password included. [`without_secrets`](crate::backends::without_secrets) makes it fit to be shown.
+    /// Its URL, including the password. [`without_secrets`](crate::backends::without_secrets) masks
+    /// it for messages.
     pub fn url(&self) -> String {
         self.options.to_url_lossy().to_string()
     }
 
-    /// The same for Postgres's own programs, as the environment that they read: on a command line everybody could see the password.
+    /// The environment variables that connect Postgres's own programs to it. On a command line,
+    /// other users could see the password.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let url = self.options.to_url_lossy();
         let mut environment = vec![
@@ -172,10 +177,11 @@ impl Database {
         environment
     }
 
-    /// Opens a pool of at most so many connections. The pool belongs to the runtime it was opened on.
+    /// Opens a pool with this maximum number of connections. The pool belongs to the current
+    /// runtime.
     ///
     /// # Errors
-    /// The server does not answer.
+    /// Fails if the server does not answer.
     pub async fn pool(&self, size: u32) -> sqlx::Result<PgPool> {
         let options = PgPoolOptions::new().max_connections(size);
         options.connect_with(self.options.clone()).await
@@ -185,7 +191,8 @@ impl Database {
 impl Drop for Database {
     fn drop(&mut self) {
         let (admin, name) = (self.admin.clone(), quoted(&self.name));
-        // A thread and a runtime of its own: this may be dropped by a runtime, at its end, or outside of any.
+        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
+        // outside of any.
         let dropping = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let dropping = async {
@@ -203,17 +210,18 @@ impl Drop for Database {
     }
 }
 
-/// Tells other runs that this one is alive, and which databases of an external server are its own.
+/// The registration of this run on an external server: shows other runs that it is alive and which
+/// databases are its own.
 pub(super) struct ExternalOwner {
     number: u32,
-    /// Shown in `pg_stat_activity` under the owner's name for as long as this process lives.
+    /// Listed in `pg_stat_activity` under the owner's name as long as this process lives.
     _connection: PgConnection,
 }
 
 impl ExternalOwner {
     const PREFIX: &str = "oversold_";
 
-    /// Takes a number, and drops the databases of runs that were killed before they could.
+    /// Registers this run, and drops the databases of runs that were killed.
     pub(super) async fn register(admin: &PgConnectOptions, mut sweeper: PgConnection) -> anyhow::Result<Self> {
         let number = rand::random();
         let connection = admin
@@ -246,7 +254,7 @@ impl ExternalOwner {
         })
     }
 
-    /// What the names of its databases begin with.
+    /// The prefix of the names of its databases.
     fn prefix(&self) -> String {
         format!("{}{}_", Self::PREFIX, self.number)
     }

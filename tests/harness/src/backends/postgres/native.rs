@@ -1,4 +1,4 @@
-//! Postgres as a process of its own, with a data folder of its own.
+//! Postgres as a native process with its own data folder.
 
 use std::{
     fs::{self, OpenOptions},
@@ -15,12 +15,12 @@ use crate::backends::native::{Home, Memory, Process, on_path, port_argument, pro
 
 const BIN_VARIABLE: &str = "OVERSOLD_POSTGRES_BIN";
 
-/// Makes a data folder whose superuser has this password, for a process that is yet to be launched.
+/// Creates a data folder whose superuser has this password. The process is not started yet.
 pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<Process> {
     let programs = folder()?;
     let memory = match durability {
         Durability::Fast => Memory::IfThereIsRoom,
-        Durability::Durable => Memory::ReserveError,
+        Durability::Durable => Memory::Never,
     };
     let home = Home::make(SERVICE.name, memory)?;
     let data = home.data_folder().join("data");
@@ -31,7 +31,7 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
         .mode(0o600)
         .open(&password_file)?
         .write_all(password.as_bytes())?;
-    home.hand_over(&password_file)?;
+    home.chown_to_server_user(&password_file)?;
 
     let made = home
         .command(&programs.join("initdb"))?
@@ -57,20 +57,21 @@ pub(super) fn prepare(durability: Durability, password: &str) -> anyhow::Result<
     arguments.extend(settings(durability).into_iter().map(Into::into));
     Ok(
         Process::new(home, programs.join("postgres"), arguments, port_argument("-p"))
-            // "Immediate shutdown": nothing is written, as nobody will read it.
-            .dropped_with(Signal::QUIT),
+            // "Immediate shutdown": nothing is written, as the data is discarded.
+            .drop_signal(Signal::QUIT),
     )
 }
 
-/// One of the programs that come with Postgres, such as `pgbench`: beside `initdb`, or else on PATH.
+/// Finds a program of the Postgres distribution, such as `pgbench`: in the folder of `initdb`, or
+/// else on `PATH`.
 pub fn program(name: &str) -> Option<PathBuf> {
     let beside = folder().ok().map(|folder| folder.join(name));
     beside.filter(|file| file.is_file()).or_else(|| on_path(name))
 }
 
-/// The folder that holds `initdb` and `postgres`.
+/// Finds the folder of `initdb` and `postgres`.
 fn folder() -> anyhow::Result<PathBuf> {
-    // On PATH there may be links, to only some of the programs.
+    // PATH may contain links to only some of the programs.
     let on_path = on_path("initdb").and_then(|initdb| Some(fs::canonicalize(initdb).ok()?.parent()?.to_owned()));
     let usual = on_path
         .into_iter()

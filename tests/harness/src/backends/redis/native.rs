@@ -1,4 +1,4 @@
-//! Redis as a process of its own.
+//! Redis as a native process.
 
 use std::{fmt::Write as _, fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::PathBuf};
 
@@ -8,10 +8,10 @@ use crate::backends::native::{Home, Memory, Process, on_path, port_argument, pro
 const BIN_VARIABLE: &str = "OVERSOLD_REDIS_BIN";
 const PROGRAM: &str = "redis-server";
 
-/// Writes its settings, for a process that is yet to be launched.
+/// Writes the settings file. The process is not started yet.
 pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
     let on_path = on_path(PROGRAM).and_then(|program| Some(program.parent()?.to_owned()));
-    // Where Homebrew puts it.
+    // The folders of Homebrew.
     let usual = ["/opt/homebrew/bin", "/usr/local/bin"].map(PathBuf::from);
     let folder = programs(
         BIN_VARIABLE,
@@ -20,8 +20,8 @@ pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
         "such as /usr/local/bin",
     )?;
 
-    let home = Home::make(SERVICE.name, Memory::ReserveError)?;
-    // In a file, as everybody on this machine can see arguments.
+    let home = Home::make(SERVICE.name, Memory::Never)?;
+    // In a file, as other users can see arguments.
     let file = home.folder().join("redis.conf");
     let mut content = "bind 127.0.0.1\n".to_owned();
     for (setting, value) in settings(password) {
@@ -33,7 +33,7 @@ pub(super) fn prepare(password: &str) -> anyhow::Result<Process> {
         .mode(0o600)
         .open(&file)?
         .write_all(content.as_bytes())?;
-    home.hand_over(&file)?;
+    home.chown_to_server_user(&file)?;
     let arguments = vec![file.into_os_string()];
     Ok(Process::new(
         home,

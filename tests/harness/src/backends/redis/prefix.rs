@@ -1,4 +1,5 @@
-//! A prefix of its own for the keys of every test.
+//! A unique key prefix for each test, and the cleanup of keys that a killed run left on an external
+//! server.
 
 use std::{
     collections::HashSet,
@@ -17,20 +18,20 @@ use super::{
     resp::{Connection, Place, Reply},
 };
 
-/// How long deleting may take. It is given up when the server hangs or is gone.
-const DELETED_WITHIN: Duration = Duration::from_secs(10);
+/// Time limit for deleting keys, for a server that hangs or is gone.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Redis {
-    /// A prefix that nobody else uses. Keys that begin with it go when it is dropped.
+    /// Creates a unique prefix. Dropping it deletes the keys that start with it.
     pub fn prefix(&self) -> Prefix {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let run = match &self.server {
             Server::External(owner) => owner.number,
-            Server::ManagedServer(_) => 0,
+            Server::Managed(_) => 0,
         };
         Prefix {
-            // In braces, so that a cluster would keep all keys of a prefix in one slot.
+            // A hash tag: a cluster would keep all keys of a prefix in one slot.
             text: format!("oversold:{{{run}.{number}}}:"),
             place: self.place.clone(),
             wait: matches!(self.server, Server::External(_)),
@@ -38,11 +39,11 @@ impl Redis {
     }
 }
 
-/// What all keys of a test begin with, such as `oversold:{1.2}:`. They are deleted when this is dropped.
+/// The prefix of all keys of a test, such as `oversold:{1.2}:`. Dropping it deletes the keys.
 pub struct Prefix {
     text: String,
     place: Place,
-    /// Whether to wait until they are gone: where the server outlives this process, only then they are sure to be.
+    /// Whether the drop waits for the deletion: true if the server outlives this process.
     wait: bool,
 }
 
@@ -63,7 +64,8 @@ impl fmt::Display for Prefix {
 impl Drop for Prefix {
     fn drop(&mut self) {
         let (place, pattern) = (self.place.clone(), format!("{}*", self.text));
-        // A thread and a runtime of its own: this may be dropped by a runtime, at its end, or outside of any.
+        // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
+        // outside of any.
         let deleting = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let deleting = async {
@@ -72,7 +74,7 @@ impl Drop for Prefix {
                 delete(&mut connection, keys).await
             };
             runtime.is_ok_and(|runtime| {
-                let deleted = runtime.block_on(async { timeout(DELETED_WITHIN, deleting).await });
+                let deleted = runtime.block_on(async { timeout(DELETE_TIMEOUT, deleting).await });
                 matches!(deleted, Ok(Ok(())))
             })
         });
@@ -82,22 +84,23 @@ impl Drop for Prefix {
     }
 }
 
-/// Tells other runs that this one is alive, and which keys of an external server are its own.
+/// The registration of this run on an external server: shows other runs that it is alive and which
+/// keys are its own.
 pub(super) struct ExternalOwner {
     number: u32,
-    /// Shown in `CLIENT LIST` under the owner's name for as long as this process lives.
+    /// Listed in `CLIENT LIST` under the owner's name as long as this process lives.
     _connection: TcpStream,
 }
 
 impl ExternalOwner {
-    /// Takes a number, and deletes the keys of runs that were killed before they could.
+    /// Registers this run, and deletes the keys of runs that were killed.
     pub(super) async fn register(place: &Place) -> io::Result<Self> {
         let number: u32 = rand::random();
         let mut named = place.connect().await?;
         named.obeyed(&["CLIENT", "SETNAME", &client_name(number)]).await?;
 
         let mut sweeper = place.connect().await?;
-        // In this order: whoever has keys by now is named by now, or has ended.
+        // In this order: a run whose keys are found here is listed below, or has ended.
         let mut abandoned = keys(&mut sweeper, "oversold:{*}:*").await?;
         let alive = match sweeper.obeyed(&["CLIENT", "LIST"]).await? {
             Reply::Bulk(alive) => alive,
@@ -120,7 +123,7 @@ fn client_name(number: u32) -> String {
     format!("oversold:{number}")
 }
 
-/// The run whose key this is, if it is the key of one.
+/// The run that owns a key; `None` for a key of no run.
 fn owner_of(key: &str) -> Option<u32> {
     let (run, prefix) = key.strip_prefix("oversold:{")?.split_once("}:")?.0.split_once('.')?;
     prefix.parse::<u32>().ok()?;

@@ -1,6 +1,7 @@
-//! A client of Redis in a few lines: RESP2 over TCP (<https://redis.io/docs/latest/develop/reference/protocol-spec/>).
+//! A minimal Redis client: RESP2 over TCP
+//! (<https://redis.io/docs/latest/develop/reference/protocol-spec/>).
 //!
-//! What a level does to Redis goes through a library. What the suite sees of it does not.
+//! The levels use a client library. The harness does not, so that it observes Redis independently.
 
 use std::{fmt::Write, io, net::TcpStream as BlockingStream, time::Duration};
 
@@ -13,27 +14,27 @@ use tokio::{
 };
 use url::{Host, Url};
 
-/// How long a server may take for one answer. One that is held still never answers.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+/// Time limit of one reply. A frozen server never replies.
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What Redis answered.
+/// A reply of Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// There is no such thing.
+    /// The null reply.
     Nil,
-    /// A number.
+    /// An integer.
     Int(i64),
-    /// A value.
+    /// A bulk string.
     Bulk(String),
-    /// Several replies.
+    /// An array of replies.
     Array(Vec<Reply>),
-    /// A word, such as `OK`.
+    /// A simple string, such as `OK`.
     Status(String),
-    /// A refusal; its first word says which.
+    /// An error; its first word is the error code.
     Error(String),
 }
 
-/// Where a server is, and as whom to talk to it.
+/// The address of a server, and the credentials and database to use.
 #[derive(Clone)]
 pub(super) struct Place {
     pub(super) host: String,
@@ -55,7 +56,7 @@ impl Place {
         }
     }
 
-    /// The server of `redis://[[user]:password@]host[:port][/database]`, if it is such a URL.
+    /// Parses `redis://[[user]:password@]host[:port][/database]`; `None` for any other text.
     pub(super) fn parse(url: &str) -> Option<Self> {
         const PORT: u16 = 6379;
 
@@ -87,10 +88,11 @@ impl Place {
     /// Opens a connection.
     ///
     /// # Errors
-    /// Nobody answers; or, as `PermissionDenied`, user, password or database are refused.
+    /// Fails if the server does not answer; with `PermissionDenied` if it rejects user, password or
+    /// database.
     pub(super) async fn connect(&self) -> io::Result<Connection> {
         let connecting = TcpStream::connect((self.host.as_str(), self.port));
-        let stream = timeout(ANSWERS_WITHIN, connecting).await??;
+        let stream = timeout(ENGINE_TIMEOUT, connecting).await??;
         stream.set_nodelay(true)?;
         let mut connection = Connection(BufReader::new(stream));
         if let Some(password) = &self.password {
@@ -114,7 +116,7 @@ impl Connection {
     /// Sends a command and waits for its reply.
     ///
     /// # Errors
-    /// The server is gone, does not answer in time, or does not speak RESP2.
+    /// Fails if the server is gone, does not reply in time, or does not speak RESP2.
     pub(super) async fn command(&mut self, words: &[impl AsRef<str>]) -> io::Result<Reply> {
         let mut request = format!("*{}\r\n", words.len());
         for word in words.iter().map(AsRef::as_ref) {
@@ -124,13 +126,13 @@ impl Connection {
             self.0.get_mut().write_all(request.as_bytes()).await?;
             self.reply().await
         };
-        timeout(ANSWERS_WITHIN, asking).await?
+        timeout(ENGINE_TIMEOUT, asking).await?
     }
 
-    /// Sends a command that may not be refused.
+    /// Sends a command and treats an error reply as a failure.
     ///
     /// # Errors
-    /// As [`command`](Self::command); a refusal is `PermissionDenied`.
+    /// As [`command`](Self::command); an error reply is `PermissionDenied`.
     pub(super) async fn obeyed(&mut self, words: &[impl AsRef<str>]) -> io::Result<Reply> {
         match self.command(words).await? {
             Reply::Error(refusal) => Err(io::Error::new(io::ErrorKind::PermissionDenied, refusal)),
@@ -138,7 +140,7 @@ impl Connection {
         }
     }
 
-    /// The connection itself, which then stays open without a runtime.
+    /// The TCP stream, which stays open without a runtime.
     pub(super) fn into_stream(self) -> io::Result<BlockingStream> {
         self.0.into_inner().into_std()
     }
@@ -240,7 +242,7 @@ mod tests {
         }
     }
 
-    /// What is understood of a server that sends this and hangs up.
+    /// The client's result for a server that sends these bytes and closes the connection.
     async fn asked(sent: &'static str) -> io::Result<Reply> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let place = Place::parse(&format!("redis://{}", listener.local_addr()?)).expect("it is a URL");

@@ -1,20 +1,23 @@
-# Ends what a run of the suite or the rush has made, once the run itself has ended: by itself, by a panic, by Ctrl-C or by SIGKILL.
+# The reaper: stops and removes what a process has started, once the process has ended, whether
+# normally, by a panic, by Ctrl-C or by SIGKILL.
 #
-#   sh keeper.sh keep FOLDER [STALE…] <PIPE    sweeps the stale folders, waits for the pipe to end, then clears FOLDER
-#   sh keeper.sh clear FOLDER                  removes a folder of data, or ends and removes all that FOLDER knows of
-#   sh keeper.sh run FOLDER NAME PROGRAM…      signs the book of FOLDER, then becomes PROGRAM
+#   sh reaper.sh keep FOLDER [STALE…] <PIPE    clears the stale folders, waits for the end of the pipe, then clears FOLDER
+#   sh reaper.sh clear FOLDER                  removes a data folder, or stops and removes everything registered in FOLDER
+#   sh reaper.sh run FOLDER NAME PROGRAM…      registers itself in FOLDER, then executes PROGRAM
 #
-# FOLDER/pids/NAME        a process, in a group of its own: its pid, and when it was born
-# FOLDER/containers/NAME  a container that exists or is about to: the engine's address, or an empty line for the default
-# FOLDER/elsewhere/NAME   a folder in another place
-# FOLDER/…                everything else that is to go
+# FOLDER/pids/NAME        a process in its own process group: its pid and start time
+# FOLDER/containers/NAME  a container that exists or is being created: the engine's address, or an empty line for the default
+# FOLDER/elsewhere/NAME   a folder outside FOLDER
+# FOLDER/…                everything else that is to be removed
 set -u
 
-# When a process was born, so that one that was given an old pid is left alone. Nothing for a process that has ended.
-born() {
+# The start time of a process, so that a process with a reused pid is left alone. Empty for a
+# process that has ended.
+start_time() {
     if [ -d /proc/self ]; then
         read -r stat 2>/dev/null <"/proc/$1/stat" || return 0
-        # The name stands in parentheses and may hold anything; behind it come the state and, as the 20th word, the start in ticks.
+        # The name is in parentheses and may contain anything. The state follows it, and the start
+        # time in ticks is the 20th word.
         set -- ${stat##*) }
         [ "$1" = Z ] || echo "${20}"
     else
@@ -24,13 +27,14 @@ born() {
     fi
 }
 
-# Sends a signal to the group of every process of the book that is alive. Says no when none is.
+# Sends a signal to the process group of every registered process that is alive. Fails if there is
+# none.
 signal() {
     found=no
     for entry in "$2"/pids.closed/*; do
         [ -f "$entry" ] || continue
         read -r pid start <"$entry" || continue
-        if [ -n "$start" ] && [ "$(born "$pid")" = "$start" ]; then
+        if [ -n "$start" ] && [ "$(start_time "$pid")" = "$start" ]; then
             found=yes
             [ "$1" = 0 ] || kill -s "$1" -- "-$pid"
         fi
@@ -38,8 +42,9 @@ signal() {
     [ "$found" = yes ]
 }
 
-# The engine may still be making a container whose maker has died, so one that is not there is asked for again for a while. Says no when it may
-# still be there: the engine does not answer, or does not remove it.
+# Removes a container. The engine may still be creating it after its creator has died, so an absent
+# container is retried for a while. Fails if the container may still exist: the engine does not
+# answer, or does not remove it.
 remove_container() {
     tries=0
     while [ "$tries" -lt 20 ]; do
@@ -57,7 +62,7 @@ remove_container() {
     is_no_container "$1" "$2"
 }
 
-# Whether the engine says that there is no such container.
+# Whether the engine reports that the container does not exist.
 is_no_container() {
     if command -v docker >/dev/null; then
         listed=$(docker ${2:+-H "$2"} container ls --all --quiet --filter "name=^/?$1\$") && [ -z "$listed" ]
@@ -68,9 +73,10 @@ is_no_container() {
     fi
 }
 
-# What is done is struck out. While something is not, the book stays, so that the next run tries again.
+# Removes each entry once it is dealt with. While an entry remains, the folder remains, so that the
+# next run tries again.
 clear_folder() {
-    # From here on nobody can sign: whoever has not yet, fails to and gives up.
+    # From here on no process can register: one that has not done so fails and exits.
     [ ! -d "$1/pids" ] || mv "$1/pids" "$1/pids.closed"
     signal INT "$1"
     signal CONT "$1"
@@ -97,7 +103,8 @@ clear_folder() {
 }
 
 remove_folder() {
-    # A Postgres that was killed leaves a segment of shared memory, which its lock file names. A machine may have room for only a few.
+    # A killed Postgres leaves a shared memory segment, which its lock file names. A machine may
+    # have room for only a few.
     for lock in "$1"/data/postmaster.pid "$1"/*/data/postmaster.pid; do
         [ -f "$lock" ] || continue
         segment=$(sed -n '7s/.* //p' "$lock")
@@ -116,8 +123,8 @@ case $1 in
 run)
     folder=$2 name=$3
     shift 3
-    # Written aside and moved, so that the book never shows half an entry.
-    echo "$$ $(born $$)" >"$folder/pids/.$name" && mv "$folder/pids/.$name" "$folder/pids/$name" || exit 1
+    # Written to a temporary name and moved, so that no partial entry is ever visible.
+    echo "$$ $(start_time $$)" >"$folder/pids/.$name" && mv "$folder/pids/.$name" "$folder/pids/$name" || exit 1
     exec "$@"
     ;;
 clear)

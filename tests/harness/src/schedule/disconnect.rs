@@ -1,4 +1,5 @@
-//! A buyer who hangs up while the server stands still at a scheduling point: held there as a process, stopped from within.
+//! Disconnection: a buyer closes the connection while the server is stopped (SIGSTOP) at a
+//! scheduling point.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -11,112 +12,116 @@ use tokio::{
     time::timeout,
 };
 
-use super::cancel::{nothing_left_open, order, request};
+use super::cancellation::{nothing_left_open, order, request};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
-    http_contract::TestServer,
     judge::judge,
     rows,
     rush::{Program, Rush},
+    test_server::TestServer,
 };
 
-/// How long the server may take to come to its point, and to go on once it may.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time limit for the server to reach its point, and to finish once it is resumed.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a client leaves.
+/// How a client disconnects.
 #[derive(Clone, Copy, Debug)]
 enum Leaves {
-    /// It closes the connection (FIN).
+    /// Closes the connection (FIN).
     Closing,
-    /// It tears it down (RST).
+    /// Resets the connection (RST).
     Resetting,
 }
 
-/// Stops the level's own server at every scheduling point of a reservation, hangs up, lets it go on, and checks each time that nothing half done
-/// stays behind: the reservation is made all the same, for it runs in a task of its own; no transaction is open; the pool's one connection
-/// serves; a repeat with the same key gets that reservation, and the next buyer the other ticket.
+/// Stops the level's server at every scheduling point of a reservation, disconnects, resumes the
+/// server, and checks each time that nothing partial remains. The reservation runs in its own task,
+/// so it still completes; no transaction is open; the pool's only connection is usable; a repeat
+/// with the same key gets that reservation, and the next buyer the other ticket.
 ///
 /// Returns the points.
 ///
 /// # Errors
-/// What stayed behind, and at which point; or that the server never stood still there.
-pub async fn hung_up_at_every_point(
+/// Names what remained, and at which point. Fails if the server does not stop at a point.
+pub async fn disconnected_at_every_point(
     program: &Program,
     level: &Level,
     strategy: &Strategy,
 ) -> anyhow::Result<Vec<String>> {
-    let stand = TestEnvironment::shared(strategy).await?;
-    let observer = stand.database().pool(1).await?;
-    let points = points(&stand, program, level, strategy).await?;
+    let environment = TestEnvironment::shared(strategy).await?;
+    let observer = environment.database().pool(1).await?;
+    let points = points(&environment, program, level, strategy).await?;
     let mut sale = 1;
     for point in &points {
         for leaves in [Leaves::Closing, Leaves::Resetting] {
             sale += 1;
             let program = program.clone().variable("OVERSOLD_STOP_AT", format!("{point}#1"));
-            // One connection: if it is lost, nobody is served any more.
+            // With one connection, a leak stops all further service.
             let rush = Rush {
                 pool_size: Some(1),
                 ..Rush::default()
             };
-            let talk = TestServer::during(&rush, &stand, &program, level, strategy).await?;
-            hang_up(&talk, &observer, sale, leaves, PATIENCE)
+            let server = TestServer::start_for(&rush, &environment, &program, level, strategy).await?;
+            hang_up(&server, &observer, sale, leaves, TIMEOUT)
                 .await
-                .with_context(|| format!("the buyer left the server at {point:?}, {leaves:?} the connection"))?;
-            talk.stop().await?;
+                .with_context(|| format!("the buyer disconnected at {point:?}, {leaves:?} the connection"))?;
+            server.stop().await?;
         }
     }
     Ok(points)
 }
 
-/// The same with its fault off: the server stands still nowhere.
+/// The control run of [`disconnected_at_every_point`], in which the server does not stop.
 ///
 /// # Errors
-/// The fault did not strike.
-pub async fn never_hung_up(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
+/// Always fails: the fault did not strike.
+pub async fn never_disconnected(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
     /// A reservation takes a few milliseconds.
     const LONG_ENOUGH: Duration = Duration::from_secs(1);
 
-    let stand = TestEnvironment::shared(strategy).await?;
-    let observer = stand.database().pool(1).await?;
-    let talk = TestServer::with(&stand, program, level, strategy).await?;
-    hang_up(&talk, &observer, 1, Leaves::Closing, LONG_ENOUGH).await?;
-    talk.stop().await
+    let environment = TestEnvironment::shared(strategy).await?;
+    let observer = environment.database().pool(1).await?;
+    let server = TestServer::start(&environment, program, level, strategy).await?;
+    hang_up(&server, &observer, 1, Leaves::Closing, LONG_ENOUGH).await?;
+    server.stop().await
 }
 
-/// Every point that a reservation comes to, in order.
+/// Every point that a reservation passes, in order.
 async fn points(
-    stand: &TestEnvironment,
+    environment: &TestEnvironment,
     program: &Program,
     level: &Level,
     strategy: &Strategy,
 ) -> anyhow::Result<Vec<String>> {
-    let talk = TestServer::during(&Rush::default().traced(), stand, program, level, strategy).await?;
-    talk.opens(1, 1).await?;
+    let server = TestServer::start_for(&Rush::default().traced(), environment, program, level, strategy).await?;
+    server.create_sale(1, 1).await?;
     let mut answer = vec![0; 64];
-    send(talk.address(), 1).await?.read_exact(&mut answer).await?;
+    send(server.address(), 1).await?.read_exact(&mut answer).await?;
     ensure!(answer.starts_with(b"HTTP/1.1 201"), "{}", answer.escape_ascii());
-    let steps = talk.stop_and_tell().await?;
+    let steps = server.stop_with_steps().await?;
     Ok(steps.of(NUMBER).iter().map(|record| record.step.clone()).collect())
 }
 
 async fn hang_up(
-    talk: &TestServer,
+    server: &TestServer,
     observer: &PgPool,
     sale: SaleId,
     leaves: Leaves,
-    patience: Duration,
+    within: Duration,
 ) -> anyhow::Result<()> {
-    talk.opens(sale, 2).await?;
+    server.create_sale(sale, 2).await?;
     let first = order(sale, 1)?;
     let mut requests = vec![request(&first)];
-    let buyer = send(talk.address(), sale).await?;
-    talk.stands_still(patience).await.context("the fault did not strike")?;
+    let buyer = send(server.address(), sale).await?;
+    server
+        .wait_until_stopped(within)
+        .await
+        .context("the fault did not strike")?;
     if matches!(leaves, Leaves::Resetting) {
         buyer.set_zero_linger()?;
     }
     drop(buyer);
-    talk.goes_on().await?;
+    server.resume().await?;
 
     let made = async {
         while rows::read(observer, sale).await?.rows.is_empty() {
@@ -124,16 +129,19 @@ async fn hang_up(
         }
         anyhow::Ok(())
     };
-    timeout(PATIENCE, made)
+    timeout(TIMEOUT, made)
         .await
-        .context("the reservation was cut: its row never came")??;
+        .context("the reservation was interrupted: it has no row")??;
     for buyer in [1, 2] {
         let order = order(sale, buyer)?;
         let mut request = request(&order);
-        let answered = talk.reserve(sale, buyer, Some(order.key.as_str())).await?;
+        let answered = server.reserve(sale, buyer, Some(order.key.as_str())).await?;
         request.answered_us = Some(now_monotonic_us());
         if answered.status != 201 {
-            bail!("buyer {buyer}, who comes after it, is told {}", answered.status);
+            bail!(
+                "the next request, of buyer {buyer}, is answered with {}",
+                answered.status
+            );
         }
         let reservation = answered.json::<box_office::api::Reservation>()?.id;
         request.answer = Answer::Confirmed { reservation };
@@ -144,7 +152,7 @@ async fn hang_up(
     let history = History {
         header: Header {
             version: FORMAT_VERSION,
-            strategy: "hung up".to_owned(),
+            strategy: "disconnected".to_owned(),
             sale,
             capacity: 2,
             deadline_us: Micros::MAX / 2,
@@ -160,10 +168,10 @@ async fn hang_up(
     Ok(())
 }
 
-/// Names the request in the server's trace.
+/// The id of the request in the server's trace.
 const NUMBER: u64 = 1;
 
-/// Buyer 1 asks for a ticket, on a connection that can be left.
+/// Sends buyer 1's request for a ticket, and returns the open connection.
 async fn send(address: SocketAddr, sale: SaleId) -> anyhow::Result<TcpStream> {
     let body = r#"{"buyer_id": 1}"#;
     let request = format!(

@@ -1,9 +1,11 @@
-//! The keeper: stops and removes what this process has made, once this process has ended in whatever way.
+//! The reaper: stops and removes what this process has started, however this process ends.
 //!
-//! It is a small shell script in a session of its own that waits for the end of a pipe. Only this process holds the other end, so the kernel
-//! closes it when the process ends, by SIGKILL too. All else the keeper needs to know stands in a folder of files, its book:
-//! a process signs it *before* it becomes the server it is to be, a container is entered before it is asked for. So there is no moment at
-//! which something exists that the keeper can't know of, and a keeper that was killed has told the next one all it needs to sweep.
+//! It is a small shell script in its own session that waits for the end of a pipe. Only this
+//! process holds the other end, so the kernel closes the pipe when this process ends, even by
+//! SIGKILL. Everything else the reaper needs is in a folder of files, its registry. A process
+//! registers *before* it executes the server's program, and a container is registered before it is
+//! created. The registry therefore lists everything that exists at any moment, and after a killed
+//! reaper the next run can clean up from it.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
@@ -23,67 +25,70 @@ use std::{
 
 use super::native;
 
-const SCRIPT: &str = include_str!("keeper.sh");
+const SCRIPT: &str = include_str!("reaper.sh");
 
-/// A folder that is made, but whose owner has not locked it yet.
+/// Prefix of a folder that its owner has not locked yet.
 const UNOWNED: &str = "oversold-new-";
-/// A folder whose owner is alive as long as it holds the lock.
+/// Prefix of a folder whose owner is alive as long as it holds the lock.
 const OWNED: &str = "oversold-run-";
-/// How long an owner can take from making its folder to locking it. It takes microseconds.
-const OWNED_WITHIN: Duration = Duration::from_secs(60);
+/// Upper bound of the time from creating a folder to locking it, which takes microseconds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
-struct Keeper {
+struct Reaper {
     folder: PathBuf,
     entries: AtomicU32,
-    /// Locked as long as this process lives: it tells the next one whether this folder is stale.
+    /// Locked as long as this process lives: shows other runs that the folder is not stale.
     _owner: File,
-    /// The keeper waits for its end.
+    /// The pipe whose end the reaper waits for.
     _pipe: ChildStdin,
 }
 
-fn keeper() -> io::Result<&'static Keeper> {
-    static KEEPER: OnceLock<Result<Keeper, String>> = OnceLock::new();
-    let started = KEEPER.get_or_init(|| Keeper::start().map_err(|error| error.to_string()));
+fn reaper() -> io::Result<&'static Reaper> {
+    static REAPER: OnceLock<Result<Reaper, String>> = OnceLock::new();
+    let started = REAPER.get_or_init(|| Reaper::start().map_err(|error| error.to_string()));
     started
         .as_ref()
-        .map_err(|error| io::Error::other(format!("the keeper could not be started: {error}")))
+        .map_err(|error| io::Error::other(format!("the reaper could not be started: {error}")))
 }
 
-/// A command that runs `program` under the eyes of the keeper, in a process group of its own, so that Ctrl-C reaches it through the keeper only.
-/// Arguments, environment, user and pipes can be added to it. When this process ends, the group gets SIGINT, and SIGKILL if that does not end it.
+/// A command that runs `program` registered with the reaper, in its own process group, so that
+/// Ctrl-C reaches it only through the reaper. The caller may add arguments, environment, user and
+/// pipes. When this process ends, the group receives SIGINT, then SIGKILL if it is still alive.
 ///
-/// A program that can't be executed shows as a child that exits with code 126 or 127.
+/// If the program can't be executed, the child exits with code 126 or 127.
 ///
 /// # Errors
-/// The keeper could not be started.
+/// An I/O error if the reaper could not be started.
 pub fn command(program: impl AsRef<Path>) -> io::Result<Command> {
-    let keeper = keeper()?;
+    let reaper = reaper()?;
     let program = program.as_ref();
     let name = program.file_name().unwrap_or(program.as_os_str());
     let mut command = Command::new("sh");
     command
-        .arg(keeper.folder.join("keeper.sh"))
+        .arg(reaper.folder.join("reaper.sh"))
         .arg("run")
-        .arg(&keeper.folder)
-        .arg(keeper.entry(&name.to_string_lossy()))
+        .arg(&reaper.folder)
+        .arg(reaper.entry(&name.to_string_lossy()))
         .arg(program)
         .process_group(0);
     Ok(command)
 }
 
-/// A new empty folder that only this user can read. It goes when this process ends, with all that is in it.
+/// Creates an empty folder that only this user can read. The reaper removes it with its contents
+/// when this process ends.
 ///
 /// # Errors
-/// It could not be made, or the keeper could not be started.
+/// An I/O error if the folder could not be created or the reaper could not be started.
 pub fn folder(name: &str) -> io::Result<PathBuf> {
-    let keeper = keeper()?;
-    let folder = keeper.folder.join(keeper.entry(name));
+    let reaper = reaper()?;
+    let folder = reaper.folder.join(reaper.entry(name));
     DirBuilder::new().mode(0o700).create(&folder)?;
     Ok(folder)
 }
 
-/// The same in memory, for data that nobody needs afterwards, where this machine has room to spare in `/dev/shm`. With thousands of small files
-/// and no use for a disk, a database is made there several times as fast.
+/// Creates such a folder in memory (`/dev/shm`), for data that does not outlive this process.
+/// `None` if less than 1 GiB is free there. A database consists of thousands of small files and is
+/// created several times as fast there as on a disk.
 ///
 /// # Errors
 /// As [`folder`].
@@ -97,22 +102,23 @@ pub fn folder_in_memory(name: &str) -> io::Result<Option<PathBuf>> {
     if about.f_bavail.saturating_mul(about.f_frsize) < ROOM_BYTES {
         return Ok(None);
     }
-    let keeper = keeper()?;
-    let entry = keeper.entry(name);
+    let reaper = reaper()?;
+    let entry = reaper.entry(name);
     let folder = Path::new(MEMORY).join(format!("oversold-{:016x}", rand::random::<u64>()));
-    // Entered before it is made.
+    // Registered before it is created.
     fs::write(
-        keeper.folder.join("elsewhere").join(entry),
+        reaper.folder.join("elsewhere").join(entry),
         format!("{}\n", folder.display()),
     )?;
     let made = DirBuilder::new().mode(0o700).create(&folder);
     Ok(made.is_ok().then_some(folder))
 }
 
-/// Removes a folder that [`folder`] or [`folder_in_memory`] made, and what a killed server whose data is in it has left elsewhere.
+/// Removes a folder of [`folder`] or [`folder_in_memory`], and the shared memory of a killed server
+/// whose data is in it.
 pub(super) fn clear(folder: &Path) -> io::Result<()> {
     let cleared = Command::new("sh")
-        .arg(keeper()?.folder.join("keeper.sh"))
+        .arg(reaper()?.folder.join("reaper.sh"))
         .arg("clear")
         .arg(folder)
         .stdin(Stdio::null())
@@ -126,22 +132,24 @@ pub(super) fn clear(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Enters a container that is about to be made under this name, by the engine at this address (none: the default one).
-pub(super) fn enter_container(name: &str, engine: Option<&str>) -> io::Result<()> {
-    let entry = keeper()?.folder.join("containers").join(name);
+/// Registers a container before it is created under this name by the engine at this address.
+/// `None`: the default engine.
+pub(super) fn register_container(name: &str, engine: Option<&str>) -> io::Result<()> {
+    let entry = reaper()?.folder.join("containers").join(name);
     fs::write(entry, format!("{}\n", engine.unwrap_or_default()))
 }
 
-/// Strikes out a container that was removed.
-pub(super) fn strike_container(name: &str) -> io::Result<()> {
-    fs::remove_file(keeper()?.folder.join("containers").join(name))
+/// Unregisters a container that was removed.
+pub(super) fn unregister_container(name: &str) -> io::Result<()> {
+    fs::remove_file(reaper()?.folder.join("containers").join(name))
 }
 
-impl Keeper {
+impl Reaper {
     fn start() -> io::Result<Self> {
         let new = tempfile::Builder::new()
             .prefix(UNOWNED)
-            // A server that runs as another user must be able to reach its own folder in here, but not to look around.
+            // A server that runs as another user must reach its own folder in here, but not list
+            // the others.
             .permissions(Permissions::from_mode(0o711))
             .tempdir()?;
         let owner = OpenOptions::new()
@@ -151,11 +159,11 @@ impl Keeper {
             .open(new.path().join("owner"))?;
         owner.lock()?;
 
-        let script = new.path().join("keeper.sh");
+        let script = new.path().join("reaper.sh");
         fs::write(&script, SCRIPT)?;
         fs::set_permissions(&script, Permissions::from_mode(0o644))?;
-        for book in ["containers", "elsewhere"] {
-            fs::create_dir(new.path().join(book))?;
+        for registry in ["containers", "elsewhere"] {
+            fs::create_dir(new.path().join(registry))?;
         }
         let pids = new.path().join("pids");
         fs::create_dir(&pids)?;
@@ -167,7 +175,8 @@ impl Keeper {
         let folder = new.path().with_file_name(name.replace(UNOWNED, OWNED));
         fs::rename(new.keep(), &folder)?;
 
-        // `setsid` gives it a session of its own; where that program is not (macOS), a group of its own keeps Ctrl-C away, and it ignores SIGHUP.
+        // `setsid` starts a new session. Where that program is missing (macOS), a new process group
+        // keeps Ctrl-C away, and the script ignores SIGHUP.
         let mut command = match native::on_path("setsid") {
             Some(setsid) => {
                 let mut command = Command::new(setsid);
@@ -181,7 +190,7 @@ impl Keeper {
             }
         };
         let mut child = command
-            .arg(folder.join("keeper.sh"))
+            .arg(folder.join("reaper.sh"))
             .arg("keep")
             .arg(&folder)
             .args(stale_folders())
@@ -204,7 +213,8 @@ impl Keeper {
     }
 }
 
-/// The folders of this user that nobody owns any more: their keepers were killed before they could clear them.
+/// This user's folders without a living owner: their reapers were killed before they could clear
+/// them.
 fn stale_folders() -> Vec<PathBuf> {
     let Ok(folders) = fs::read_dir(std::env::temp_dir()) else {
         return Vec::new();
@@ -222,11 +232,12 @@ fn is_stale(folder: &Path) -> io::Result<bool> {
         return Ok(false);
     }
     let about = fs::symlink_metadata(folder)?;
-    // What another user wrote could make this one stop processes and delete files for him.
+    // A folder written by another user could make this process stop processes and delete files on
+    // that user's behalf.
     if !about.is_dir() || about.uid() != rustix::process::geteuid().as_raw() {
         return Ok(false);
     }
-    if !owned && about.modified()?.elapsed().unwrap_or_default() < OWNED_WITHIN {
+    if !owned && about.modified()?.elapsed().unwrap_or_default() < LOCK_TIMEOUT {
         return Ok(false);
     }
     match File::open(folder.join("owner")) {

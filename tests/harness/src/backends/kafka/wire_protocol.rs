@@ -1,7 +1,7 @@
-//! A client of Kafka in a few lines: five requests over TCP (<https://kafka.apache.org/protocol>).
+//! A minimal Kafka client: five requests over TCP (<https://kafka.apache.org/protocol>).
 //!
-//! What a level does to Kafka goes through a library. What the suite sees of it does not. It speaks to brokers from 3.0 on, without TLS and
-//! without a login.
+//! The levels use a client library. The harness does not, so that it observes Kafka independently.
+//! The client supports brokers from 3.0 on, without TLS and without authentication.
 
 use std::{io, time::Duration};
 
@@ -11,30 +11,31 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// How long a broker may take for one answer. One that is held still never answers.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
-/// How long a broker may wait until topics are made or deleted.
+/// Time limit of one response. A frozen broker never responds.
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit, in the request, for creating or deleting topics.
 const DONE_WITHIN_MS: i32 = 8_000;
-/// How long until a broker is asked again whether it has heard from its controller.
+/// Interval between requests for metadata until the broker has the controller's change.
 const LOOKED_AGAIN_AFTER: Duration = Duration::from_millis(5);
-/// More than any answer has that is asked for here. Where something else than Kafka answers, the length is anything.
+/// Upper bound of a response in bytes. If the server is not Kafka, its first bytes may decode to
+/// any length.
 const LONGEST_ANSWER: usize = 64 << 20;
 
-/// What a broker knows of its cluster.
+/// A broker's metadata of its cluster.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Metadata {
-    /// How many brokers take part.
+    /// The number of live brokers.
     pub(super) brokers: usize,
     pub(super) topics: Vec<Topic>,
 }
 
-/// A topic, as a broker tells of it.
+/// A topic in a broker's metadata.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Topic {
     pub(super) name: String,
-    /// How many partitions it has.
+    /// The number of its partitions.
     pub(super) partitions: usize,
-    /// Whether each of them has a leader that can be written to.
+    /// Whether each partition has a leader.
     pub(super) led: bool,
 }
 
@@ -42,14 +43,15 @@ pub(super) struct Topic {
 pub(super) struct Connection(TcpStream);
 
 impl Connection {
-    /// Connects to the first of these that listens: `host:port`, several with commas between them.
+    /// Connects to the first of these servers that listens: `host:port`, several separated by
+    /// commas.
     ///
     /// # Errors
-    /// None does.
+    /// Fails if none listens.
     pub(super) async fn open(servers: &str) -> io::Result<Self> {
         let mut last = io::ErrorKind::AddrNotAvailable.into();
         for server in servers.split(',') {
-            match timeout(ANSWERS_WITHIN, TcpStream::connect(server.trim())).await {
+            match timeout(ENGINE_TIMEOUT, TcpStream::connect(server.trim())).await {
                 Ok(Ok(stream)) => {
                     stream.set_nodelay(true)?;
                     return Ok(Self(stream));
@@ -61,14 +63,15 @@ impl Connection {
         Err(last)
     }
 
-    /// The release that it is of, as far as it tells: the newest form of metadata that it understands.
+    /// The broker's release, as far as it reports one: the newest metadata version that it
+    /// supports.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Fails if the broker does not answer.
     pub(super) async fn version(&mut self) -> io::Result<String> {
         let mut body = Vec::new();
         for text in ["oversold", "0"] {
-            // A compact string: the length and one, then the text.
+            // A compact string: the length plus one, then the text.
             body.push(u8::try_from(text.len() + 1).map_err(io::Error::other)?);
             body.extend(text.as_bytes());
         }
@@ -77,7 +80,7 @@ impl Connection {
         let mut answer = Answer(&answer);
         answer.error()?;
         for _ in 1..answer.varint()? {
-            // Which versions of which request it takes.
+            // The supported versions of each request.
             answer.take(6)?;
             answer.skip_tags()?;
         }
@@ -86,7 +89,7 @@ impl Connection {
         for _ in 0..answer.varint()? {
             let (tag, size) = (answer.varint()?, answer.varint()?);
             let mut tagged = Answer(answer.take(size)?);
-            // What the broker itself can do stands under the tag 0.
+            // The broker's supported features are under tag 0.
             if tag != 0 {
                 continue;
             }
@@ -111,12 +114,12 @@ impl Connection {
         })
     }
 
-    /// What it knows of its cluster.
+    /// The broker's metadata of its cluster.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Fails if the broker does not answer.
     pub(super) async fn metadata(&mut self) -> io::Result<Metadata> {
-        // All topics, and none is to be made.
+        // All topics, without automatic creation.
         let mut body = (-1_i32).to_be_bytes().to_vec();
         body.push(0);
         let answer = self.ask(Api::Metadata, &body).await?;
@@ -152,16 +155,17 @@ impl Connection {
         Ok(Metadata { brokers, topics })
     }
 
-    /// Makes a topic, on as many brokers as the cluster's settings say, and returns once this broker tells that it can be written to.
+    /// Creates a topic with the cluster's default replication factor, and returns once this
+    /// broker's metadata lists its leaders.
     ///
     /// # Errors
-    /// It is there already, or the broker refuses or does not answer.
+    /// Fails if the topic exists, or if the broker rejects the request or does not answer.
     pub(super) async fn create_topic(&mut self, name: &str, partitions: i32) -> io::Result<()> {
         let mut body = 1_i32.to_be_bytes().to_vec();
         push_text(&mut body, name)?;
         body.extend(partitions.to_be_bytes());
         body.extend((-1_i16).to_be_bytes());
-        // Placed by the broker, and with its settings.
+        // With the broker's replica assignment and default settings.
         body.extend([0; 8]);
         body.extend(DONE_WITHIN_MS.to_be_bytes());
         body.push(0);
@@ -173,7 +177,7 @@ impl Connection {
             answer.error()?;
             answer.text()?;
         }
-        // The controller has answered. The broker hears of it a moment later.
+        // The controller has answered. The broker's metadata follows a moment later.
         let is_led = |topic: &Topic| topic.name == name && topic.led;
         while !self.metadata().await?.topics.iter().any(is_led) {
             sleep(LOOKED_AGAIN_AFTER).await;
@@ -181,11 +185,11 @@ impl Connection {
         Ok(())
     }
 
-    /// Deletes topics, with what is in them and what groups have noted about them, and returns once this broker no longer tells of them. One that
-    /// is not there is left at that.
+    /// Deletes topics with their messages and the groups' committed offsets, and returns once this
+    /// broker's metadata no longer lists them. Ignores topics that do not exist.
     ///
     /// # Errors
-    /// The broker refuses or does not answer.
+    /// Fails if the broker rejects the request or does not answer.
     pub(super) async fn delete_topics(&mut self, names: &[String]) -> io::Result<()> {
         const UNKNOWN_TOPIC: i16 = 3;
 
@@ -215,7 +219,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends a request and waits for its answer.
+    /// Sends a request and waits for its response.
     async fn ask(&mut self, api: Api, body: &[u8]) -> io::Result<Vec<u8>> {
         const NUMBER: i32 = 1;
 
@@ -226,7 +230,7 @@ impl Connection {
         request.extend(NUMBER.to_be_bytes());
         push_text(&mut request, "oversold")?;
         if matches!(api, Api::Versions) {
-            // This version has a header that could hold tags.
+            // This version's header may contain tags.
             request.push(0);
         }
         request.extend(body);
@@ -242,11 +246,11 @@ impl Connection {
             self.0.read_exact(&mut answer).await?;
             Ok(answer)
         };
-        timeout(ANSWERS_WITHIN, asking).await?
+        timeout(ENGINE_TIMEOUT, asking).await?
     }
 }
 
-/// The requests that are made here.
+/// The requests of this client.
 enum Api {
     Versions,
     Metadata,
@@ -255,7 +259,7 @@ enum Api {
 }
 
 impl Api {
-    /// In versions that brokers from 3.0 to 4.x take.
+    /// The version of each request, which brokers from 3.0 to 4.x support.
     const fn key_and_version(&self) -> (i16, i16) {
         match self {
             Self::Versions => (18, 3),
@@ -266,7 +270,7 @@ impl Api {
     }
 }
 
-/// What is left of an answer.
+/// The unread part of a response.
 struct Answer<'a>(&'a [u8]);
 
 impl<'a> Answer<'a> {
@@ -288,12 +292,12 @@ impl<'a> Answer<'a> {
         Ok(i32::from_be_bytes(self.array()?))
     }
 
-    /// How many things follow.
+    /// Reads the length of an array.
     fn count(&mut self) -> io::Result<usize> {
         usize::try_from(self.i32()?).map_err(|_| no_kafka())
     }
 
-    /// A text; where there is none, an empty one.
+    /// Reads a string; a null string is empty.
     fn text(&mut self) -> io::Result<String> {
         let length = usize::try_from(self.i16()?).unwrap_or(0);
         Ok(String::from_utf8_lossy(self.take(length)?).into_owned())
@@ -320,7 +324,7 @@ impl<'a> Answer<'a> {
         Ok(())
     }
 
-    /// Reads an error code, which says that there was none.
+    /// Reads an error code and fails unless it is 0.
     fn error(&mut self) -> io::Result<()> {
         match self.i16()? {
             0 => Ok(()),
@@ -359,19 +363,20 @@ mod tests {
 
     use super::*;
 
-    /// What a broker is asked when it sends these answers in turn, and hangs up.
+    /// The requests that a broker receives when it sends these responses in turn and closes the
+    /// connection.
     async fn broker(answers: Vec<Vec<u8>>) -> (String, tokio::task::JoinHandle<Vec<Vec<u8>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound").to_string();
         let serving = tokio::spawn(async move {
-            let (mut stream, _) = listener.accept().await.expect("somebody connects");
+            let (mut stream, _) = listener.accept().await.expect("a client connects");
             let mut asked = Vec::new();
             for answer in answers {
                 let length = stream.read_i32().await.expect("there is a request");
                 let mut request = vec![0; usize::try_from(length).expect("it has a length")];
                 stream.read_exact(&mut request).await.expect("it is whole");
                 asked.push(request);
-                stream.write_all(&answer).await.expect("somebody listens");
+                stream.write_all(&answer).await.expect("the client reads");
             }
             asked
         });
@@ -395,13 +400,13 @@ mod tests {
         .concat();
         let answer = framed(&[
             &[0, 0, 2, 0, 18, 0, 0, 0, 4, 0, 0, 0, 0, 0],
-            // Two tags: a number that is not asked for, and the features.
+            // Two tags: a number that the client ignores, and the features.
             &[2, 1, 1, 9, 0, features.len() as u8],
             &features,
         ]);
         let (address, serving) = broker(vec![answer]).await;
         let version = Connection::open(&address).await.expect("it listens").version().await;
-        assert_eq!(version.expect("it tells"), "4.1");
+        assert_eq!(version.expect("it is reported"), "4.1");
         let asked = serving.await.expect("it was asked");
         assert_eq!(asked[0], b"\0\x12\0\x03\0\0\0\x01\0\x08oversold\0\x09oversold\x020\0");
     }
@@ -439,7 +444,7 @@ mod tests {
             brokers: 1,
             topics: vec![topic("a", 2, true), topic("b", 1, false)],
         };
-        assert_eq!(metadata.expect("it tells"), expected);
+        assert_eq!(metadata.expect("it is reported"), expected);
     }
 
     #[tokio::test]

@@ -1,4 +1,5 @@
-//! What the servers of one run share.
+//! The environment of one test or run: a database, and a prefix in Redis and Kafka where the
+//! strategy needs them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,21 +8,21 @@ use box_office::{KafkaConfig, RedisConfig, Schema, Service, Strategy};
 
 use super::{Database, Durability, Kafka, KafkaPrefix, Missing, Postgres, Prefix, Redis, kafka, postgres, redis};
 
-/// Backends that were found for a command, which measures on them.
+/// The backends of a command that measures.
 pub struct Services {
     /// The database server.
     pub postgres: Postgres,
-    /// There if it was asked for.
+    /// Present if it was requested.
     pub redis: Option<Redis>,
-    /// There if it was asked for.
+    /// Present if it was requested.
     pub kafka: Option<Kafka>,
 }
 
 impl Services {
-    /// Finds Postgres, and what else is needed.
+    /// Finds Postgres and the services in `needs`.
     ///
     /// # Errors
-    /// One is missing.
+    /// [`Missing`] if no source provides one of them.
     pub async fn find(durability: Durability, needs: &[Service]) -> Result<Self, Missing> {
         let postgres = Postgres::find(durability).await?;
         let redis = match needs.contains(&Service::Redis) {
@@ -35,50 +36,52 @@ impl Services {
         Ok(Self { postgres, redis, kafka })
     }
 
-    /// A stand on them.
+    /// Creates an environment on these backends.
     ///
     /// # Errors
-    /// There is no database to be had.
-    pub async fn stand(&self, schema: Schema) -> anyhow::Result<TestEnvironment> {
+    /// Fails if the database can't be created.
+    pub async fn environment(&self, schema: Schema) -> anyhow::Result<TestEnvironment> {
         Ok(TestEnvironment::on(&self.postgres, self.redis.as_ref(), schema)
             .await?
-            .and_kafka(self.kafka.as_ref()))
+            .with_kafka(self.kafka.as_ref()))
     }
 }
 
-/// A database of their own, and a prefix in Redis and one in Kafka where their strategy needs them. All go when this is dropped.
+/// A database, and a prefix in Redis and in Kafka where the strategy needs them. Dropping it
+/// removes all of them.
 pub struct TestEnvironment {
     database: Database,
-    redis: Option<InRedis>,
-    kafka: Option<InKafka>,
+    redis: Option<RedisShare>,
+    kafka: Option<KafkaShare>,
 }
 
-struct InRedis {
+struct RedisShare {
     url: String,
     prefix: Prefix,
-    /// One that is shared stays for as long as somebody stands on it.
+    /// Keeps a shared server alive.
     _server: Option<Arc<Redis>>,
 }
 
-struct InKafka {
+struct KafkaShare {
     bootstrap_servers: String,
     prefix: KafkaPrefix,
-    /// As that of Redis.
+    /// Keeps a shared server alive.
     _server: Option<Arc<Kafka>>,
 }
 
 impl TestEnvironment {
-    /// For a strategy, on the backends that all tests of this process share.
+    /// Creates an environment for a strategy on the backends that all tests of this process share.
     ///
     /// # Errors
-    /// One is missing.
+    /// Fails with [`Missing`] if no source provides a required backend, or if the database can't be
+    /// created.
     pub async fn shared(strategy: &Strategy) -> anyhow::Result<Self> {
         let database = postgres().await?.database(strategy.schema).await?;
         let redis = match strategy.needs.contains(&Service::Redis) {
             false => None,
             true => {
                 let server = redis().await?;
-                let mut redis = InRedis::on(&server);
+                let mut redis = RedisShare::on(&server);
                 redis._server = Some(server);
                 Some(redis)
             }
@@ -87,7 +90,7 @@ impl TestEnvironment {
             false => None,
             true => {
                 let server = kafka().await?;
-                let mut kafka = InKafka::on(&server);
+                let mut kafka = KafkaShare::on(&server);
                 kafka._server = Some(server);
                 Some(kafka)
             }
@@ -95,22 +98,22 @@ impl TestEnvironment {
         Ok(Self { database, redis, kafka })
     }
 
-    /// On backends of the caller's.
+    /// Creates an environment on the caller's backends.
     ///
     /// # Errors
-    /// There is no database to be had.
+    /// Fails if the database can't be created.
     pub async fn on(postgres: &Postgres, redis: Option<&Redis>, schema: Schema) -> anyhow::Result<Self> {
         Ok(Self {
             database: postgres.database(schema).await?,
-            redis: redis.map(InRedis::on),
+            redis: redis.map(RedisShare::on),
             kafka: None,
         })
     }
 
-    /// The same, and on a Kafka of the caller's.
+    /// Adds a prefix on the caller's Kafka.
     #[must_use]
-    pub fn and_kafka(mut self, kafka: Option<&Kafka>) -> Self {
-        self.kafka = kafka.map(InKafka::on);
+    pub fn with_kafka(mut self, kafka: Option<&Kafka>) -> Self {
+        self.kafka = kafka.map(KafkaShare::on);
         self
     }
 
@@ -119,21 +122,21 @@ impl TestEnvironment {
         &self.database
     }
 
-    /// What all keys in Redis begin with, if there is one.
+    /// The prefix of all keys in Redis, if the environment has a Redis.
     pub fn prefix(&self) -> Option<&str> {
         self.redis.as_ref().map(|redis| &*redis.prefix)
     }
 
-    /// What all topics and groups in Kafka begin with, if there is one.
+    /// The prefix of all topics and groups in Kafka, if the environment has a Kafka.
     pub fn kafka_prefix(&self) -> Option<&str> {
         self.kafka.as_ref().map(|kafka| &*kafka.prefix)
     }
 
-    /// Reaches Redis at another address, such as that of a proxy before it.
+    /// Redirects connections to Redis to a local port, such as that of a proxy.
     ///
     /// # Errors
-    /// There is none.
-    pub fn redis_at(&mut self, port: u16) -> anyhow::Result<()> {
+    /// Fails if the environment has no Redis.
+    pub fn redirect_redis(&mut self, port: u16) -> anyhow::Result<()> {
         let redis = self.redis.as_mut().context("there is no Redis")?;
         let mut url = url::Url::parse(&redis.url)?;
         url.set_host(Some("127.0.0.1"))?;
@@ -142,24 +145,24 @@ impl TestEnvironment {
         Ok(())
     }
 
-    /// How a server is told of all this.
-    pub fn environment(&self) -> Vec<(&'static str, String)> {
-        let mut environment = vec![("DATABASE_URL", self.database.url())];
+    /// The environment variables that configure a server for this environment.
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        let mut variables = vec![("DATABASE_URL", self.database.url())];
         if let Some(redis) = &self.redis {
-            environment.push(("REDIS_URL", redis.url.clone()));
-            environment.push(("REDIS_PREFIX", redis.prefix.to_string()));
+            variables.push(("REDIS_URL", redis.url.clone()));
+            variables.push(("REDIS_PREFIX", redis.prefix.to_string()));
         }
         if let Some(kafka) = &self.kafka {
-            environment.push(("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers.clone()));
-            environment.push(("KAFKA_PREFIX", kafka.prefix.to_string()));
+            variables.push(("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers.clone()));
+            variables.push(("KAFKA_PREFIX", kafka.prefix.to_string()));
         }
-        environment
+        variables
     }
 
-    /// How a strategy in this process is told of Redis, with locks that outlive their holder for so long.
+    /// The Redis configuration for a strategy in this process, with this lease.
     ///
     /// # Errors
-    /// The URL of Redis is none that a server would take.
+    /// Fails if a server would not accept the URL of Redis.
     pub fn redis(&self, lease: Duration) -> anyhow::Result<Option<RedisConfig>> {
         let Some(redis) = &self.redis else { return Ok(None) };
         Ok(Some(RedisConfig {
@@ -169,7 +172,8 @@ impl TestEnvironment {
         }))
     }
 
-    /// How a strategy in this process is told of Kafka, with so many consumers, each missed after so long.
+    /// The Kafka configuration for a strategy in this process, with this number of consumers and
+    /// this session timeout.
     pub fn kafka(&self, consumers: u32, session: Duration) -> Option<KafkaConfig> {
         self.kafka.as_ref().map(|kafka| KafkaConfig {
             bootstrap_servers: kafka.bootstrap_servers.clone(),
@@ -180,7 +184,7 @@ impl TestEnvironment {
     }
 }
 
-impl InRedis {
+impl RedisShare {
     fn on(redis: &Redis) -> Self {
         Self {
             url: redis.url().to_owned(),
@@ -190,7 +194,7 @@ impl InRedis {
     }
 }
 
-impl InKafka {
+impl KafkaShare {
     fn on(kafka: &Kafka) -> Self {
         Self {
             bootstrap_servers: kafka.bootstrap_servers().to_owned(),

@@ -1,7 +1,8 @@
-//! Instances that die or are replaced while they sell.
+//! Instance faults: server processes that are killed or replaced during a sale.
 //!
-//! Buyers come in waves, one more after each fault, so that a restarted instance is asked as well. Which instance a request went to, its client
-//! knows; whether an instance died, and how, its exit status tells.
+//! Buyers come in waves, one more after each fault, so that a restarted instance also receives
+//! requests. The client records the instance of each request, and the exit status shows how an
+//! instance ended.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -12,20 +13,23 @@ use crate::{
     rush::{FaultKind, PlannedFault, Program, Report, Rush, Struck},
 };
 
-/// How many instances sell.
+/// The number of instances.
 const INSTANCES: usize = 3;
 
-/// How many buyers come at once. So few that on a slow machine, too, nobody waits so long for the sale's lock as to be undecided for that; and so
-/// many that some of those who lost their instance come to the one that took its place.
+/// Buyers in a wave. Few enough that no request times out on the sale's lock, even on a slow
+/// machine; enough that some buyers whose instance is gone connect to its replacement.
 const WAVE: u32 = 100;
 
-/// A fault strikes when so many of its wave have their answer. The others are under way: a third of them on the instance that it strikes.
+/// Answers in a wave after which its fault strikes. The other requests are in flight, a third of
+/// them on that instance.
 const AFTER_ANSWERS: u64 = 10;
 
-/// Kills one of three instances (SIGKILL) in mid-rush: only what was in flight on it may be undecided, and `keeps` must hold.
+/// Kills one of three instances (SIGKILL) during the rush: only requests in flight on it may have
+/// an unknown outcome, and `keeps` must hold.
 ///
 /// # Panics
-/// The fault did not strike, or it did more than that.
+/// Panics if the fault did not strike, another request has an unknown outcome, or an invariant is
+/// broken.
 pub async fn a_kill_leaves_only_what_was_in_flight_undecided(
     program: &Program,
     level: &Level,
@@ -35,10 +39,10 @@ pub async fn a_kill_leaves_only_what_was_in_flight_undecided(
     kill(&rush(1, FaultKind::Kill), program, level, strategy, keeps).await;
 }
 
-/// The same with its fault off: nobody is killed.
+/// The control run of [`a_kill_leaves_only_what_was_in_flight_undecided`], without any kill.
 ///
 /// # Panics
-/// The fault did not strike.
+/// Always panics: the fault did not strike.
 pub async fn nobody_is_killed(program: &Program, level: &Level, strategy: &Strategy) {
     kill(&rush(0, FaultKind::Kill), program, level, strategy, &[]).await;
 }
@@ -69,10 +73,11 @@ async fn kill(rush: &Rush, program: &Program, level: &Level, strategy: &Strategy
     }
 }
 
-/// Replaces one instance after another (SIGTERM) in mid-rush: nobody may be left undecided, and `keeps` must hold.
+/// Restarts one instance after another (SIGTERM) during the rush: no request may have an unknown
+/// outcome, and `keeps` must hold.
 ///
 /// # Panics
-/// The fault did not strike, or somebody was.
+/// Panics if a fault did not strike, a request has an unknown outcome, or an invariant is broken.
 pub async fn a_rolling_restart_leaves_nobody_undecided(
     program: &Program,
     level: &Level,
@@ -82,10 +87,10 @@ pub async fn a_rolling_restart_leaves_nobody_undecided(
     restart(&rush(INSTANCES, FaultKind::Restart), program, level, strategy, keeps).await;
 }
 
-/// The same with its fault off: nobody is replaced.
+/// The control run of [`a_rolling_restart_leaves_nobody_undecided`], without any restart.
 ///
 /// # Panics
-/// The fault did not strike.
+/// Always panics: the fault did not strike.
 pub async fn nobody_is_replaced(program: &Program, level: &Level, strategy: &Strategy) {
     restart(&rush(0, FaultKind::Restart), program, level, strategy, &[]).await;
 }
@@ -111,18 +116,18 @@ async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strat
                 && request.sent_us >= healed_us
                 && !matches!(request.answer, Answer::Indeterminate | Answer::Unexpected { .. })
         });
-        assert!(served, "nobody was served by the new instance: {}", fault.fault);
+        assert!(served, "the new instance served no request: {}", fault.fault);
     }
     if let Some(first) = undecided(&report).next() {
         panic!(
-            "somebody is undecided: an instance left before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
+            "a request has an unknown outcome: an instance left before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
             report.sent_to[&first.request], report.struck, report.history.faults, report.verdict
         );
     }
 }
 
-/// A server that leaves on SIGTERM at once, and with it all that is in flight: `executable` below a shell that does not pass the signal on, as
-/// the first process of a container may be.
+/// A server without graceful shutdown: `executable` below a shell that kills it on SIGTERM instead
+/// of forwarding the signal, as the first process of a container may do.
 pub fn without_drain(executable: &str) -> Program {
     const SHELL: &str = r#""$0" & server=$!; trap 'kill -KILL $server; exit 0' TERM; wait $server"#;
 
@@ -132,7 +137,8 @@ pub fn without_drain(executable: &str) -> Program {
         .argument(executable)
 }
 
-/// A wave of buyers, and one more after each fault. Every wave finds tickets, and the last sees them go.
+/// A rush with one wave of buyers, and one more after each fault. Every wave finds tickets, and the
+/// last exhausts them.
 fn rush(faults: usize, kind: FaultKind) -> Rush {
     let waves = u32::try_from(faults + 1).expect("there are few faults");
     let rush = Rush {
@@ -162,7 +168,7 @@ async fn run(rush: &Rush, program: &Program, level: &Level, strategy: &Strategy,
     report
 }
 
-/// The faults, of which there must be so many, each with the instance that it struck.
+/// The faults, whose number must be `planned`, each with the instance that it struck.
 fn struck(report: &Report, planned: usize) -> Vec<(&Fault, Struck)> {
     let faults = &report.history.faults;
     assert_eq!(
@@ -173,7 +179,7 @@ fn struck(report: &Report, planned: usize) -> Vec<(&Fault, Struck)> {
     faults.iter().zip(report.struck.iter().copied()).collect()
 }
 
-/// How many requests were under way on the instance when the fault struck.
+/// The number of requests in flight on the instance when the fault struck.
 fn in_flight(report: &Report, fault: &Fault, instance: SocketAddr) -> usize {
     let requests = report.history.requests.iter();
     requests
@@ -185,7 +191,7 @@ fn in_flight(report: &Report, fault: &Fault, instance: SocketAddr) -> usize {
         .count()
 }
 
-/// When a request was over for its client. An order that was accepted is under way until it is decided.
+/// When a request ended for its client. An accepted order is pending until it is decided.
 fn ended_us(request: &Request) -> Micros {
     let ended_us = match &request.answer {
         Answer::Accepted { ending, .. } => ending.as_ref().map(|ending| ending.at_us),

@@ -1,4 +1,5 @@
-//! A reservation that is cancelled: its future is dropped after the n-th poll, for every n until it completes.
+//! Cancellation: the future of a reservation is dropped after the n-th poll, for every n until it
+//! completes.
 
 use std::{
     pin::Pin,
@@ -8,14 +9,14 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, Instrumentation, Order, Outcome, RequestKey, ReserveError, SaleId, Steps, Strategy, StrategyContext,
-    StrategyMetrics, trace::now_monotonic_us,
+    BuyerId, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps, Strategy,
+    StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
 use tokio::time::timeout;
 
-use super::script::{answer_of, open_sale};
+use super::runner::{answer_of, open_sale};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
@@ -23,27 +24,28 @@ use crate::{
     rows,
 };
 
-/// Connections of the strategy's pool: few, so that one that is lost is missed.
+/// Size of the strategy's pool: small, so that a leaked connection is noticed.
 const CONNECTIONS: u32 = 2;
 
-/// How long a lock in Redis outlives its holder: longer than anybody waits here. A cancelled reservation has to give it back.
+/// The lease of locks in Redis: longer than any wait here, so that a cancelled reservation has to
+/// release its lock.
 const LEASE: Duration = Duration::from_secs(60);
 
-/// So often in a row a reservation has to complete before nothing is left of it that could be cancelled. Once may be luck: where the database
-/// has answered before anybody came to wait for it, there is a place less to cancel at.
+/// Consecutive completions after which no cancellation point is left. One may be luck: if the
+/// database has answered before the first poll, there is one await less to cancel at.
 const COMPLETIONS: usize = 5;
 
-/// How long anything may take once the cancelled reservation is gone: its transaction keeps its locks no longer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time limit after a cancellation, by which the transaction has released its locks.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Polls a future so often and no more.
-struct Limited<'a> {
+/// Polls a future a limited number of times.
+struct PollLimited<'a> {
     reserving: BoxFuture<'a, Result<Outcome, ReserveError>>,
     polls_left: usize,
 }
 
-impl Future for Limited<'_> {
-    /// `None`: it was not done by then.
+impl Future for PollLimited<'_> {
+    /// `None`: the future was still pending.
     type Output = Option<Result<Outcome, ReserveError>>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
@@ -55,40 +57,41 @@ impl Future for Limited<'_> {
     }
 }
 
-/// Cancels a reservation at every place where it can be, and checks each time that nothing half done stays behind: no open transaction, a whole
-/// pool, a buyer who repeats with the same key gets the one reservation, and the next buyer the other ticket.
+/// Cancels a reservation after every number of polls, and checks each time that nothing partial
+/// remains: no open transaction, no leaked connection; a repeat with the same key gets the one
+/// reservation, and the next buyer the other ticket.
 ///
-/// Returns how often it was cancelled: once after each number of polls at which it was still under way.
+/// Returns the number of cancellations.
 ///
 /// # Errors
-/// What stayed behind, and after how many polls.
+/// Names what remained, and after how many polls.
 pub async fn cancelled_after_every_poll(strategy: &'static Strategy) -> anyhow::Result<usize> {
     cancelled_from(strategy, 0).await
 }
 
-/// The same with its fault off: nobody cancels.
+/// The control run of [`cancelled_after_every_poll`], without any cancellation.
 ///
 /// # Errors
-/// The fault did not strike.
+/// Always fails: the fault did not strike.
 pub async fn never_cancelled(strategy: &'static Strategy) -> anyhow::Result<usize> {
     cancelled_from(strategy, usize::MAX).await
 }
 
 async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> anyhow::Result<usize> {
-    let stand = TestEnvironment::shared(strategy).await?;
-    let observer = stand.database().pool(1).await?;
+    let environment = TestEnvironment::shared(strategy).await?;
+    let observer = environment.database().pool(1).await?;
     let (mut polls, mut sale): (usize, SaleId) = (fewest_polls, 0);
     let mut completions = 0;
     loop {
         sale += 1;
         let pool = StrategyContext::pool_options(CONNECTIONS)
-            .connect(&stand.database().url())
+            .connect(&environment.database().url())
             .await?;
         let context = StrategyContext {
             database: pool.clone(),
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
-            redis: stand.redis(LEASE)?,
+            redis: environment.redis(LEASE)?,
             kafka: None,
             instrumentation: Instrumentation::default(),
         };
@@ -96,9 +99,9 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         open_sale(&observer, sale, 2).await?;
 
         let first = order(sale, 1)?;
-        let mut requests = vec![request(&first)];
+        let requests = vec![request(&first)];
         let unobserved = Steps::unobserved();
-        let limited = Limited {
+        let limited = PollLimited {
             reserving: reserve.reserve(&first, &unobserved),
             polls_left: polls,
         };
@@ -121,43 +124,10 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
         nothing_left_open(&observer)
             .await
             .with_context(|| format!("cancelled after {polls} polls"))?;
-        let after = async {
-            let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
-            drop(whole.await.context("the pool is not whole")?);
-            for buyer in [1, 2] {
-                let order = order(sale, buyer)?;
-                let mut request = request(&order);
-                request.answer = answer_of(reserve.reserve(&order, &Steps::unobserved()).await);
-                request.answered_us = Some(now_monotonic_us());
-                ensure!(
-                    matches!(request.answer, Answer::Confirmed { .. }),
-                    "buyer {buyer}, who comes after it, is told {:?}",
-                    request.answer
-                );
-                requests.push(request);
-            }
-            let sold = rows::read(&observer, sale).await?;
-            let history = History {
-                header: Header {
-                    version: FORMAT_VERSION,
-                    strategy: strategy.name.to_owned(),
-                    sale,
-                    capacity: 2,
-                    deadline_us: Micros::MAX / 2,
-                    expiry_us: None,
-                    stock: Some(sold.stock),
-                },
-                requests,
-                rows: Some(sold.rows),
-                faults: vec![],
-            };
-            let verdict = judge(&history);
-            ensure!(verdict.findings.is_empty(), "{verdict}");
-            Ok(())
-        };
-        timeout(PATIENCE, after)
+        let after = all_are_served(&*reserve, strategy, &observer, &pool, sale, requests);
+        timeout(TIMEOUT, after)
             .await
-            .with_context(|| format!("{PATIENCE:?} later somebody still waits"))
+            .with_context(|| format!("{TIMEOUT:?} later a request still waits"))
             .flatten()
             .with_context(|| format!("cancelled after {polls} polls"))?;
         pool.close().await;
@@ -165,10 +135,54 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
     }
 }
 
-/// Waits until no transaction that nobody runs any more holds locks in this database.
+/// Checks the state after a cancelled reservation: no connection is leaked, its buyer gets one
+/// ticket under the same key, the next buyer gets the other, and the judge finds nothing.
+async fn all_are_served(
+    reserve: &dyn Reserve,
+    strategy: &Strategy,
+    observer: &PgPool,
+    pool: &PgPool,
+    sale: SaleId,
+    mut requests: Vec<Request>,
+) -> anyhow::Result<()> {
+    let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
+    drop(whole.await.context("a connection is leaked")?);
+    for buyer in [1, 2] {
+        let order = order(sale, buyer)?;
+        let mut request = request(&order);
+        request.answer = answer_of(reserve.reserve(&order, &Steps::unobserved()).await);
+        request.answered_us = Some(now_monotonic_us());
+        ensure!(
+            matches!(request.answer, Answer::Confirmed { .. }),
+            "the next request, of buyer {buyer}, is answered with {:?}",
+            request.answer
+        );
+        requests.push(request);
+    }
+    let sold = rows::read(observer, sale).await?;
+    let history = History {
+        header: Header {
+            version: FORMAT_VERSION,
+            strategy: strategy.name.to_owned(),
+            sale,
+            capacity: 2,
+            deadline_us: Micros::MAX / 2,
+            expiry_us: None,
+            stock: Some(sold.stock),
+        },
+        requests,
+        rows: Some(sold.rows),
+        faults: vec![],
+    };
+    let verdict = judge(&history);
+    ensure!(verdict.findings.is_empty(), "{verdict}");
+    Ok(())
+}
+
+/// Waits until no idle transaction holds locks in this database.
 pub(super) async fn nothing_left_open(observer: &PgPool) -> anyhow::Result<()> {
     let mut locked = true;
-    let gave_up = Instant::now() + PATIENCE;
+    let gave_up = Instant::now() + TIMEOUT;
     while locked {
         ensure!(
             Instant::now() < gave_up,
@@ -198,7 +212,7 @@ pub(super) fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
     })
 }
 
-/// A request that has no answer yet.
+/// A request without an answer.
 pub(super) fn request(order: &Order) -> Request {
     Request {
         request: now_monotonic_us(),

@@ -1,8 +1,11 @@
-//! A thousand buyers against a server that does nothing: what a rush costs by itself. Its clients must not be the bottleneck of what they measure.
+//! Benchmark of the rush itself: a thousand buyers against a server that does nothing. The clients
+//! must not be the bottleneck of what they measure.
 //!
-//! `cargo run --release --package harness --example rush_of_nothing`; with `-- --bound` it fails where a rush costs more than it may.
+//! `cargo run --release --package harness --example rush_overhead`; with `-- --bound` it fails
+//! above its limit.
 //!
-//! This program is that server as well: told by a variable, it answers the first hundred orders with a 201 and all others with "sold out".
+//! This program is also that server: if an environment variable says so, it answers the first
+//! hundred orders with 201 and all others with "sold out".
 
 use std::{
     env,
@@ -34,9 +37,9 @@ use uuid::Uuid;
 
 const ACT_AS_SERVER: &str = "RUSH_OF_NOTHING_ACTS_AS_SERVER";
 
-/// How many rushes are run.
+/// The number of rushes.
 const RUNS: usize = 10;
-/// What the middle one of them may take, where it is built in release and nothing else runs.
+/// Limit of the median, for a release build on an idle machine.
 const BOUND: Duration = Duration::from_millis(150);
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../levels/box-office/tests/migrations");
@@ -79,7 +82,7 @@ fn main() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How long each run took.
+/// The duration of each rush.
 async fn rush() -> anyhow::Result<Vec<Duration>> {
     let program = Program::new(env::current_exe()?).variable(ACT_AS_SERVER, "1");
     let mut took = vec![];
@@ -119,7 +122,7 @@ async fn nothing() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The rush looks for the sale's row in the end.
+/// Inserts the sale's row, which the rush reads at its end.
 async fn open_sale(State(database): State<PgPool>, Path(sale): Path<i64>, Json(new): Json<api::NewSale>) -> StatusCode {
     let opened = sqlx::query("insert into sale (id, name, capacity, stock) values ($1, $2, $3, $3)")
         .bind(sale)

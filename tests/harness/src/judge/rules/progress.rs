@@ -1,0 +1,50 @@
+//! Progress (I10): every request ends within its deadline.
+
+use super::{Cases, Found, is_late};
+use crate::{
+    history::Micros,
+    judge::index::{End, Index},
+};
+
+/// Checks I10: every request ends within its deadline, with a final answer.
+pub(super) fn unfinished(index: &Index<'_>) -> Option<Found> {
+    let faults = &index.history.faults;
+    // `None`: a fault was never healed, which may excuse any unknown outcome.
+    let healed_us = faults
+        .iter()
+        .map(|fault| fault.healed_us)
+        .try_fold(0, |latest, healed_us| Some(healed_us?.max(latest)));
+    let mut cases = Cases::default();
+    for order in index.orders() {
+        let first_ended_us = order.requests.iter().filter_map(|request| request.ended_us()).min();
+        // The last time at which the buyer received a final answer.
+        let told_us = order.requests.iter().filter(|request| request.is_settled());
+        let told_us = told_us.map(|request| request.ended_us().unwrap_or(Micros::MAX)).max();
+        for &request in order.requests {
+            let sent_us = request.sent_us;
+            let is_repeat = first_ended_us.is_some_and(|ended_us| ended_us < sent_us);
+            let was_told = told_us.is_some_and(|told_us| sent_us <= told_us);
+            let must_be_told = match healed_us {
+                None => false,
+                // Without faults, nothing excuses a missing answer.
+                Some(_) if faults.is_empty() => is_repeat || request.ended_us().is_none(),
+                Some(healed_us) => healed_us < sent_us,
+            };
+            let what = if is_late(index, request) {
+                "was answered after the deadline"
+            } else if request.end() == End::Unexpected {
+                "got an answer that means nothing"
+            } else if request.end() == End::Open {
+                "was accepted and never told how it ended"
+            } else if request.is_uncertain() && must_be_told && !was_told {
+                "never got a final answer"
+            } else {
+                continue;
+            };
+            cases.request(request, || {
+                format!("buyer {} {what} under key {}", request.buyer, request.key)
+            });
+        }
+    }
+    cases.found("requests did not come to their end")
+}

@@ -1,0 +1,113 @@
+//! No false refusal (I6).
+
+use std::collections::HashMap;
+
+use uuid::Uuid;
+
+use super::{Cases, Found};
+use crate::{
+    history::{Micros, Refused, Request},
+    judge::{
+        evidence::in_words,
+        index::{End, Index, Order},
+    },
+};
+
+/// Checks I6: every refusal was true at some moment between its request and its answer.
+pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
+    let takers_us = index.takers_us();
+    let unsure_us = unsure_us(index);
+    let mut had = HashMap::new();
+    let mut cases = Cases::default();
+    for order in index.orders() {
+        for &request in order.requests {
+            let (End::Refused(refused), Some(ended_us)) = (request.end(), request.ended_us()) else {
+                continue;
+            };
+            let is_true = match refused {
+                Refused::SoldOut => {
+                    let taken = takers_us.partition_point(|&sent_us| sent_us <= ended_us);
+                    taken as u64 >= index.history.header.capacity
+                }
+                Refused::AlreadyReserved { earlier } => had
+                    .entry((order.buyer, *earlier))
+                    .or_insert_with(|| may_have_had(index, &order, *earlier, &unsure_us))
+                    .is_some_and(|(from_us, until_us)| from_us <= ended_us && request.sent_us <= until_us),
+                Refused::KeyOfAnotherBuyer => {
+                    let mut orders = index.orders_of_key.of(order.key).iter();
+                    let other = orders.find(|other| **other != order.number);
+                    other.is_some_and(|&other| index.order(other).requests[0].sent_us <= ended_us)
+                }
+                Refused::UnknownSale => false,
+                // A repeat does not extend the life of an order.
+                Refused::Expired => {
+                    let passes_us = |expiry_us| order.requests[0].sent_us.saturating_add(expiry_us);
+                    let expiry_us = index.history.header.expiry_us;
+                    expiry_us.is_some_and(|expiry_us| passes_us(expiry_us) <= ended_us)
+                }
+                Refused::Declined | Refused::RateLimited => true,
+            };
+            if !is_true {
+                cases.request(request, || {
+                    let why_not = match refused {
+                        Refused::SoldOut => "not enough others can have taken a ticket by then",
+                        Refused::AlreadyReserved { .. } => "the reservation that was named is not the buyer's",
+                        Refused::KeyOfAnotherBuyer => "no other buyer had sent this key",
+                        Refused::Expired => "the order's time was not up",
+                        _ => "there is",
+                    };
+                    format!(
+                        "buyer {} was told {:?}, but {why_not}",
+                        request.buyer,
+                        in_words(&request.answer)
+                    )
+                });
+            }
+        }
+    }
+    cases.found("refusals were not true")
+}
+
+/// The longest interval in which a buyer may have had a reservation, as far as the history shows.
+/// `None`: never.
+fn may_have_had(
+    index: &Index<'_>,
+    order: &Order<'_>,
+    reservation: Uuid,
+    unsure_us: &[Option<Micros>],
+) -> Option<(Micros, Micros)> {
+    let buyer = order.requests[0].buyer;
+    let answers = index.answers_of(reservation);
+    let told = answers.iter().filter(|(_, request)| request.buyer == buyer);
+    let told_us = told.filter_map(|(told, _)| index.took_us[*told]);
+    let rows = index.rows_of_reservation(reservation).iter();
+    let rows: Vec<_> = rows.filter(|(_, row)| row.buyer == buyer).collect();
+    let from_us = if index.has_rows() {
+        rows.first()?;
+        let asked_us = rows.iter().filter_map(|(asked, _)| index.took_us[(*asked)?]);
+        // A row without a request may have existed from the start.
+        told_us.chain(asked_us).min().unwrap_or(0)
+    } else {
+        // An unanswered request of the buyer may have created it.
+        told_us.chain(unsure_us[order.buyer]).min()?
+    };
+    // Row times are not comparable with the refusal. But a reservation that was answered as over,
+    // and is not live, was over by then.
+    let is_live = rows.iter().any(|(_, row)| row.is_live());
+    let over_us = answers.iter().filter(|(_, request)| request.refused().is_some());
+    let over_us = over_us.filter_map(|(_, request)| request.ended_us()).min();
+    Some((from_us, over_us.filter(|_| !is_live).unwrap_or(Micros::MAX)))
+}
+
+/// For each buyer, when the first request with unknown outcome was sent. Empty with rows, which
+/// show every outcome.
+fn unsure_us(index: &Index<'_>) -> Vec<Option<Micros>> {
+    if index.has_rows() {
+        return vec![];
+    }
+    let first_unsure = |requests: &[&Request]| {
+        let first = requests.iter().find(|request| request.is_uncertain());
+        first.map(|request| request.sent_us)
+    };
+    index.requests_of_buyer.all().map(first_unsure).collect()
+}

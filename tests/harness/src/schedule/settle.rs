@@ -1,0 +1,189 @@
+//! One step of a schedule: resumes a request, and waits until no request is running.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, anyhow};
+use box_office::{Steps, trace::now_monotonic_us};
+
+use super::{
+    blocked::{Blocked, CURRENT_REQUEST, Holder},
+    runner::answer_of,
+    state::{HoldingObserver, RequestStatus, StepOutcome},
+    stepping::Schedule,
+    trace::{Event, EventKind},
+};
+use crate::judge::in_words;
+
+/// Time limit of one step.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Interval between two queries of the blocked backends.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+impl Schedule<'_> {
+    /// Resumes one request, and waits until no request is running.
+    pub(super) async fn advance(&mut self, lane: usize) -> anyhow::Result<StepOutcome> {
+        let (status, before) = {
+            let state = self.shared.state();
+            (state.lanes[lane].status, state.trace.events.len())
+        };
+        match status {
+            RequestStatus::Answered => return Ok(StepOutcome::Answered),
+            RequestStatus::NotStarted => self.start(lane),
+            RequestStatus::Held(_) => {
+                self.shared.state().lanes[lane].status = RequestStatus::Running;
+                self.requests[lane].permits.add_permits(1);
+            }
+            // Blocked, unless another request's step has unblocked it.
+            RequestStatus::Running | RequestStatus::Waiting => {}
+        }
+        let moved = tokio::time::timeout(TIMEOUT, self.settle(lane)).await.map_err(|_| {
+            anyhow!(
+                "after {TIMEOUT:?} {} had not reached a point, answered, or been seen blocked by a held request\n{}",
+                self.name(lane),
+                self.trace()
+            )
+        })?;
+        // A request that this step unblocked runs concurrently. In the trace, cause precedes
+        // effect.
+        self.shared.state().trace.events[before..].sort_by_key(|event| event.lane != lane);
+        moved
+    }
+
+    /// Waits until no request is running.
+    async fn settle(&mut self, moved: usize) -> anyhow::Result<StepOutcome> {
+        let shared = self.shared.clone();
+        loop {
+            let changed = shared.changed.notified();
+            if self.is_unsettled() {
+                let _ = tokio::time::timeout(POLL_INTERVAL, changed).await;
+                continue;
+            }
+            let running = self.running();
+            if running.is_empty() {
+                break;
+            }
+            let blocked = Blocked::query(&self.runner.observer)
+                .await
+                .context("asking Postgres who is blocked")?;
+            // No request moved during the query, and all that run wait for one that is held.
+            if self.running() == running
+                && let Some(waits) = self.waits_on_held_requests(&blocked, &running)
+            {
+                self.record_waits(&waits);
+                break;
+            }
+            // Correctness does not depend on this pause; it only limits the load on Postgres.
+            let _ = tokio::time::timeout(POLL_INTERVAL, changed).await;
+        }
+        Ok(match self.shared.state().lanes[moved].status {
+            RequestStatus::Held(step) => StepOutcome::Held(step),
+            RequestStatus::Answered => StepOutcome::Answered,
+            RequestStatus::Running | RequestStatus::Waiting | RequestStatus::NotStarted => StepOutcome::Blocked,
+        })
+    }
+
+    /// Whether an event is pending: a waiter has not yet reported a released lock as taken, or an
+    /// answered request still holds a connection, whose transaction is being rolled back.
+    fn is_unsettled(&self) -> bool {
+        let state = self.shared.state();
+        let answered = state
+            .lanes
+            .iter()
+            .enumerate()
+            .filter(|(_, state)| state.status == RequestStatus::Answered);
+        state.releases > 0
+            || answered
+                .into_iter()
+                .any(|(lane, _)| self.runner.holders.holds(self.holder(lane)))
+    }
+
+    /// The waits of the running requests as pairs of lanes (waiter, root blocker). `None` unless
+    /// each of them waits for a held request, directly or indirectly.
+    fn waits_on_held_requests(&self, blocked: &Blocked, running: &[usize]) -> Option<Vec<(usize, usize)>> {
+        let lane_of = |pid| {
+            let holder = self.runner.holders.of(pid)?;
+            (holder.schedule == self.sale).then_some(holder.lane)
+        };
+        let waits: Vec<(usize, usize)> = blocked
+            .pids()
+            .filter_map(|pid| Some((lane_of(pid)?, lane_of(blocked.root(pid)?)?)))
+            .collect();
+        let state = self.shared.state();
+        let each = running
+            .iter()
+            .all(|lane| waits.iter().any(|(waiting, _)| waiting == lane));
+        let held = waits.iter().all(|&(_, root)| {
+            !matches!(
+                state.lanes[root].status,
+                RequestStatus::Running | RequestStatus::Answered
+            )
+        });
+        (each && held).then_some(waits)
+    }
+
+    /// Adds a trace event for each request that was not blocked before.
+    fn record_waits(&mut self, waits: &[(usize, usize)]) {
+        let mut state = self.shared.state();
+        self.blocked
+            .retain(|lane| waits.iter().any(|(waiting, _)| waiting == lane));
+        for &(lane, root) in waits {
+            if self.blocked.insert(lane) {
+                let why = format!("waits for {}'s row lock", state.trace.lanes[root]);
+                state.trace.events.push(Event {
+                    lane,
+                    kind: EventKind::Waits { why },
+                });
+            }
+        }
+    }
+
+    fn holder(&self, lane: usize) -> Holder {
+        Holder {
+            schedule: self.sale,
+            lane,
+        }
+    }
+
+    fn running(&self) -> Vec<usize> {
+        let state = self.shared.state();
+        let lanes = state.lanes.iter().enumerate();
+        lanes
+            .filter(|(_, state)| state.status == RequestStatus::Running)
+            .map(|(lane, _)| lane)
+            .collect()
+    }
+
+    fn start(&mut self, lane: usize) {
+        let now = now_monotonic_us() - self.started_us;
+        {
+            let mut state = self.shared.state();
+            state.lanes[lane].status = RequestStatus::Running;
+            state.lanes[lane].sent_us = now;
+        }
+        let steps = Steps::observed_by(Arc::new(HoldingObserver {
+            lane,
+            shared: self.shared.clone(),
+            permits: self.requests[lane].permits.clone(),
+            started_us: self.started_us,
+        }));
+        let order = self.requests[lane].order.clone();
+        let (reserve, shared, started_us) = (self.runner.reserve.clone(), self.shared.clone(), self.started_us);
+        let answering = async move {
+            let answer = answer_of(reserve.reserve(&order, &steps).await);
+            {
+                let mut state = shared.state();
+                state.transition(lane, RequestStatus::Answered);
+                state.lanes[lane].answered_us = Some(now_monotonic_us() - started_us);
+                let words = in_words(&answer);
+                state.lanes[lane].answer = Some(answer);
+                state.trace.events.push(Event {
+                    lane,
+                    kind: EventKind::Answered { answer: words },
+                });
+            }
+            shared.changed.notify_one();
+        };
+        tokio::spawn(CURRENT_REQUEST.scope(self.holder(lane), answering));
+    }
+}
