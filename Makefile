@@ -61,7 +61,7 @@ test: ## Run the suite, of all levels or of one
 red: ## Show the contract test as it fails: make red LEVEL=lv1 [STRATEGY=read-then-write]
 	@test -n "$(LEVEL)" || { echo "make red takes a level: make red LEVEL=lv1"; exit 2; }
 	@infra/setup.sh $(services)
-	@infra/red.sh $(package) $(STRATEGY)
+	@cargo run --quiet --package oversold $(features) -- red $(chosen) $(ARGS)
 
 trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then-decrement]
 	@test -n "$(LEVEL)" || { echo "make trace takes a level: make trace LEVEL=lv1"; exit 2; }

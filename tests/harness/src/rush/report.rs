@@ -4,7 +4,7 @@ use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use box_office::trace::Record;
 
@@ -50,7 +50,7 @@ pub struct Report {
 }
 
 /// How many requests got which answer.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Answers {
     /// 201.
     pub confirmed: u64,
@@ -69,7 +69,7 @@ pub struct Answers {
 }
 
 /// How long buyers waited, in milliseconds.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Latency {
     /// Half of them at most so long.
     pub p50_ms: f64,

@@ -1,12 +1,15 @@
-//! `oversold doctor`.
+//! `oversold doctor`: which backends are available, where they come from, and what is missing.
 
 use box_office::{Place, Service};
 use harness::backends;
 
-use crate::{Ended, levels::LEVELS};
+use crate::{exit::ExitKind, levels::LEVELS};
 
-/// Prints where each backend comes from, or what is missing. Only one that a level needs has to be there.
-pub(crate) async fn doctor() -> anyhow::Result<Ended> {
+/// Prints the source of each backend.
+///
+/// # Errors
+/// A backend is missing that one of the levels needs.
+pub(crate) async fn run() -> anyhow::Result<ExitKind> {
     let postgres = backends::postgres().await;
     let redis = backends::redis().await.map(|redis| redis.report().clone());
     let kafka = backends::kafka().await.map(|kafka| kafka.report().clone());
@@ -17,7 +20,7 @@ pub(crate) async fn doctor() -> anyhow::Result<Ended> {
     for (service, found) in &besides {
         match found {
             Ok(report) => println!("{report}"),
-            Err(missing) if in_need_of(*service).is_empty() => {
+            Err(missing) if strategies_that_need(*service).is_empty() => {
                 println!(
                     "{}: optional, as no level that is built needs it; {missing}",
                     service.name()
@@ -31,14 +34,14 @@ pub(crate) async fn doctor() -> anyhow::Result<Ended> {
         missing.push(anyhow::Error::new(why).context("nothing can run"));
     }
     for (service, found) in besides {
-        let strategies = in_need_of(service);
+        let strategies = strategies_that_need(service);
         if let (Err(why), false) = (found, strategies.is_empty()) {
             let cannot = format!("{} can't run, the other strategies can", strategies.join(", "));
             missing.push(anyhow::Error::new(why).context(cannot));
         }
     }
     let Some(last) = missing.pop() else {
-        return Ok(Ended::AsPromised);
+        return Ok(ExitKind::AsPromised);
     };
     for other in missing {
         eprintln!("oversold: {other:#}");
@@ -46,12 +49,12 @@ pub(crate) async fn doctor() -> anyhow::Result<Ended> {
     Err(last)
 }
 
-/// The strategies on the trail that need this service besides Postgres.
-fn in_need_of(service: Service) -> Vec<String> {
+/// The main strategies that need this service besides Postgres.
+fn strategies_that_need(service: Service) -> Vec<String> {
     let of_a_level = LEVELS.iter().flat_map(|level| {
         let strategies = level.strategies.iter();
-        let in_need = strategies.filter(|it| it.place == Place::Trail && it.needs.contains(&service));
-        in_need.map(|strategy| format!("{}/{}", level.name, strategy.name))
+        let needing = strategies.filter(|it| it.place == Place::Trail && it.needs.contains(&service));
+        needing.map(|strategy| format!("{}/{}", level.name, strategy.name))
     });
     of_a_level.collect()
 }

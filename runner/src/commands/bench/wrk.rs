@@ -1,4 +1,4 @@
-//! The load: `wrk`, which takes so little of the processor that it leaves it to what is measured.
+//! The load generator `wrk`. It uses so little of the processor that nearly all of it is left to the server under test.
 
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -7,44 +7,18 @@ use harness::{
     backends::{keeper, on_path},
     rush::SALE,
 };
-use serde::{Deserialize, Serialize};
 
 use super::tool::{self, ToolMissing};
+use crate::results::bench::WrkReport;
 
 const SCRIPT: &str = include_str!("wrk.lua");
-/// An answer that takes longer counts as none.
+/// A request without an answer by then counts as cut off.
 const TIMEOUT: &str = "20s";
 
-/// The program, and the script that it runs.
+/// The program `wrk`, and the script that it runs.
 pub(super) struct Wrk {
     program: PathBuf,
     script: PathBuf,
-}
-
-/// What came back, in the script's own last line.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
-pub(super) struct Load {
-    /// Answers of every kind.
-    pub(super) answers: u64,
-    pub(super) took_us: u64,
-    /// Answers other than 2xx and 3xx.
-    pub(super) refused: u64,
-    /// Requests that met a closed connection or got no answer in time.
-    pub(super) cut_off: u64,
-    pub(super) p50_us: u64,
-    pub(super) p95_us: u64,
-    pub(super) p99_us: u64,
-    pub(super) max_us: u64,
-}
-
-impl Load {
-    pub(super) fn confirmed(&self) -> u64 {
-        self.answers.saturating_sub(self.refused)
-    }
-
-    pub(super) fn confirmed_a_second(&self) -> f64 {
-        self.confirmed() as f64 / (self.took_us as f64 / 1e6)
-    }
 }
 
 impl Wrk {
@@ -63,17 +37,17 @@ impl Wrk {
         Ok(Self { program, script })
     }
 
-    /// Sends reservations over so many connections, each the next as soon as the last was answered, from buyers after `first_buyer`.
+    /// Sends reservations in a closed loop with this many clients, from buyers numbered upwards of `first_buyer`.
     pub(super) async fn run(
         &self,
         address: SocketAddr,
         clients: u32,
         time: Duration,
         first_buyer: u64,
-    ) -> anyhow::Result<Load> {
+    ) -> anyhow::Result<WrkReport> {
         let mut command = tool::command(&self.program)?;
         command
-            // One thread: its buyers need no offset, and it keeps up with any database.
+            // With one thread buyers need no offset for each, and one keeps up with any database.
             .args(["--threads", "1", "--timeout", TIMEOUT])
             .args(["--connections", &clients.to_string()])
             .args(["--duration", &format!("{}s", time.as_secs())])
@@ -87,9 +61,9 @@ impl Wrk {
     }
 }
 
-fn parse(output: &str) -> anyhow::Result<Load> {
+fn parse(output: &str) -> anyhow::Result<WrkReport> {
     let last = output.lines().rfind(|line| line.starts_with('{'));
-    let last = last.with_context(|| format!("wrk did not say what it counted:\n{output}"))?;
+    let last = last.with_context(|| format!("wrk did not report what it counted:\n{output}"))?;
     serde_json::from_str(last).with_context(|| format!("reading what wrk counted: {last}"))
 }
 
@@ -100,7 +74,7 @@ mod tests {
     #[test]
     fn what_wrk_counted_is_its_last_line() {
         let load = parse(include_str!("samples/wrk.txt")).expect("it is a real output");
-        let counted = Load {
+        let counted = WrkReport {
             answers: 6615,
             took_us: 1_004_418,
             refused: 0,
@@ -112,7 +86,7 @@ mod tests {
         };
         assert_eq!(load, counted);
         assert_eq!(load.confirmed_a_second().round(), 6586.0);
-        assert_eq!(Load { refused: 15, ..load }.confirmed(), 6600);
+        assert_eq!(WrkReport { refused: 15, ..load }.confirmed(), 6600);
     }
 
     #[test]

@@ -1,14 +1,14 @@
-//! `oversold judge FILE`.
+//! `oversold judge FILE`: checks a recorded history.
 
 use std::{fs::File, io::BufReader, path::Path};
 
 use anyhow::Context;
 use harness::{history::History, judge::judge};
 
-use crate::Ended;
+use crate::exit::ExitKind;
 
-/// Judges a recorded history against everything that must be true of a sale.
-pub(crate) fn judge_file(path: &Path, json: bool) -> anyhow::Result<Ended> {
+/// Checks a recorded history against all invariants.
+pub(crate) fn run(path: &Path, json: bool) -> anyhow::Result<ExitKind> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     let history = History::read(BufReader::new(file)).with_context(|| format!("reading {}", path.display()))?;
     let verdict = judge(&history);
@@ -18,8 +18,8 @@ pub(crate) fn judge_file(path: &Path, json: bool) -> anyhow::Result<Ended> {
         println!("{}\n{verdict}", history.header.strategy);
     }
     Ok(if verdict.findings.is_empty() {
-        Ended::AsPromised
+        ExitKind::AsPromised
     } else {
-        Ended::Broken
+        ExitKind::Broken
     })
 }

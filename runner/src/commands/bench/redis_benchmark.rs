@@ -1,4 +1,4 @@
-//! The ceiling of a lock: what Redis makes of the same commands when nothing stands between it and them but `redis-benchmark`.
+//! The ceiling of a lock: the same commands, sent to Redis by `redis-benchmark`.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use harness::backends::on_path;
 
 use super::tool::{self, ToolMissing};
 
-/// The program.
+/// The program `redis-benchmark`.
 pub(super) struct RedisBenchmark(PathBuf);
 
 impl RedisBenchmark {
@@ -20,8 +20,8 @@ impl RedisBenchmark {
         tool::needed(on_path("redis-benchmark"), "redis-benchmark", install).map(Self)
     }
 
-    /// Sends so many of one command over so many connections. Each has so many on the way, and sends as many again once all are answered. `__rand_int__` in a word is
-    /// one of `keys` numbers by chance. How many a second were answered.
+    /// Sends `requests` commands over this many connections, each with batches of `pipeline` commands in flight, and returns the answers per
+    /// second. `__rand_int__` in a word stands for a random one of `keys` numbers.
     pub(super) async fn run(
         &self,
         url: &str,
@@ -32,7 +32,7 @@ impl RedisBenchmark {
         words: &[String],
     ) -> anyhow::Result<f64> {
         let mut command = tool::command(&self.0)?;
-        // It takes an empty name for one.
+        // It takes an empty user name for a user.
         let url = url.replacen("redis://:", "redis://default:", 1);
         command
             .args(["-u", &url, "--csv"])
@@ -45,16 +45,16 @@ impl RedisBenchmark {
     }
 }
 
-/// A head of names, and a line with the command and what was counted, all in quotes. It ends with code 1 if Redis refuses a command.
+/// Reads CSV: a header, and a line with the command and its measurements, all quoted. redis-benchmark exits with 1 if Redis rejects a command.
 fn parse(output: &str) -> anyhow::Result<f64> {
-    // The rate, and six times after it. The command before may hold anything: count from the end.
+    // Six latencies follow the rate. The command before it may contain anything, so fields are counted from the end.
     const AFTER_THE_RATE: usize = 6;
 
     let rate = output
         .lines()
         .rev()
         .find_map(|line| line.rsplit("\",\"").nth(AFTER_THE_RATE)?.parse().ok());
-    rate.with_context(|| format!("redis-benchmark does not say how many it sent in a second:\n{output}"))
+    rate.with_context(|| format!("redis-benchmark does not report a rate:\n{output}"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Programs that the bench needs and that are not built here.
+//! External programs that `oversold bench` runs.
 
 use std::{fmt, path::PathBuf, process::Stdio};
 
@@ -25,14 +25,14 @@ pub(super) fn needed(file: Option<PathBuf>, name: &'static str, install: &'stati
     file.ok_or(ToolMissing { name, install })
 }
 
-/// A program's command, which ends when this process does.
+/// A command for this program. Its process ends when this one does.
 pub(super) fn command(file: &PathBuf) -> anyhow::Result<tokio::process::Command> {
     let mut command = tokio::process::Command::from(keeper::command(file)?);
     command.stdin(Stdio::null()).kill_on_drop(true);
     Ok(command)
 }
 
-/// Runs a program to its end, and gives back what it printed.
+/// Runs a program to its end, and returns its standard output.
 pub(super) async fn output(command: &mut tokio::process::Command, name: &str) -> anyhow::Result<String> {
     let output = command.output().await.with_context(|| format!("running {name}"))?;
     if !output.status.success() {

@@ -1,4 +1,4 @@
-//! The ceiling: what the database makes of the same statements when nothing stands between them and it but `pgbench`.
+//! The ceiling of a strategy: the same statements, sent to the database by `pgbench` without a server in between.
 
 use std::{
     path::{Path, PathBuf},
@@ -12,40 +12,33 @@ use harness::{
     backends::{Database, postgres_program},
     rush::SALE,
 };
-use serde::Serialize;
 
 use super::tool::{self, ToolMissing};
+use crate::results::bench::PgbenchReport;
 
-/// The program, and the statements of one strategy.
+/// The program `pgbench`, and the file with the statements of one strategy.
 pub(super) struct Pgbench {
     program: PathBuf,
     statements: PathBuf,
 }
 
-/// How long it runs.
+/// How long a run takes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Length {
+    /// A duration, in whole seconds.
     Time(Duration),
-    /// So many, each client.
+    /// Transactions of each client.
     #[cfg(feature = "lv4")]
     Transactions(u32),
 }
 
-/// What it counted.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Ceiling {
-    pub(super) transactions: u64,
-    pub(super) failed: u64,
-    pub(super) a_second: f64,
-}
-
 impl Pgbench {
-    /// `None` where a strategy has no file of statements: what it does can't be said in pgbench's language.
+    /// `None` where a strategy has no file of statements: pgbench's script language can't express what it does.
     pub(super) fn find(strategy: &Strategy) -> Result<Option<Self>, ToolMissing> {
         Self::with(statements(strategy, "pgbench.sql"))
     }
 
-    /// The same for the batches that a consumer decides, and how many orders are in one.
+    /// The same for the batches of a consumer, and the number of orders in a batch.
     #[cfg(feature = "lv4")]
     pub(super) fn find_batches(strategy: &Strategy) -> anyhow::Result<Option<(Self, u32)>> {
         let file = statements(strategy, "batch.sql");
@@ -70,15 +63,15 @@ impl Pgbench {
         Ok(Some(Self { program, statements }))
     }
 
-    /// Runs the statements over so many connections, each the next transaction as soon as the last is done. The buyers of
-    /// each client come after `first_buyer`, of which there are fewer than a thousand million.
+    /// Runs the statements in a closed loop with this many clients. The buyers of each client are numbered from `first_buyer`, which is
+    /// below a thousand million.
     pub(super) async fn run(
         &self,
         database: &Database,
         clients: u32,
         length: Length,
         first_buyer: u64,
-    ) -> anyhow::Result<Ceiling> {
+    ) -> anyhow::Result<PgbenchReport> {
         let processors = available_parallelism().map_or(1, usize::from);
         let threads = processors.min(clients as usize);
         let mut command = tool::command(&self.program)?;
@@ -95,7 +88,7 @@ impl Pgbench {
             .args(["--client", &clients.to_string()])
             .args(["--jobs", &threads.to_string()])
             .args(["--define", &format!("sale={SALE}")])
-            // Strategies count up from it under one of these names.
+            // The files count buyers up from the variable of one of these names.
             .args(["--define", &format!("buyer={first_buyer}")])
             .args(["--define", &format!("first={first_buyer}")]);
         match length {
@@ -107,22 +100,22 @@ impl Pgbench {
     }
 }
 
-/// The file of statements beside the strategy's source.
+/// The file of statements next to the strategy's source.
 fn statements(strategy: &Strategy, extension: &str) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
     let file = root.join(strategy.source).with_extension(extension);
     file.is_file().then_some(file)
 }
 
-fn parse(output: &str) -> anyhow::Result<Ceiling> {
+fn parse(output: &str) -> anyhow::Result<PgbenchReport> {
     let after = |name: &str| {
         let value = output.lines().rev().find_map(|line| line.strip_prefix(name));
-        value.with_context(|| format!("pgbench does not say {name:?}:\n{output}"))
+        value.with_context(|| format!("pgbench does not report {name:?}:\n{output}"))
     };
     // What follows the number is a remark, or the number that was asked for.
     let number = |text: &str| text.trim().split([' ', '/']).next().unwrap_or_default().to_owned();
     let transactions = number(after("number of transactions actually processed:")?).parse()?;
-    Ok(Ceiling {
+    Ok(PgbenchReport {
         transactions,
         // Before version 15 a failed transaction ended its client.
         failed: after("number of failed transactions:").map_or(Ok(0), |text| number(text).parse())?,
@@ -144,7 +137,7 @@ mod tests {
     #[test]
     fn the_rate_is_the_one_without_connecting() {
         let counted = parse(include_str!("samples/pgbench.txt")).expect("it is a real output");
-        let expected = Ceiling {
+        let expected = PgbenchReport {
             transactions: 425,
             failed: 0,
             a_second: 141.806_157,

@@ -1,11 +1,11 @@
-//! `oversold list`.
+//! `oversold list`: levels and strategies with their guarantees.
 
 use box_office::{FailureMode, Invariant, Place, Promise, Promises};
 use serde::Serialize;
 
-use crate::{Ended, levels::LEVELS};
+use crate::{exit::ExitKind, levels::LEVELS};
 
-/// A strategy for programs that read. The names are stable.
+/// A strategy in the output of `--json`. The names of the fields are stable.
 #[derive(Serialize)]
 struct Listed {
     name: String,
@@ -26,7 +26,7 @@ struct ListedFailureMode {
     violates: &'static [Invariant],
 }
 
-/// The invariants by what is promised about them.
+/// The invariants by what the guarantee says about them.
 #[derive(Serialize)]
 struct Codes {
     keeps: Vec<Invariant>,
@@ -44,14 +44,14 @@ impl From<Promises> for Codes {
     }
 }
 
-/// Prints every strategy, what it is, and what it promises.
-pub(crate) fn print(json: bool) -> anyhow::Result<Ended> {
+/// Prints every strategy with its guarantee.
+pub(crate) fn run(json: bool) -> anyhow::Result<ExitKind> {
     if json {
         println!("{}", serde_json::to_string_pretty(&listed())?);
     } else {
-        print_for_people();
+        print_text();
     }
-    Ok(Ended::AsPromised)
+    Ok(ExitKind::AsPromised)
 }
 
 fn listed() -> Vec<Listed> {
@@ -80,17 +80,17 @@ fn listed() -> Vec<Listed> {
     of_a_level.collect()
 }
 
-fn print_for_people() {
+fn print_text() {
     for level in LEVELS {
         println!("{}  {}", level.name, level.summary);
         for strategy in level.strategies {
             println!("  {}/{}: {}", level.name, strategy.name, strategy.summary);
-            let (alone, together) = (strategy.guarantee.single_instance, strategy.guarantee.multi_instance);
-            if alone == together {
-                println!("      on any number of instances: {}", in_words(&alone));
+            let (single, multi) = (strategy.guarantee.single_instance, strategy.guarantee.multi_instance);
+            if single == multi {
+                println!("      on any number of instances: {}", summary(&single));
             } else {
-                println!("      on one instance: {}", in_words(&alone));
-                println!("      on several:      {}", in_words(&together));
+                println!("      on one instance: {}", summary(&single));
+                println!("      on several:      {}", summary(&multi));
             }
             for FailureMode { trigger, violates } in strategy.guarantee.failure_modes {
                 match violates {
@@ -106,12 +106,12 @@ fn print_for_people() {
     }
 }
 
-/// What a strategy keeps and breaks, as short as it can be said.
-pub(crate) fn in_words(promises: &Promises) -> String {
-    let [broken, open] = [Promise::Breaks, Promise::NotPromised].map(|promise| codes(promises.those(promise)));
-    match (broken.as_str(), promises.about(Invariant::Order)) {
+/// What a guarantee keeps and breaks, in a few words.
+pub(crate) fn summary(promises: &Promises) -> String {
+    let [breaks, open] = [Promise::Breaks, Promise::NotPromised].map(|promise| codes(promises.those(promise)));
+    match (breaks.as_str(), promises.about(Invariant::Order)) {
         ("", _) => format!("keeps all but {open}"),
-        _ => format!("breaks {broken}; promises nothing about {open}"),
+        _ => format!("breaks {breaks}; promises nothing about {open}"),
     }
 }
 

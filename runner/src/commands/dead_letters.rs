@@ -1,4 +1,4 @@
-//! `oversold dead-letters`: what LV.4 gave up, and a second chance for it.
+//! `oversold dead-letters`: lists, shows and replays the messages in LV.4's dead-letter topic.
 
 use std::time::Duration;
 
@@ -8,91 +8,91 @@ use clap::{Args, Subcommand};
 use lv4_kafka::path::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
 use rdkafka::error::KafkaError;
 
-use crate::Ended;
+use crate::exit::ExitKind;
 
-/// How long Kafka may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time-out of each request to Kafka.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Args)]
 pub(crate) struct DeadLettersArgs {
     #[command(subcommand)]
-    what: Option<What>,
-    /// The Kafka brokers to begin with.
+    action: Option<Action>,
+    /// The bootstrap servers of Kafka.
     #[arg(long, global = true, env = "KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT,…", value_parser = kafka_bootstrap_servers)]
     kafka_bootstrap_servers: Option<String>,
-    /// What the name of every topic begins with, as the servers are told.
+    /// The prefix of all topic names, as the servers have it.
     #[arg(long, global = true, env = "KAFKA_PREFIX", value_name = "TEXT", default_value = "oversold.", value_parser = kafka_prefix)]
     kafka_prefix: String,
 }
 
 #[derive(Subcommand)]
-enum What {
-    /// List what waits there, each with its origin and the reason. This is what happens without a word, too.
+enum Action {
+    /// List all dead letters with origin and reason. The default.
     List {
-        /// Print JSON: an array with an object for each letter.
+        /// Print JSON: an array with one object for each dead letter.
         #[arg(long)]
         json: bool,
     },
-    /// Show one letter with all that stands in it.
+    /// Show one dead letter with its payload.
     Show {
-        /// Where it came from, as `list` shows it: TOPIC/PARTITION/OFFSET.
+        /// The origin, as `list` shows it: TOPIC/PARTITION/OFFSET.
         origin: String,
     },
-    /// Send one back to where it came from, to be tried once more; or all of them.
+    /// Produce one dead letter to its original topic again, or all of them, so that it is processed once more.
     Replay {
-        /// Where it came from, as `list` shows it: TOPIC/PARTITION/OFFSET.
+        /// The origin, as `list` shows it: TOPIC/PARTITION/OFFSET.
         #[arg(required_unless_present = "all", conflicts_with = "all")]
         origin: Option<String>,
-        /// All that `list` shows.
+        /// All dead letters.
         #[arg(long)]
         all: bool,
     },
 }
 
-/// Kafka is named, and does not do as asked.
-pub(crate) fn is_away(error: &anyhow::Error) -> bool {
+/// Whether Kafka is configured and does not answer, or rejects a request.
+pub(crate) fn is_unavailable(error: &anyhow::Error) -> bool {
     error.is::<KafkaError>() || error.is::<Undelivered>()
 }
 
-/// Does what is asked of the dead letters.
-pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
-    let place = KafkaConfig {
+/// Lists, shows or replays dead letters.
+pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<ExitKind> {
+    let kafka = KafkaConfig {
         bootstrap_servers: args
             .kafka_bootstrap_servers
             .clone()
             .context("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; it takes the addresses of Kafka brokers, such as localhost:9092,localhost:9093")?,
         prefix: args.kafka_prefix.clone(),
         consumers: 0,
-        session: PATIENCE,
+        session: TIMEOUT,
     };
-    let asked = place.clone();
-    let letters = tokio::task::spawn_blocking(move || dead_letters(&asked, PATIENCE)).await??;
-    match &args.what {
-        None => list(&letters, &place, false)?,
-        Some(What::List { json }) => list(&letters, &place, *json)?,
-        Some(What::Show { origin }) => show(find(&letters, origin)?),
-        Some(What::Replay { origin: None, .. }) => {
-            let replayed = replay_all(&place, PATIENCE).await?;
+    let config = kafka.clone();
+    let letters = tokio::task::spawn_blocking(move || dead_letters(&config, TIMEOUT)).await??;
+    match &args.action {
+        None => list(&letters, &kafka, false)?,
+        Some(Action::List { json }) => list(&letters, &kafka, *json)?,
+        Some(Action::Show { origin }) => show(find(&letters, origin)?),
+        Some(Action::Replay { origin: None, .. }) => {
+            let replayed = replay_all(&kafka, TIMEOUT).await?;
             println!(
-                "{replayed} are in {} again: each is decided, or it comes back here",
-                topic(&place)
+                "{replayed} are in {} again: each is processed, or becomes a dead letter again",
+                topic(&kafka)
             );
             for letter in letters.iter().filter(|letter| !letter.can_be_sent_back()) {
-                println!("{} is larger than that topic takes, and stays", letter.origin);
+                println!("{} is larger than that topic accepts, and stays", letter.origin);
             }
         }
-        Some(What::Replay {
+        Some(Action::Replay {
             origin: Some(origin), ..
         }) => {
             find(&letters, origin)?;
-            replay(&place, origin, PATIENCE).await?;
+            replay(&kafka, origin, TIMEOUT).await?;
             println!(
-                "{origin} is in {} again: it is decided, or it comes back here",
-                topic(&place)
+                "{origin} is in {} again: it is processed, or becomes a dead letter again",
+                topic(&kafka)
             );
         }
     }
-    Ok(Ended::AsPromised)
+    Ok(ExitKind::AsPromised)
 }
 
 fn find<'a>(letters: &'a [DeadLetter], origin: &str) -> anyhow::Result<&'a DeadLetter> {
@@ -101,16 +101,16 @@ fn find<'a>(letters: &'a [DeadLetter], origin: &str) -> anyhow::Result<&'a DeadL
     })
 }
 
-fn list(letters: &[DeadLetter], place: &KafkaConfig, json: bool) -> anyhow::Result<()> {
+fn list(letters: &[DeadLetter], kafka: &KafkaConfig, json: bool) -> anyhow::Result<()> {
     if json {
         println!("{}", serde_json::to_string_pretty(letters)?);
         return Ok(());
     }
     if letters.is_empty() {
-        println!("no dead letters in {}", dead_letter_topic(place));
+        println!("no dead letters in {}", dead_letter_topic(kafka));
     }
     for letter in letters {
-        println!("{}  {} ({})", letter.origin, letter.reason, tried(letter));
+        println!("{}  {} ({})", letter.origin, letter.reason, attempts(letter));
     }
     Ok(())
 }
@@ -119,11 +119,11 @@ fn show(letter: &DeadLetter) {
     println!("origin    {}", letter.origin);
     println!("reason    {}", letter.reason);
     println!("attempts  {}", letter.attempts);
-    // What stands in a message that nobody understands may be anything: on a terminal it must not act.
+    // A payload may be anything: escaped, it can't control the terminal.
     println!("payload   {}", letter.payload.escape_debug());
 }
 
-fn tried(letter: &DeadLetter) -> String {
+fn attempts(letter: &DeadLetter) -> String {
     match letter.attempts {
         1 => "tried once".to_owned(),
         attempts => format!("tried {attempts} times"),
