@@ -14,7 +14,7 @@ use crate::{
     Problem, none, only,
     pages::{self, Page},
     root,
-    snippets::NO_FIGURES,
+    snippets::NOT_MEASURED,
     strategies,
 };
 
@@ -242,16 +242,16 @@ fn figures_in_prose(pages: &[Page], constants: &[(&str, &str)]) -> Vec<Problem> 
     problems
 }
 
-/// A page must not argue from figures that nobody has measured.
-fn figures_that_are_not_there(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -> Vec<Problem> {
+/// A page must not include a table without measurements.
+fn includes_without_measurements(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -> Vec<Problem> {
     let mut problems = vec![];
     for page in pages {
         for Include { line, file, .. } in includes(page) {
-            if read(&file).is_some_and(|text| text.starts_with(NO_FIGURES)) {
+            if read(&file).is_some_and(|text| text.starts_with(NOT_MEASURED)) {
                 problems.push(Problem::new(
                     &page.file,
                     line,
-                    format!("{} holds no figures yet", file.display()),
+                    format!("{} holds no measurements yet", file.display()),
                     "measure them: `make results`",
                 ));
             }
@@ -402,21 +402,21 @@ fn a_number_that_is_no_figure_is_let_pass() {
 }
 
 #[test]
-fn every_figure_that_a_page_shows_was_measured() {
-    none(figures_that_are_not_there(&pages::all(), from_the_root));
+fn every_table_that_a_page_includes_was_measured() {
+    none(includes_without_measurements(&pages::all(), from_the_root));
 }
 
 #[test]
-fn a_page_that_shows_no_figures_is_found() {
+fn a_page_that_shows_no_measurements_is_found() {
     let page = Page::new("book/src/page.md", "Look:\n\n{{#include ../generated/figures/a.md}}");
     let figures = |text: &'static str| move |_: &Path| Some(text.to_owned());
-    none(figures_that_are_not_there(
+    none(includes_without_measurements(
         std::slice::from_ref(&page),
         figures("| a | 1 |\n"),
     ));
-    let found = only(figures_that_are_not_there(
+    let found = only(includes_without_measurements(
         &[page],
-        figures("no figures yet: `make results`\n"),
+        figures("not measured yet: `make results`\n"),
     ));
     assert!(
         found.starts_with("book/src/page.md:3:") && found.contains("book/generated/figures/a.md"),

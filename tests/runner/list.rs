@@ -1,0 +1,37 @@
+//! `oversold list`.
+
+use serde_json::Value;
+
+use crate::{out, oversold};
+
+#[test]
+fn list_names_every_strategy_with_its_promises() {
+    let output = oversold(&["list"]);
+    assert_eq!(output.status.code(), Some(0));
+    let listed = out(&output);
+    for name in [
+        "lv1/read-then-write",
+        "lv2/mutex",
+        "lv2/broken/guard-before-commit",
+        "lv4/locked",
+        "lv4/single-writer",
+    ] {
+        assert!(listed.contains(name), "{listed}");
+    }
+    assert!(listed.contains("I10"), "{listed}");
+}
+
+/// A strategy that is wrong on purpose says what is wrong with it: in a rush, or when something befalls it.
+#[test]
+fn every_broken_strategy_says_what_it_breaks() {
+    let output = oversold(&["list", "--json"]);
+    let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let is_empty = |value: &Value| value.as_array().unwrap().is_empty();
+    for strategy in listed.as_array().unwrap() {
+        let says = ["single_instance", "multi_instance"]
+            .into_iter()
+            .any(|instances| !is_empty(&strategy[instances]["breaks"]))
+            || !is_empty(&strategy["failure_modes"]);
+        assert!(strategy["place"] != "broken" || says, "{strategy}");
+    }
+}
