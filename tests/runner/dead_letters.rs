@@ -47,7 +47,7 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
         .unwrap();
     let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
     let topic = lv4_kafka::path::topic(&place);
-    // With a key, as orders have one: it decides on the partition, the second time as well.
+    // With a key, as orders have one: it determines the partition, on the replay as well.
     let key = SALE.to_be_bytes();
     let poison = FutureRecord::to(&topic).key(&key).payload("not an order\n");
     let producer = lv4_kafka::path::producer(&place).unwrap();
@@ -75,7 +75,7 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
         format!("origin    {origin}\nreason    {reason}\nattempts  1\npayload   not an order\\n\n")
     );
 
-    // It is no more of an order the second time.
+    // The replay fails like the first attempt.
     let output = letters(&["replay", &origin]);
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
     assert!(

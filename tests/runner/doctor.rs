@@ -32,9 +32,9 @@ fn doctor_tells_where_each_backend_comes_from(
     assert!(err(&output).contains(missing), "{}", err(&output));
 }
 
-/// Whoever sets a machine up wants to hear of everything at once.
+/// One run of `doctor` reports everything that a new machine lacks.
 #[test]
-fn doctor_tells_of_all_that_is_missing() {
+fn doctor_reports_all_that_is_missing() {
     let mut doctor = command(&["doctor"]);
     for service in ["DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS"] {
         doctor.env_remove(service);

@@ -7,7 +7,7 @@ use tempfile::tempdir;
 
 use crate::{err, out, oversold};
 
-/// What `rush --history` writes is what `judge` reads, and both come to the same verdict; a broken one is exit code 1.
+/// `judge` reads what `rush --history` writes and reaches the same verdict; a broken invariant is exit code 1.
 #[test]
 fn a_recorded_history_is_judged_again() {
     let folder = tempdir().unwrap();
@@ -29,7 +29,7 @@ fn a_recorded_history_is_judged_again() {
     assert_eq!(verdict["coverage"]["requests"], 1000);
     assert!(!verdict["findings"].as_array().unwrap().is_empty());
 
-    // One byte too few, and it is no history any more: the line that is wrong is named.
+    // A truncated file is rejected, with the number of the bad line.
     let text = fs::read_to_string(&file).unwrap();
     let cut = folder.path().join("cut.jsonl");
     fs::write(&cut, &text[..text.len() - 2]).unwrap();

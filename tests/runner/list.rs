@@ -21,7 +21,7 @@ fn list_names_every_strategy_with_its_promises() {
     assert!(listed.contains("I10"), "{listed}");
 }
 
-/// A strategy that is wrong on purpose says what is wrong with it: in a rush, or when something befalls it.
+/// Every mutant declares what it breaks: in a rush, or in a failure mode.
 #[test]
 fn every_broken_strategy_says_what_it_breaks() {
     let output = oversold(&["list", "--json"]);

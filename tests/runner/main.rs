@@ -14,7 +14,7 @@ mod waiters;
 
 use std::process::{Command, Output};
 
-/// Runs the command in an environment without settings of its own.
+/// Runs the command without settings from the environment.
 fn oversold(arguments: &[&str]) -> Output {
     command(arguments).output().unwrap()
 }

@@ -14,9 +14,9 @@ fn the_retries_of_a_rush_are_counted() {
     let arguments = ["rush", "lv2/optimistic", "--buyers", "100", "--json"];
     let output = command(&arguments).arg(&json).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    let retries = figures["strategies"][0]["retries"].as_u64().unwrap();
-    assert!(retries > 0, "{figures}");
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let retries = results["strategies"][0]["retries"].as_u64().unwrap();
+    assert!(retries > 0, "{results}");
     assert!(out(&output).contains(&format!("{retries} retries")), "{}", out(&output));
 }
 
@@ -36,8 +36,8 @@ fn a_rush_of_several_rounds_tells_their_range() {
         out(&output)
     );
 
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    let shown = &figures["strategies"][0];
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let shown = &results["strategies"][0];
     let rounds = &shown["rounds"];
     assert_eq!(rounds["times"], 3);
     let spread = &rounds["all_answered_ms"];
@@ -50,9 +50,9 @@ fn a_rush_of_several_rounds_tells_their_range() {
     assert_eq!(fs::read_dir(&histories).unwrap().count(), 3);
 }
 
-/// LV.1 breaks, as it promises: that is exit code 0, and the table says both.
+/// A strategy of LV.1 breaks as promised: exit code 0, and the table says both.
 #[test]
-fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_names() {
+fn a_strategy_that_breaks_as_promised_ends_well_and_its_results_have_stable_names() {
     let folder = tempdir().unwrap();
     let json = folder.path().join("rush.json");
     let output = oversold(&["rush", "lv1/read-then-write", "--json", json.to_str().unwrap()]);
@@ -60,7 +60,7 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_name
     assert!(out(&output).contains("BROKEN (I1, I2"), "{}", out(&output));
     assert!(out(&output).contains("verdict: as promised"), "{}", out(&output));
 
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
     let keys = |value: &Value| -> BTreeSet<String> { value.as_object().unwrap().keys().cloned().collect() };
     for name in [
         "command",
@@ -74,12 +74,12 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_name
         "strategies",
     ] {
         assert!(
-            keys(&figures).contains(name),
+            keys(&results).contains(name),
             "{name} is not among {:?}",
-            keys(&figures)
+            keys(&results)
         );
     }
-    let strategy = &figures["strategies"][0];
+    let strategy = &results["strategies"][0];
     for name in [
         "strategy",
         "promises",
@@ -111,13 +111,13 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_figures_have_stable_name
     }
     assert_eq!(strategy["verdict"], "as promised");
     assert!(strategy["sold"].as_u64() > Some(100));
-    // Here an answer is final: there is one clock.
+    // The answer is final: there is no second clock.
     assert!(strategy["completed"].is_null() && strategy["all_completed_ms"].is_null());
     for durability in ["fsync", "synchronous_commit"] {
         assert_eq!(
-            figures["postgres"]["durability"][durability], "on",
+            results["postgres"]["durability"][durability], "on",
             "{}",
-            figures["postgres"]
+            results["postgres"]
         );
     }
 }
@@ -132,9 +132,9 @@ fn what_is_accepted_first_and_decided_later_has_two_clocks() {
     for said in ["completed, ms", "all answered after", "all completed after"] {
         assert!(out(&output).contains(said), "{}", out(&output));
     }
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    assert_eq!(figures["kafka"]["service"], "kafka", "{figures}");
-    for strategy in figures["strategies"].as_array().unwrap() {
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(results["kafka"]["service"], "kafka", "{results}");
+    for strategy in results["strategies"].as_array().unwrap() {
         let at = |clock: &str, point: &str| strategy[clock][point].as_f64().unwrap();
         assert_eq!(strategy["sold"], 10, "{strategy}");
         assert!(strategy["sales_a_second"].as_f64() > Some(0.0), "{strategy}");
@@ -146,7 +146,7 @@ fn what_is_accepted_first_and_decided_later_has_two_clocks() {
     }
 }
 
-/// A rush that is too small to break anything says so, instead of passing.
+/// A rush that is too small to break anything is inconclusive and does not pass.
 #[test]
 fn a_rush_that_shows_nothing_is_inconclusive_and_exit_code_4() {
     let output = oversold(&["rush", "lv1/read-then-write", "--buyers", "1"]);

@@ -4,7 +4,6 @@ use rstest::rstest;
 
 use crate::{err, out, oversold};
 
-/// The lines of a trace that name a lane's steps, without the table's borders.
 #[test]
 fn the_forced_interleaving_is_the_same_each_time_and_shows_the_oversell() {
     let [first, second] = [0, 1].map(|_| oversold(&["trace", "lv1/read-then-write"]));

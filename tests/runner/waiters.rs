@@ -8,7 +8,7 @@ use tempfile::tempdir;
 
 use crate::{command, err};
 
-/// What the book says of the lock comes from these names.
+/// The tables of the book about the lock use these names.
 #[rstest]
 #[case::spin("lv3/spin")]
 #[case::rlock("lv3/rlock")]
@@ -19,24 +19,24 @@ fn waiters_are_timed_and_their_commands_counted(#[case] strategy: &str) {
     let arguments = ["bench", strategy, "--waiters", "100", "--rounds", "1", "--json"];
     let output = command(&arguments).arg(&json).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
-    let figures: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    assert_eq!(figures["strategy"], strategy);
-    assert_eq!(figures["waiters"], 100);
-    assert!(figures["took_ms"]["median"].as_f64() > Some(0.0), "{figures}");
-    // Each takes the lock and gives it back.
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(results["strategy"], strategy);
+    assert_eq!(results["waiters"], 100);
+    assert!(results["took_ms"]["median"].as_f64() > Some(0.0), "{results}");
+    // Each waiter acquires and releases the lock.
     assert!(
-        figures["commands_sent_each"]["median"].as_f64() >= Some(2.0),
-        "{figures}"
+        results["commands_sent_each"]["median"].as_f64() >= Some(2.0),
+        "{results}"
     );
     assert!(
-        figures["rounds"][0]["commands"]["evalsha"].as_u64() >= Some(100),
-        "{figures}"
+        results["rounds"][0]["commands"]["evalsha"].as_u64() >= Some(100),
+        "{results}"
     );
     if strategy != "lv3/spin" {
-        // Who is woken by a message does not ask again and again.
+        // A waiter that is woken by a message does not poll.
         assert!(
-            figures["commands_sent_each"]["median"].as_f64() <= Some(6.0),
-            "{figures}"
+            results["commands_sent_each"]["median"].as_f64() <= Some(6.0),
+            "{results}"
         );
     }
 }
