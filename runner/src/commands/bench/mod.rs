@@ -43,7 +43,7 @@ pub(crate) struct BenchArgs {
     /// Clients, each of which sends its next request when the last is answered (a closed loop) [default: 64; for LV.4 1000].
     #[arg(long, value_parser = number(1..=4_000))]
     clients: Option<u32>,
-    /// Duration of a round.
+    /// Duration of a round, in seconds.
     #[arg(long, default_value_t = 10, value_parser = number(1..=60))]
     seconds: u32,
     /// Rounds of the strategy, each followed by one of the ceiling [default: 5; with --pools 1, with --drain 3].

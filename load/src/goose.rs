@@ -1,9 +1,9 @@
-//! The rush as a Goose scenario: a Goose user for each click, all held at a gate until the last of them is there and connected.
-//! They share one HTTP client, which opens a connection for each: with a client each, most of the time would go into making clients.
+//! The rush as a Goose scenario: a Goose user for each click, all of which wait at a gate until the last is connected.
+//! They share one HTTP client with a connection for each user: to make a client for each would take most of the time.
 //!
-//! Goose is a closed loop: whoever waits for an answer sends nothing meanwhile. In the first instant of a rush that is what happens in life
-//! too. Repeats are another matter: a server that stalls holds back the requests that would have met the stall, so they are missing from the
-//! percentiles (coordinated omission), and Goose's mitigation is off here. `k6` with `SCENARIO=arrivals` is an open loop.
+//! Goose is a closed loop: a user sends nothing while it waits for an answer. For the first requests of a rush that is realistic. Repeats
+//! suffer from coordinated omission: a server that stalls holds back the requests that would have met the stall, so they are missing from
+//! the percentiles. Goose's mitigation is off here. `k6` with `SCENARIO=arrivals` is an open loop.
 
 use std::{
     sync::{
@@ -32,29 +32,29 @@ use tokio::{
 
 use crate::{Rush, outcome::Outcome};
 
-/// How many users Goose starts in a second. They wait at the gate, so this decides only how long the gathering takes.
+/// Users that Goose starts per second. They wait at the gate, so this determines only how long the start takes.
 const USERS_A_SECOND: u32 = 1000;
 
-/// A connection for each, at both ends.
-const MOST_USERS: usize = 10_000;
+/// A user has a connection, and each has a file descriptor at both ends.
+const MAX_USERS: usize = 10_000;
 
-/// What a strategy tries again within one request, only the server's own metrics tell.
-const NOT_COUNTED: u64 = 0;
+/// Retries within a request are visible only in the server's metrics.
+const UNKNOWN_RETRIES: u64 = 0;
 
-/// Before a repeat that the server gives no time for.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Before a repeat without a `Retry-After`.
+const REPEAT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Between two looks at an accepted order, where there are no events: longer each time, so that those who wait don't keep the server from
-/// deciding.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// Between two polls of an accepted order, where there are no events: doubled each time up to the maximum, so that polling does not slow
+/// the server down.
+const POLL_PAUSE: Duration = Duration::from_millis(20);
+const MAX_POLL_PAUSE: Duration = Duration::from_millis(250);
 
-/// What every user of the attack shares.
-struct Shop {
+/// State shared by all users.
+struct SharedRush {
     sale: SaleId,
     patience: Duration,
     clicks: Vec<(BuyerId, u32)>,
-    /// The next click that has nobody yet.
+    /// The index of the next click without a user.
     next: AtomicUsize,
     gathered: Barrier,
     connected: Barrier,
@@ -63,23 +63,21 @@ struct Shop {
     done: mpsc::UnboundedSender<Vec<Request>>,
 }
 
-/// Opens the sale, sends the rush, looks at the sale, and judges.
+/// Creates the sale, sends the rush, reads the sale, and checks the history.
 pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
     let clicks: Vec<_> = rush.clicks().collect();
     let users = clicks.len();
     ensure!(
-        users <= MOST_USERS,
-        "{users} requests at once are too many: --buyers times --clicks is at most {MOST_USERS}"
+        users <= MAX_USERS,
+        "{users} requests at once are too many: --buyers times --clicks is at most {MAX_USERS}"
     );
-    rush.host
-        .open(rush.sale, rush.crowd.capacity, &rush.admin_token)
-        .await?;
+    rush.host.open(rush.sale, rush.size.capacity, &rush.admin_token).await?;
 
     let (open, opened) = watch::channel(None);
     let (done, mut answers) = mpsc::unbounded_channel();
-    let shop = Arc::new(Shop {
+    let shared = Arc::new(SharedRush {
         sale: rush.sale,
-        patience: rush.crowd.patience(),
+        patience: rush.size.patience(),
         clicks,
         next: AtomicUsize::new(0),
         gathered: Barrier::new(users),
@@ -87,10 +85,10 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         opened,
         done,
     });
-    let mut attack = tokio::spawn(attack(&rush.host.to_string(), users, &shop)?.execute());
+    let mut attack = tokio::spawn(attack(&rush.host.to_string(), users, &shared)?.execute());
 
     tokio::select! {
-        _ = shop.connected.wait() => {}
+        _ = shared.connected.wait() => {}
         ended = &mut attack => match ended? {
             Ok(_) => bail!("Goose ended before its users were there"),
             Err(error) => bail!("Goose did not start: {error}"),
@@ -120,42 +118,42 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
             version: FORMAT_VERSION,
             strategy: rush.name.clone(),
             sale: rush.sale,
-            capacity: rush.crowd.capacity.into(),
-            deadline_us: u64::try_from(rush.crowd.patience().as_micros())?,
+            capacity: rush.size.capacity.into(),
+            deadline_us: u64::try_from(rush.size.patience().as_micros())?,
             expiry_us: None,
             stock: Some(sale.stock),
         },
         requests,
-        // A client sees none.
+        // Clients see no rows.
         rows: None,
         faults: vec![],
     };
     Ok(Outcome::of_goose(
         rush,
-        &Report::new(1, history, NOT_COUNTED, &clock),
+        &Report::new(1, history, UNKNOWN_RETRIES, &clock),
         &sale,
     ))
 }
 
-fn attack(host: &str, users: usize, shop: &Arc<Shop>) -> anyhow::Result<GooseAttack> {
+fn attack(host: &str, users: usize, shared: &Arc<SharedRush>) -> anyhow::Result<GooseAttack> {
     let mut configuration = GooseConfiguration::default();
     configuration.host = Some(host.to_owned());
     configuration.users = Some(users);
     configuration.increase_rate = Some(USERS_A_SECOND.to_string());
     configuration.iterations = Some(1);
     configuration.no_telnet = true;
-    // Goose clears its figures once all users are there, which may be after the gate opened: the suite's own are used.
+    // Goose resets its metrics once all users have started, which may be after the gate opened: the harness measures instead.
     configuration.no_metrics = true;
     configuration.quiet = 1;
 
-    let patience = shop.patience;
-    let shop = Arc::clone(shop);
+    let patience = shared.patience;
+    let shared = Arc::clone(shared);
     let visit: TransactionFunction = Arc::new(move |user| {
-        let shop = Arc::clone(&shop);
+        let shared = Arc::clone(&shared);
         Box::pin(async move {
-            let requests = shop.visit(user).await;
-            // Nobody listens once the attack was given up.
-            let _ = shop.done.send(requests);
+            let requests = shared.click(user).await;
+            // The receiver is gone once the attack was aborted.
+            let _ = shared.done.send(requests);
             Ok(())
         })
     });
@@ -166,20 +164,21 @@ fn attack(host: &str, users: usize, shop: &Arc<Shop>) -> anyhow::Result<GooseAtt
         .register_scenario(scenario))
 }
 
-impl Shop {
-    /// One click: comes, waits at the gate with everybody else, asks, and repeats what stays undecided until the patience runs out.
-    async fn visit(&self, user: &mut GooseUser) -> Vec<Request> {
+impl SharedRush {
+    /// One click: connects, waits at the gate for all others, sends the request, and repeats it while the outcome is unknown and time is
+    /// left.
+    async fn click(&self, user: &mut GooseUser) -> Vec<Request> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (buyer, click) = self.clicks[number];
         let key = format!("buyer-{buyer}-click-{click}");
         self.gathered.wait().await;
-        // All at once, so that there is a connection for each before the gate opens; and the server's pool is warm. If there is no server,
-        // the first request shows it.
+        // All at once, so that each user has a connection before the gate opens, and the server's pool is warm. Without a server the first
+        // request fails.
         let _ = user.get("/readyz").await;
         self.connected.wait().await;
         let mut opened = self.opened.clone();
         let Ok(Some(opened_us)) = opened.wait_for(Option::is_some).await.map(|opened| *opened) else {
-            return vec![]; // The rush was given up before it began.
+            return vec![]; // The rush was aborted before it began.
         };
 
         let mut requests: Vec<Request> = vec![];
@@ -194,10 +193,10 @@ impl Shop {
                 answer: Answer::Indeterminate,
                 steps: vec![],
             };
-            let mut pause = PAUSE;
-            if let Some(answered) = self.ask(user, &request).await {
+            let mut pause = REPEAT_PAUSE;
+            if let Some(answered) = self.reserve(user, &request).await {
                 request.answered_us = Some(now_monotonic_us() - opened_us);
-                pause = retry_after(&answered.headers).unwrap_or(PAUSE);
+                pause = retry_after(&answered.headers).unwrap_or(REPEAT_PAUSE);
                 request.answer = match understand(&answered) {
                     Understood::Final(answer) => answer,
                     Understood::Accepted { reservation, location } => Answer::Accepted {
@@ -208,22 +207,22 @@ impl Shop {
                     },
                 };
             }
-            let undecided = request.answer == Answer::Indeterminate;
+            let unknown = request.answer == Answer::Indeterminate;
             requests.push(request);
             let spent = Duration::from_micros(now_monotonic_us() - opened_us - requests[0].sent_us);
             let left = self.patience.saturating_sub(spent);
-            if !undecided || left.is_zero() {
+            if !unknown || left.is_zero() {
                 return requests;
             }
             sleep(jittered(pause).min(left)).await;
         }
     }
 
-    /// Waits for the event that tells how an accepted order ended. Where there are no events, asks for its state until it is final.
+    /// Waits for the event with the final state of an accepted order. Where there are no events, polls until its state is final.
     async fn follow(&self, user: &mut GooseUser, location: &str, opened_us: Micros) -> Ending {
         let events = format!("{location}/events");
         let mut path = events.as_str();
-        let mut pause = LOOK_AGAIN;
+        let mut pause = POLL_PAUSE;
         loop {
             let ready = GooseRequest::builder()
                 .method(GooseMethod::Get)
@@ -242,12 +241,12 @@ impl Shop {
                 };
             }
             sleep(jittered(pause)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_POLL_PAUSE);
         }
     }
 
-    /// Sends an order through Goose. `None`: no answer came.
-    async fn ask(&self, user: &mut GooseUser, request: &Request) -> Option<Answered> {
+    /// Sends an order through Goose. `None` without an answer.
+    async fn reserve(&self, user: &mut GooseUser, request: &Request) -> Option<Answered> {
         let path = format!("/api/sales/{}/reservations", self.sale);
         let order = NewReservation {
             buyer_id: request.buyer,
@@ -266,7 +265,7 @@ impl Shop {
     }
 }
 
-/// Sends a request through Goose. `None`: no answer came.
+/// Sends a request through Goose. `None` without an answer.
 async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<Answered> {
     let response = user.request(request).await.ok()?.response.ok()?;
     Some(Answered {
