@@ -7,6 +7,7 @@
 LEVEL ?=
 STRATEGY ?=
 ARGS ?=
+NAME ?=
 N ?= 20
 
 package_lv1 := lv1-race-condition
@@ -45,7 +46,7 @@ else ifneq ($(STRATEGY),)
 $(error STRATEGY=$(STRATEGY) takes the level that it is of: LEVEL=lv2)
 endif
 
-.PHONY: help rush test red trace book book-check generated exercises load bench benchmarks up down check results soak
+.PHONY: help rush test red trace book book-check generated exercise exercises load bench benchmarks up down check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,7 +62,7 @@ test: ## Run the suite, of all levels or of one
 red: ## Show the contract test as it fails: make red LEVEL=lv1 [STRATEGY=read-then-write]
 	@test -n "$(LEVEL)" || { echo "make red takes a level: make red LEVEL=lv1"; exit 2; }
 	@infra/setup.sh $(services)
-	@infra/red.sh $(package) $(STRATEGY)
+	@cargo run --quiet --package oversold $(features) -- red $(chosen) $(ARGS)
 
 trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then-decrement]
 	@test -n "$(LEVEL)" || { echo "make trace takes a level: make trace LEVEL=lv1"; exit 2; }
@@ -79,9 +80,12 @@ generated: ## Write the book's generated snippets anew
 	@infra/setup.sh $(services)
 	OVERSOLD_BLESS=1 cargo test --quiet --package oversold --test docs the_generated_snippets
 
-exercises: ## Prove the book's exercises: red before the solution, green with it
+exercise: ## Begin an exercise of the book: make exercise NAME=lv2-read-again [ARGS=--solution|--reset]
+	@cargo run --quiet --package oversold -- exercise $(NAME) $(ARGS)
+
+exercises: ## Prove the book's exercises: red with the mistake and with wrong fixes, green with the solution
 	@infra/setup.sh $(services)
-	infra/exercises.sh $(ARGS)
+	cargo run --package oversold -- exercise --prove $(ARGS)
 
 $(mdbook):
 	@echo "installing mdbook $(mdbook_version) with cargo into $(tools); this takes a few minutes, once"

@@ -1,19 +1,19 @@
-// The rush as a k6 script, against a server that runs already:
+// The rush as a k6 script, against a running server:
 //
 //   OVERSOLD_ADMIN_TOKEN=… BASE_URL=http://127.0.0.1:8080 k6 run load/k6/rush.js
 //
-// k6 exits with 99 when a guarantee that should hold broke, or when one that should break was not seen to.
+// k6 exits with 99 when a guarantee is broken, or when an expected break is not observed.
 //
-//   BASE_URL, OVERSOLD_ADMIN_TOKEN   the server, and the token that opens sales there
-//   SALE=1                           the sale to open; it must not be open yet
-//   BUYERS=1000 CAPACITY=100         who comes for how many tickets
+//   BASE_URL, OVERSOLD_ADMIN_TOKEN   the server, and its admin token
+//   SALE=1                           the sale to create; it must not exist yet
+//   BUYERS=1000 CAPACITY=100         buyers, and tickets on sale
 //   CLICKS=1                         requests that each buyer sends at once, each under its own key
-//   VUS=200                          buyers at a time: 200 virtual users stand in for 1,000 buyers
-//   PATIENCE=20                      how long a buyer repeats a request that stays undecided, in seconds
-//   BREAKS=I1,I2 LEAVES_OPEN=I3      what this server breaks and must be seen to, and what it promises nothing about
-//   SUMMARY=FILE                     where to write the figures as JSON
+//   VUS=200                          concurrent buyers: 200 virtual users play 1,000 buyers
+//   PATIENCE=20                      how long a buyer repeats a request whose outcome is unknown, in seconds
+//   BREAKS=I1,I2 LEAVES_OPEN=I3      invariants that this server is expected to break, and those without a guarantee
+//   SUMMARY=FILE                     the file to write the measurements to, as JSON
 //   SCENARIO=arrivals                buyers come at a constant rate, whether or not the server keeps up: an open loop, for latencies
-//   RATE=100 SECONDS=10              how many a second, and for how long; there are tickets for all
+//   RATE=100 SECONDS=10              buyers per second, and for how long; there are tickets for all
 //
 // The rush is a closed loop: a virtual user that waits for an answer sends nothing meanwhile, so a server that stalls holds back the requests
 // that would have met the stall (coordinated omission). SCENARIO=arrivals keeps its rate; what k6 could not send it counts as dropped.
@@ -46,7 +46,7 @@ const PATIENCE = number('PATIENCE', 20, 300);
 const SALE = number('SALE', 1, Number.MAX_SAFE_INTEGER);
 const BASE_URL = setting('BASE_URL', 'http://127.0.0.1:8080');
 
-// What a client can see of the invariants, each as a counter: over 0, it is broken.
+// The invariants that a client can check, each as a counter: above 0 it is broken.
 const INVARIANTS = {
   I1: { title: 'no oversell', counter: new Counter('oversold') },
   I2: { title: 'conservation', counter: new Counter('unbalanced') },
@@ -62,7 +62,7 @@ const requests = new Counter('requests');
 const confirmed = new Counter('confirmed');
 const accepted = new Counter('accepted');
 const refused = new Counter('refused');
-const undecided = new Counter('undecided');
+const unknown = new Counter('unknown');
 const stock = new Gauge('stock');
 const reserved = new Gauge('reserved');
 // From a click to the last answer to it, repeats included.
@@ -72,7 +72,7 @@ const completed = new Trend('completed', true);
 
 const codes = (name) => setting(name, '').split(',').filter((code) => code !== '');
 const LEAVES_OPEN = codes('LEAVES_OPEN').concat(ARRIVALS ? codes('BREAKS') : []);
-// A calm stream of buyers need not show what a rush does.
+// Buyers at a constant rate need not cause what a rush does.
 const BREAKS = ARRIVALS ? [] : codes('BREAKS');
 for (const code of BREAKS) {
   if (!(code in INVARIANTS)) {
@@ -104,7 +104,7 @@ export const options = {
           executor: 'shared-iterations',
           iterations: BUYERS,
           vus: VUS,
-          // A patience for the answer, and one for the final state.
+          // Once for the answer, and once for the final state.
           maxDuration: `${Math.ceil(BUYERS / VUS) * 2 * PATIENCE + 10}s`,
         },
   },
@@ -114,7 +114,7 @@ export const options = {
   summaryTrendStats: ['med', 'p(95)', 'p(99)'],
 };
 
-// A no is an answer, not a failure.
+// A refusal is an answer, not a failure.
 http.setResponseCallback(http.expectedStatuses(200, 201, 202, 409, 503));
 
 const json = { 'Content-Type': 'application/json' };
@@ -127,17 +127,17 @@ export function setup() {
   if (opened.status !== 201) {
     throw new Error(`opening sale ${SALE} at ${BASE_URL} was answered with ${opened.status} ${opened.body || opened.error}`);
   }
-  // Counters that nothing is added to would not be held against their thresholds.
+  // Thresholds of counters without a sample are not evaluated.
   Object.keys(INVARIANTS).forEach((code) => count(code, 0));
-  [requests, confirmed, accepted, refused, undecided].forEach((counter) => counter.add(0));
+  [requests, confirmed, accepted, refused, unknown].forEach((counter) => counter.add(0));
   count('I1', -CAPACITY);
   count('I7', ARRIVALS ? 0 : Math.min(CAPACITY, BUYERS));
 }
 
-// What an answer means, by the HTTP contract that all levels share.
-function understand(answer, buyer) {
+// Classifies an answer by the HTTP contract that all levels share.
+function classify(answer, buyer) {
   if (answer.status === 0 || answer.status === 503) {
-    return { undecided: true };
+    return { unknown: true };
   }
   let body;
   try {
@@ -157,15 +157,15 @@ function understand(answer, buyer) {
   return { unexpected: true };
 }
 
-// So many never got a final answer. Each may have a reservation all the same.
+// Counts orders without a final answer. Each may have a reservation all the same.
 function unfinished(orders) {
   count('I10', orders);
   count('I5', -orders);
   count('I7', -orders);
 }
 
-// How an accepted order ended; null while it is under way. A stream of events ends with the final one.
-function ended(answer) {
+// The final state of an accepted order, or null while it is pending. A stream of events ends with the final one.
+function finalState(answer) {
   const events = isStream(answer) ? answer.body.split('\n').filter((line) => line.startsWith('data:')) : null;
   let state;
   try {
@@ -181,8 +181,8 @@ function ended(answer) {
 
 const isStream = (answer) => answer.status === 200 && (answer.headers['Content-Type'] || '').startsWith('text/event-stream');
 
-// Waits for the events that tell how a buyer's accepted orders ended, or, where there are none, asks for their states, until the patience
-// runs out. Gives back how many never came.
+// Waits for the events with the final states of a buyer's accepted orders, or, where there are none, polls, until PATIENCE is over. Returns
+// the number of orders without a final state.
 function follow(locations, began, reservations) {
   const deadline = Date.now() + PATIENCE * 1000;
   let pause = 0.02;
@@ -196,7 +196,7 @@ function follow(locations, began, reservations) {
       if (answer.status !== 0 && !isStream(answer)) {
         order.path = order.location;
       }
-      const state = ended(answer);
+      const state = finalState(answer);
       if (state === null) {
         return true;
       }
@@ -208,7 +208,7 @@ function follow(locations, began, reservations) {
       return false;
     });
     if (open.length > 0) {
-      // Less and less often, so that those who wait don't keep the server from deciding.
+      // Less and less often, so that polling does not slow the server down.
       sleep(pause * (1 + Math.random() / 2));
       pause = Math.min(2 * pause, 0.25);
     }
@@ -216,14 +216,15 @@ function follow(locations, began, reservations) {
   return open.length;
 }
 
-// One buyer: all clicks at once, each with its own key; what stays undecided is repeated with the same key until the patience runs out.
+// One buyer: all clicks at once, each with its own key; a request whose outcome is unknown is repeated with the same key until PATIENCE is
+// over.
 export default function () {
   const buyer = exec.scenario.iterationInTest + 1;
   const began = Date.now();
   const reservations = new Set();
   const locations = [];
   if (ARRIVALS) {
-    // How many will come is not known before; there are tickets for all.
+    // The number of buyers is not known in advance; there are tickets for all.
     count('I7', 1);
   }
   let open = [];
@@ -244,11 +245,11 @@ export default function () {
     let pause = 0.05;
     open = open.filter((_, index) => {
       const answer = answers[index];
-      const meaning = understand(answer, buyer);
+      const meaning = classify(answer, buyer);
       requests.add(1);
       check(meaning, { 'the contract knows the answer': (it) => !it.unexpected });
-      if (meaning.undecided) {
-        undecided.add(1);
+      if (meaning.unknown) {
+        unknown.add(1);
         pause = Math.max(pause, Number(answer.headers['Retry-After']) || 0);
         if (left > 0) {
           return true;
@@ -281,7 +282,7 @@ export default function () {
   count('I7', -reservations.size);
 }
 
-// Everybody has an answer: what the sale itself shows must agree with what buyers were told.
+// All requests are answered: the sale must agree with the answers.
 export function teardown() {
   const shown = http.get(sale).json();
   stock.add(shown.stock);
@@ -295,25 +296,25 @@ export function handleSummary({ metrics }) {
   const value = (name) => (metrics[name] ? metrics[name].values : {});
   const sum = (name) => value(name).count || 0;
   const shown = { stock: value('stock').value, reserved: value('reserved').value };
-  const told = sum('oversold') + CAPACITY;
+  const confirmedTotal = sum('oversold') + CAPACITY;
   const because = {
-    I1: `${told} reservations confirmed, of ${CAPACITY} tickets`,
+    I1: `${confirmedTotal} reservations confirmed, of ${CAPACITY} tickets`,
     I2: `the sale says stock ${shown.stock} and ${shown.reserved} reserved, of ${CAPACITY} tickets`,
-    I3: `buyers were told of ${sum('duplicates')} reservations too many for one each`,
-    I4: `the sale says ${shown.reserved} reserved, and buyers were told of ${told} reservations`,
-    I5: `the sale says ${shown.reserved} reserved, and buyers were told of ${told} reservations`,
-    I7: `${told} sold, and ${sum('iterations')} buyers came for ${CAPACITY} tickets`,
+    I3: `${sum('duplicates')} reservations confirmed beyond the first of a buyer`,
+    I4: `the sale says ${shown.reserved} reserved, and ${confirmedTotal} reservations were confirmed to buyers`,
+    I5: `the sale says ${shown.reserved} reserved, and ${confirmedTotal} reservations were confirmed to buyers`,
+    I7: `${confirmedTotal} sold, and ${sum('iterations')} buyers came for ${CAPACITY} tickets`,
     I10: `${sum('unfinished')} requests never got a final answer`,
   };
   const broken = Object.keys(INVARIANTS).filter((code) => sum(INVARIANTS[code].counter.name) > 0);
   const wait = value('answered');
   const whole = value('completed');
-  const figures = {
+  const summary = {
     requests: sum('requests'),
     confirmed: sum('confirmed'),
     accepted: sum('accepted'),
     refused: sum('refused'),
-    undecided: sum('undecided'),
+    unknown: sum('unknown'),
     duplicates: sum('duplicates'),
     capacity: CAPACITY,
     ...shown,
@@ -326,14 +327,14 @@ export function handleSummary({ metrics }) {
   };
   const three = (trend) => ['med', 'p(95)', 'p(99)'].map((at) => (trend[at] || 0).toFixed(1)).join(' / ');
   const lines = [
-    `${figures.confirmed} confirmed, ${figures.accepted} accepted, ${figures.refused} refused, ${figures.undecided} undecided; stock ${shown.stock}, ${shown.reserved} reserved of ${CAPACITY}`,
-    `answered, p50 / p95 / p99: ${three(wait)} ms (${ARRIVALS ? `open loop at ${RATE}/s, ${figures.dropped} could not be sent` : 'closed loop: what a stall held back is missing'})`,
-    ...(figures.completed ? [`completed, p50 / p95 / p99: ${three(whole)} ms`] : []),
+    `${summary.confirmed} confirmed, ${summary.accepted} accepted, ${summary.refused} refused, ${summary.unknown} unknown; stock ${shown.stock}, ${shown.reserved} reserved of ${CAPACITY}`,
+    `answered, p50 / p95 / p99: ${three(wait)} ms (${ARRIVALS ? `open loop at ${RATE}/s, ${summary.dropped} could not be sent` : 'closed loop: what a stall held back is missing'})`,
+    ...(summary.completed ? [`completed, p50 / p95 / p99: ${three(whole)} ms`] : []),
     ...broken.map((code) => `BROKEN ${code} (${INVARIANTS[code].title}): ${because[code]}`),
   ];
   const files = { stdout: `${lines.join('\n')}\n` };
   if (__ENV.SUMMARY) {
-    files[__ENV.SUMMARY] = JSON.stringify(figures);
+    files[__ENV.SUMMARY] = JSON.stringify(summary);
   }
   return files;
 }

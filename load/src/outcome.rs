@@ -1,4 +1,4 @@
-//! What came of a rush: what the clients saw, judged and held against what was promised.
+//! The result of a rush: what the clients observed, checked against the guarantee.
 
 use std::{collections::HashSet, path::Path};
 
@@ -14,38 +14,38 @@ use serde::Deserialize;
 
 use crate::Rush;
 
-/// How a command ended.
+/// How a command ended; the discriminant is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ended {
-    /// Everything did what it promises.
+pub(crate) enum ExitKind {
+    /// Every guarantee held, and every expected break was observed.
     AsPromised = 0,
     /// A guarantee was broken.
     Broken = 1,
-    /// What should break was not seen to.
+    /// An expected break was not observed.
     Inconclusive = 4,
 }
 
-/// What came of one rush.
+/// The result of one rush.
 pub(crate) struct Outcome {
     name: String,
     generator: &'static str,
-    figures: Summary,
+    summary: Summary,
     promises: Promises,
 }
 
-/// One rush in figures. `load/k6/rush.js` writes the same as JSON.
+/// The measurements of one rush. `load/k6/rush.js` writes the same as JSON.
 #[derive(Deserialize)]
 struct Summary {
     requests: u64,
     /// 201.
     confirmed: u64,
-    /// 202: the final state came later.
+    /// 202: the final state follows later.
     accepted: u64,
-    /// 409, and every other no.
+    /// 409, and every other refusal.
     refused: u64,
     /// 503, no answer, or one that the HTTP contract does not know.
-    undecided: u64,
-    /// Reservations that buyers were told of, beyond one each.
+    unknown: u64,
+    /// Confirmed reservations beyond the first of a buyer.
     duplicates: u64,
     capacity: u64,
     /// As the sale shows it afterwards.
@@ -76,10 +76,10 @@ struct Broken {
 }
 
 impl Outcome {
-    /// Goose sent it, and the suite's judge decides.
+    /// Of a rush by Goose: the harness's judge checks its history.
     pub(crate) fn of_goose(rush: &Rush, report: &Report, sale: &Sale) -> Self {
         let mut verdict = report.verdict.clone();
-        look_at(sale, &report.history, &mut verdict);
+        check_sale(sale, &report.history, &mut verdict);
         let Answers {
             confirmed,
             accepted,
@@ -95,12 +95,12 @@ impl Outcome {
         Self {
             name: rush.name.clone(),
             generator: "Goose",
-            figures: Summary {
+            summary: Summary {
                 requests: report.history.requests.len() as u64,
                 confirmed,
                 accepted,
                 refused: sold_out + already_reserved + otherwise_refused,
-                undecided: undecided + unexpected,
+                unknown: undecided + unexpected,
                 duplicates: verdict.tally.duplicates,
                 capacity: verdict.tally.capacity,
                 stock: sale.stock,
@@ -123,28 +123,28 @@ impl Outcome {
         }
     }
 
-    /// k6 sent it, and its script decided.
+    /// Of a rush by k6: its script has checked what it saw.
     pub(crate) fn of_k6(rush: &Rush, summary: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(summary).context("k6 wrote no summary")?;
         Ok(Self {
             name: rush.name.clone(),
             generator: "k6",
-            figures: serde_json::from_str(&text).context("the summary of k6")?,
+            summary: serde_json::from_str(&text).context("the summary of k6")?,
             promises: rush.promises,
         })
     }
 
-    /// What it means.
+    /// The verdict.
     pub(crate) fn conclusion(&self) -> Conclusion {
         Conclusion::of(&self.promises, |invariant| self.breaks(invariant))
     }
 
     fn breaks(&self, invariant: Invariant) -> bool {
-        self.figures.broken.iter().any(|broken| broken.invariant == invariant)
+        self.summary.broken.iter().any(|broken| broken.invariant == invariant)
     }
 
-    /// Prints all of them, and tells how the command ends.
-    pub(crate) fn print(outcomes: &[Self]) -> Ended {
+    /// Prints all of them, and returns how the command ends.
+    pub(crate) fn print(outcomes: &[Self]) -> ExitKind {
         let mut table = Table::new();
         table
             .load_style(presets::UTF8_FULL_CONDENSED)
@@ -153,19 +153,19 @@ impl Outcome {
             .add_rows(outcomes.iter().map(Self::row));
         println!("{table}");
         for outcome in outcomes {
-            println!("{}, {}: {}", outcome.name, outcome.generator, outcome.seen());
-            for Broken { invariant, summary } in &outcome.figures.broken {
+            println!("{}, {}: {}", outcome.name, outcome.generator, outcome.observation());
+            for Broken { invariant, summary } in &outcome.summary.broken {
                 println!("    {} ({}): {summary}", invariant.code(), invariant.title());
             }
         }
         println!("{CLOSED_LOOP}");
         let conclusions: Vec<Conclusion> = outcomes.iter().map(Self::conclusion).collect();
         if conclusions.iter().any(|it| matches!(it, Conclusion::Broken(_))) {
-            Ended::Broken
+            ExitKind::Broken
         } else if conclusions.iter().any(|it| matches!(it, Conclusion::Inconclusive(_))) {
-            Ended::Inconclusive
+            ExitKind::Inconclusive
         } else {
-            Ended::AsPromised
+            ExitKind::AsPromised
         }
     }
 
@@ -175,7 +175,7 @@ impl Outcome {
             confirmed,
             accepted,
             refused,
-            undecided,
+            unknown,
             duplicates,
             capacity,
             stock,
@@ -185,19 +185,19 @@ impl Outcome {
             p99_ms,
             completed,
             ..
-        } = &self.figures;
+        } = &self.summary;
         [
             self.name.clone(),
             self.generator.to_owned(),
             requests.to_string(),
-            format!("{} / {refused} / {undecided}", confirmed + accepted),
+            format!("{} / {refused} / {unknown}", confirmed + accepted),
             format!("{reserved} of {capacity}"),
             stock.to_string(),
             duplicates.to_string(),
             format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
             match completed {
                 Some(Completed { p50_ms, p95_ms, p99_ms }) => format!("{p50_ms:.0} / {p95_ms:.0} / {p99_ms:.0}"),
-                // Where there is no later state, who has the answer has it all.
+                // Where the answer is final, both clocks are one.
                 None if *accepted == 0 => "as answered".to_owned(),
                 None => "never".to_owned(),
             },
@@ -205,11 +205,11 @@ impl Outcome {
         ]
     }
 
-    /// One line on what the rush brought to light.
-    fn seen(&self) -> String {
-        let Summary { capacity, reserved, .. } = self.figures;
+    /// What the rush showed, in one line.
+    fn observation(&self) -> String {
+        let Summary { capacity, reserved, .. } = self.summary;
         let codes: Vec<&str> = self
-            .figures
+            .summary
             .broken
             .iter()
             .map(|broken| broken.invariant.code())
@@ -237,17 +237,17 @@ const COLUMNS: [&str; 10] = [
     "verdict",
 ];
 
-/// What the percentiles leave out.
+/// A caveat about the percentiles.
 const CLOSED_LOOP: &str = "\
 Goose is a closed loop, and so is k6 unless SCENARIO=arrivals: who waits for an answer sends nothing meanwhile. A server that stalls holds back
 the requests that would have met the stall, so they are missing from the percentiles (coordinated omission).";
 
-/// Adds what the sale itself shows after the rush. Buyers see no rows, so the judge can't compare these numbers for them.
-fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
+/// Adds the findings from the state of the sale after the rush. A history without rows does not let the judge compare these numbers.
+fn check_sale(sale: &Sale, history: &History, verdict: &mut Verdict) {
     let (stock, reserved) = (sale.stock, sale.reserved);
     let capacity = i64::try_from(verdict.tally.capacity).unwrap_or(i64::MAX);
-    let told = i64::try_from(verdict.tally.sold).unwrap_or(i64::MAX);
-    // Who never got a final answer may have a reservation all the same.
+    let confirmed = i64::try_from(verdict.tally.sold).unwrap_or(i64::MAX);
+    // A request without a final answer may have a reservation all the same.
     let open = i64::try_from(without_an_answer(history)).unwrap_or(i64::MAX);
     let buyers: HashSet<_> = history.requests.iter().map(|request| request.buyer).collect();
     let buyers = i64::try_from(buyers.len()).unwrap_or(i64::MAX);
@@ -266,24 +266,24 @@ fn look_at(sale: &Sale, history: &History, verdict: &mut Verdict) {
         ),
         (
             Invariant::NothingLost,
-            told - reserved,
-            format!("the sale says {reserved} reserved, and buyers were told of {told} reservations"),
+            confirmed - reserved,
+            format!("the sale says {reserved} reserved, and {confirmed} reservations were confirmed to buyers"),
             "What had happened when the buyer was told, and what had not?",
         ),
         (
             Invariant::NothingInvented,
-            reserved - told - open,
+            reserved - confirmed - open,
             format!(
-                "the sale says {reserved} reserved, and buyers were told of {told} reservations; {open} got no final answer"
+                "the sale says {reserved} reserved, and {confirmed} reservations were confirmed to buyers; {open} got no final answer"
             ),
             "Who wrote this row, and for whom?",
         ),
         (
             Invariant::NoUndersell,
-            capacity.min(buyers) - told.max(reserved) - open,
+            capacity.min(buyers) - confirmed.max(reserved) - open,
             format!(
                 "{} sold, and {buyers} buyers came for {capacity} tickets",
-                told.max(reserved)
+                confirmed.max(reserved)
             ),
             "Who was told no while this ticket was there?",
         ),

@@ -1,4 +1,4 @@
-//! The sale, as an administrator opens it and as everybody can look at it.
+//! The sale over HTTP: an administrator creates it, anybody can read it.
 
 use std::{fmt, net::SocketAddr, str::FromStr};
 
@@ -8,7 +8,7 @@ use harness::rush::{Connection, HttpResponse};
 use http_body_util::Full;
 use hyper::{Request, StatusCode, Uri, header};
 
-/// Where a server listens, such as `http://127.0.0.1:8080`.
+/// The address of a server, such as `http://127.0.0.1:8080`.
 #[derive(Clone, Debug)]
 pub(crate) struct Host {
     name: String,
@@ -52,7 +52,7 @@ impl fmt::Display for Host {
 }
 
 impl Host {
-    /// Opens a sale of so many tickets.
+    /// Creates a sale with this many tickets.
     pub(crate) async fn open(&self, sale: SaleId, capacity: u32, admin_token: &str) -> anyhow::Result<()> {
         let body = serde_json::to_vec(&api::NewSale {
             name: "the last tickets".to_owned(),
@@ -81,7 +81,7 @@ impl Host {
         serde_json::from_slice(&answered.body).context("reading the sale")
     }
 
-    /// Where that is.
+    /// Its first resolved address.
     pub(crate) async fn address(&self) -> anyhow::Result<SocketAddr> {
         let mut addresses = tokio::net::lookup_host((self.name.trim_matches(['[', ']']), self.port))
             .await

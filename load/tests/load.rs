@@ -1,4 +1,4 @@
-//! `load goose` against servers that tell the truth, and servers that lie: each lie is found, and named.
+//! `load goose` against an honest server and against servers that lie: each lie is found, and named.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,33 +22,33 @@ use uuid::Uuid;
 const CAPACITY: usize = 5;
 const TOKEN: &str = "the token";
 
-/// What a server does wrong.
+/// How a fake server violates the contract.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lie {
     None,
-    /// One ticket too many, and does not show it.
+    /// Sells one ticket too many, and reports a correct sale.
     Oversells,
-    /// Whoever clicks twice gets two.
+    /// Two clicks of a buyer get two tickets.
     SellsABuyerTwice,
-    /// A stock that has lost an update.
+    /// Reports a stock with a lost update.
     ForgetsAnUpdate,
-    /// Says that nobody has reserved anything.
+    /// Reports no reservations.
     LosesReservations,
-    /// Says that somebody has a reservation whom nobody ever saw.
+    /// Reports one reservation too many.
     InventsAReservation,
-    /// Sold out while tickets are left.
-    KeepsATicketBack,
-    /// Says 503 to everybody for ever.
-    NeverDecides,
-    /// Answers what the HTTP contract does not know.
-    Babbles,
-    /// Accepts orders with 202, and tells the truth about each later.
+    /// Answers "sold out" while one ticket is left.
+    Undersells,
+    /// Answers every request with 503.
+    AlwaysUnavailable,
+    /// Gives answers that the HTTP contract does not allow.
+    AnswersNonsense,
+    /// Accepts orders with 202, and reports the correct final state later.
     DecidesLater,
-    /// Accepts orders, and tells everybody of a reservation.
-    ConfirmsEverybodyLater,
-    /// Accepts orders, and never tells.
-    NeverTells,
-    /// Accepts orders, and tells something else to who asks again after the end.
+    /// Accepts orders, and confirms all of them later.
+    ConfirmsAllLater,
+    /// Accepts orders, which stay pending for ever.
+    StaysPending,
+    /// Accepts orders, and reports another final state once a first one was read.
     ChangesItsMind,
 }
 
@@ -56,19 +56,19 @@ impl Lie {
     fn accepts_first(self) -> bool {
         matches!(
             self,
-            Self::DecidesLater | Self::ConfirmsEverybodyLater | Self::NeverTells | Self::ChangesItsMind
+            Self::DecidesLater | Self::ConfirmsAllLater | Self::StaysPending | Self::ChangesItsMind
         )
     }
 }
 
-struct Office {
+struct FakeServer {
     lie: Lie,
     sold: Mutex<Vec<(i64, String, Uuid)>>,
-    undecided_once: Mutex<HashSet<String>>,
+    answered_503_once: Mutex<HashSet<String>>,
     accepted: Mutex<HashMap<Uuid, Accepted>>,
 }
 
-/// An order that is decided when somebody asks for the second time.
+/// An order that is decided when its state is read for the second time.
 struct Accepted {
     buyer: i64,
     asked: u32,
@@ -76,7 +76,7 @@ struct Accepted {
     confirmed: bool,
 }
 
-impl Office {
+impl FakeServer {
     fn accept(&self, sale: i64, buyer: i64, key: String) -> Response {
         let id = Uuid::new_v4();
         let mut sold = self.sold.lock().expect("nobody panicked");
@@ -96,20 +96,20 @@ impl Office {
     }
 }
 
-async fn follow(State(office): State<Arc<Office>>, Path(id): Path<Uuid>) -> Json<Value> {
-    let mut accepted = office.accepted.lock().expect("nobody panicked");
+async fn follow(State(server): State<Arc<FakeServer>>, Path(id): Path<Uuid>) -> Json<Value> {
+    let mut accepted = server.accepted.lock().expect("nobody panicked");
     let order = accepted.get_mut(&id).expect("it was accepted");
     order.asked += 1;
-    let confirmed = match office.lie {
-        Lie::ConfirmsEverybodyLater => true,
+    let confirmed = match server.lie {
+        Lie::ConfirmsAllLater => true,
         Lie::ChangesItsMind if order.asked > 2 => !order.confirmed,
         _ => order.confirmed,
     };
     let state = match confirmed {
-        _ if order.asked < 2 || office.lie == Lie::NeverTells => json!({"status": "pending"}),
+        _ if order.asked < 2 || server.lie == Lie::StaysPending => json!({"status": "pending"}),
         true => json!({"status": "confirmed"}),
         false => {
-            let sold = office.sold.lock().expect("nobody panicked");
+            let sold = server.sold.lock().expect("nobody panicked");
             match sold.iter().find(|(owner, ..)| *owner == order.buyer) {
                 Some((.., earlier)) => json!({"status": "refused", "reason": "already-reserved", "earlier": earlier}),
                 None => json!({"status": "refused", "reason": "sold-out"}),
@@ -124,7 +124,7 @@ async fn follow(State(office): State<Arc<Office>>, Path(id): Path<Uuid>) -> Json
 }
 
 async fn reserve(
-    State(office): State<Arc<Office>>,
+    State(server): State<Arc<FakeServer>>,
     Path(sale): Path<i64>,
     headers: HeaderMap,
     Json(body): Json<Value>,
@@ -142,29 +142,29 @@ async fn reserve(
         let body = json!({"id": id, "sale_id": sale, "buyer_id": buyer, "status": "confirmed"});
         (StatusCode::CREATED, Json(body)).into_response()
     };
-    match office.lie {
-        Lie::NeverDecides => return problem(StatusCode::SERVICE_UNAVAILABLE, "undecided", None),
-        _ if office.lie.accepts_first() => return office.accept(sale, buyer, key),
-        Lie::Babbles => return (StatusCode::IM_A_TEAPOT, "short and stout").into_response(),
+    match server.lie {
+        Lie::AlwaysUnavailable => return problem(StatusCode::SERVICE_UNAVAILABLE, "undecided", None),
+        _ if server.lie.accepts_first() => return server.accept(sale, buyer, key),
+        Lie::AnswersNonsense => return (StatusCode::IM_A_TEAPOT, "short and stout").into_response(),
         _ => {}
     }
-    let mut sold = office.sold.lock().expect("nobody panicked");
+    let mut sold = server.sold.lock().expect("nobody panicked");
     if let Some((.., id)) = sold.iter().find(|(_, earlier, _)| *earlier == key) {
         return confirmed(*id);
     }
-    // Every key is first left undecided, after the ticket was taken: whoever repeats it gets the answer.
-    let undecided = office
-        .undecided_once
+    // The first answer to a key is 503, after the ticket was sold: a repeat gets the final answer.
+    let undecided = server
+        .answered_503_once
         .lock()
         .expect("nobody panicked")
         .insert(key.clone());
     let earlier = sold.iter().find(|(owner, ..)| *owner == buyer).map(|(.., id)| *id);
-    if let Some(id) = earlier.filter(|_| office.lie != Lie::SellsABuyerTwice) {
+    if let Some(id) = earlier.filter(|_| server.lie != Lie::SellsABuyerTwice) {
         return problem(StatusCode::CONFLICT, "already-reserved", Some(id));
     }
-    let tickets = match office.lie {
+    let tickets = match server.lie {
         Lie::Oversells => CAPACITY + 1,
-        Lie::KeepsATicketBack => CAPACITY - 1,
+        Lie::Undersells => CAPACITY - 1,
         _ => CAPACITY,
     };
     if sold.len() >= tickets {
@@ -179,9 +179,9 @@ async fn reserve(
     }
 }
 
-async fn look(State(office): State<Arc<Office>>, Path(sale): Path<i64>) -> Json<Value> {
-    let (sold, capacity) = (office.sold.lock().expect("nobody panicked").len(), CAPACITY);
-    let (stock, reserved) = match office.lie {
+async fn read_sale(State(server): State<Arc<FakeServer>>, Path(sale): Path<i64>) -> Json<Value> {
+    let (sold, capacity) = (server.sold.lock().expect("nobody panicked").len(), CAPACITY);
+    let (stock, reserved) = match server.lie {
         Lie::Oversells => (0, capacity),
         Lie::ForgetsAnUpdate => (1, sold),
         Lie::LosesReservations => (capacity, 0),
@@ -200,26 +200,26 @@ async fn open(headers: HeaderMap, Json(body): Json<Value>) -> StatusCode {
     }
 }
 
-/// A server with this lie, and where it is.
+/// Starts a server with this lie, and returns its address.
 async fn serve(lie: Lie) -> (String, JoinHandle<io::Result<()>>) {
-    let office = Arc::new(Office {
+    let server = Arc::new(FakeServer {
         lie,
         sold: Mutex::default(),
-        undecided_once: Mutex::default(),
+        answered_503_once: Mutex::default(),
         accepted: Mutex::default(),
     });
     let app = Router::new()
         .route("/api/sales/{sale}/reservations", post(reserve))
-        .route("/api/sales/{sale}", put(open).get(look))
+        .route("/api/sales/{sale}", put(open).get(read_sale))
         .route("/api/reservations/{id}", get(follow))
         .route("/readyz", get(|| async {}))
-        .with_state(office);
+        .with_state(server);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let host = format!("http://{}", listener.local_addr().expect("it listens"));
     (host, tokio::spawn(async { axum::serve(listener, app).await }))
 }
 
-/// So many come for five tickets. With two clicks each, of three buyers one wins twice.
+/// The number of buyers for five tickets. With two clicks each, of three buyers one gets two.
 fn buyers(lie: Lie) -> &'static str {
     if lie == Lie::SellsABuyerTwice { "3" } else { "10" }
 }
@@ -227,8 +227,8 @@ fn buyers(lie: Lie) -> &'static str {
 /// Runs `load goose` against a server with this lie.
 async fn load(lie: Lie, arguments: &[&str]) -> (Option<i32>, String) {
     let (host, serving) = serve(lie).await;
-    let crowd = ["goose", "--host", &host, "--buyers", buyers(lie), "--capacity", "5"];
-    let output = run(&[&crowd, arguments].concat()).await;
+    let size = ["goose", "--host", &host, "--buyers", buyers(lie), "--capacity", "5"];
+    let output = run(&[&size, arguments].concat()).await;
     serving.abort();
     output
 }
@@ -278,11 +278,11 @@ async fn finish(mut command: Command) -> (Option<i32>, String) {
 #[case(Lie::ForgetsAnUpdate, "I2")]
 #[case(Lie::LosesReservations, "I2, I4")]
 #[case(Lie::InventsAReservation, "I1, I2, I5")]
-#[case(Lie::KeepsATicketBack, "I7")]
-#[case(Lie::NeverDecides, "I10")]
-#[case(Lie::Babbles, "I10")]
-#[case(Lie::ConfirmsEverybodyLater, "I1, I2, I3, I4")]
-#[case(Lie::NeverTells, "I4, I10")]
+#[case(Lie::Undersells, "I7")]
+#[case(Lie::AlwaysUnavailable, "I10")]
+#[case(Lie::AnswersNonsense, "I10")]
+#[case(Lie::ConfirmsAllLater, "I1, I2, I3, I4")]
+#[case(Lie::StaysPending, "I4, I10")]
 #[case(Lie::ChangesItsMind, "I4, I5, I7")]
 #[tokio::test]
 async fn a_server_that_lies_fails_the_load_and_its_lie_is_named(#[case] lie: Lie, #[case] broken: &str) {
@@ -349,11 +349,11 @@ async fn what_can_not_be_done_is_one_clear_line(#[case] arguments: &[&str], #[ca
 #[case(Lie::ForgetsAnUpdate, "I2")]
 #[case(Lie::LosesReservations, "I4")]
 #[case(Lie::InventsAReservation, "I2, I5")]
-#[case(Lie::KeepsATicketBack, "I7")]
-#[case(Lie::NeverDecides, "I10")]
-#[case(Lie::Babbles, "I10")]
-#[case(Lie::ConfirmsEverybodyLater, "I1, I3, I4")]
-#[case(Lie::NeverTells, "I10")]
+#[case(Lie::Undersells, "I7")]
+#[case(Lie::AlwaysUnavailable, "I10")]
+#[case(Lie::AnswersNonsense, "I10")]
+#[case(Lie::ConfirmsAllLater, "I1, I3, I4")]
+#[case(Lie::StaysPending, "I10")]
 #[ignore = "needs k6: make target/tools/bin/k6"]
 #[tokio::test]
 async fn k6_fails_on_a_server_that_lies(#[case] lie: Lie, #[case] broken: &str) {

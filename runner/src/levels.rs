@@ -1,9 +1,9 @@
-//! The levels that this command was built with, and how their names are written on the command line.
+//! The levels that this command was built with, and their names on the command line.
 
 use anyhow::{Context, bail};
 use box_office::{Level, Strategy};
 
-/// In the order of the road. A level that was left out of the build is not here.
+/// In the order of the book. A level whose feature is off is not among them.
 pub(crate) static LEVELS: &[&Level] = &[
     #[cfg(feature = "lv1")]
     &lv1_race_condition::LEVEL,
@@ -30,14 +30,14 @@ impl SelectedStrategy {
         format!("{}/{}", self.level.name, self.strategy.name)
     }
 
-    /// The file in which the strategy stands, relative to the root of the repository.
-    pub(crate) fn source(self) -> String {
+    /// The file of the strategy, relative to the root of the repository: its source, or a mutant's patch.
+    pub(crate) fn source(&self) -> String {
         self.level.source(self.strategy)
     }
 
     /// Reads `LEVEL/STRATEGY`, or `LEVEL` for its first strategy.
     pub(crate) fn one(text: &str) -> anyhow::Result<Self> {
-        let (level, strategy) = split(text)?;
+        let (level, strategy) = parse(text)?;
         Ok(match strategy {
             Some(strategy) => strategy,
             None => Self {
@@ -47,26 +47,25 @@ impl SelectedStrategy {
         })
     }
 
-    /// Reads `LEVEL/STRATEGY`, or `LEVEL` for all that a reader meets on its trail.
-    pub(crate) fn trail(text: &str) -> anyhow::Result<Vec<Self>> {
-        let (level, strategy) = split(text)?;
-        Ok(strategy.map_or_else(|| trail_of(level), |strategy| vec![strategy]))
+    /// Reads `LEVEL/STRATEGY`, or `LEVEL` for all of its main strategies.
+    pub(crate) fn main_strategies(text: &str) -> anyhow::Result<Vec<Self>> {
+        let (level, strategy) = parse(text)?;
+        Ok(strategy.map_or_else(|| main_strategies_of(level).collect(), |strategy| vec![strategy]))
     }
 
-    /// The trail through all levels.
-    pub(crate) fn whole_trail() -> Vec<Self> {
-        LEVELS.iter().copied().flat_map(trail_of).collect()
+    /// The main strategies of all levels.
+    pub(crate) fn all_main_strategies() -> Vec<Self> {
+        LEVELS.iter().copied().flat_map(main_strategies_of).collect()
     }
 }
 
-fn trail_of(level: &'static Level) -> Vec<SelectedStrategy> {
-    let on_the_trail = level.strategies.iter();
-    on_the_trail
-        .map(|strategy| SelectedStrategy { level, strategy })
-        .collect()
+fn main_strategies_of(level: &'static Level) -> impl Iterator<Item = SelectedStrategy> {
+    let strategies = level.strategies.iter();
+    strategies.map(move |strategy| SelectedStrategy { level, strategy })
 }
 
-fn split(text: &str) -> anyhow::Result<(&'static Level, Option<SelectedStrategy>)> {
+/// Reads `LEVEL/STRATEGY`, or `LEVEL` without a strategy.
+pub(crate) fn parse(text: &str) -> anyhow::Result<(&'static Level, Option<SelectedStrategy>)> {
     let (level_name, strategy_name) = text
         .split_once('/')
         .map_or((text, None), |(level, name)| (level, Some(name)));

@@ -1,4 +1,4 @@
-//! Every command that a reader is told to type is there, with these words and flags.
+//! Every command in the book and the README exists, with its arguments and flags.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,26 +15,26 @@ use crate::{
     root,
 };
 
-/// What stands in code and looks like a command, but is a column of a table.
+/// Code that looks like a command, but is a column of a table.
 const NOT_COMMANDS: &[&str] = &["oversold by"];
 
-/// What there is to type.
+/// All commands and arguments that exist.
 #[derive(Default)]
 struct Known {
-    /// Of the Makefile.
+    /// The targets of the Makefile.
     targets: BTreeSet<String>,
-    /// Of the Makefile, as far as they are the reader's to set.
+    /// Of the Makefile, those that a reader may set.
     variables: BTreeSet<String>,
     /// The subcommands of `oversold`, each with its flags.
     subcommands: BTreeMap<String, BTreeSet<String>>,
     packages: BTreeSet<String>,
     /// `lv1` and `lv1/read-then-write`.
     names: BTreeSet<String>,
-    /// The source of every test, to look up a test's name in.
+    /// The source of all tests, to search for a test's name.
     tests: String,
 }
 
-/// All that the pattern's first group finds.
+/// All matches of the pattern's first group.
 fn all(pattern: &str, text: &str) -> BTreeSet<String> {
     let pattern = Regex::new(pattern).unwrap();
     pattern.captures_iter(text).map(|found| found[1].to_owned()).collect()
@@ -92,7 +92,7 @@ impl Known {
         }
     }
 
-    /// What is wrong with a command, and what to do about it.
+    /// What is wrong with a command, and how to fix it.
     fn objection(&self, command: &str) -> Option<(String, String)> {
         let words = shlex::split(command.split(" #").next()?)?;
         let words: Vec<&str> = words
@@ -194,7 +194,7 @@ impl Known {
         None
     }
 
-    /// What is wrong with a word that looks like a level or a strategy.
+    /// What is wrong with a word that looks like a level or strategy.
     fn named(&self, word: &str) -> Option<(String, String)> {
         static NAME: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^lv\d+(/[a-z/-]+)?$").unwrap());
         let wrong = NAME.is_match(word) && !self.names.contains(word);
@@ -233,7 +233,7 @@ fn listed(words: &BTreeSet<String>) -> String {
     words.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// The commands in code, inline or fenced, with the number of their line.
+/// The commands in inline or fenced code, with their line numbers.
 fn commands(page: &Page) -> Vec<(usize, &str)> {
     const SHELL: [&str; 6] = ["", "sh", "bash", "shell", "console", "text"];
     let fenced = page.lines.iter().filter_map(|line| match &line.kind {
@@ -281,7 +281,7 @@ fn every_command_is_there() {
 )]
 fn a_command_that_is_not_there_is_found(#[case] text: &str, #[case] expected: &str) {
     let known = Known {
-        // Without this file, which has the wrong name in it.
+        // Without this file, which contains the wrong name.
         tests: "fn a_sale_keeps_its_guarantee() {}".to_owned(),
         ..Known::here()
     };

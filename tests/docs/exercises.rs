@@ -1,4 +1,4 @@
-//! The exercises. `make exercises` proves them, in minutes; whether their solutions fit the code is seen here at once.
+//! The exercises: every solution applies to the code. `make exercises` proves them, which takes minutes.
 
 use std::{fs, process::Command};
 
@@ -21,7 +21,7 @@ fn every_solution_applies_to_the_code_as_it_is() {
                 patch,
                 1,
                 why,
-                "make the solution anew from the code as it is",
+                "make the solution again, from the current code",
             ));
         }
     }

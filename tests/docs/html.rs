@@ -1,4 +1,4 @@
-//! The book as a reader gets it: it builds, and its links lead somewhere.
+//! The built book: it builds, and its links have targets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,10 +16,10 @@ use crate::{
     rules::without_dots,
 };
 
-/// Files that mdBook makes beside the pages, with links of its own.
+/// Files that mdBook adds to the pages, with its own links.
 const MDBOOKS_OWN: [&str; 3] = ["404.html", "print.html", "toc.html"];
 
-/// What a page of the built book offers to links, and where its own lead.
+/// The link targets and links of a page of the built book.
 #[derive(Default)]
 struct Built {
     ids: BTreeSet<String>,
@@ -75,7 +75,7 @@ fn links_to_nowhere(built: &BTreeMap<PathBuf, Built>, pages: &[Page], exists: im
     problems
 }
 
-/// The page and line in which a link was written, as well as it can be told from the built page.
+/// The page and line with a link, as far as the built page shows it.
 fn written_at(html: &Path, link: &str, pages: &[Page]) -> (PathBuf, usize) {
     let source = Path::new("book/src").join(html.with_extension("md"));
     let written = link.replace(".html", ".md");

@@ -1,6 +1,6 @@
-//! The book and the README: what is generated is what the code says, and what they tell the reader to type, open or read is there.
+//! The book and the README: generated snippets are up to date, and every command, file, anchor and link that they name exists.
 //!
-//! `make generated` (that is, `OVERSOLD_BLESS=1`) writes the generated snippets anew. Everything else that fails here is mended by hand.
+//! `make generated` (that is, `OVERSOLD_BLESS=1`) regenerates the snippets. Everything else that fails here is fixed by hand.
 
 #![allow(clippy::unwrap_used)]
 
@@ -39,7 +39,7 @@ fn strategies() -> impl Iterator<Item = (&'static Level, &'static Strategy)> {
         .flat_map(|&level| level.strategies.iter().map(move |strategy| (level, strategy)))
 }
 
-/// Something that a person has to mend.
+/// A problem that a person has to fix.
 struct Problem {
     file: PathBuf,
     line: usize,
@@ -70,14 +70,14 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Fails with all of them, one after another.
+/// Fails if there is a problem, with a list of all.
 #[track_caller]
 fn none(problems: Vec<Problem>) {
     let shown: Vec<String> = problems.iter().map(Problem::to_string).collect();
     assert!(shown.is_empty(), "\n{}\n", shown.join("\n"));
 }
 
-/// What a check finds wrong with a broken input, for the tests of the checks themselves.
+/// The one problem that a check must find in a broken input, for the tests of the checks themselves.
 #[track_caller]
 fn only(problems: Vec<Problem>) -> String {
     let shown: Vec<String> = problems.iter().map(Problem::to_string).collect();

@@ -1,4 +1,4 @@
-//! The pages as they are written: prose apart from code.
+//! The pages in Markdown, with prose and code told apart.
 
 use std::{
     fs,
@@ -25,13 +25,13 @@ pub(crate) struct Line {
     pub(crate) kind: Kind,
 }
 
-/// Where a line stands.
+/// The kind of a line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Prose,
-    /// ``` or ~~~, at the beginning or the end of code.
+    /// ``` or ~~~, at the start or end of a code block.
     Fence,
-    /// Between two fences, in this language.
+    /// A line of a code block in this language.
     Code(String),
 }
 
@@ -78,7 +78,7 @@ impl Page {
         self.lines.iter().filter(|line| line.kind == Kind::Prose)
     }
 
-    /// What is written between backticks in the prose, with the number of its line.
+    /// Inline code in the prose, with its line number.
     pub(crate) fn inline_code(&self) -> impl Iterator<Item = (usize, &str)> {
         static CODE: LazyLock<Regex> = LazyLock::new(|| Regex::new("`([^`]+)`").unwrap());
         self.prose().flat_map(|line| {

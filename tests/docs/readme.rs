@@ -1,4 +1,4 @@
-//! What the README shows of the commands' output, held against what they print.
+//! The recorded outputs in the README, compared with what the commands print.
 
 use std::process::Command;
 
@@ -6,14 +6,14 @@ use regex::Regex;
 
 use crate::{Problem, none, only, root};
 
-/// A recorded output: the words of the command that printed it, and the line in which it begins.
+/// A recorded output: the arguments of the command that printed it, and its first line.
 struct Recorded<'a> {
     words: Vec<&'a str>,
     line: usize,
     text: Vec<&'a str>,
 }
 
-/// The outputs below a mark: `<!-- output of: make rush LEVEL=lv1 -->`.
+/// The outputs below a marker: `<!-- output of: make rush LEVEL=lv1 -->`.
 fn recorded(readme: &str) -> Vec<Recorded<'_>> {
     let mut found = vec![];
     let mut lines = readme.lines().enumerate();
@@ -38,7 +38,7 @@ fn recorded(readme: &str) -> Vec<Recorded<'_>> {
     found
 }
 
-/// What is the same in every rush: the headings of the table, and what each strategy promises.
+/// What all rushes have in common: the headings of the table, and the guarantee of each strategy.
 fn shape(rush: &[&str]) -> Vec<String> {
     let promised = Regex::new(r"^    promised: .*; verdict: ").unwrap();
     let headings = rush.iter().take_while(|line| !line.starts_with('╞')).skip(1);
@@ -62,7 +62,7 @@ fn out_of_date(recorded: &Recorded<'_>, printed: &str) -> Option<Problem> {
             "README.md",
             recorded.line,
             format!(
-                "`{}` prints something else by now:\n{}",
+                "`{}` prints something else now:\n{}",
                 recorded.words.join(" "),
                 printed.join("\n")
             ),
@@ -83,7 +83,7 @@ fn what_the_readme_shows_is_what_the_commands_print() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_oversold"));
         command.args(&recorded.words);
         if recorded.words[0] == "rush" {
-            // What is compared does not depend on how many come.
+            // What is compared does not depend on the number of buyers.
             command.args(["--buyers", "2", "--capacity", "1"]);
         }
         let output = command.output().unwrap();

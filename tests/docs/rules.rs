@@ -1,4 +1,4 @@
-//! What holds of every page: what it includes is there, its headings are in their order, its figures are measured.
+//! Rules for every page: its includes exist, its headings are in order, its measurements come from result files.
 
 use std::{
     collections::BTreeSet,
@@ -13,7 +13,7 @@ use crate::{
     Problem, none, only,
     pages::{self, Page},
     root,
-    snippets::NO_FIGURES,
+    snippets::NOT_MEASURED,
     strategies,
 };
 
@@ -42,10 +42,10 @@ fn sections(level: &str) -> &'static [&'static str] {
     }
 }
 
-/// What looks like a measured figure and is a constant: the text, and where it comes from.
+/// Text that looks like a measurement and is a constant, and where it comes from.
 const CONSTANTS: &[(&str, &str)] = &[("2 seconds", "a timeout in a question of start/async-rust.md")];
 
-/// An include: the file from the root of the repository, and what of it.
+/// An include: the file from the root of the repository, and the anchor in it.
 struct Include {
     line: usize,
     file: PathBuf,
@@ -87,7 +87,7 @@ fn includes_of_nothing(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -
     let mut problems = vec![];
     for page in pages {
         let includes = includes(page);
-        // What is not understood here would be checked by nobody.
+        // An include that is not recognised here would go unchecked.
         let written = page
             .lines
             .iter()
@@ -122,7 +122,7 @@ fn includes_of_nothing(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -
                 problems.push(Problem::new(
                     &page.file,
                     line,
-                    format!("lines {anchor:?} of {shown} will be others tomorrow"),
+                    format!("lines {anchor:?} of {shown} change with the next edit"),
                     "include an anchor: `ANCHOR: name` and `ANCHOR_END: name` in a comment",
                 ));
                 continue;
@@ -218,7 +218,7 @@ fn pages_apart_from_the_summary(pages: &[Page], summary: &Page) -> Vec<Problem> 
     problems
 }
 
-fn figures_in_prose(pages: &[Page], constants: &[(&str, &str)]) -> Vec<Problem> {
+fn measurements_in_prose(pages: &[Page], constants: &[(&str, &str)]) -> Vec<Problem> {
     static FIGURE: LazyLock<Regex> = LazyLock::new(|| {
         let units = "(?:ms|µs|s|seconds?|milliseconds?|req/s|requests (?:a|per) second|/s|MiB|MB)";
         Regex::new(&format!(r"\b\d[\d.,]*(?:\s?{units}\b|\s?%)")).unwrap()
@@ -231,7 +231,7 @@ fn figures_in_prose(pages: &[Page], constants: &[(&str, &str)]) -> Vec<Problem> 
                     problems.push(Problem::new(
                         &page.file,
                         line.number,
-                        format!("{figure:?} looks like a measured figure"),
+                        format!("{figure:?} looks like a measurement"),
                         "include it from book/generated/figures, or, if it is a constant, add it to CONSTANTS in tests/docs/rules.rs",
                     ));
                 }
@@ -241,16 +241,16 @@ fn figures_in_prose(pages: &[Page], constants: &[(&str, &str)]) -> Vec<Problem> 
     problems
 }
 
-/// A page must not argue from figures that nobody has measured.
-fn figures_that_are_not_there(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -> Vec<Problem> {
+/// A page must not include a table without measurements.
+fn includes_without_measurements(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -> Vec<Problem> {
     let mut problems = vec![];
     for page in pages {
         for Include { line, file, .. } in includes(page) {
-            if read(&file).is_some_and(|text| text.starts_with(NO_FIGURES)) {
+            if read(&file).is_some_and(|text| text.starts_with(NOT_MEASURED)) {
                 problems.push(Problem::new(
                     &page.file,
                     line,
-                    format!("{} holds no figures yet", file.display()),
+                    format!("{} holds no measurements yet", file.display()),
                     "measure them: `make results`",
                 ));
             }
@@ -292,7 +292,7 @@ fn every_include_names_a_file_and_an_anchor() {
 #[case::file_in_a_fence("```rust\n{{#include ../gone.rs:a}}\n```", "there is no file book/gone.rs")]
 #[case::anchor("{{#include ../here.rs:gone}}", "has no `ANCHOR: gone`")]
 #[case::end_of_the_anchor("{{#include ../here.rs:open}}", "has no `ANCHOR_END: open`")]
-#[case::lines("{{#include ../here.rs:1:3}}", "will be others tomorrow")]
+#[case::lines("{{#include ../here.rs:1:3}}", "change with the next edit")]
 #[case::something_else("{{#playground ../here.rs}}", "no include that can be checked")]
 fn an_include_of_nothing_is_found(#[case] text: &str, #[case] expected: &str) {
     let here = "// ANCHOR: whole\nfn main() {}\n// ANCHOR_END: whole\n// ANCHOR: open\n";
@@ -373,8 +373,8 @@ fn a_page_outside_the_summary_is_found_and_a_line_without_a_page_too() {
 }
 
 #[test]
-fn no_figure_is_typed_into_the_prose() {
-    none(figures_in_prose(&pages::all(), CONSTANTS));
+fn no_measurement_is_typed_into_the_prose() {
+    none(measurements_in_prose(&pages::all(), CONSTANTS));
 }
 
 #[rstest::rstest]
@@ -386,36 +386,36 @@ fn no_figure_is_typed_into_the_prose() {
 #[case::a_share_without_a_space("That is 40% of it.")]
 #[case::memory("It needs 30 MiB.")]
 #[case::in_words("It needs 3 seconds.")]
-fn a_figure_in_the_prose_is_found(#[case] text: &str) {
-    let found = only(figures_in_prose(&[Page::new("page.md", text)], &[]));
-    assert!(found.contains("looks like a measured figure"), "{found}");
+fn a_measurement_in_the_prose_is_found(#[case] text: &str) {
+    let found = only(measurements_in_prose(&[Page::new("page.md", text)], &[]));
+    assert!(found.contains("looks like a measurement"), "{found}");
 }
 
 #[test]
-fn a_number_that_is_no_figure_is_let_pass() {
+fn a_number_that_is_no_measurement_passes() {
     let text = "100 tickets, 1,000 buyers, LV.1's 3 strategies, after 5 s\n```text\n12 ms\n```\n{{#include 12 ms}}";
-    none(figures_in_prose(
+    none(measurements_in_prose(
         &[Page::new("page.md", text)],
         &[("5 s", "a constant")],
     ));
 }
 
 #[test]
-fn every_figure_that_a_page_shows_was_measured() {
-    none(figures_that_are_not_there(&pages::all(), from_the_root));
+fn every_table_that_a_page_includes_was_measured() {
+    none(includes_without_measurements(&pages::all(), from_the_root));
 }
 
 #[test]
-fn a_page_that_shows_no_figures_is_found() {
+fn a_page_that_shows_no_measurements_is_found() {
     let page = Page::new("book/src/page.md", "Look:\n\n{{#include ../generated/figures/a.md}}");
     let figures = |text: &'static str| move |_: &Path| Some(text.to_owned());
-    none(figures_that_are_not_there(
+    none(includes_without_measurements(
         std::slice::from_ref(&page),
         figures("| a | 1 |\n"),
     ));
-    let found = only(figures_that_are_not_there(
+    let found = only(includes_without_measurements(
         &[page],
-        figures("no figures yet: `make results`\n"),
+        figures("not measured yet: `make results`\n"),
     ));
     assert!(
         found.starts_with("book/src/page.md:3:") && found.contains("book/generated/figures/a.md"),

@@ -1,6 +1,6 @@
-//! `oversold bench`, as short as can be: that it measures what it says, and the names in its JSON, from which the book's tables come.
+//! `oversold bench` with the shortest rounds: what it measures, and the names in its JSON, from which the tables of the book are made.
 //!
-//! It takes programs that the suite does without. Where one is not here, its tests show as ignored, with the reason.
+//! It needs programs that no other test needs. Where one is missing, its tests show as ignored, with the reason.
 
 #![allow(clippy::unwrap_used)]
 
@@ -38,12 +38,12 @@ fn main() {
         ),
     ];
     let mut arguments = Arguments::from_args();
-    // What is measured takes all processors; beside it, another's server would not answer in time.
+    // A measurement takes all processors; the server of another one in parallel would not answer in time.
     arguments.test_threads.get_or_insert(1);
     libtest_mimic::run(&arguments, tests.into()).exit();
 }
 
-/// A program that is measured with.
+/// A program that measures.
 #[derive(Clone, Copy)]
 enum Tool {
     Wrk,
@@ -52,7 +52,7 @@ enum Tool {
 }
 
 impl Tool {
-    /// What to say where it is not here.
+    /// The reason for an ignored test where it is missing.
     fn missing(self) -> Option<&'static str> {
         let (found, missing) = match self {
             Self::Wrk => (on_path("wrk"), "no wrk: infra/bench-tools.sh installs it"),
@@ -76,10 +76,10 @@ fn test(name: &str, tools: &'static [Tool], run: fn()) -> Trial {
     })
 }
 
-/// What it wrote, and what it printed.
+/// Runs `oversold bench`. Returns its results, and what it printed.
 fn bench(arguments: &[&str]) -> (Value, String) {
     let folder = tempdir().unwrap();
-    let json = folder.path().join("figures.json");
+    let json = folder.path().join("results.json");
     let output = Command::new(env!("CARGO_BIN_EXE_oversold"))
         .arg("bench")
         .args(arguments)
@@ -96,95 +96,95 @@ fn bench(arguments: &[&str]) -> (Value, String) {
 }
 
 #[track_caller]
-fn are_more_than_nothing(spreads: &[&Value], figures: &Value) {
-    for spread in spreads {
-        assert!(spread["median"].as_f64() > Some(0.0), "{figures}");
+fn assert_positive(measured: &[&Value], results: &Value) {
+    for measured in measured {
+        assert!(measured["median"].as_f64() > Some(0.0), "{results}");
     }
 }
 
 fn lock() {
-    let (figures, _) = bench(&["lv3/rlock", "--lock", "--seconds", "1"]);
-    are_more_than_nothing(&[&figures["pairs_a_second"]], &figures);
+    let (results, _) = bench(&["lv3/rlock", "--lock", "--seconds", "1"]);
+    assert_positive(&[&results["pairs_a_second"]], &results);
     for (ceiling, connections) in [("redis_benchmark", 50), ("redis_benchmark_on_one_connection", 1)] {
-        let ceiling = &figures[ceiling];
-        assert_eq!(ceiling["connections"], connections, "{figures}");
-        let spreads = ["pairs_a_second", "acquire_a_second", "release_a_second", "ratio"].map(|name| &ceiling[name]);
-        are_more_than_nothing(&spreads, &figures);
+        let ceiling = &results[ceiling];
+        assert_eq!(ceiling["connections"], connections, "{results}");
+        let measured = ["pairs_a_second", "acquire_a_second", "release_a_second", "ratio"].map(|name| &ceiling[name]);
+        assert_positive(&measured, &results);
     }
 }
 
 fn rate() {
-    let (figures, _) = bench(&["lv2/pessimistic", "--seconds", "1"]);
-    assert_eq!(figures["strategy"], "lv2/pessimistic");
-    assert_eq!((&figures["clients"], &figures["seconds"]), (&64.into(), &1.into()));
-    let ceiling = &figures["ceiling"];
-    are_more_than_nothing(
+    let (results, _) = bench(&["lv2/pessimistic", "--seconds", "1"]);
+    assert_eq!(results["strategy"], "lv2/pessimistic");
+    assert_eq!((&results["clients"], &results["seconds"]), (&64.into(), &1.into()));
+    let ceiling = &results["ceiling"];
+    assert_positive(
         &[
-            &figures["reservations_a_second"],
-            &figures["p50_ms"],
-            &figures["p99_ms"],
-            &figures["ready_ms"],
+            &results["reservations_a_second"],
+            &results["p50_ms"],
+            &results["p99_ms"],
+            &results["ready_ms"],
             &ceiling["transactions_a_second"],
             &ceiling["ratio"],
         ],
-        &figures,
+        &results,
     );
     assert_eq!(
-        (&figures["refused"], &figures["cut_off"]),
+        (&results["refused"], &results["cut_off"]),
         (&0.into(), &0.into()),
-        "{figures}"
+        "{results}"
     );
-    // Those of the warm-up are judged as well.
+    // Those of the warm-up are checked as well.
     assert!(
-        figures["rows_judged"].as_u64() >= figures["rounds"][0]["answers"].as_u64(),
-        "{figures}"
+        results["rows_judged"].as_u64() >= results["rounds"][0]["answers"].as_u64(),
+        "{results}"
     );
     assert!(
-        figures["mib_with_1000_connections"].as_f64() >= figures["idle_mib"].as_f64(),
-        "{figures}"
+        results["mib_with_1000_connections"].as_f64() >= results["idle_mib"].as_f64(),
+        "{results}"
     );
-    assert_eq!(figures["void"], Value::Array(vec![]));
+    assert_eq!(results["void"], Value::Array(vec![]));
 }
 
 fn accept() {
-    let (figures, out) = bench(&["lv4/single-writer", "--clients", "20", "--seconds", "1"]);
-    let other = &figures["without_produce"];
+    let (results, out) = bench(&["lv4/single-writer", "--clients", "20", "--seconds", "1"]);
+    let other = &results["without_produce"];
     assert_eq!(other["strategy"], "lv4/mutants/produce-nothing");
-    are_more_than_nothing(
+    assert_positive(
         &[
-            &figures["orders_a_second"],
-            &figures["p95_ms"],
+            &results["orders_a_second"],
+            &results["p95_ms"],
             &other["orders_a_second"],
             &other["ratio"],
         ],
-        &figures,
+        &results,
     );
-    let perf_test = &figures["producer_perf_test"];
+    let perf_test = &results["producer_perf_test"];
     let left_out = out.contains("kafka-producer-perf-test is left out: ");
-    assert_eq!(perf_test.is_null(), left_out, "{figures}\n{out}");
-    assert!(left_out || perf_test["partitions"] == 1, "{figures}");
+    assert_eq!(perf_test.is_null(), left_out, "{results}\n{out}");
+    assert!(left_out || perf_test["partitions"] == 1, "{results}");
 }
 
-/// What the book says of the two halves of an order's path comes from these names.
+/// The tables of the book on the two halves of an order's path use these names.
 fn drain(strategy: &str, batch: u32) {
-    let (figures, _) = bench(&[strategy, "--drain", "200"]);
-    assert_eq!(figures["strategy"], strategy);
-    assert_eq!(figures["kafka"]["service"], "kafka");
+    let (results, _) = bench(&[strategy, "--drain", "200"]);
+    assert_eq!(results["strategy"], strategy);
+    assert_eq!(results["kafka"]["service"], "kafka");
     assert_eq!(
-        (&figures["orders"], &figures["rows_judged"]),
+        (&results["orders"], &results["rows_judged"]),
         (&200.into(), &200.into())
     );
-    let ceiling = &figures["ceiling"];
+    let ceiling = &results["ceiling"];
     assert_eq!(ceiling["orders_in_a_transaction"], batch);
-    are_more_than_nothing(
+    assert_positive(
         &[
-            &figures["orders_a_second"],
-            &figures["took_ms"],
-            &figures["ready_ms"],
-            &figures["most_mib"],
+            &results["orders_a_second"],
+            &results["took_ms"],
+            &results["ready_ms"],
+            &results["most_mib"],
             &ceiling["orders_a_second"],
             &ceiling["ratio"],
         ],
-        &figures,
+        &results,
     );
 }

@@ -4,7 +4,7 @@ use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use box_office::trace::Record;
 
@@ -52,7 +52,7 @@ pub struct Report {
 }
 
 /// The number of requests by answer.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Answers {
     /// 201.
     pub confirmed: u64,
@@ -71,7 +71,7 @@ pub struct Answers {
 }
 
 /// Latency percentiles in milliseconds.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Latency {
     /// Median.
     pub p50_ms: f64,

@@ -1,0 +1,278 @@
+//! The rush as a Goose scenario: a Goose user for each click, all of which wait at a gate until the last is connected.
+//! They share one HTTP client with a connection for each user: to make a client for each would take most of the time.
+//!
+//! Goose is a closed loop: a user sends nothing while it waits for an answer. For the first requests of a rush that is realistic. Repeats
+//! suffer from coordinated omission: a server that stalls holds back the requests that would have met the stall, so they are missing from
+//! the percentiles. Goose's mitigation is off here. `k6` with `SCENARIO=arrivals` is an open loop.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{anyhow, bail, ensure};
+use box_office::{BuyerId, SaleId, api::NewReservation, trace::now_monotonic_us};
+use goose::{
+    GooseAttack,
+    client::GooseClientBuilder,
+    config::GooseConfiguration,
+    goose::{GooseMethod, GooseRequest, GooseUser, Scenario, Transaction, TransactionFunction},
+};
+use harness::{
+    history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
+    rush::{
+        Classified, Clock, HttpResponse, Report, classify, final_state, is_event_stream, jittered, recheck, retry_after,
+    },
+};
+use tokio::{
+    sync::{Barrier, mpsc, watch},
+    time::{sleep, timeout},
+};
+
+use crate::{Rush, outcome::Outcome};
+
+/// Users that Goose starts per second. They wait at the gate, so this determines only how long the start takes.
+const USERS_A_SECOND: u32 = 1000;
+
+/// A user has a connection, and each has a file descriptor at both ends.
+const MAX_USERS: usize = 10_000;
+
+/// Retries within a request are visible only in the server's metrics.
+const UNKNOWN_RETRIES: u64 = 0;
+
+/// Before a repeat without a `Retry-After`.
+const REPEAT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Between two polls of an accepted order, where there are no events: doubled each time up to the maximum, so that polling does not slow
+/// the server down.
+const POLL_PAUSE: Duration = Duration::from_millis(20);
+const MAX_POLL_PAUSE: Duration = Duration::from_millis(250);
+
+/// State shared by all users.
+struct SharedRush {
+    sale: SaleId,
+    patience: Duration,
+    clicks: Vec<(BuyerId, u32)>,
+    /// The index of the next click without a user.
+    next: AtomicUsize,
+    gathered: Barrier,
+    connected: Barrier,
+    /// When the gate opened; `None` before.
+    opened: watch::Receiver<Option<Micros>>,
+    done: mpsc::UnboundedSender<Vec<Request>>,
+}
+
+/// Creates the sale, sends the rush, reads the sale, and checks the history.
+pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
+    let clicks: Vec<_> = rush.clicks().collect();
+    let users = clicks.len();
+    ensure!(
+        users <= MAX_USERS,
+        "{users} requests at once are too many: --buyers times --clicks is at most {MAX_USERS}"
+    );
+    rush.host.open(rush.sale, rush.size.capacity, &rush.admin_token).await?;
+
+    let (open, opened) = watch::channel(None);
+    let (done, mut answers) = mpsc::unbounded_channel();
+    let shared = Arc::new(SharedRush {
+        sale: rush.sale,
+        patience: rush.size.patience(),
+        clicks,
+        next: AtomicUsize::new(0),
+        gathered: Barrier::new(users),
+        connected: Barrier::new(users + 1),
+        opened,
+        done,
+    });
+    let mut attack = tokio::spawn(attack(&rush.host.to_string(), users, &shared)?.execute());
+
+    tokio::select! {
+        _ = shared.connected.wait() => {}
+        ended = &mut attack => match ended? {
+            Ok(_) => bail!("Goose ended before its users were there"),
+            Err(error) => bail!("Goose did not start: {error}"),
+        },
+    }
+    let clock = Clock::start();
+    let opened_us = now_monotonic_us();
+    open.send_replace(Some(opened_us));
+    let mut requests = vec![];
+    for _ in 0..users {
+        tokio::select! {
+            biased;
+            Some(answered) = answers.recv() => requests.extend(answered),
+            _ = &mut attack => bail!("Goose ended before all of its users did"),
+        }
+    }
+    let clock = clock.stop();
+    attack
+        .await?
+        .map_err(|error| anyhow!("Goose did not end well: {error}"))?;
+
+    requests.sort_by_key(|request| (request.sent_us, request.request));
+    recheck(&mut requests, rush.host.address().await?, opened_us).await;
+    let sale = rush.host.sale(rush.sale).await?;
+    let history = History {
+        header: Header {
+            version: FORMAT_VERSION,
+            strategy: rush.name.clone(),
+            sale: rush.sale,
+            capacity: rush.size.capacity.into(),
+            deadline_us: u64::try_from(rush.size.patience().as_micros())?,
+            expiry_us: None,
+            stock: Some(sale.stock),
+        },
+        requests,
+        // Clients see no rows.
+        rows: None,
+        faults: vec![],
+    };
+    Ok(Outcome::of_goose(
+        rush,
+        &Report::new(1, history, UNKNOWN_RETRIES, &clock),
+        &sale,
+    ))
+}
+
+fn attack(host: &str, users: usize, shared: &Arc<SharedRush>) -> anyhow::Result<GooseAttack> {
+    let mut configuration = GooseConfiguration::default();
+    configuration.host = Some(host.to_owned());
+    configuration.users = Some(users);
+    configuration.increase_rate = Some(USERS_A_SECOND.to_string());
+    configuration.iterations = Some(1);
+    configuration.no_telnet = true;
+    // Goose resets its metrics once all users have started, which may be after the gate opened: the harness measures instead.
+    configuration.no_metrics = true;
+    configuration.quiet = 1;
+
+    let patience = shared.patience;
+    let shared = Arc::clone(shared);
+    let visit: TransactionFunction = Arc::new(move |user| {
+        let shared = Arc::clone(&shared);
+        Box::pin(async move {
+            let requests = shared.click(user).await;
+            // The receiver is gone once the attack was aborted.
+            let _ = shared.done.send(requests);
+            Ok(())
+        })
+    });
+    let scenario = Scenario::new("rush").register_transaction(Transaction::new(visit));
+    let client = GooseClientBuilder::new().without_cookies().timeout(patience);
+    Ok(GooseAttack::initialize_with_config(configuration)?
+        .set_client_builder_without_cookies(client)?
+        .register_scenario(scenario))
+}
+
+impl SharedRush {
+    /// One click: connects, waits at the gate for all others, sends the request, and repeats it while the outcome is unknown and time is
+    /// left.
+    async fn click(&self, user: &mut GooseUser) -> Vec<Request> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let (buyer, click) = self.clicks[number];
+        let key = format!("buyer-{buyer}-click-{click}");
+        self.gathered.wait().await;
+        // All at once, so that each user has a connection before the gate opens, and the server's pool is warm. Without a server the first
+        // request fails.
+        let _ = user.get("/readyz").await;
+        self.connected.wait().await;
+        let mut opened = self.opened.clone();
+        let Ok(Some(opened_us)) = opened.wait_for(Option::is_some).await.map(|opened| *opened) else {
+            return vec![]; // The rush was aborted before it began.
+        };
+
+        let mut requests: Vec<Request> = vec![];
+        loop {
+            let sent_us = now_monotonic_us() - opened_us;
+            let mut request = Request {
+                request: (number + requests.len() * 1_000_000) as u64,
+                buyer,
+                key: key.clone(),
+                sent_us,
+                answered_us: None,
+                answer: Answer::Indeterminate,
+                steps: vec![],
+            };
+            let mut pause = REPEAT_PAUSE;
+            if let Some(answered) = self.reserve(user, &request).await {
+                request.answered_us = Some(now_monotonic_us() - opened_us);
+                pause = retry_after(&answered.headers).unwrap_or(REPEAT_PAUSE);
+                request.answer = match classify(&answered) {
+                    Classified::Final(answer) => answer,
+                    Classified::Accepted { reservation, location } => Answer::Accepted {
+                        reservation,
+                        ending: timeout(self.patience, self.follow(user, &location, opened_us))
+                            .await
+                            .ok(),
+                    },
+                };
+            }
+            let unknown = request.answer == Answer::Indeterminate;
+            requests.push(request);
+            let spent = Duration::from_micros(now_monotonic_us() - opened_us - requests[0].sent_us);
+            let left = self.patience.saturating_sub(spent);
+            if !unknown || left.is_zero() {
+                return requests;
+            }
+            sleep(jittered(pause).min(left)).await;
+        }
+    }
+
+    /// Waits for the event with the final state of an accepted order. Where there are no events, polls until its state is final.
+    async fn follow(&self, user: &mut GooseUser, location: &str, opened_us: Micros) -> Ending {
+        let events = format!("{location}/events");
+        let mut path = events.as_str();
+        let mut pause = POLL_PAUSE;
+        loop {
+            let ready = GooseRequest::builder()
+                .method(GooseMethod::Get)
+                .name("follow")
+                .path(path)
+                .build();
+            let state = send(user, ready).await;
+            if state.as_ref().is_some_and(|answered| !is_event_stream(answered)) {
+                path = location;
+            }
+            if let Some(refused) = state.as_ref().and_then(final_state) {
+                return Ending {
+                    at_us: now_monotonic_us() - opened_us,
+                    refused,
+                    changed_to: None,
+                };
+            }
+            sleep(jittered(pause)).await;
+            pause = (pause * 2).min(MAX_POLL_PAUSE);
+        }
+    }
+
+    /// Sends an order through Goose. `None` without an answer.
+    async fn reserve(&self, user: &mut GooseUser, request: &Request) -> Option<HttpResponse> {
+        let path = format!("/api/sales/{}/reservations", self.sale);
+        let order = NewReservation {
+            buyer_id: request.buyer,
+        };
+        let builder = user
+            .get_request_builder(&GooseMethod::Post, &path)
+            .ok()?
+            .header("idempotency-key", &request.key)
+            .header("x-request-id", request.request.to_string())
+            .json(&order);
+        let ready = GooseRequest::builder()
+            .name("reserve")
+            .set_request_builder(builder)
+            .build();
+        send(user, ready).await
+    }
+}
+
+/// Sends a request through Goose. `None` without an answer.
+async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<HttpResponse> {
+    let response = user.request(request).await.ok()?.response.ok()?;
+    Some(HttpResponse {
+        status: response.status(),
+        headers: response.headers().clone(),
+        body: response.bytes().await.ok()?,
+    })
+}

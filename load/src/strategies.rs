@@ -1,0 +1,164 @@
+//! `load rush`: for each strategy, backends from the harness, a server of the command `oversold`, and both generators against it.
+
+use std::{env, path::Path, process::Command, time::Duration};
+
+use anyhow::{Context, bail, ensure};
+use box_office::{Invariant, SaleId, Schema, Service};
+use harness::{
+    backends::{Durability, Services},
+    rush::{Program, Servers},
+};
+use serde::Deserialize;
+use sqlx::migrate::Migrator;
+
+use crate::{
+    Rush, RushArgs, RushSize, goose, k6,
+    outcome::{ExitKind, Outcome},
+    promises,
+};
+
+/// Without tables: a server creates those of its strategy when it starts.
+const EMPTY: Schema = Schema {
+    name: "load",
+    migrations: &Migrator::DEFAULT,
+};
+
+/// The sale of the rush by Goose.
+const GOOSE_SALE: SaleId = 1;
+/// The sale of the rush by k6.
+const K6_SALE: SaleId = 2;
+
+/// A strategy as `oversold list --json` prints it.
+#[derive(Deserialize)]
+struct Strategy {
+    name: String,
+    mutant: bool,
+    clicks: u32,
+    needs: Vec<String>,
+    single_instance: Promised,
+}
+
+#[derive(Deserialize)]
+struct Promised {
+    breaks: Vec<Invariant>,
+    leaves_open: Vec<Invariant>,
+}
+
+/// Runs Goose and k6 against every selected strategy, and prints the results.
+pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
+    for (file, what) in [
+        (&args.oversold, "`cargo build -p oversold` builds it"),
+        (&args.k6, "`make target/tools/bin/k6` builds it"),
+        (&args.script, "run this at the root of the repository"),
+    ] {
+        ensure!(file.exists(), "there is no {}: {what}", file.display());
+    }
+    let selected = select(list(&args.oversold)?, &args.levels)?;
+    let needed = |service: &Service| {
+        let mut names = selected.iter().flat_map(|strategy| &strategy.needs);
+        names.any(|name| name == service.name())
+    };
+    let needs: Vec<Service> = [Service::Redis, Service::Kafka].into_iter().filter(needed).collect();
+    let services = Services::find(Durability::Durable, &needs).await?;
+    let mut outcomes = vec![];
+    for strategy in &selected {
+        let name = &strategy.name;
+        eprintln!("{name}: Goose, then k6");
+        outcomes.extend(
+            run_strategy(args, strategy, &services)
+                .await
+                .with_context(|| name.clone())?,
+        );
+    }
+    Ok(Outcome::print(&outcomes))
+}
+
+/// All strategies.
+fn list(oversold: &Path) -> anyhow::Result<Vec<Strategy>> {
+    let output = Command::new(oversold).args(["list", "--json"]).output()?;
+    serde_json::from_slice(&output.stdout).with_context(|| format!("what {} lists", oversold.display()))
+}
+
+/// The strategies with these names: a strategy, or a level for its main strategies.
+fn select(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strategy>> {
+    let matches = |strategy: &Strategy, name: &String| match strategy.name.split_once('/') {
+        _ if strategy.name == *name => true,
+        Some((level, _)) => level == name && !strategy.mutant,
+        None => false,
+    };
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| !listed.iter().any(|strategy| matches(strategy, name)))
+    {
+        let known: Vec<&str> = listed.iter().map(|strategy| strategy.name.as_str()).collect();
+        bail!(
+            "there is no level or strategy {unknown:?}; there is {}",
+            known.join(", ")
+        );
+    }
+    let selected = listed
+        .into_iter()
+        .filter(|strategy| names.iter().any(|name| matches(strategy, name)));
+    Ok(selected.collect())
+}
+
+async fn run_strategy(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyhow::Result<Vec<Outcome>> {
+    let (level, name) = strategy.name.split_once('/').context("a name is LEVEL/STRATEGY")?;
+    let program = Program::new(std::path::absolute(&args.oversold)?)
+        .argument("serve")
+        .argument(level);
+    let stand = services.environment(EMPTY).await?;
+    let servers = Servers::start_named(&settings(strategy), &stand, &program, name).await?;
+    let address = *servers.live().borrow().first().context("no server lives")?;
+    let (size, clicks) = stress(args.size, strategy);
+    let Promised { breaks, leaves_open } = &strategy.single_instance;
+    let goose_rush = Rush {
+        name: strategy.name.clone(),
+        host: address.into(),
+        admin_token: servers.admin_token().to_owned(),
+        sale: GOOSE_SALE,
+        size,
+        clicks,
+        promises: promises(breaks, leaves_open),
+    };
+    let mut k6_rush = Rush {
+        sale: K6_SALE,
+        ..goose_rush.clone()
+    };
+    if env::var_os("SCENARIO").is_some_and(|scenario| scenario == "arrivals") {
+        // Buyers at a constant rate need not cause what a rush does.
+        k6_rush.promises = promises(&[], &[breaks.as_slice(), leaves_open].concat());
+    }
+    let outcomes = vec![
+        goose::run(&goose_rush).await.context("Goose")?,
+        k6::run(args, &k6_rush).await.context("k6")?,
+    ];
+    servers.stop().await?;
+    Ok(outcomes)
+}
+
+/// The settings of the server. Where two clicks of one buyer have to overlap in it, its pool is larger than by default, and each request works
+/// inside the critical section, like one that asks for a payment.
+fn settings(strategy: &Strategy) -> harness::rush::Rush {
+    let mut settings = harness::rush::Rush::default();
+    if strategy.single_instance.breaks.contains(&Invariant::NoDuplicate) {
+        settings.pool_size = Some(32);
+        settings.work = Duration::from_millis(5);
+    }
+    settings
+}
+
+/// The size of the rush and the clicks of each buyer that put the guarantee to the test.
+///
+/// Two clicks of one buyer that leave together do not arrive together: in either generator other buyers' requests come between them. Where
+/// they have to overlap in the server, fewer buyers click more often: as many requests, far more pairs of clicks.
+fn stress(size: RushSize, strategy: &Strategy) -> (RushSize, u32) {
+    const FEWER: u32 = 25;
+
+    if strategy.single_instance.breaks.contains(&Invariant::NoDuplicate) {
+        let buyers = size.buyers.div_ceil(FEWER);
+        (RushSize { buyers, ..size }, strategy.clicks * FEWER)
+    } else {
+        (size, strategy.clicks)
+    }
+}

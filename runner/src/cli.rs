@@ -1,0 +1,138 @@
+//! The command line: the subcommands, their dispatch, and the exit code.
+
+use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode};
+
+use box_office::{Settings, explain};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use harness::backends::Missing;
+
+#[cfg(feature = "lv4")]
+use crate::commands::dead_letters;
+use crate::{
+    commands::{
+        bench::{self, ToolMissing},
+        doctor, exercise, judge, list, red, rush, serve, source, trace,
+    },
+    exit::{BACKEND_MISSING, ExitKind, USAGE},
+};
+
+/// What happens when 1,000 buyers go for 100 tickets at the same instant?
+#[derive(Parser)]
+#[command(name = "oversold", version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Send all buyers at once, and check the result against each strategy's guarantee.
+    Rush(rush::RushArgs),
+    /// Measure the sustained throughput of one strategy, next to the ceiling of its database, broker or lock server.
+    Bench(bench::BenchArgs),
+    /// Serve a level over HTTP until it receives SIGTERM or Ctrl-C.
+    Serve {
+        /// A level, or one strategy as LEVEL/STRATEGY.
+        #[arg(value_name = "LEVEL[/STRATEGY]")]
+        level: String,
+        #[command(flatten)]
+        settings: Box<Settings>,
+    },
+    /// Force one exact interleaving, and show it as a table: a column for each buyer, a row for each step.
+    Trace(trace::TraceArgs),
+    /// Run the contract test of a level as if every strategy had to keep every invariant, and show how it fails.
+    Red {
+        /// A level, or one strategy as LEVEL/STRATEGY.
+        #[arg(value_name = "LEVEL[/STRATEGY]")]
+        level: String,
+    },
+    /// Put a mistake into a strategy, for you to fix: an exercise of the book.
+    Exercise(exercise::ExerciseArgs),
+    /// Print the source of a strategy, or of a mutant with its mistake in place.
+    Source(source::SourceArgs),
+    /// Check a recorded history against all invariants.
+    Judge {
+        /// A history as JSON lines, as `rush --history` writes it.
+        file: PathBuf,
+        /// Print the verdict as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List levels and strategies with their guarantees.
+    List {
+        /// Print JSON: an array with one object for each strategy.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List, show and replay the dead letters of LV.4: messages that its consumers gave up on.
+    #[cfg(feature = "lv4")]
+    DeadLetters(dead_letters::DeadLettersArgs),
+    /// Report which backends are available, where they come from, and what is missing.
+    Doctor,
+}
+
+/// A parser of numbers in this range. Its error names the range.
+pub(crate) fn number(
+    range: RangeInclusive<u32>,
+) -> impl Fn(&str) -> Result<u32, String> + Clone + Send + Sync + 'static {
+    move |text| match text.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(format!("a number, {} to {}", range.start(), range.end())),
+    }
+}
+
+/// Runs the command that this process was started with, and returns its exit code.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(shown) if !shown.use_stderr() => {
+            print!("{shown}");
+            return ExitCode::SUCCESS;
+        }
+        // The help, because no subcommand was given.
+        Err(shown) if shown.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            eprint!("{shown}");
+            return ExitCode::from(USAGE);
+        }
+        Err(error) => {
+            let mut command = Cli::command();
+            command.build();
+            eprintln!("oversold: {}", explain(&error, &command));
+            return ExitCode::from(USAGE);
+        }
+    };
+    box_office::raise_open_files_limit();
+    let exit = match cli.command {
+        Command::Serve { level, settings } => return serve::run(&level, &settings),
+        Command::List { json } => list::run(json),
+        Command::Red { level } => red::run(&level),
+        Command::Exercise(args) => exercise::run(&args),
+        Command::Source(args) => source::run(&args),
+        Command::Judge { file, json } => judge::run(&file, json),
+        Command::Rush(args) => block_on(rush::run(&args)),
+        Command::Trace(args) => block_on(trace::run(&args)),
+        Command::Bench(args) => block_on(bench::run(&args)),
+        #[cfg(feature = "lv4")]
+        Command::DeadLetters(args) => block_on(dead_letters::run(&args)),
+        Command::Doctor => block_on(doctor::run()),
+    };
+    match exit {
+        Ok(exit) => ExitCode::from(exit.code()),
+        Err(error) => {
+            eprintln!("oversold: {error:#}");
+            ExitCode::from(if is_missing(&error) { BACKEND_MISSING } else { USAGE })
+        }
+    }
+}
+
+fn block_on(command: impl Future<Output = anyhow::Result<ExitKind>>) -> anyhow::Result<ExitKind> {
+    tokio::runtime::Runtime::new()?.block_on(command)
+}
+
+/// Whether a backend or a tool that the command needs is missing.
+fn is_missing(error: &anyhow::Error) -> bool {
+    let missing = matches!(error.downcast_ref(), Some(Missing::Nowhere { .. })) || error.is::<ToolMissing>();
+    #[cfg(feature = "lv4")]
+    let missing = missing || dead_letters::is_unavailable(error);
+    missing
+}

@@ -1,0 +1,191 @@
+//! `oversold bench lv3/… --waiters 1000`: many tasks wait for the same lock, and the critical section is empty.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use harness::backends::{Redis, Reply};
+use lv3_redis_lock::lock::Released;
+use tokio::{sync::Barrier, task::JoinSet};
+
+use super::{
+    super::{BenchArgs, MeasurementTable, progress},
+    Lock, LockBench,
+};
+use crate::{
+    exit::ExitKind,
+    results::bench::{ContendedLock, ContendedRound},
+    statistics::MedianRange,
+};
+
+/// Commands that Redis runs only inside the scripts of these locks, in this bench.
+const IN_SCRIPTS: [&str; 12] = [
+    "exists", "hget", "hset", "hlen", "hdel", "pexpire", "pttl", "del", "publish", "get", "set", "time",
+];
+
+/// How often Redis has run each command.
+type CommandCounts = BTreeMap<String, u64>;
+
+/// Measures how long the waiters take, and how many commands they send.
+pub(super) async fn run(
+    bench: &LockBench<'_>,
+    waiters: u32,
+    args: &BenchArgs,
+    json: Option<File>,
+) -> anyhow::Result<ExitKind> {
+    let rounds = args.rounds.unwrap_or(5);
+    let mut void = vec![];
+    let mut measured = vec![];
+    // Round 0 warms up Redis and this process.
+    for number in 0..=rounds {
+        progress(&format!("round {number} of {rounds}"));
+        let (round, met) = contended_round(bench, waiters).await?;
+        if number == 0 {
+            continue;
+        }
+        if met > 0 {
+            void.push(format!(
+                "round {number}: {met} waiters were inside at the same time as another"
+            ));
+        }
+        measured.push(round);
+    }
+    progress("");
+
+    let each = |in_scripts: bool| {
+        MedianRange::over(&measured, |round: &ContendedRound| {
+            let commands = round.commands.iter();
+            let those = commands.filter(|(name, _)| is_in_a_script(bench.strategy, name) == in_scripts);
+            those.map(|(_, &count)| count).sum::<u64>() as f64 / f64::from(waiters)
+        })
+    };
+    let result = ContendedLock {
+        waiters,
+        took_ms: MedianRange::over(&measured, |round| round.took_ms)?,
+        commands_sent_each: each(false)?,
+        commands_in_scripts_each: each(true)?,
+        rounds: measured,
+    };
+    print(bench.strategy, &result, rounds);
+    bench.finish(None, result, void, json)
+}
+
+/// One round, and how many waiters met another one inside the critical section.
+async fn contended_round(bench: &LockBench<'_>, waiters: u32) -> anyhow::Result<(ContendedRound, usize)> {
+    let (before, again) = (command_counts(&bench.redis).await?, command_counts(&bench.redis).await?);
+    let (took, met) = all_at_once(&bench.lock, waiters).await?;
+    // Connections and subscriptions come and go on their own: those of this round have by now, or count in the next.
+    let after = command_counts(&bench.redis).await?;
+    let count = |counts: &CommandCounts, name: &str| counts.get(name).copied().unwrap_or(0);
+    let commands = after.iter().map(|(name, &total)| {
+        // The queries themselves count as well: as much as between the first two.
+        let queries = count(&again, name) - count(&before, name);
+        (name.clone(), (total - count(&again, name)).saturating_sub(queries))
+    });
+    let round = ContendedRound {
+        took_ms: took.as_secs_f64() * 1e3,
+        commands: commands.filter(|(_, count)| *count > 0).collect(),
+    };
+    Ok((round, met))
+}
+
+/// Whether a strategy's lock runs this command inside its scripts, and sends it in no other way. `spin` acquires by a plain `set`.
+fn is_in_a_script(strategy: &str, command: &str) -> bool {
+    IN_SCRIPTS.contains(&command) && !(strategy == "spin" && command == "set")
+}
+
+/// Lets all waiters acquire and release one lock. Returns the time until the last release, and how many waiters met another one inside.
+async fn all_at_once(lock: &Arc<Lock>, waiters: u32) -> anyhow::Result<(Duration, usize)> {
+    let ready = Arc::new(Barrier::new(waiters as usize + 1));
+    let inside = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for _ in 0..waiters {
+        let (lock, ready, inside) = (lock.clone(), ready.clone(), inside.clone());
+        tasks.spawn(async move {
+            ready.wait().await;
+            let guard = lock.acquire("sale:1").await?;
+            let met = inside.fetch_add(1, SeqCst);
+            inside.fetch_sub(1, SeqCst);
+            ensure!(
+                guard.release().await? == Released::Free,
+                "a lock was lost while it was held"
+            );
+            Ok(met)
+        });
+    }
+    ready.wait().await;
+    let began = Instant::now();
+    let mut met = 0;
+    while let Some(waiter) = tasks.join_next().await {
+        met += waiter??;
+    }
+    Ok((began.elapsed(), met))
+}
+
+async fn command_counts(redis: &Redis) -> anyhow::Result<CommandCounts> {
+    match redis.command(&["INFO", "commandstats"]).await? {
+        Reply::Bulk(text) => parse(&text),
+        other => bail!("Redis answered INFO with {other:?}"),
+    }
+}
+
+/// Reads lines such as `cmdstat_evalsha:calls=12,usec=…`.
+fn parse(text: &str) -> anyhow::Result<CommandCounts> {
+    let lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("cmdstat_")?.split_once(":calls="));
+    lines
+        .map(|(name, rest)| {
+            let calls = rest.split(',').next().unwrap_or_default();
+            let calls = calls
+                .parse()
+                .with_context(|| format!("INFO commandstats has a bad line for {name}: {rest}"))?;
+            Ok((name.to_owned(), calls))
+        })
+        .collect()
+}
+
+fn print(strategy: &str, result: &ContendedLock, rounds: u32) {
+    let mut table = MeasurementTable::new(
+        format!("the lock of lv3/{strategy}, {} waiters", result.waiters),
+        format!("median (range) of {rounds} rounds"),
+    );
+    table.row("all had it after", format!("{:.0} ms", result.took_ms));
+    table.row("commands to Redis, each", format!("{:.2}", result.commands_sent_each));
+    table.row(
+        "commands inside the scripts, each",
+        format!("{:.2}", result.commands_in_scripts_each),
+    );
+    table.print();
+    println!(
+        "One process, whose tasks share one connection; the critical section is empty. Counted by Redis: INFO commandstats."
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_calls_of_each_command_are_read() {
+        let text = "# Commandstats\r\ncmdstat_evalsha:calls=12,usec=80,usec_per_call=6.67,rejected_calls=0,failed_calls=0\r\n\
+                    cmdstat_client|setinfo:calls=2,usec=1,usec_per_call=0.50,rejected_calls=0,failed_calls=0\r\n";
+        let counts = parse(text).expect("it is what Redis says");
+        let expected = [("client|setinfo".to_owned(), 2), ("evalsha".to_owned(), 12)];
+        assert_eq!(counts, BTreeMap::from(expected));
+        parse("cmdstat_get:calls=none,usec=1\r\n").expect_err("that is no number");
+    }
+
+    #[test]
+    fn commands_in_scripts_are_told_from_commands_that_are_sent() {
+        assert!(is_in_a_script("rlock", "hget") && is_in_a_script("fenced", "set"));
+        assert!(!is_in_a_script("spin", "set") && !is_in_a_script("rlock", "evalsha"));
+    }
+}

@@ -1,0 +1,278 @@
+//! `oversold rush`: every strategy through the same rush, one table, one verdict each.
+
+mod table;
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{BufWriter, IsTerminal, Write, stderr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use box_office::{Invariant, Limits, Promise, Promises, Service};
+use clap::Args;
+use harness::{
+    backends::{Durability, Services},
+    rush::{Program, Report, Rush},
+};
+use indicatif::ProgressBar;
+
+use crate::{
+    cli::number,
+    commands::list,
+    exit::ExitKind,
+    levels::SelectedStrategy,
+    results::{
+        self, RunMetadata,
+        rush::{Rounds, RushResults, StrategyResult},
+    },
+};
+
+#[derive(Args)]
+pub(crate) struct RushArgs {
+    /// Levels or strategies to run [default: the main strategies of all levels].
+    #[arg(value_name = "LEVEL[/STRATEGY]")]
+    levels: Vec<String>,
+    /// Tickets on sale.
+    #[arg(long, default_value_t = 100, value_parser = number(1..=1_000_000))]
+    capacity: u32,
+    /// Buyers, all at once.
+    #[arg(long, default_value_t = 1000, value_parser = number(1..=20_000))]
+    buyers: u32,
+    /// Requests that each buyer sends at once, each under its own key [default: as many as put the strategy's guarantee to the test].
+    #[arg(long, value_parser = number(1..=50))]
+    clicks: Option<u32>,
+    /// Server processes that share the buyers.
+    #[arg(long, default_value_t = 1, value_parser = number(1..=16))]
+    instances: u32,
+    /// Simulated work inside the critical section, in milliseconds.
+    #[arg(long, default_value_t = 0, value_parser = number(0..=10_000))]
+    work_ms: u32,
+    /// Repetitions, each on a fresh sale. The round in the middle is shown, with the range of all rounds next to it; a round that did
+    /// not end as promised takes precedence.
+    #[arg(long, default_value_t = 1, value_parser = number(1..=100))]
+    rounds: u32,
+    /// Write the results, with machine, commit and settings, to this file as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write every request and row to this folder, one file of JSON lines for each strategy.
+    #[arg(long, value_name = "FOLDER")]
+    history: Option<PathBuf>,
+}
+
+/// Runs the rush on every selected strategy, and prints the table.
+pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
+    let mut selected = vec![];
+    for name in &args.levels {
+        selected.extend(SelectedStrategy::main_strategies(name)?);
+    }
+    if selected.is_empty() {
+        selected = SelectedStrategy::all_main_strategies();
+    }
+    for strategy in &selected {
+        check_connections(args, strategy)?;
+    }
+    if let Some(folder) = &args.history {
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    }
+    let metadata = RunMetadata::of_this_run();
+    let json = args.json.as_deref().map(results::create).transpose()?;
+    let needs = selected.iter().flat_map(|it| it.strategy.needs).copied();
+    let services = Services::find(Durability::Durable, &needs.collect::<Vec<Service>>()).await?;
+
+    println!(
+        "{} buyers, {} tickets, {} instance{}",
+        args.buyers,
+        args.capacity,
+        args.instances,
+        if args.instances == 1 { "" } else { "s" }
+    );
+    // In each round one strategy after another: other load on the machine affects them alike.
+    let mut rounds: Vec<Vec<JudgedRound>> = selected.iter().map(|_| vec![]).collect();
+    for number in 1..=args.rounds {
+        for (strategy, rounds) in selected.iter().zip(&mut rounds) {
+            let round = run_round(args, strategy, &services, number).await;
+            rounds.push(round.with_context(|| strategy.name())?);
+        }
+    }
+    let mut exit = ExitKind::AsPromised;
+    let mut strategies = vec![];
+    for rounds in rounds {
+        let middle = middle_round(rounds).context("a rush has a round")?;
+        exit = exit.max(middle.exit);
+        strategies.push(middle.result);
+    }
+    table::print(&strategies);
+    table::print_verdicts(&strategies);
+    if let Some(json) = json {
+        let results = RushResults {
+            metadata: metadata.with_services(&services),
+            capacity: args.capacity,
+            buyers: args.buyers,
+            instances: args.instances,
+            work_ms: args.work_ms,
+            strategies,
+        };
+        results::write(json, &results)?;
+    }
+    Ok(exit)
+}
+
+/// Checks that the servers accept as many connections as there are requests at once. A request without one would wait for it while the
+/// gate stays closed.
+fn check_connections(args: &RushArgs, selected: &SelectedStrategy) -> anyhow::Result<()> {
+    /// For requests beside the rush, such as those for the metrics.
+    const SPARE: usize = 8;
+
+    let requests = u64::from(args.buyers) * u64::from(clicks(args, selected));
+    let most = (Limits::default().connections - SPARE) as u64 * u64::from(args.instances);
+    ensure!(
+        requests <= most,
+        "{} buyers with {} click(s) each on {} are {requests} connections at once; {} instance(s) take {most}: \
+         fewer --buyers or --clicks, or more --instances",
+        args.buyers,
+        clicks(args, selected),
+        selected.name(),
+        args.instances,
+    );
+    Ok(())
+}
+
+fn clicks(args: &RushArgs, selected: &SelectedStrategy) -> u32 {
+    args.clicks.unwrap_or(selected.strategy.clicks)
+}
+
+/// One round of one strategy, and how it ended.
+struct JudgedRound {
+    result: StrategyResult,
+    exit: ExitKind,
+}
+
+/// Of several rounds, the one to show: the middle one by its last answer, among those with the worst end.
+fn middle_round(mut judged: Vec<JudgedRound>) -> Option<JudgedRound> {
+    let rounds = Rounds::of(judged.iter().map(|round| &round.result));
+    let worst = judged.iter().map(|round| round.exit).max()?;
+    judged.retain(|round| round.exit == worst);
+    judged.sort_by(|a, b| a.result.all_answered_ms.total_cmp(&b.result.all_answered_ms));
+    let mut middle = judged.swap_remove((judged.len() - 1) / 2);
+    middle.result.rounds = rounds;
+    Some(middle)
+}
+
+async fn run_round(
+    args: &RushArgs,
+    selected: &SelectedStrategy,
+    services: &Services,
+    number: u32,
+) -> anyhow::Result<JudgedRound> {
+    let rush = Rush {
+        capacity: args.capacity,
+        buyers: args.buyers,
+        clicks: clicks(args, selected),
+        instances: args.instances as usize,
+        work: Duration::from_millis(args.work_ms.into()),
+        ..Rush::default()
+    };
+    let program = Program::new(env::current_exe()?)
+        .argument("serve")
+        .argument(selected.level.name);
+
+    let progress = stderr().is_terminal().then(ProgressBar::new_spinner);
+    if let Some(progress) = &progress {
+        progress.set_message(format!("{}: the rush is on", selected.name()));
+        progress.enable_steady_tick(Duration::from_millis(100));
+    }
+    let environment = services.environment(selected.strategy.schema).await?;
+    let report = rush
+        .run_on(&environment, &program, selected.level, selected.strategy)
+        .await;
+    if let Some(progress) = progress {
+        progress.finish_and_clear();
+    }
+    let report = report?;
+    if let Some(folder) = &args.history {
+        let name = selected.name().replace('/', "-");
+        let name = match args.rounds {
+            1 => name,
+            _ => format!("{name}-{number}"),
+        };
+        write_history(&folder.join(format!("{name}.jsonl")), &report)?;
+    }
+    Ok(JudgedRound::new(selected, &rush, &report))
+}
+
+fn write_history(path: &Path, report: &Report) -> anyhow::Result<()> {
+    let file = File::create(path).with_context(|| format!("writing {}", path.display()))?;
+    let mut file = BufWriter::new(file);
+    report.history.write(&mut file)?;
+    file.flush()?;
+    Ok(())
+}
+
+impl JudgedRound {
+    fn new(selected: &SelectedStrategy, rush: &Rush, report: &Report) -> Self {
+        let promises = selected.strategy.guarantee.on(rush.instances);
+        let verdict = &report.verdict;
+        let conclusion = verdict.conclude(&promises);
+        let broken: Vec<Invariant> = verdict.findings.iter().map(|finding| finding.invariant).collect();
+        let result = StrategyResult {
+            strategy: selected.name(),
+            promises: list::summary(&promises),
+            clicks: rush.clicks,
+            requests: report.history.requests.len(),
+            sold: verdict.tally.sold,
+            stock: verdict.tally.stock,
+            oversold_by: verdict.tally.oversold_by,
+            duplicates: verdict.tally.duplicates,
+            answers: report.answers,
+            requests_a_second: report.requests_a_second().round(),
+            sales_a_second: (report.sales_a_second() * 10.0).round() / 10.0,
+            took_ms: in_ms(report.took),
+            answered: report.answered,
+            unanswered: report.unanswered as u64,
+            all_answered_ms: in_ms(report.all_answered),
+            completed: report.completed,
+            all_completed_ms: report.all_completed.map(in_ms),
+            greatest_overlap: verdict.coverage.greatest_overlap,
+            retries: report.retries,
+            client_share: (report.client_share * 1000.0).round() / 1000.0,
+            seen: observation(&broken, &promises, report, rush),
+            broken,
+            verdict: conclusion.to_string(),
+            rounds: None,
+        };
+        Self {
+            result,
+            exit: ExitKind::from(&conclusion),
+        }
+    }
+}
+
+/// In milliseconds, to a tenth of one.
+fn in_ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e4).round() / 10.0
+}
+
+/// What the rush showed, in one line.
+fn observation(broken: &[Invariant], promises: &Promises, report: &Report, rush: &Rush) -> String {
+    let tally = &report.verdict.tally;
+    let Some(first) = broken.first() else {
+        return format!("{} sold of {}, nothing broken", tally.sold, rush.capacity);
+    };
+    let codes: Vec<&str> = broken.iter().map(|invariant| invariant.code()).collect();
+    let what = match first {
+        Invariant::NoDuplicate => format!("{} duplicate reservations", tally.duplicates),
+        _ => format!("{} sold of {}", tally.sold, rush.capacity),
+    };
+    let on_purpose = broken
+        .iter()
+        .all(|&invariant| promises.about(invariant) != Promise::Keeps);
+    let comment = if on_purpose {
+        " This strategy exists to show it."
+    } else {
+        ""
+    };
+    format!("BROKEN ({}): {what}.{comment}", codes.join(", "))
+}

@@ -1,0 +1,13 @@
+//! The command `oversold`: runs the sale, shows it step by step, checks recorded histories, and measures throughput.
+//!
+//! Each command is a module of `commands`. What the commands write with `--json` is in [`results`], which the tests of the book read back.
+
+mod cli;
+mod commands;
+mod exit;
+mod levels;
+mod repository;
+pub mod results;
+pub mod statistics;
+
+pub use cli::run;

@@ -1,0 +1,159 @@
+//! `oversold rush`: its exit codes, and the names in its JSON.
+
+use std::{collections::BTreeSet, fs};
+
+use serde_json::Value;
+use tempfile::tempdir;
+
+use crate::{command, err, out, oversold};
+
+#[test]
+fn the_retries_of_a_rush_are_counted() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let arguments = ["rush", "lv2/optimistic", "--buyers", "100", "--json"];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let retries = results["strategies"][0]["retries"].as_u64().unwrap();
+    assert!(retries > 0, "{results}");
+    assert!(out(&output).contains(&format!("{retries} retries")), "{}", out(&output));
+}
+
+#[test]
+fn a_rush_of_several_rounds_tells_their_range() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let histories = folder.path().join("histories");
+    let arguments = ["rush", "lv2/pessimistic", "--buyers", "20", "--rounds", "3", "--json"];
+    let mut command = command(&arguments);
+    command.arg(&json).arg("--history").arg(&histories);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(
+        out(&output).contains("median (range) of 3 rounds: "),
+        "{}",
+        out(&output)
+    );
+
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let shown = &results["strategies"][0];
+    let rounds = &shown["rounds"];
+    assert_eq!(rounds["times"], 3);
+    let spread = &rounds["all_answered_ms"];
+    assert_eq!(
+        spread["median"], shown["all_answered_ms"],
+        "the round in the middle is shown"
+    );
+    assert!(spread["least"].as_f64() <= spread["most"].as_f64(), "{spread}");
+    assert!(rounds["all_completed_ms"].is_null(), "its answers are final");
+    assert_eq!(fs::read_dir(&histories).unwrap().count(), 3);
+}
+
+/// A strategy of LV.1 breaks as promised: exit code 0, and the table says both.
+#[test]
+fn a_strategy_that_breaks_as_promised_ends_well_and_its_results_have_stable_names() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let output = oversold(&["rush", "lv1/read-then-write", "--json", json.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(out(&output).contains("BROKEN (I1, I2"), "{}", out(&output));
+    assert!(out(&output).contains("verdict: as promised"), "{}", out(&output));
+
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let keys = |value: &Value| -> BTreeSet<String> { value.as_object().unwrap().keys().cloned().collect() };
+    for name in [
+        "command",
+        "commit",
+        "machine",
+        "postgres",
+        "capacity",
+        "buyers",
+        "instances",
+        "work_ms",
+        "strategies",
+    ] {
+        assert!(
+            keys(&results).contains(name),
+            "{name} is not among {:?}",
+            keys(&results)
+        );
+    }
+    let strategy = &results["strategies"][0];
+    for name in [
+        "strategy",
+        "promises",
+        "clicks",
+        "requests",
+        "sold",
+        "stock",
+        "oversold_by",
+        "duplicates",
+        "answers",
+        "requests_a_second",
+        "sales_a_second",
+        "took_ms",
+        "answered",
+        "all_answered_ms",
+        "completed",
+        "all_completed_ms",
+        "greatest_overlap",
+        "client_share",
+        "broken",
+        "seen",
+        "verdict",
+    ] {
+        assert!(
+            keys(strategy).contains(name),
+            "{name} is not among {:?}",
+            keys(strategy)
+        );
+    }
+    assert_eq!(strategy["verdict"], "as promised");
+    assert!(strategy["sold"].as_u64() > Some(100));
+    // The answer is final: there is no second clock.
+    assert!(strategy["completed"].is_null() && strategy["all_completed_ms"].is_null());
+    for durability in ["fsync", "synchronous_commit"] {
+        assert_eq!(
+            results["postgres"]["durability"][durability], "on",
+            "{}",
+            results["postgres"]
+        );
+    }
+}
+
+#[test]
+fn what_is_accepted_first_and_decided_later_has_two_clocks() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let arguments = ["rush", "lv4", "--buyers", "50", "--capacity", "10", "--json"];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
+    for said in ["completed, ms", "all answered after", "all completed after"] {
+        assert!(out(&output).contains(said), "{}", out(&output));
+    }
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(results["kafka"]["service"], "kafka", "{results}");
+    for strategy in results["strategies"].as_array().unwrap() {
+        let at = |clock: &str, point: &str| strategy[clock][point].as_f64().unwrap();
+        assert_eq!(strategy["sold"], 10, "{strategy}");
+        assert!(strategy["sales_a_second"].as_f64() > Some(0.0), "{strategy}");
+        for point in ["p50_ms", "p95_ms", "p99_ms", "max_ms"] {
+            assert!(at("answered", point) <= at("completed", point), "{strategy}");
+        }
+        assert!(strategy["all_answered_ms"].as_f64() <= strategy["all_completed_ms"].as_f64());
+        assert!(strategy["all_completed_ms"].as_f64() <= strategy["took_ms"].as_f64());
+    }
+}
+
+/// A rush that is too small to break anything is inconclusive and does not pass.
+#[test]
+fn a_rush_that_shows_nothing_is_inconclusive_and_exit_code_4() {
+    let output = oversold(&["rush", "lv1/read-then-write", "--buyers", "1"]);
+    assert_eq!(output.status.code(), Some(4), "{}", err(&output));
+    assert!(
+        out(&output).contains("inconclusive: I1, I2 was not seen to break"),
+        "{}",
+        out(&output)
+    );
+}

@@ -1,0 +1,106 @@
+//! Bad input: one clear line, and exit code 2.
+
+use rstest::rstest;
+
+use crate::{command, err, out, oversold};
+
+#[rstest]
+#[case::no_such_level(&["rush", "lv9"], "oversold: there is no level \"lv9\"; there is lv1, lv2")]
+#[case::no_such_strategy(&["trace", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"; it has read-then-write, check-then-decrement, check-then-insert")]
+#[case::no_such_level_of_a_contract(&["red", "lv9"], "oversold: there is no level \"lv9\"")]
+#[case::no_such_strategy_of_a_contract(&["red", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"")]
+#[case::no_tickets(&["rush", "--capacity", "0"], "a number, 1 to 1000000")]
+#[case::too_many_buyers(&["rush", "--buyers", "1e9"], "a number, 1 to 20000")]
+#[case::too_many_at_once(&["rush", "lv3/spin", "--buyers", "2000", "--clicks", "10"], "20000 connections at once; 1 instance(s) take 8184")]
+#[case::too_many_instances(&["rush", "--instances", "17"], "a number, 1 to 16")]
+#[case::no_such_option(&["rush", "--byers", "3"], "--byers")]
+#[case::no_such_command(&["sell"], "sell")]
+#[case::no_such_file(&["judge", "nowhere.jsonl"], "oversold: opening nowhere.jsonl: No such file")]
+#[case::json_into_nowhere(&["rush", "lv1", "--json", "no/such/folder/x.json"], "oversold: writing no/such/folder/x.json")]
+#[case::no_such_buyer(&["trace", "lv1", "--order", "AXB"], "letters A, B, C for the buyers")]
+#[case::one_request(&["trace", "lv1", "--order", "AA"], "of at least two requests")]
+#[case::capacity_of_nothing(&["trace", "lv1", "--capacity", "2"], "--order")]
+#[case::consumers_have_no_trace(&["trace", "lv4"], "oversold: there is no trace of lv4/locked: its orders are decided by consumers")]
+#[case::bench_of_nothing(&["bench"], "LEVEL/STRATEGY")]
+#[case::bench_of_no_such_strategy(&["bench", "lv2/luck"], "oversold: lv2 has no strategy \"luck\"")]
+#[case::bench_without_clients(&["bench", "lv2", "--clients", "0"], "a number, 1 to 4000")]
+#[case::bench_of_no_pools(&["bench", "lv2", "--pools", "1,none"], "a number, 1 to 400")]
+#[case::waiters_without_a_lock(&["bench", "lv2/mutex", "--waiters", "1000"], "only LV.3 has one: lv3/spin, lv3/rlock, lv3/fenced")]
+#[case::waiters_for_a_broken_lock(&["bench", "lv3/mutants/wrong-key", "--waiters", "9"], "lv3/mutants/wrong-key is none of them")]
+#[case::a_lock_on_its_own_without_one(&["bench", "lv1", "--lock"], "only LV.3 has one")]
+#[case::no_waiters(&["bench", "lv3/rlock", "--waiters", "0"], "a number, 1 to 20000")]
+#[case::alone_and_in_a_crowd(&["bench", "lv3/rlock", "--lock", "--waiters", "9"], "'--lock' cannot be used with '--waiters <N>'")]
+#[case::a_session_that_kafka_does_not_take(&["serve", "lv4", "--kafka-session-ms", "300001"], "KAFKA_SESSION_MS (--kafka-session-ms) holds \"300001\"; expected a number of milliseconds, 500 to 300000")]
+#[case::a_lease_that_is_none(&["serve", "lv3", "--lock-lease-ms", "9"], "LOCK_LEASE_MS (--lock-lease-ms) holds \"9\"; expected a number of milliseconds, 10 to 600000")]
+#[case::a_prefix_of_two_words(&["serve", "lv3", "--redis-prefix", "two words"], "REDIS_PREFIX")]
+#[case::a_redis_that_is_none(&["serve", "lv3", "--redis-url", "http://localhost"], "REDIS_URL (--redis-url) holds an invalid value (not shown: it is a secret)")]
+#[case::orders_that_wait_elsewhere(&["bench", "lv2/mutex", "--drain", "100"], "only LV.4 has one: lv4/locked, lv4/single-writer")]
+#[case::no_orders_that_wait(&["bench", "lv4", "--drain", "0"], "a number, 1 to 500000")]
+#[case::answers_that_wait_for_no_pool(&["bench", "lv4", "--pools", "1,2"], "those of LV.4 do not")]
+#[case::dead_letters_of_nobody(&["dead-letters"], "oversold: KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; expected the addresses of Kafka brokers, such as localhost:9092")]
+#[case::dead_letters_of_no_broker(&["dead-letters", "--kafka-bootstrap-servers", "localhost"], "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) holds \"localhost\"; expected the addresses")]
+#[case::a_dead_letter_without_origin(&["dead-letters", "show"], "<ORIGIN> is missing")]
+#[case::an_order_of_nothing(&["trace", "lv1", "--order"], "oversold: --order is empty; expected a value")]
+#[case::a_port_that_is_none(&["serve", "lv1", "--port", "eighty"], "PORT")]
+fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[case] says: &str) {
+    let output = command(arguments)
+        .env_remove("KAFKA_BOOTSTRAP_SERVERS")
+        .output()
+        .unwrap();
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains(says), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert!(out(&output).is_empty(), "{}", out(&output));
+}
+
+#[test]
+fn without_a_command_it_shows_its_help() {
+    let output = oversold(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    for subcommand in [
+        "rush",
+        "bench",
+        "serve",
+        "trace",
+        "red",
+        "judge",
+        "list",
+        "dead-letters",
+        "doctor",
+    ] {
+        assert!(err(&output).contains(&format!("  {subcommand} ")), "{}", err(&output));
+    }
+}
+
+#[test]
+fn a_bad_setting_is_one_clear_line_and_exit_code_2() {
+    let output = command(&["rush", "lv1"])
+        .env("OVERSOLD_BACKENDS", "podman")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(
+        err(&output),
+        "oversold: OVERSOLD_BACKENDS is `podman`; expected `docker` or `native`\n"
+    );
+}
+
+#[test]
+fn bench_says_what_it_takes() {
+    let output = oversold(&["bench", "--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    for option in [
+        "--clients",
+        "--seconds",
+        "--rounds",
+        "--pool ",
+        "--pools",
+        "--lock",
+        "--waiters",
+        "--drain",
+        "--json",
+    ] {
+        assert!(out(&output).contains(option), "{}", out(&output));
+    }
+}
