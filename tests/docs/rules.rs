@@ -34,7 +34,7 @@ fn sections(level: &str) -> &'static [&'static str] {
             "Predict",
             "Red",
             "Why",
-            "How it is mended",
+            "The fix",
             "Break it",
             "What it costs",
             "Use it when",
