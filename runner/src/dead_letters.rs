@@ -5,7 +5,9 @@ use std::time::Duration;
 use anyhow::Context;
 use box_office::{KafkaConfig, kafka_bootstrap_servers, kafka_prefix};
 use clap::{Args, Subcommand};
-use lv4_kafka::path::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
+use lv4_kafka::pipeline::{
+    DeadLetter, Undelivered, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all,
+};
 use rdkafka::error::KafkaError;
 
 use crate::Ended;
@@ -66,7 +68,7 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
         session: PATIENCE,
     };
     let asked = place.clone();
-    let letters = tokio::task::spawn_blocking(move || dead_letters(&asked, PATIENCE)).await??;
+    let letters = tokio::task::spawn_blocking(move || list_dead_letters(&asked, PATIENCE)).await??;
     match &args.what {
         None => list(&letters, &place, false)?,
         Some(What::List { json }) => list(&letters, &place, *json)?,
@@ -75,9 +77,9 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
             let replayed = replay_all(&place, PATIENCE).await?;
             println!(
                 "{replayed} are in {} again: each is decided, or it comes back here",
-                topic(&place)
+                orders_topic(&place)
             );
-            for letter in letters.iter().filter(|letter| !letter.can_be_sent_back()) {
+            for letter in letters.iter().filter(|letter| !letter.is_replayable()) {
                 println!("{} is larger than that topic takes, and stays", letter.origin);
             }
         }
@@ -88,7 +90,7 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<Ended> {
             replay(&place, origin, PATIENCE).await?;
             println!(
                 "{origin} is in {} again: it is decided, or it comes back here",
-                topic(&place)
+                orders_topic(&place)
             );
         }
     }

@@ -17,7 +17,7 @@ use harness::{
     rush::{Program, Rush, SALE},
     slow_clients::bears_idle_and_slow_clients,
 };
-use lv4_kafka::{LEVEL, path::lag};
+use lv4_kafka::{LEVEL, pipeline::lag};
 use rstest::rstest;
 
 fn program() -> Program {

@@ -28,9 +28,9 @@ use harness::{
 };
 use lv4_kafka::{
     LEVEL,
-    path::{
-        Events, Ids, OrderMessage, PARTITIONS, Path, dead_letter_topic, dead_letters, group, producer, replay,
-        replay_all, topic,
+    pipeline::{
+        Ids, OrderMessage, OrderPipeline, OutboxReader, PARTITIONS, consumer_group, dead_letter_topic,
+        list_dead_letters, orders_topic, producer, replay, replay_all,
     },
 };
 use rdkafka::{
@@ -98,7 +98,7 @@ impl Place {
             .expect("a strategy of this level has a place in Kafka");
         let asks = ClientConfig::new()
             .set("bootstrap.servers", &kafka.bootstrap_servers)
-            .set("group.id", group(&kafka))
+            .set("group.id", consumer_group(&kafka))
             .create()
             .unwrap();
         Self {
@@ -160,7 +160,7 @@ impl Place {
 
     /// How far each partition is decided, as the group has committed it, and where it ends.
     async fn offsets(&self) -> BTreeMap<i32, (i64, i64)> {
-        let topic = topic(&self.kafka());
+        let topic = orders_topic(&self.kafka());
         let look = move |client: &BaseConsumer| {
             let mut partitions = TopicPartitionList::new();
             partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
@@ -210,7 +210,7 @@ impl Place {
 
     /// The members of the group, each with its partitions, as the broker tells of them.
     async fn members(&self) -> BTreeMap<String, Vec<i32>> {
-        let group = group(&self.kafka());
+        let group = consumer_group(&self.kafka());
         self.ask(move |client| {
             // No broker cares for the group before somebody joins it, and then this is an error.
             let groups = client.fetch_group_list(Some(&group), PATIENCE).ok();
@@ -247,7 +247,7 @@ impl Place {
             .set("bootstrap.servers", &place.bootstrap_servers)
             .set("message.max.bytes", "2000000")
             .create()?;
-        let topic = topic(&place);
+        let topic = orders_topic(&place);
         for payload in payloads {
             let record = FutureRecord::to(&topic).partition(partition).key("").payload(*payload);
             sender.send(record, PATIENCE).await.map_err(|(why, _)| why)?;
@@ -968,7 +968,7 @@ async fn orders_that_come_at_once_travel_in_batches_that_the_topic_takes() {
     let place = Place::of("single-writer").await;
     let acceptor = place.acceptor(1).await;
     let sender = producer(&place.kafka()).unwrap();
-    let (topic, order) = (topic(&place.kafka()), [b' '; 200]);
+    let (topic, order) = (orders_topic(&place.kafka()), [b' '; 200]);
     let sent = (0..ORDERS).map(|_| sender.send(FutureRecord::to(&topic).key("").payload(&order), Duration::ZERO));
     let refused: Vec<String> = join_all(sent)
         .await
@@ -1055,7 +1055,7 @@ async fn an_order_whose_offset_was_another_ones_before_is_decided(#[case] name: 
             assert!(raised.rows_affected() > 0, "the fault did not strike");
         }
         Again::Remade => {
-            let topic = topic(&place.kafka());
+            let topic = orders_topic(&place.kafka());
             let deleted = place.admin().delete_topics(&[&topic], &AdminOptions::new()).await;
             deleted.unwrap()[0].as_ref().unwrap();
         }
@@ -1116,7 +1116,7 @@ async fn orders_that_the_database_has_lost_are_decided_again(#[case] name: &str,
     .unwrap();
     if forgotten {
         let mut gone = TopicPartitionList::new();
-        gone.add_partition_offset(&topic(&place.kafka()), partition, Offset::Offset(then + 2))
+        gone.add_partition_offset(&orders_topic(&place.kafka()), partition, Offset::Offset(then + 2))
             .unwrap();
         place.admin().delete_records(&gone, &AdminOptions::new()).await.unwrap();
     }
@@ -1272,7 +1272,7 @@ async fn who_listens_comes_back_however_many_come_to_wait() {
     let place = Place::of("single-writer").await;
     let pool = place.stand.database().pool(2).await.unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
-    let events = Arc::new(Events::open(&pool, stop.clone()).await.unwrap());
+    let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let listening = async || -> Option<i32> {
         sqlx::query_scalar(
             "select pid from pg_stat_activity where datname = current_database() and query ilike 'listen%'",
@@ -1287,7 +1287,7 @@ async fn who_listens_comes_back_however_many_come_to_wait() {
         let events = Arc::clone(&events);
         coming.spawn(async move {
             loop {
-                let _ = events.after(Uuid::new_v4(), 0, Duration::ZERO).await;
+                let _ = events.events_after(Uuid::new_v4(), 0, Duration::ZERO).await;
             }
         });
     }
@@ -1327,7 +1327,7 @@ async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] nam
         .set("compression.type", "gzip")
         .create()
         .unwrap();
-    let (topic, bomb) = (topic(&place.kafka()), vec![b'x'; LENGTH]);
+    let (topic, bomb) = (orders_topic(&place.kafka()), vec![b'x'; LENGTH]);
     for partition in 0..PARTITIONS {
         let record = FutureRecord::to(&topic).partition(partition).key("").payload(&bomb);
         sender.send(record, PATIENCE).await.unwrap();
@@ -1338,7 +1338,7 @@ async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] nam
     place.hold(&decider, &orders, Kept).await;
 
     let kafka = place.kafka();
-    let letters = tokio::task::spawn_blocking(move || dead_letters(&kafka, PATIENCE));
+    let letters = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, PATIENCE));
     let letters = letters.await.unwrap().unwrap();
     assert_eq!(letters.len(), PARTITIONS as usize);
     // None of them stands in the way of those that can be tried again.
@@ -1348,7 +1348,7 @@ async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] nam
     assert_eq!(replay_all(&kafka, PATIENCE).await.unwrap(), 1);
     let refused = replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap_err();
     assert!(
-        refused.to_string().contains("larger than the topic of orders takes"),
+        refused.to_string().contains("larger than the orders topic accepts"),
         "{refused}"
     );
     for letter in letters {
@@ -1371,10 +1371,10 @@ async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
         kafka: Some(place.kafka()),
         watch: Instrumentation::default(),
     };
-    let path = Path::open(context).await.unwrap();
+    let path = OrderPipeline::open(context).await.unwrap();
     let (_joins, joined) = watch::channel(true);
     let (ends, end) = oneshot::channel::<()>();
-    path.work(joined, async move { drop(end.await) });
+    path.spawn_consumer(joined, async move { drop(end.await) });
     path.ready().await.unwrap();
     drop(ends);
     until("it is not ready", async || path.ready().await.is_err()).await;
@@ -1459,10 +1459,10 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     let kafka = place.kafka();
     let mut orders = place.accepted(&acceptor, 1..=2).await;
 
-    let ids = Ids::of(&place.pool).await.unwrap();
+    let ids = Ids::load(&place.pool).await.unwrap();
     let of_no_sale = order(LATER, 9);
-    let good = OrderMessage::new(ids.id(&order(SALE, 3)), &order(SALE, 3)).to_bytes();
-    let later = OrderMessage::new(ids.id(&of_no_sale), &of_no_sale).to_bytes();
+    let good = OrderMessage::new(ids.for_order(&order(SALE, 3)), &order(SALE, 3)).to_bytes();
+    let later = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
     let wrong_id = OrderMessage::new(Uuid::new_v4(), &order(SALE, 4)).to_bytes();
     let wrong_version = String::from_utf8(good.clone())
         .unwrap()
@@ -1499,7 +1499,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     let decider = place.instance(&[]).await;
     let list = async || {
         let kafka = place.kafka();
-        tokio::task::spawn_blocking(move || dead_letters(&kafka, PATIENCE))
+        tokio::task::spawn_blocking(move || list_dead_letters(&kafka, PATIENCE))
             .await
             .unwrap()
             .unwrap()
@@ -1534,7 +1534,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     for (number, (letter, (payload, reason))) in letters.iter().zip(poison).enumerate() {
         assert!(letter.reason.contains(reason), "{}", letter.reason);
         let number = offset + i64::try_from(number).unwrap();
-        assert_eq!(letter.origin, format!("{}/{first}/{number}", topic(&kafka)));
+        assert_eq!(letter.origin, format!("{}/{first}/{number}", orders_topic(&kafka)));
         assert_eq!(
             (letter.attempts, &*letter.payload),
             (1, &*String::from_utf8_lossy(payload))
@@ -1547,7 +1547,7 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
     replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap();
     replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap_err();
     place.quiet().await;
-    place.hold(&decider, &[ids.id(&of_no_sale)], Kept).await;
+    place.hold(&decider, &[ids.for_order(&of_no_sale)], Kept).await;
     let left = list().await;
     let tried: Vec<(&str, u32)> = left.iter().map(|letter| (&*letter.payload, letter.attempts)).collect();
     assert_eq!(left.len(), 5);
@@ -1649,7 +1649,7 @@ async fn a_fault_that_passes_loses_no_order_and_buries_none(
 
     place.hold(&talk, &orders, expected).await;
     let kafka = place.kafka();
-    let buried = tokio::task::spawn_blocking(move || dead_letters(&kafka, PATIENCE));
+    let buried = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, PATIENCE));
     assert_eq!(
         !buried.await.unwrap().unwrap().is_empty(),
         name == "mutants/dead-letter-on-fault"
@@ -1812,9 +1812,9 @@ async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
     let of_first = members[&firsts][0];
     let of_second = (0..PARTITIONS).find(|partition| !members[&firsts].contains(partition));
 
-    let ids = Ids::of(&place.pool).await.unwrap();
+    let ids = Ids::load(&place.pool).await.unwrap();
     let [ann, bob] = [1, 2].map(|buyer| {
-        let id = ids.id(&order(SALE, buyer));
+        let id = ids.for_order(&order(SALE, buyer));
         place.ledger.accepted_by_hand(buyer, id);
         OrderMessage::new(id, &order(SALE, buyer)).to_bytes()
     });

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use box_office::{KafkaConfig, Order, RequestKey, Strategy};
 use comfy_table::{Table, presets};
 use harness::rush::{Program, SALE};
-use lv4_kafka::path::{OrderMessage, PARTITIONS, topic};
+use lv4_kafka::pipeline::{OrderMessage, PARTITIONS, orders_topic};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},
@@ -250,7 +250,7 @@ fn messages(place: &KafkaConfig) -> anyhow::Result<Vec<i64>> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", &place.bootstrap_servers)
         .create()?;
-    let topic = topic(place);
+    let topic = orders_topic(place);
     let counted = (0..PARTITIONS).map(|partition| {
         let (low, high) = consumer.fetch_watermarks(&topic, partition, PATIENCE)?;
         Ok(high - low)

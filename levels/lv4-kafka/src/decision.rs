@@ -1,16 +1,16 @@
-//! How a decision is written into its row.
+//! The columns in which a decision is stored.
 
 use box_office::Refusal;
 use uuid::Uuid;
 
-/// The columns of a decision.
-pub(crate) struct Reason {
+/// The columns `status`, `reason` and `earlier` of a reservation.
+pub(crate) struct DecisionRow {
     pub(crate) status: &'static str,
     pub(crate) reason: Option<&'static str>,
     pub(crate) earlier: Option<Uuid>,
 }
 
-impl From<Option<Refusal>> for Reason {
+impl From<Option<Refusal>> for DecisionRow {
     fn from(refused: Option<Refusal>) -> Self {
         let Some(refusal) = refused else {
             return Self {
