@@ -14,10 +14,11 @@ use rstest::rstest;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    LOST, Place, is_away, is_told_undecided, killed, strategy,
+    Fixture, LOST, assert_indeterminate, assert_unreachable, kill_instance, strategy,
 };
 
-/// While the broker is away nobody is told that an order is accepted. Then the instance dies, and the broker comes back.
+/// While the broker is away no order is accepted. Then the instance is killed, and the broker comes
+/// back.
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
@@ -31,36 +32,36 @@ async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
-    let place = Place::on(strategy, stand).await;
-    let acceptor = place.acceptor(3).await;
-    let mut orders = place.accepted(&acceptor, 1..=1).await;
+    let fixture = Fixture::with_environment(strategy, stand).await;
+    let acceptor = fixture.start_acceptor(3).await;
+    let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
 
     kafka.kill().await.unwrap();
-    is_away(kafka.bootstrap_servers()).await;
+    assert_unreachable(kafka.bootstrap_servers()).await;
     match expected {
-        Kept => is_told_undecided(&acceptor, 2).await,
-        Breaks(_) => orders.push(place.accepts(&acceptor, 2).await),
+        Kept => assert_indeterminate(&acceptor, 2).await,
+        Breaks(_) => orders.push(fixture.accept(&acceptor, 2).await),
     }
-    killed(&acceptor).await;
+    kill_instance(&acceptor).await;
     kafka.start().await.unwrap();
-    let second = place.instance(&[]).await;
+    let second = fixture.start_instance(&[]).await;
     if expected == Kept {
-        // Whether or not the broker has the first message: the same key is the same order.
-        orders.push(place.accepts(&second, 2).await);
+        // Whether or not the broker has the first message: the same request key is the same order.
+        orders.push(fixture.accept(&second, 2).await);
     }
-    orders.push(place.accepts(&second, 3).await);
-    place.quiet().await;
+    orders.push(fixture.accept(&second, 3).await);
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, expected).await;
+    fixture.assert_outcome(&second, &orders, expected).await;
     second.stop().await.unwrap();
 }
 
-/// A broker that is there and says nothing has acknowledged nothing.
+/// A frozen broker accepts connections and acknowledges nothing.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
 #[tokio::test]
-async fn an_order_that_a_broker_took_and_did_not_acknowledge_is_not_accepted(#[case] name: &str) {
+async fn an_order_without_an_acknowledgement_is_not_accepted(#[case] name: &str) {
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
@@ -68,33 +69,33 @@ async fn an_order_that_a_broker_took_and_did_not_acknowledge_is_not_accepted(#[c
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
-    let place = Place::on(strategy, stand).await;
-    let acceptor = place.acceptor(3).await;
-    let mut orders = place.accepted(&acceptor, 1..=1).await;
+    let fixture = Fixture::with_environment(strategy, stand).await;
+    let acceptor = fixture.start_acceptor(3).await;
+    let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
 
     kafka.freeze().await.unwrap();
-    is_told_undecided(&acceptor, 2).await;
-    killed(&acceptor).await;
-    // What it was sent is lost with it.
+    assert_indeterminate(&acceptor, 2).await;
+    kill_instance(&acceptor).await;
+    // The messages in its buffers are lost.
     kafka.kill().await.unwrap();
-    is_away(kafka.bootstrap_servers()).await;
+    assert_unreachable(kafka.bootstrap_servers()).await;
     kafka.start().await.unwrap();
-    let second = place.instance(&[]).await;
-    orders.extend(place.accepted(&second, 2..=3).await);
-    place.quiet().await;
+    let second = fixture.start_instance(&[]).await;
+    orders.extend(fixture.accept_all(&second, 2..=3).await);
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, Kept).await;
+    fixture.assert_outcome(&second, &orders, Kept).await;
     second.stop().await.unwrap();
 }
 
-/// The topic's limit is one on what travels together: a batch that is larger is refused, with every order in it.
+/// The topic limits the size of a batch: a larger one is rejected, with every order in it.
 #[tokio::test]
-async fn orders_that_come_at_once_travel_in_batches_that_the_topic_takes() {
+async fn concurrent_orders_are_sent_in_batches_that_the_topic_accepts() {
     const ORDERS: usize = 2_000;
-    let place = Place::of("single-writer").await;
-    let acceptor = place.acceptor(1).await;
-    let sender = producer(&place.kafka()).unwrap();
-    let (topic, order) = (orders_topic(&place.kafka()), [b' '; 200]);
+    let fixture = Fixture::new("single-writer").await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let sender = producer(&fixture.kafka()).unwrap();
+    let (topic, order) = (orders_topic(&fixture.kafka()), [b' '; 200]);
     let sent = (0..ORDERS).map(|_| sender.send(FutureRecord::to(&topic).key("").payload(&order), Duration::ZERO));
     let refused: Vec<String> = join_all(sent)
         .await
@@ -103,14 +104,14 @@ async fn orders_that_come_at_once_travel_in_batches_that_the_topic_takes() {
         .collect();
     assert!(
         refused.is_empty(),
-        "{} of {ORDERS} were refused: {}",
+        "{} of {ORDERS} were rejected: {}",
         refused.len(),
         refused[0]
     );
     acceptor.stop().await.unwrap();
 }
 
-/// The broker goes, with nobody else: the same instance accepts and decides again once it is back.
+/// Only the broker restarts: the same instance accepts and processes orders once it is back.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
@@ -123,28 +124,28 @@ async fn an_instance_finds_the_broker_again(#[case] name: &str) {
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
-    let place = Place::on(strategy, stand).await;
-    let talk = place.instance(&[]).await;
-    talk.opens_a_sale(10).await.unwrap();
-    let mut orders = place.accepted(&talk, 1..=2).await;
-    place.quiet().await;
-    let pid = talk.pid().await.unwrap();
+    let fixture = Fixture::with_environment(strategy, stand).await;
+    let server = fixture.start_instance(&[]).await;
+    server.opens_a_sale(10).await.unwrap();
+    let mut orders = fixture.accept_all(&server, 1..=2).await;
+    fixture.wait_until_processed().await;
+    let pid = server.pid().await.unwrap();
 
     kafka.stop().await.unwrap();
-    is_away(kafka.bootstrap_servers()).await;
-    is_told_undecided(&talk, 3).await;
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
+    assert_unreachable(kafka.bootstrap_servers()).await;
+    assert_indeterminate(&server, 3).await;
+    assert_eq!(server.get("/readyz").await.unwrap().status, 503);
     kafka.start().await.unwrap();
-    // A buyer who was told "undecided" repeats, with the same key.
+    // A buyer whose outcome is unknown repeats the request with the same key.
     until("an order is accepted again", async || {
-        talk.reserve(SALE, 3, Some("buyer-3")).await.unwrap().status == 202
+        server.reserve(SALE, 3, Some("buyer-3")).await.unwrap().status == 202
     })
     .await;
-    orders.extend(place.accepted(&talk, 3..=5).await);
-    place.quiet().await;
+    orders.extend(fixture.accept_all(&server, 3..=5).await);
+    fixture.wait_until_processed().await;
 
-    place.hold(&talk, &orders, Kept).await;
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
-    assert_eq!(talk.pid().await.unwrap(), pid, "it is another process");
-    talk.stop().await.unwrap();
+    fixture.assert_outcome(&server, &orders, Kept).await;
+    assert_eq!(server.get("/readyz").await.unwrap().status, 200);
+    assert_eq!(server.pid().await.unwrap(), pid, "it is another process");
+    server.stop().await.unwrap();
 }

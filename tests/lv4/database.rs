@@ -7,56 +7,57 @@ use rdkafka::{Offset, TopicPartitionList, admin::AdminOptions};
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::fixture::{Expected::Kept, PATIENCE, Place, killed};
+use crate::fixture::{Expected::Kept, Fixture, TIMEOUT, kill_instance};
 
-/// Postgres takes a commit back in the very end. Whoever decided those orders decides them again.
+/// Postgres fails a commit at the last moment. The consumer processes those orders again.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
 #[tokio::test]
 async fn a_commit_that_fails_loses_no_order(#[case] name: &str) {
-    let place = Place::of(name).await;
-    let acceptor = place.acceptor(2).await;
-    let orders = place.accepted(&acceptor, 1..=3).await;
-    let held = DelayedCommits::on(&place.stand).await.unwrap();
-    let decider = place.instance(&[]).await;
-    until("the fault did not strike: nobody commits", async || {
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(2).await;
+    let orders = fixture.accept_all(&acceptor, 1..=3).await;
+    let held = DelayedCommits::on(&fixture.stand).await.unwrap();
+    let decider = fixture.start_instance(&[]).await;
+    until("the fault did not strike: no commit is in flight", async || {
         held.have_struck().await.unwrap()
     })
     .await;
     assert!(held.fail().await.unwrap() > 0, "the fault did not strike");
     held.go_on().await.unwrap();
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
     acceptor.stop().await.unwrap();
     decider.stop().await.unwrap();
 }
 
-/// The database is one that was restored from a backup, or a replica that had not heard of the last orders when it took over.
+/// The database was restored from a backup, or is a replica that lacked the last transactions when
+/// it was promoted.
 #[rstest]
 #[case::single_writer("single-writer", false)]
 #[case::single_writer_where_the_topic_has_forgotten("single-writer", true)]
 #[tokio::test]
 async fn orders_that_the_database_has_lost_are_decided_again(#[case] name: &str, #[case] forgotten: bool) {
-    let place = Place::of(name).await;
-    let talk = place.instance(&[]).await;
-    talk.opens_a_sale(10).await.unwrap();
-    let mut orders = place.accepted(&talk, 1..=1).await;
-    place.quiet().await;
+    let fixture = Fixture::new(name).await;
+    let server = fixture.start_instance(&[]).await;
+    server.opens_a_sale(10).await.unwrap();
+    let mut orders = fixture.accept_all(&server, 1..=1).await;
+    fixture.wait_until_processed().await;
     let backup: Vec<(i32, i64)> = sqlx::query_as("select partition, next_offset from partition_offset")
-        .fetch_all(&place.pool)
+        .fetch_all(&fixture.pool)
         .await
         .unwrap();
     let [(partition, then)] = backup[..] else {
         panic!("{backup:?}")
     };
-    orders.extend(place.accepted(&talk, 2..=4).await);
-    place.quiet().await;
+    orders.extend(fixture.accept_all(&server, 2..=4).await);
+    fixture.wait_until_processed().await;
 
     let lost = sqlx::query("delete from reservation where id <> $1")
         .bind(orders[0])
-        .execute(&place.pool)
+        .execute(&fixture.pool)
         .await;
     assert_eq!(lost.unwrap().rows_affected(), 3, "the fault did not strike");
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
@@ -64,58 +65,67 @@ async fn orders_that_the_database_has_lost_are_decided_again(#[case] name: &str,
          update sale set stock = 9;
          update partition_offset set next_offset = {then};"
     )))
-    .execute(&place.pool)
+    .execute(&fixture.pool)
     .await
     .unwrap();
     if forgotten {
         let mut gone = TopicPartitionList::new();
-        gone.add_partition_offset(&orders_topic(&place.kafka()), partition, Offset::Offset(then + 2))
+        gone.add_partition_offset(&orders_topic(&fixture.kafka()), partition, Offset::Offset(then + 2))
             .unwrap();
-        place.admin().delete_records(&gone, &AdminOptions::new()).await.unwrap();
+        fixture
+            .admin()
+            .delete_records(&gone, &AdminOptions::new())
+            .await
+            .unwrap();
     }
-    let nobody_has: Vec<Uuid> = if forgotten {
+    let unrecoverable: Vec<Uuid> = if forgotten {
         orders.drain(1..3).collect()
     } else {
         vec![]
     };
-    orders.extend(place.accepted(&talk, 5..=6).await);
-    place.quiet().await;
-    until("what was lost is decided", async || {
-        place.rows().await >= orders.len() as i64
+    orders.extend(fixture.accept_all(&server, 5..=6).await);
+    fixture.wait_until_processed().await;
+    until("the lost orders are decided again", async || {
+        fixture.rows().await >= orders.len() as i64
     })
     .await;
 
     if forgotten {
-        // No strategy can decide what neither of the two has any more. All the others are as they should be.
-        assert_eq!(place.not_decided_and_told_once(&orders).await, [""; 0]);
-        let verdict = place.verdict(&talk, PATIENCE).await;
+        // Neither the database nor the topic has these orders any more. All other orders are
+        // intact.
+        assert_eq!(fixture.deviations(&orders).await, [""; 0]);
+        let verdict = fixture.verdict(&server, TIMEOUT).await;
         let broken: Vec<_> = verdict
             .findings
             .iter()
             .map(|found| (found.invariant, found.count))
             .collect();
-        assert_eq!(broken, [(NothingLost, 2), (Progress, 2)], "{nobody_has:?}\n{verdict}");
+        assert_eq!(
+            broken,
+            [(NothingLost, 2), (Progress, 2)],
+            "{unrecoverable:?}\n{verdict}"
+        );
     } else {
-        place.hold(&talk, &orders, Kept).await;
+        fixture.assert_outcome(&server, &orders, Kept).await;
     }
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
-/// One connection for all orders in hand would be none for those who ask.
+/// Orders in flight must not take every connection of the pool: requests need one.
 #[tokio::test]
-async fn who_asks_is_answered_while_orders_take_their_time() {
-    let place = Place::of("locked").await;
-    let talk = place
-        .instance(&[("DATABASE_POOL_SIZE", "2"), ("WORK_MS", "10000")])
+async fn requests_are_answered_while_orders_are_in_flight() {
+    let fixture = Fixture::new("locked").await;
+    let server = fixture
+        .start_instance(&[("DATABASE_POOL_SIZE", "2"), ("WORK_MS", "10000")])
         .await;
-    talk.opens_a_sale(10).await.unwrap();
-    let orders = place.accepted(&talk, 1..=8).await;
-    let in_hand = place.an_order_is_in_hand().await;
-    let state = talk.get(&format!("/api/reservations/{}", orders[0])).await.unwrap();
-    let open = place.transactions("%").await;
+    server.opens_a_sale(10).await.unwrap();
+    let orders = fixture.accept_all(&server, 1..=8).await;
+    let in_flight = fixture.wait_for_order_in_flight().await;
+    let state = server.get(&format!("/api/reservations/{}", orders[0])).await.unwrap();
+    let open = fixture.open_transactions("%").await;
     assert!(
-        !open.is_disjoint(&in_hand),
-        "the fault did not strike: {in_hand:?} are over, and {open:?} have begun"
+        !open.is_disjoint(&in_flight),
+        "the fault did not strike: {in_flight:?} have ended, and {open:?} are open"
     );
     assert_eq!(
         state.status,
@@ -123,5 +133,5 @@ async fn who_asks_is_answered_while_orders_take_their_time() {
         "{}, with {open:?}",
         String::from_utf8_lossy(&state.body)
     );
-    killed(&talk).await;
+    kill_instance(&server).await;
 }

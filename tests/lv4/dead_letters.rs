@@ -13,51 +13,51 @@ use uuid::Uuid;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    PATIENCE, Place, TIME_FOR_A_MISTAKE, killed, metric, order, seen_within,
+    Fixture, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, metric, order,
 };
 
-/// What came compressed may be larger than anything that the dead-letter topic takes.
+/// A compressed message may be larger, uncompressed, than the dead-letter topic accepts.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
 #[tokio::test]
-async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] name: &str) {
+async fn poison_larger_than_the_topic_accepts_is_truncated_and_the_partition_continues(#[case] name: &str) {
     const LENGTH: usize = 2_000_000;
-    let place = Place::of(name).await;
-    let acceptor = place.acceptor(5).await;
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(5).await;
     let sender: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", &place.kafka().bootstrap_servers)
+        .set("bootstrap.servers", &fixture.kafka().bootstrap_servers)
         .set("message.max.bytes", "3000000")
         .set("compression.type", "gzip")
         .create()
         .unwrap();
-    let (topic, bomb) = (orders_topic(&place.kafka()), vec![b'x'; LENGTH]);
+    let (topic, bomb) = (orders_topic(&fixture.kafka()), vec![b'x'; LENGTH]);
     for partition in 0..PARTITIONS {
         let record = FutureRecord::to(&topic).partition(partition).key("").payload(&bomb);
-        sender.send(record, PATIENCE).await.unwrap();
+        sender.send(record, TIMEOUT).await.unwrap();
     }
-    let orders = place.accepted(&acceptor, 1..=4).await;
-    let decider = place.instance(&[]).await;
-    place.quiet().await;
-    place.hold(&decider, &orders, Kept).await;
+    let orders = fixture.accept_all(&acceptor, 1..=4).await;
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
 
-    let kafka = place.kafka();
-    let letters = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, PATIENCE));
-    let letters = letters.await.unwrap().unwrap();
-    assert_eq!(letters.len(), PARTITIONS as usize);
-    // None of them stands in the way of those that can be tried again.
-    place.puts(0, &[b"not an order, and small"]).await.unwrap();
-    place.quiet().await;
-    let kafka = place.kafka();
-    assert_eq!(replay_all(&kafka, PATIENCE).await.unwrap(), 1);
-    let refused = replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap_err();
+    let kafka = fixture.kafka();
+    let dead_letters = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT));
+    let dead_letters = dead_letters.await.unwrap().unwrap();
+    assert_eq!(dead_letters.len(), PARTITIONS as usize);
+    // They do not block the replay of smaller ones.
+    fixture.produce(0, &[b"not an order, and small"]).await.unwrap();
+    fixture.wait_until_processed().await;
+    let kafka = fixture.kafka();
+    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap(), 1);
+    let refused = replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap_err();
     assert!(
         refused.to_string().contains("larger than the orders topic accepts"),
         "{refused}"
     );
-    for letter in letters {
-        assert!(letter.reason.contains("not an order"), "{}", letter.reason);
-        assert!(bomb.starts_with(letter.payload.as_bytes()) && letter.payload.len() < LENGTH);
+    for dead_letter in dead_letters {
+        assert!(dead_letter.reason.contains("not an order"), "{}", dead_letter.reason);
+        assert!(bomb.starts_with(dead_letter.payload.as_bytes()) && dead_letter.payload.len() < LENGTH);
     }
     acceptor.stop().await.unwrap();
     decider.stop().await.unwrap();
@@ -69,14 +69,14 @@ async fn poison_that_grew_on_its_way_is_buried_and_the_rest_flows_on(#[case] nam
 #[case::endless_retry("mutants/endless-retry", Breaks(&[]))]
 #[case::poison_skipped("mutants/poison-skipped", Breaks(&[]))]
 #[tokio::test]
-async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name: &str, #[case] expected: Expected) {
+async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: &str, #[case] expected: Expected) {
     const LATER: SaleId = 77;
-    let place = Place::of(name).await;
-    let acceptor = place.acceptor(5).await;
-    let kafka = place.kafka();
-    let mut orders = place.accepted(&acceptor, 1..=2).await;
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(5).await;
+    let kafka = fixture.kafka();
+    let mut orders = fixture.accept_all(&acceptor, 1..=2).await;
 
-    let ids = Ids::load(&place.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool).await.unwrap();
     let of_no_sale = order(LATER, 9);
     let good = OrderMessage::new(ids.for_order(&order(SALE, 3)), &order(SALE, 3)).to_bytes();
     let later = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
@@ -96,112 +96,125 @@ async fn poison_goes_to_the_dead_letters_once_and_the_rest_flows_on(#[case] name
         (&later, "there is no sale 77"),
         (&large, "not an order"),
     ];
-    // Where an order of the sale lies, others will.
-    let offsets = place.offsets().await;
+    // A partition with an order of the sale will get more of them.
+    let offsets = fixture.offsets().await;
     let (&first, &(_, offset)) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
-    place.puts(first, &poison.map(|(payload, _)| payload)).await.unwrap();
-    // One that is as large as the broker takes by default would no longer fit with the reason beside it.
-    let too_large = place.puts(first, &[&vec![b'x'; 1_048_000]]).await.unwrap_err();
+    fixture
+        .produce(first, &poison.map(|(payload, _)| payload))
+        .await
+        .unwrap();
+    // A message of the broker's default limit could not be dead-lettered with the reason in its
+    // headers.
+    let too_large = fixture.produce(first, &[&vec![b'x'; 1_048_000]]).await.unwrap_err();
     assert_eq!(
         too_large.rdkafka_error_code(),
         Some(RDKafkaErrorCode::MessageSizeTooLarge)
     );
-    let behind = offset + i64::try_from(poison.len()).unwrap();
+    let last_poison = offset + i64::try_from(poison.len()).unwrap();
     for buyer in 3.. {
-        orders.push(place.accepts(&acceptor, buyer).await);
-        if place.offsets().await[&first].1 > behind {
+        orders.push(fixture.accept(&acceptor, buyer).await);
+        if fixture.offsets().await[&first].1 > last_poison {
             break;
         }
     }
-    let decider = place.instance(&[]).await;
+    let decider = fixture.start_instance(&[]).await;
     let list = async || {
-        let kafka = place.kafka();
-        tokio::task::spawn_blocking(move || list_dead_letters(&kafka, PATIENCE))
+        let kafka = fixture.kafka();
+        tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT))
             .await
             .unwrap()
             .unwrap()
     };
     if name == "mutants/endless-retry" {
         until("the other partitions are decided", async || {
-            let offsets = place.offsets().await;
+            let offsets = fixture.offsets().await;
             offsets
                 .iter()
                 .all(|(&partition, (done, end))| partition == first || done == end)
         })
         .await;
-        let passed = seen_within(TIME_FOR_A_MISTAKE, async || place.offsets().await[&first].0 > offset).await;
+        let passed = happens_within(OBSERVATION_TIME, async || fixture.offsets().await[&first].0 > offset).await;
         assert!(!passed, "the mistake of {name} was not seen");
-        assert_failure_mode(place.strategy, &[]);
-        return killed(&decider).await;
+        assert_failure_mode(fixture.strategy, &[]);
+        return kill_instance(&decider).await;
     }
-    place.quiet().await;
-    place.hold(&decider, &orders, Kept).await;
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
 
-    let mut letters = list().await;
+    let mut dead_letters = list().await;
     if expected != Kept {
-        assert_eq!(letters.len(), 1, "the mistake of {name} was not seen");
-        assert_failure_mode(place.strategy, &[]);
+        assert_eq!(dead_letters.len(), 1, "the mistake of {name} was not seen");
+        assert_failure_mode(fixture.strategy, &[]);
         return decider.stop().await.unwrap();
     }
-    // Orders of one partition that are decided at the same time may be buried in any order.
-    letters.sort_by(|one, other| one.origin.cmp(&other.origin));
-    assert_eq!(letters.len(), poison.len());
-    assert_eq!(place.written_to_dead_letters().await, 6, "each is buried once");
+    // Messages of one partition that are processed concurrently may be dead-lettered in any order.
+    dead_letters.sort_by(|one, other| one.origin.cmp(&other.origin));
+    assert_eq!(dead_letters.len(), poison.len());
+    assert_eq!(fixture.dead_letter_topic_size().await, 6, "each is dead-lettered once");
     assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(6));
-    for (number, (letter, (payload, reason))) in letters.iter().zip(poison).enumerate() {
-        assert!(letter.reason.contains(reason), "{}", letter.reason);
+    for (number, (dead_letter, (payload, reason))) in dead_letters.iter().zip(poison).enumerate() {
+        assert!(dead_letter.reason.contains(reason), "{}", dead_letter.reason);
         let number = offset + i64::try_from(number).unwrap();
-        assert_eq!(letter.origin, format!("{}/{first}/{number}", orders_topic(&kafka)));
+        assert_eq!(dead_letter.origin, format!("{}/{first}/{number}", orders_topic(&kafka)));
         assert_eq!(
-            (letter.attempts, &*letter.payload),
+            (dead_letter.attempts, &*dead_letter.payload),
             (1, &*String::from_utf8_lossy(payload))
         );
     }
 
-    // What was wrong with one is mended; another one is as bad as it was.
+    // The cause of one is fixed; another one is still poison.
     acceptor.opens(LATER, 1).await.unwrap();
-    replay(&kafka, &letters[4].origin, PATIENCE).await.unwrap();
-    replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap();
-    replay(&kafka, &letters[0].origin, PATIENCE).await.unwrap_err();
-    place.quiet().await;
-    place.hold(&decider, &[ids.for_order(&of_no_sale)], Kept).await;
+    replay(&kafka, &dead_letters[4].origin, TIMEOUT).await.unwrap();
+    replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap();
+    replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap_err();
+    fixture.wait_until_processed().await;
+    fixture
+        .assert_outcome(&decider, &[ids.for_order(&of_no_sale)], Kept)
+        .await;
     let left = list().await;
-    let tried: Vec<(&str, u32)> = left.iter().map(|letter| (&*letter.payload, letter.attempts)).collect();
+    let tried: Vec<(&str, u32)> = left
+        .iter()
+        .map(|dead_letter| (&*dead_letter.payload, dead_letter.attempts))
+        .collect();
     assert_eq!(left.len(), 5);
     assert_eq!(tried[4], (&*String::from_utf8_lossy(poison[0].0), 2));
-    // One more letter, and two notes.
-    assert_eq!(place.written_to_dead_letters().await, 9);
-    // All at once: each comes back, as bad as it was.
-    assert_eq!(replay_all(&kafka, PATIENCE).await.unwrap(), 5);
-    place.quiet().await;
+    // One more dead letter, and two tombstones.
+    assert_eq!(fixture.dead_letter_topic_size().await, 9);
+    // All at once: each is dead-lettered again.
+    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap(), 5);
+    fixture.wait_until_processed().await;
     let left = list().await;
-    assert_eq!(left.iter().map(|letter| letter.attempts).sum::<u32>(), 4 * 2 + 3);
+    assert_eq!(
+        left.iter().map(|dead_letter| dead_letter.attempts).sum::<u32>(),
+        4 * 2 + 3
+    );
     decider.stop().await.unwrap();
 }
 
-/// The message behind an order that is put off comes again with it each time. It was buried the first time.
+/// The message behind a retried order is redelivered with it each time. It was dead-lettered the
+/// first time.
 #[tokio::test]
-async fn poison_behind_an_order_that_is_put_off_is_buried_once() {
-    let place = Place::of("locked").await;
+async fn poison_behind_a_retried_order_is_dead_lettered_once() {
+    let fixture = Fixture::new("locked").await;
     let redis = backends::redis().await.unwrap();
-    let acceptor = place.acceptor(1).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
-    let offsets = place.offsets().await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let offsets = fixture.offsets().await;
     let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
-    place.puts(partition, &[b"not an order"]).await.unwrap();
-    let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
+    fixture.produce(partition, &[b"not an order"]).await.unwrap();
+    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
     redis
-        .command(&["SET", &lock, "somebody else", "PX", "60000"])
+        .command(&["SET", &lock, "another owner", "PX", "60000"])
         .await
         .unwrap();
-    let decider = place.instance(&[]).await;
-    place.is_tried(3).await;
-    assert_eq!(place.written_to_dead_letters().await, 1);
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_for_attempts(3).await;
+    assert_eq!(fixture.dead_letter_topic_size().await, 1);
     redis.command(&["DEL", &lock]).await.unwrap();
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&decider, &orders, Kept).await;
-    assert_eq!(place.written_to_dead_letters().await, 1);
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+    assert_eq!(fixture.dead_letter_topic_size().await, 1);
     assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(1));
     acceptor.stop().await.unwrap();
     decider.stop().await.unwrap();

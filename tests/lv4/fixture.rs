@@ -40,20 +40,20 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// How long anything may take that is done at once, on a machine that has other things to do.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// The timeout of anything that normally happens at once, generous for a busy machine.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How often a test looks whether what it waits for is so.
-pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// The interval at which a condition is polled.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long the group waits for a silent consumer: so long that no death is noticed, on a machine that has other things to do.
+/// The consumer session timeout by default: so long that no consumer is expelled on a busy machine.
 pub(crate) const SESSION: Duration = Duration::from_secs(30);
 
-/// The same where a death has to be noticed.
+/// The session timeout of tests in which a dead consumer has to be expelled.
 pub(crate) const SHORT_SESSION: Duration = Duration::from_secs(1);
 
-/// How long a mistake is given to show itself, where a right strategy does nothing that could be waited for.
-pub(crate) const TIME_FOR_A_MISTAKE: Duration = Duration::from_secs(3);
+/// How long a test observes that something does not happen.
+pub(crate) const OBSERVATION_TIME: Duration = Duration::from_secs(3);
 
 pub(crate) fn strategy(name: &str) -> &'static Strategy {
     LEVEL
@@ -61,30 +61,30 @@ pub(crate) fn strategy(name: &str) -> &'static Strategy {
         .unwrap_or_else(|| panic!("LV.4 has no strategy {name}"))
 }
 
-/// A place to sell at: a strategy on its backends.
-pub(crate) struct Place {
+/// A strategy on its backends, with what a test observes of it.
+pub(crate) struct Fixture {
     pub(crate) strategy: &'static Strategy,
     pub(crate) stand: TestEnvironment,
     pub(crate) pool: PgPool,
     session: Duration,
-    /// What the buyers of [`SALE`] were told.
+    /// The history of the requests for [`SALE`].
     pub(crate) ledger: HistoryRecorder,
-    /// Asks the broker, as anybody could.
-    asks: Arc<BaseConsumer>,
+    /// Queries the broker from outside, without joining the group.
+    broker: Arc<BaseConsumer>,
 }
 
-impl Place {
-    pub(crate) async fn of(name: &str) -> Self {
+impl Fixture {
+    pub(crate) async fn new(name: &str) -> Self {
         let strategy = strategy(name);
-        Self::on(strategy, TestEnvironment::shared(strategy).await.unwrap()).await
+        Self::with_environment(strategy, TestEnvironment::shared(strategy).await.unwrap()).await
     }
 
-    pub(crate) async fn on(strategy: &'static Strategy, stand: TestEnvironment) -> Self {
+    pub(crate) async fn with_environment(strategy: &'static Strategy, stand: TestEnvironment) -> Self {
         let pool = stand.database().pool(1).await.unwrap();
         let kafka = stand
             .kafka(0, SESSION)
-            .expect("a strategy of this level has a place in Kafka");
-        let asks = ClientConfig::new()
+            .expect("a strategy of this level is configured for Kafka");
+        let broker = ClientConfig::new()
             .set("bootstrap.servers", &kafka.bootstrap_servers)
             .set("group.id", consumer_group(&kafka))
             .create()
@@ -95,12 +95,12 @@ impl Place {
             pool,
             session: SESSION,
             ledger: HistoryRecorder::new(strategy),
-            asks: Arc::new(asks),
+            broker: Arc::new(broker),
         }
     }
 
-    /// The same, and whoever dies is missed soon.
-    pub(crate) fn where_deaths_are_noticed(self) -> Self {
+    /// With a session so short that a dead consumer is expelled soon.
+    pub(crate) fn with_short_session(self) -> Self {
         Self {
             session: SHORT_SESSION,
             ..self
@@ -108,7 +108,7 @@ impl Place {
     }
 
     /// Starts an instance.
-    pub(crate) async fn instance(&self, settings: &[(&'static str, &str)]) -> TestServer {
+    pub(crate) async fn start_instance(&self, settings: &[(&'static str, &str)]) -> TestServer {
         let program = Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
             .variable("KAFKA_SESSION_MS", self.session.as_millis().to_string())
             .variable("LOCK_LEASE_MS", "1000");
@@ -120,41 +120,46 @@ impl Place {
             .unwrap()
     }
 
-    /// One that accepts orders and decides none, with a sale.
-    pub(crate) async fn acceptor(&self, capacity: u32) -> TestServer {
-        let talk = self.instance(&[("KAFKA_CONSUMERS", "0")]).await;
-        talk.opens_a_sale(capacity).await.unwrap();
-        talk
+    /// Starts an instance that accepts orders and has no consumers, and creates the sale.
+    pub(crate) async fn start_acceptor(&self, capacity: u32) -> TestServer {
+        let server = self.start_instance(&[("KAFKA_CONSUMERS", "0")]).await;
+        server.opens_a_sale(capacity).await.unwrap();
+        server
     }
 
-    /// One that stops (SIGSTOP) when its consumer comes to this point for the first time.
-    pub(crate) async fn stops_at(&self, point: &str) -> TestServer {
-        let stopping = self.instance(&[("OVERSOLD_STOP_AT", &format!("{point}#1"))]).await;
-        stopping.stands_still(PATIENCE).await.expect("the fault did not strike");
+    /// Starts an instance that is stopped (SIGSTOP) when its consumer first reaches this point.
+    pub(crate) async fn start_stopped_at(&self, point: &str) -> TestServer {
+        let stopping = self
+            .start_instance(&[("OVERSOLD_STOP_AT", &format!("{point}#1"))])
+            .await;
+        stopping.stands_still(TIMEOUT).await.expect("the fault did not strike");
         stopping
     }
 
     pub(crate) fn kafka(&self) -> KafkaConfig {
         self.stand
             .kafka(0, self.session)
-            .expect("a strategy of this level has a place in Kafka")
+            .expect("a strategy of this level is configured for Kafka")
     }
 
-    /// Asks the broker something, on a thread that may wait.
-    pub(crate) async fn ask<A: Send + 'static>(&self, what: impl FnOnce(&BaseConsumer) -> A + Send + 'static) -> A {
-        let asks = Arc::clone(&self.asks);
-        tokio::task::spawn_blocking(move || what(&asks)).await.unwrap()
+    /// Runs a blocking query of the broker on a thread of its own.
+    pub(crate) async fn query_broker<A: Send + 'static>(
+        &self,
+        what: impl FnOnce(&BaseConsumer) -> A + Send + 'static,
+    ) -> A {
+        let broker = Arc::clone(&self.broker);
+        tokio::task::spawn_blocking(move || what(&broker)).await.unwrap()
     }
 
-    /// How far each partition is decided, as the group has committed it, and where it ends.
+    /// For each partition, the group's committed offset and the end of the log.
     pub(crate) async fn offsets(&self) -> BTreeMap<i32, (i64, i64)> {
         let topic = orders_topic(&self.kafka());
-        let look = move |client: &BaseConsumer| {
+        let read_offsets = move |client: &BaseConsumer| {
             let mut partitions = TopicPartitionList::new();
             partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
             let mut offsets = BTreeMap::new();
-            for partition in client.committed_offsets(partitions, PATIENCE)?.elements() {
-                let (_, end) = client.fetch_watermarks(&topic, partition.partition(), PATIENCE)?;
+            for partition in client.committed_offsets(partitions, TIMEOUT)?.elements() {
+                let (_, end) = client.fetch_watermarks(&topic, partition.partition(), TIMEOUT)?;
                 let done = match partition.offset() {
                     Offset::Offset(offset) => offset,
                     _ => 0,
@@ -163,20 +168,20 @@ impl Place {
             }
             rdkafka::error::KafkaResult::Ok(offsets)
         };
-        let asked = self.ask(move |client| {
-            // For a moment no broker cares for a group or a topic that is new.
-            let gave_up = Instant::now() + PATIENCE;
+        let asked = self.query_broker(move |client| {
+            // A new group or topic has no coordinator or leader for a moment.
+            let deadline = Instant::now() + TIMEOUT;
             loop {
-                match look(client) {
-                    Err(_) if Instant::now() < gave_up => std::thread::sleep(LOOK_EVERY),
-                    looked => break looked,
+                match read_offsets(client) {
+                    Err(_) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
+                    result => break result,
                 }
             }
         });
         asked.await.unwrap()
     }
 
-    pub(crate) async fn committed(&self) -> i64 {
+    pub(crate) async fn total_committed(&self) -> i64 {
         self.offsets().await.values().map(|(done, _)| done).sum()
     }
 
@@ -184,24 +189,24 @@ impl Place {
         self.offsets().await.values().map(|(done, end)| end - done).sum()
     }
 
-    /// Waits until every message is passed.
-    pub(crate) async fn quiet(&self) {
-        if !seen_within(PATIENCE, async || self.lag().await == 0).await {
+    /// Waits until the group has committed every message.
+    pub(crate) async fn wait_until_processed(&self) {
+        if !happens_within(TIMEOUT, async || self.lag().await == 0).await {
             panic!(
-                "after {PATIENCE:?} not every message is passed: {:?}, {} rows, {:?}",
+                "after {TIMEOUT:?} not every message is committed: {:?}, {} rows, {:?}",
                 self.offsets().await,
                 self.rows().await,
-                self.members().await
+                self.group_members().await
             );
         }
     }
 
-    /// The members of the group, each with its partitions, as the broker tells of them.
-    pub(crate) async fn members(&self) -> BTreeMap<String, Vec<i32>> {
+    /// The members of the group, each with its partitions, as the broker reports them.
+    pub(crate) async fn group_members(&self) -> BTreeMap<String, Vec<i32>> {
         let group = consumer_group(&self.kafka());
-        self.ask(move |client| {
-            // No broker cares for the group before somebody joins it, and then this is an error.
-            let groups = client.fetch_group_list(Some(&group), PATIENCE).ok();
+        self.query_broker(move |client| {
+            // Before the first member joins, the group has no coordinator, and this is an error.
+            let groups = client.fetch_group_list(Some(&group), TIMEOUT).ok();
             let members = groups
                 .iter()
                 .flat_map(|groups| groups.groups())
@@ -210,7 +215,7 @@ impl Place {
                 .map(|member| {
                     (
                         member.id().to_owned(),
-                        assigned(member.assignment().unwrap_or_default()),
+                        decode_assignment(member.assignment().unwrap_or_default()),
                     )
                 })
                 .collect()
@@ -218,35 +223,35 @@ impl Place {
         .await
     }
 
-    /// Waits until so many consumers share the partitions evenly.
-    pub(crate) async fn shared_by(&self, consumers: usize) {
+    /// Waits until this number of consumers share the partitions evenly.
+    pub(crate) async fn wait_until_shared_by(&self, consumers: usize) {
         let each = PARTITIONS as usize / consumers;
         until("the partitions are shared", async || {
-            let members = self.members().await;
+            let members = self.group_members().await;
             members.len() == consumers && members.values().all(|partitions| partitions.len() == each)
         })
         .await;
     }
 
-    /// Puts messages into a partition, as anybody could who reaches the broker.
-    pub(crate) async fn puts(&self, partition: i32, payloads: &[&[u8]]) -> Result<(), KafkaError> {
-        let place = self.kafka();
+    /// Produces messages to a partition, as any client of the broker could.
+    pub(crate) async fn produce(&self, partition: i32, payloads: &[&[u8]]) -> Result<(), KafkaError> {
+        let kafka = self.kafka();
         let sender: FutureProducer = ClientConfig::new()
-            .set("bootstrap.servers", &place.bootstrap_servers)
+            .set("bootstrap.servers", &kafka.bootstrap_servers)
             .set("message.max.bytes", "2000000")
             .create()?;
-        let topic = orders_topic(&place);
+        let topic = orders_topic(&kafka);
         for payload in payloads {
             let record = FutureRecord::to(&topic).partition(partition).key("").payload(*payload);
-            sender.send(record, PATIENCE).await.map_err(|(why, _)| why)?;
+            sender.send(record, TIMEOUT).await.map_err(|(why, _)| why)?;
         }
         Ok(())
     }
 
-    /// How many messages the dead-letter topic holds, the notes of replays among them.
-    pub(crate) async fn written_to_dead_letters(&self) -> i64 {
+    /// The number of messages in the dead-letter topic, tombstones of replays included.
+    pub(crate) async fn dead_letter_topic_size(&self) -> i64 {
         let topic = dead_letter_topic(&self.kafka());
-        let asked = self.ask(move |client| client.fetch_watermarks(&topic, 0, PATIENCE));
+        let asked = self.query_broker(move |client| client.fetch_watermarks(&topic, 0, TIMEOUT));
         asked.await.unwrap().1
     }
 
@@ -255,8 +260,9 @@ impl Place {
         ClientConfig::new().set("bootstrap.servers", servers).create().unwrap()
     }
 
-    /// The transactions that are open in the database, each by its connection and its beginning: those in such a state.
-    pub(crate) async fn transactions(&self, state: &str) -> BTreeSet<String> {
+    /// The open transactions in the database in this state, each identified by its connection and
+    /// start.
+    pub(crate) async fn open_transactions(&self, state: &str) -> BTreeSet<String> {
         let open: Vec<String> = sqlx::query_scalar(
             "select pid || ' ' || xact_start from pg_stat_activity
               where datname = current_database() and state like $1 and xact_start is not null",
@@ -268,30 +274,34 @@ impl Place {
         open.into_iter().collect()
     }
 
-    /// The transactions that hold an order and are between two statements.
-    pub(crate) async fn in_hand(&self) -> BTreeSet<String> {
-        self.transactions("idle in transaction").await
+    /// The transactions of orders in flight: those between two statements.
+    pub(crate) async fn transactions_in_flight(&self) -> BTreeSet<String> {
+        self.open_transactions("idle in transaction").await
     }
 
-    /// Waits until somebody has an order in hand: read, and not written. Returns the transactions that do.
-    pub(crate) async fn an_order_is_in_hand(&self) -> BTreeSet<String> {
-        let mut in_hand = BTreeSet::new();
-        until("an order is in hand", async || {
-            in_hand = self.in_hand().await;
-            !in_hand.is_empty()
+    /// Waits until an order is in flight: read, and not written. Returns the transactions.
+    pub(crate) async fn wait_for_order_in_flight(&self) -> BTreeSet<String> {
+        let mut in_flight = BTreeSet::new();
+        until("an order is in flight", async || {
+            in_flight = self.transactions_in_flight().await;
+            !in_flight.is_empty()
         })
         .await;
-        in_hand
+        in_flight
     }
 
-    /// Waits until orders were tried so many times, as the database sees it, each in a transaction of its own.
-    pub(crate) async fn is_tried(&self, times: usize) {
+    /// Waits for this number of attempts, as the database sees them: each is a transaction of its
+    /// own.
+    pub(crate) async fn wait_for_attempts(&self, times: usize) {
         let mut seen = BTreeSet::new();
-        let gave_up = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while seen.len() < times {
-            assert!(Instant::now() < gave_up, "after {PATIENCE:?} it was tried in {seen:?}");
-            seen.append(&mut self.in_hand().await);
-            sleep(LOOK_EVERY).await;
+            assert!(
+                Instant::now() < deadline,
+                "after {TIMEOUT:?} the attempts were {seen:?}"
+            );
+            seen.append(&mut self.transactions_in_flight().await);
+            sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -302,27 +312,28 @@ impl Place {
             .unwrap()
     }
 
-    /// Orders of these buyers, all accepted.
-    pub(crate) async fn accepted(&self, talk: &TestServer, buyers: impl Iterator<Item = i64>) -> Vec<Uuid> {
+    /// Orders for each of these buyers. Every order must be accepted.
+    pub(crate) async fn accept_all(&self, server: &TestServer, buyers: impl Iterator<Item = i64>) -> Vec<Uuid> {
         let mut orders = vec![];
         for buyer in buyers {
-            orders.push(self.accepts(talk, buyer).await);
+            orders.push(self.accept(server, buyer).await);
         }
         orders
     }
 
-    pub(crate) async fn accepts(&self, talk: &TestServer, buyer: i64) -> Uuid {
-        match self.ledger.ask(talk, buyer).await {
+    pub(crate) async fn accept(&self, server: &TestServer, buyer: i64) -> Uuid {
+        match self.ledger.ask(server, buyer).await {
             Answer::Accepted { reservation, .. } => reservation,
-            other => panic!("buyer {buyer} is told {other:?}"),
+            other => panic!("buyer {buyer} is answered {other:?}"),
         }
     }
 
-    /// The orders of which not just one row and one event are there, and what is wrong with the sales that no ledger is kept of.
-    pub(crate) async fn not_decided_and_told_once(&self, orders: &[Uuid]) -> Vec<String> {
+    /// The orders that do not have exactly one row and one event, and what is wrong with the sales
+    /// that have no recorded history.
+    pub(crate) async fn deviations(&self, orders: &[Uuid]) -> Vec<String> {
         let mut wrong = vec![];
         for id in orders {
-            let (decided, told): (i64, i64) = sqlx::query_as(
+            let (decided, events): (i64, i64) = sqlx::query_as(
                 "select (select count(*) from reservation where id = $1),
                         (select count(*) from outbox where reservation_id = $1)",
             )
@@ -330,8 +341,8 @@ impl Place {
             .fetch_one(&self.pool)
             .await
             .unwrap();
-            if (decided, told) != (1, 1) {
-                wrong.push(format!("order {id} was decided {decided} times and told {told} times"));
+            if (decided, events) != (1, 1) {
+                wrong.push(format!("order {id} has {decided} rows and {events} events"));
             }
         }
         let others: Vec<(SaleId, i64, i64, i64, i64)> = sqlx::query_as(
@@ -355,35 +366,37 @@ impl Place {
         wrong
     }
 
-    /// What the judge finds, once every buyer has asked this server what became of the order.
-    pub(crate) async fn verdict(&self, talk: &TestServer, patience: Duration) -> Verdict {
-        self.ledger.ask_how_they_ended(talk, patience).await.unwrap();
+    /// The judge's verdict, after every buyer has read the outcome of the order from this server.
+    pub(crate) async fn verdict(&self, server: &TestServer, patience: Duration) -> Verdict {
+        self.ledger.ask_how_they_ended(server, patience).await.unwrap();
         self.ledger.verdict(&self.stand).await.unwrap()
     }
 
-    /// Holds the outcome against what is expected of this strategy, as its rows and events tell it, and as this server tells those who ask.
-    pub(crate) async fn hold(&self, talk: &TestServer, orders: &[Uuid], expected: Expected) {
-        let wrong = self.not_decided_and_told_once(orders).await;
+    /// Asserts what is expected of the strategy: of the rows and events, and of what this server
+    /// tells the buyers.
+    pub(crate) async fn assert_outcome(&self, server: &TestServer, orders: &[Uuid], expected: Expected) {
+        let wrong = self.deviations(orders).await;
         match expected {
             Kept => {
                 assert!(wrong.is_empty(), "{wrong:#?}");
-                assert_after_fault(self.strategy, &self.verdict(talk, PATIENCE).await, &[]);
+                assert_after_fault(self.strategy, &self.verdict(server, TIMEOUT).await, &[]);
             }
-            // Then there is nothing that a judge could say of the sale.
+            // The judge sees nothing of such a mistake in the sale.
             Breaks([]) => {
                 assert!(!wrong.is_empty(), "the mistake of {} was not seen", self.strategy.name);
                 println!("{}: {wrong:?}", self.strategy.name);
                 assert_failure_mode(self.strategy, &[]);
             }
             Breaks(invariants) => {
-                assert_after_fault(self.strategy, &self.verdict(talk, TIME_FOR_A_MISTAKE).await, invariants);
+                assert_after_fault(self.strategy, &self.verdict(server, OBSERVATION_TIME).await, invariants);
             }
         }
     }
 }
 
-/// The partitions in what the leader of a group has given a member: a version, and topics with their partitions.
-pub(crate) fn assigned(given: &[u8]) -> Vec<i32> {
+/// Decodes the partitions of a member's assignment: a version, then topics with their partitions
+/// (Kafka protocol, `ConsumerProtocolAssignment`).
+pub(crate) fn decode_assignment(given: &[u8]) -> Vec<i32> {
     let number = |at: usize| Some(i32::from_be_bytes(given.get(at..at + 4)?.try_into().ok()?));
     let read = || {
         if number(2)? == 0 {
@@ -391,12 +404,12 @@ pub(crate) fn assigned(given: &[u8]) -> Vec<i32> {
         }
         let name = usize::from(u16::from_be_bytes(given.get(6..8)?.try_into().ok()?));
         let partitions = usize::try_from(number(8 + name)?).ok()?;
-        (0..partitions).map(|place| number(12 + name + 4 * place)).collect()
+        (0..partitions).map(|index| number(12 + name + 4 * index)).collect()
     };
     read().unwrap_or_default()
 }
 
-/// An order of this buyer, under a key of its own.
+/// An order of this buyer, with the buyer's own request key.
 pub(crate) fn order(sale: SaleId, buyer: i64) -> Order {
     Order {
         sale,
@@ -409,33 +422,34 @@ pub(crate) fn order(sale: SaleId, buyer: i64) -> Order {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Expected {
     Kept,
-    /// Its mistake is seen, and breaks this at least. Nothing: the damage is beside the sale.
+    /// The mutant's mistake is observed and breaks at least these invariants. An empty list: the
+    /// damage is outside the sale.
     Breaks(&'static [Invariant]),
 }
 pub(crate) use Expected::{Breaks, Kept};
 
 pub(crate) const OVERSOLD: Expected = Breaks(&[NoOversell, Conservation]);
 
-/// An order was accepted, and its buyer is never told what became of it.
+/// An order is accepted, and its buyer never learns the outcome.
 pub(crate) const LOST: Expected = Breaks(&[NothingLost, Progress]);
 
-/// A buyer has the same ticket twice.
+/// A buyer gets two tickets for one order.
 pub(crate) const TWICE: Expected = Breaks(&[NoDuplicate, NothingLost]);
 
-/// Gives a mistake the time to show itself: until it is seen, or for so long.
-pub(crate) async fn seen_within(time: Duration, is_so: impl AsyncFn() -> bool) -> bool {
-    let gave_up = Instant::now() + time;
-    while Instant::now() < gave_up {
-        if is_so().await {
+/// Polls until the condition holds or the time is over. Returns whether it held.
+pub(crate) async fn happens_within(time: Duration, condition: impl AsyncFn() -> bool) -> bool {
+    let deadline = Instant::now() + time;
+    while Instant::now() < deadline {
+        if condition().await {
             return true;
         }
-        sleep(LOOK_EVERY).await;
+        sleep(POLL_INTERVAL).await;
     }
     false
 }
 
-/// A backend that was taken away, as anybody sees it who comes to its door.
-pub(crate) async fn is_away(address: &str) {
+/// Asserts that a backend which was stopped refuses connections.
+pub(crate) async fn assert_unreachable(address: &str) {
     let connected = TcpStream::connect(address).await;
     let refused = connected.map(drop).map_err(|why| why.kind());
     assert_eq!(
@@ -445,16 +459,16 @@ pub(crate) async fn is_away(address: &str) {
     );
 }
 
-/// Where a URL leads: `host:port`.
-pub(crate) fn address_in(url: &str) -> String {
+/// The `host:port` of a URL.
+pub(crate) fn host_and_port(url: &str) -> String {
     let (_, behind) = url.split_once("://").unwrap();
     let address = behind.split(['/', '?']).next().unwrap();
     address.rsplit('@').next().unwrap().to_owned()
 }
 
-/// Orders, and is told that nobody knows: whatever it was that took too long.
-pub(crate) async fn is_told_undecided(talk: &TestServer, buyer: i64) {
-    let answered = talk
+/// Places an order, and asserts that its outcome is unknown: a timeout or an unreachable backend.
+pub(crate) async fn assert_indeterminate(server: &TestServer, buyer: i64) {
+    let answered = server
         .reserve(SALE, buyer, Some(&format!("buyer-{buyer}")))
         .await
         .unwrap();
@@ -464,9 +478,9 @@ pub(crate) async fn is_told_undecided(talk: &TestServer, buyer: i64) {
         .unwrap();
 }
 
-/// A client that follows an order and has been told that it is accepted.
-pub(crate) async fn follows(talk: &TestServer, order: Uuid) -> TcpStream {
-    let mut stream = TcpStream::connect(talk.address()).await.unwrap();
+/// A client of the event stream of an order that has received the event `accepted`.
+pub(crate) async fn follow_events(server: &TestServer, order: Uuid) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
     let request = format!("GET /api/reservations/{order}/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut seen = String::new();
@@ -479,8 +493,8 @@ pub(crate) async fn follows(talk: &TestServer, order: Uuid) -> TcpStream {
     stream
 }
 
-pub(crate) async fn killed(talk: &TestServer) {
-    let status = talk.kill().await.unwrap();
+pub(crate) async fn kill_instance(server: &TestServer) {
+    let status = server.kill().await.unwrap();
     assert!(
         status.to_string().contains("signal: 9"),
         "the fault did not strike: {status}"
@@ -491,10 +505,10 @@ pub(crate) async fn killed(talk: &TestServer) {
 #[should_panic(expected = "the fault did not strike")]
 async fn a_fault_that_does_not_strike_is_noticed() {
     let redis = backends::redis().await.unwrap();
-    is_away(&address_in(redis.url())).await;
+    assert_unreachable(&host_and_port(redis.url())).await;
 }
 
-/// A figure of a server's metrics, summed over its labels. `None`: it is not told.
+/// The value of a server's metric, summed over its labels. `None`: it is not exported.
 pub(crate) async fn metric(server: &TestServer, name: &str) -> Option<i64> {
     let answer = server.get("/metrics").await.unwrap();
     let text = String::from_utf8(answer.body.to_vec()).unwrap();
@@ -502,8 +516,8 @@ pub(crate) async fn metric(server: &TestServer, name: &str) -> Option<i64> {
         let rest = line.strip_prefix(name);
         rest.is_some_and(|rest| rest.starts_with([' ', '{']))
     });
-    let figures: Vec<i64> = named
+    let values: Vec<i64> = named
         .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
         .collect();
-    (!figures.is_empty()).then(|| figures.iter().sum())
+    (!values.is_empty()).then(|| values.iter().sum())
 }

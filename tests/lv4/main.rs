@@ -1,7 +1,7 @@
 //! LV.4: orders that are accepted first and decided later, through Kafka.
 //!
-//! `contract` runs whole sales. The other modules inject a fault each into the trip of an order; every
-//! fault is real, and its effect is observed from outside before the test goes on.
+//! `contract` runs whole sales. The other modules inject a fault each into the trip of an order;
+//! every fault is real, and its effect is observed from outside before the test goes on.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,5 @@
-//! Consumer offsets: redelivery after a crash, duplicates, reused offsets, and commits that must wait.
+//! Consumer offsets: redelivery after a crash, duplicates, reused offsets, and commits that must
+//! wait.
 
 use box_office::SaleId;
 use harness::{backends, rush::SALE, until};
@@ -8,7 +9,7 @@ use rstest::rstest;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    LOST, PATIENCE, Place, TIME_FOR_A_MISTAKE, killed, order, seen_within,
+    Fixture, LOST, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, order,
 };
 
 #[rstest]
@@ -20,49 +21,52 @@ async fn a_consumer_killed_between_its_commit_and_its_offset_decides_nothing_twi
     #[case] name: &str,
     #[case] expected: Expected,
 ) {
-    let place = Place::of(name).await.where_deaths_are_noticed();
-    let acceptor = place.acceptor(2).await;
-    let orders = place.accepted(&acceptor, 1..=3).await;
+    let fixture = Fixture::new(name).await.with_short_session();
+    let acceptor = fixture.start_acceptor(2).await;
+    let orders = fixture.accept_all(&acceptor, 1..=3).await;
 
-    let first = place.stops_at("committed").await;
-    assert!(place.rows().await > 0, "the fault did not strike: nothing is committed");
+    let first = fixture.start_stopped_at("committed").await;
+    assert!(
+        fixture.rows().await > 0,
+        "the fault did not strike: nothing is committed"
+    );
     assert_eq!(
-        place.committed().await,
+        fixture.total_committed().await,
         0,
         "the fault did not strike: the offset is committed"
     );
-    place.ledger.ask_how_they_ended(&acceptor, PATIENCE).await.unwrap();
-    killed(&first).await;
-    let second = place.instance(&[]).await;
-    place.quiet().await;
+    fixture.ledger.ask_how_they_ended(&acceptor, TIMEOUT).await.unwrap();
+    kill_instance(&first).await;
+    let second = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, expected).await;
+    fixture.assert_outcome(&second, &orders, expected).await;
     second.stop().await.unwrap();
 }
 
-/// Whoever sends again what the broker did not confirm in time may have sent it twice.
+/// A producer that retries after a missing acknowledgement may send a message twice.
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
 #[case::no_dedupe("mutants/no-dedupe", Breaks(&[]))]
 #[tokio::test]
-async fn an_order_that_lies_in_the_topic_many_times_is_decided_once(#[case] name: &str, #[case] expected: Expected) {
-    let place = Place::of(name).await;
-    let acceptor = place.acceptor(2).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
+async fn a_duplicated_message_is_decided_once(#[case] name: &str, #[case] expected: Expected) {
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(2).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
     let message = OrderMessage::new(orders[0], &order(SALE, 1)).to_bytes();
-    // Some come in one batch, and one comes later.
-    let offsets = place.offsets().await;
+    // Some duplicates arrive in one batch, and one later.
+    let offsets = fixture.offsets().await;
     let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
-    place.puts(partition, &[&message, &message]).await.unwrap();
-    let decider = place.instance(&[]).await;
-    place.quiet().await;
-    place.ledger.ask_how_they_ended(&decider, PATIENCE).await.unwrap();
-    place.puts(partition, &[&message]).await.unwrap();
-    place.quiet().await;
+    fixture.produce(partition, &[&message, &message]).await.unwrap();
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
+    fixture.ledger.ask_how_they_ended(&decider, TIMEOUT).await.unwrap();
+    fixture.produce(partition, &[&message]).await.unwrap();
+    fixture.wait_until_processed().await;
 
-    assert_eq!(place.committed().await, 4, "the fault did not strike");
-    place.hold(&decider, &orders, expected).await;
+    assert_eq!(fixture.total_committed().await, 4, "the fault did not strike");
+    fixture.assert_outcome(&decider, &orders, expected).await;
     acceptor.stop().await.unwrap();
     decider.stop().await.unwrap();
 }
@@ -71,174 +75,176 @@ async fn an_order_that_lies_in_the_topic_many_times_is_decided_once(#[case] name
 #[case::locked("locked", "decided to sell")]
 #[case::single_writer("single-writer", "rows written")]
 #[tokio::test]
-async fn what_a_consumer_had_in_hand_when_it_was_killed_is_decided_by_another(#[case] name: &str, #[case] point: &str) {
-    let place = Place::of(name).await.where_deaths_are_noticed();
-    let acceptor = place.acceptor(2).await;
-    let orders = place.accepted(&acceptor, 1..=3).await;
+async fn orders_in_flight_on_a_killed_consumer_are_decided_by_another(#[case] name: &str, #[case] point: &str) {
+    let fixture = Fixture::new(name).await.with_short_session();
+    let acceptor = fixture.start_acceptor(2).await;
+    let orders = fixture.accept_all(&acceptor, 1..=3).await;
 
-    let first = place.stops_at(point).await;
-    assert_eq!(place.rows().await, 0, "the fault did not strike: it is committed");
-    killed(&first).await;
-    let second = place.instance(&[]).await;
-    place.quiet().await;
+    let first = fixture.start_stopped_at(point).await;
+    assert_eq!(fixture.rows().await, 0, "the fault did not strike: it is committed");
+    kill_instance(&first).await;
+    let second = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, Kept).await;
+    fixture.assert_outcome(&second, &orders, Kept).await;
     second.stop().await.unwrap();
 }
 
-/// The same, killed while the business takes its time: as long as an automatic commit needs.
+/// The consumer is killed during the simulated work, which takes longer than the interval of
+/// automatic commits.
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::single_writer("single-writer", Kept)]
 #[case::auto_commit("mutants/auto-commit", LOST)]
 #[tokio::test]
-async fn an_offset_is_not_committed_while_its_order_is_in_hand(#[case] name: &str, #[case] expected: Expected) {
-    let place = Place::of(name).await.where_deaths_are_noticed();
-    let acceptor = place.acceptor(2).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
+async fn an_offset_is_not_committed_while_its_order_is_in_flight(#[case] name: &str, #[case] expected: Expected) {
+    let fixture = Fixture::new(name).await.with_short_session();
+    let acceptor = fixture.start_acceptor(2).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
 
-    let first = place.instance(&[("WORK_MS", "10000")]).await;
-    place.an_order_is_in_hand().await;
-    let committed = async || place.committed().await > 0;
+    let first = fixture.start_instance(&[("WORK_MS", "10000")]).await;
+    fixture.wait_for_order_in_flight().await;
+    let committed = async || fixture.total_committed().await > 0;
     match expected {
-        // There is nothing to wait for but time. It is thirty times what the mistake needs.
-        Kept => assert!(!seen_within(TIME_FOR_A_MISTAKE, committed).await),
+        // Only time can show this. It is thirty times the interval of automatic commits.
+        Kept => assert!(!happens_within(OBSERVATION_TIME, committed).await),
         Breaks(_) => until("the offset is committed", committed).await,
     }
-    killed(&first).await;
-    let second = place.instance(&[]).await;
-    place.quiet().await;
+    kill_instance(&first).await;
+    let second = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, expected).await;
+    fixture.assert_outcome(&second, &orders, expected).await;
     second.stop().await.unwrap();
 }
 
-/// How an instance leaves its group.
+/// How an instance leaves the group.
 enum Leaves {
-    /// The group misses it when its session is over.
+    /// The group expels it when its session expires.
     Killed,
-    /// It says that it goes, after another one has joined.
-    InPeace,
+    /// It shuts down gracefully after another one has joined.
+    Gracefully,
 }
 
-/// One order can't be decided for now, as somebody else holds its lock. One that lies behind it, of another sale, can.
+/// One order must be retried, as another owner holds its lock. A later one of another sale
+/// succeeds.
 #[rstest]
 #[case::locked("locked", Leaves::Killed, Kept)]
-#[case::locked_in_a_rebalance("locked", Leaves::InPeace, Kept)]
+#[case::locked_in_a_rebalance("locked", Leaves::Gracefully, Kept)]
 #[case::highest_offset("mutants/highest-offset", Leaves::Killed, LOST)]
-#[case::highest_offset_in_a_rebalance("mutants/highest-offset", Leaves::InPeace, LOST)]
+#[case::highest_offset_in_a_rebalance("mutants/highest-offset", Leaves::Gracefully, LOST)]
 #[tokio::test]
-async fn an_offset_does_not_pass_an_order_that_was_put_off(
+async fn an_offset_does_not_pass_an_order_that_must_be_retried(
     #[case] name: &str,
     #[case] leaves: Leaves,
     #[case] expected: Expected,
 ) {
     const OTHER: SaleId = 2;
-    let place = Place::of(name).await.where_deaths_are_noticed();
+    let fixture = Fixture::new(name).await.with_short_session();
     let redis = backends::redis().await.unwrap();
-    let acceptor = place.acceptor(1).await;
+    let acceptor = fixture.start_acceptor(1).await;
     acceptor.opens(OTHER, 100).await.unwrap();
-    let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
+    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
     redis
-        .command(&["SET", &lock, "somebody else", "PX", "60000"])
+        .command(&["SET", &lock, "another owner", "PX", "60000"])
         .await
         .unwrap();
 
-    let mut orders = vec![place.accepts(&acceptor, 1).await];
-    let partition = *place.offsets().await.iter().find(|(_, (_, end))| *end > 0).unwrap().0;
+    let mut orders = vec![fixture.accept(&acceptor, 1).await];
+    let partition = *fixture.offsets().await.iter().find(|(_, (_, end))| *end > 0).unwrap().0;
     for buyer in 2.. {
         let answered = acceptor.reserve(OTHER, buyer, None).await.unwrap();
         orders.push(answered.json::<box_office::api::Reservation>().unwrap().id);
-        if place.offsets().await[&partition].1 >= 2 {
+        if fixture.offsets().await[&partition].1 >= 2 {
             break;
         }
     }
-    let first = place.instance(&[]).await;
+    let first = fixture.start_instance(&[]).await;
     let others = i64::try_from(orders.len() - 1).unwrap();
-    until("the others are decided", async || place.rows().await == others).await;
-    let passed = async || place.offsets().await[&partition].0 > 0;
+    until("the other orders are decided", async || fixture.rows().await == others).await;
+    let passed = async || fixture.offsets().await[&partition].0 > 0;
     match expected {
-        // By the third time, the offsets of the first two are committed.
+        // By the third attempt, the commits of the first two batches are done.
         Kept => {
-            place.is_tried(3).await;
+            fixture.wait_for_attempts(3).await;
             assert!(!passed().await);
         }
-        Breaks(_) => until("the offset has passed it", passed).await,
+        Breaks(_) => until("the offset above it is committed", passed).await,
     }
     let second = match leaves {
         Leaves::Killed => {
-            killed(&first).await;
-            place.instance(&[]).await
+            kill_instance(&first).await;
+            fixture.start_instance(&[]).await
         }
-        // Partitions change hands twice: when the second joins, and when the first leaves.
-        Leaves::InPeace => {
-            let second = place.instance(&[]).await;
-            place.shared_by(2).await;
+        // Two rebalances: the second joins, and the first leaves.
+        Leaves::Gracefully => {
+            let second = fixture.start_instance(&[]).await;
+            fixture.wait_until_shared_by(2).await;
             first.stop().await.unwrap();
-            place.shared_by(1).await;
+            fixture.wait_until_shared_by(1).await;
             second
         }
     };
     redis.command(&["DEL", &lock]).await.unwrap();
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, expected).await;
+    fixture.assert_outcome(&second, &orders, expected).await;
     second.stop().await.unwrap();
 }
 
-/// What `next_offset` is made to say of orders that it knows nothing of.
+/// Why offsets that the database has seen are used again for other orders.
 #[derive(Clone, Copy, Debug)]
-enum Again {
-    /// The broker has lost the end of its log, and counts from an earlier number.
-    Lost,
-    /// The topic was made anew, and counts from nothing.
-    Remade,
+enum Reuse {
+    /// The broker has lost the end of its log.
+    LogTruncated,
+    /// The topic was recreated and counts from zero.
+    TopicRecreated,
 }
 
 #[rstest]
-#[case::single_writer("single-writer", Again::Lost)]
-#[case::single_writer_in_a_new_topic("single-writer", Again::Remade)]
-#[case::locked_in_a_new_topic("locked", Again::Remade)]
+#[case::single_writer("single-writer", Reuse::LogTruncated)]
+#[case::single_writer_in_a_new_topic("single-writer", Reuse::TopicRecreated)]
+#[case::locked_in_a_new_topic("locked", Reuse::TopicRecreated)]
 #[tokio::test]
-async fn an_order_whose_offset_was_another_ones_before_is_decided(#[case] name: &str, #[case] again: Again) {
-    let place = Place::of(name).await;
-    let first = place.instance(&[]).await;
+async fn an_order_at_a_reused_offset_is_decided(#[case] name: &str, #[case] reuse: Reuse) {
+    let fixture = Fixture::new(name).await;
+    let first = fixture.start_instance(&[]).await;
     first.opens_a_sale(10).await.unwrap();
-    let mut orders = place.accepted(&first, 1..=3).await;
-    place.quiet().await;
+    let mut orders = fixture.accept_all(&first, 1..=3).await;
+    fixture.wait_until_processed().await;
     first.stop().await.unwrap();
 
-    match again {
-        // Seen from here, that is the same as an offset that is ahead of the broker's.
-        Again::Lost => {
+    match reuse {
+        // To the consumer it is the same as a database offset above the end of the log.
+        Reuse::LogTruncated => {
             let raised = sqlx::query("update partition_offset set next_offset = next_offset + 100")
-                .execute(&place.pool)
+                .execute(&fixture.pool)
                 .await
                 .unwrap();
             assert!(raised.rows_affected() > 0, "the fault did not strike");
         }
-        Again::Remade => {
-            let topic = orders_topic(&place.kafka());
-            let deleted = place.admin().delete_topics(&[&topic], &AdminOptions::new()).await;
+        Reuse::TopicRecreated => {
+            let topic = orders_topic(&fixture.kafka());
+            let deleted = fixture.admin().delete_topics(&[&topic], &AdminOptions::new()).await;
             deleted.unwrap()[0].as_ref().unwrap();
         }
     }
-    let second = place.instance(&[]).await;
-    // In a topic that was just made, the broker may not lead every partition yet.
-    orders.extend(place.accepted(&second, 4..=6).await);
-    place.quiet().await;
-    if let Again::Remade = again {
-        let ends = place.offsets().await;
+    let second = fixture.start_instance(&[]).await;
+    // A new topic may not have a leader for every partition yet.
+    orders.extend(fixture.accept_all(&second, 4..=6).await);
+    fixture.wait_until_processed().await;
+    if let Reuse::TopicRecreated = reuse {
+        let ends = fixture.offsets().await;
         assert_eq!(
             ends.values().map(|(_, end)| end).sum::<i64>(),
             3,
             "the fault did not strike"
         );
     }
-    place.hold(&second, &orders, Kept).await;
-    orders.extend(place.accepted(&second, 7..=8).await);
-    place.quiet().await;
+    fixture.assert_outcome(&second, &orders, Kept).await;
+    orders.extend(fixture.accept_all(&second, 7..=8).await);
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, Kept).await;
+    fixture.assert_outcome(&second, &orders, Kept).await;
     second.stop().await.unwrap();
 }

@@ -10,13 +10,13 @@ use uuid::Uuid;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    LOST, PATIENCE, Place, TIME_FOR_A_MISTAKE, address_in, is_away, seen_within, strategy,
+    Fixture, LOST, OBSERVATION_TIME, TIMEOUT, assert_unreachable, happens_within, host_and_port, strategy,
 };
 
-/// A fault that strikes one order strikes the next one as well. Only those that were begun together find it out.
+/// Once an outage has failed one order of a batch, only those already in flight fail as well.
 #[tokio::test]
-async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
-    const AT_ONCE: usize = 4;
+async fn an_outage_fails_only_the_orders_in_flight_of_a_batch() {
+    const MAX_IN_FLIGHT: usize = 4;
     let strategy = strategy("locked");
     let (postgres, kafka) = (backends::postgres().await.unwrap(), backends::kafka().await.unwrap());
     let redis = Redis::private().await.unwrap();
@@ -24,22 +24,22 @@ async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
-    let place = Place::on(strategy, stand).await;
-    let acceptor = place.acceptor(100).await;
-    let orders = place.accepted(&acceptor, 1..=60).await;
+    let fixture = Fixture::with_environment(strategy, stand).await;
+    let acceptor = fixture.start_acceptor(100).await;
+    let orders = fixture.accept_all(&acceptor, 1..=60).await;
     let trace = std::env::temp_dir().join(format!("oversold-trace-{}", Uuid::new_v4()));
-    let decider = place
-        .instance(&[("OVERSOLD_TRACE_FILE", trace.to_str().unwrap()), ("WORK_MS", "50")])
+    let decider = fixture
+        .start_instance(&[("OVERSOLD_TRACE_FILE", trace.to_str().unwrap()), ("WORK_MS", "50")])
         .await;
-    until("some are decided", async || place.rows().await > 0).await;
+    until("some are decided", async || fixture.rows().await > 0).await;
     redis.stop().await.unwrap();
-    is_away(&address_in(redis.url())).await;
-    let decided = place.rows().await;
+    assert_unreachable(&host_and_port(redis.url())).await;
+    let decided = fixture.rows().await;
     assert!(decided < 60, "the fault did not strike: all are decided");
-    place.is_tried(2 * AT_ONCE).await;
+    fixture.wait_for_attempts(2 * MAX_IN_FLIGHT).await;
     redis.start().await.unwrap();
-    place.quiet().await;
-    place.hold(&decider, &orders, Kept).await;
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
     decider.stop().await.unwrap();
 
     let steps = std::fs::read_to_string(&trace).unwrap();
@@ -54,16 +54,19 @@ async fn an_outage_is_not_tried_with_every_order_of_a_batch() {
         })
         .collect();
     let count = |batch: &[String], step: &str| batch.iter().filter(|other| *other == step).count();
-    let in_vain: Vec<usize> = steps
+    let without_lock: Vec<usize> = steps
         .split(|step| step == "batch decided")
         .map(|batch| count(batch, "message taken") - count(batch, "lock taken"))
-        .filter(|&in_vain| in_vain > 0)
+        .filter(|&without_lock| without_lock > 0)
         .collect();
-    assert!(!in_vain.is_empty(), "the fault did not strike: {steps:?}");
-    assert!(in_vain.iter().all(|&in_vain| in_vain <= AT_ONCE), "{in_vain:?}");
+    assert!(!without_lock.is_empty(), "the fault did not strike: {steps:?}");
+    assert!(
+        without_lock.iter().all(|&without_lock| without_lock <= MAX_IN_FLIGHT),
+        "{without_lock:?}"
+    );
 }
 
-/// What goes away for a while.
+/// The backend that is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Away {
     Database,
@@ -78,7 +81,7 @@ enum Away {
 #[case::errors_swallowed("mutants/errors-swallowed", Away::Locks, LOST)]
 #[case::errors_swallowed_without_postgres("mutants/errors-swallowed", Away::Database, LOST)]
 #[tokio::test]
-async fn a_fault_that_passes_loses_no_order_and_buries_none(
+async fn a_fault_that_passes_loses_no_order_and_dead_letters_none(
     #[case] name: &str,
     #[case] away: Away,
     #[case] expected: Expected,
@@ -91,41 +94,41 @@ async fn a_fault_that_passes_loses_no_order_and_buries_none(
         .await
         .unwrap()
         .and_kafka(Some(&kafka));
-    let place = Place::on(strategy, stand).await;
-    let talk = place.instance(&[]).await;
-    talk.opens_a_sale(10).await.unwrap();
-    let mut orders = place.accepted(&talk, 1..=2).await;
-    place.quiet().await;
+    let fixture = Fixture::with_environment(strategy, stand).await;
+    let server = fixture.start_instance(&[]).await;
+    server.opens_a_sale(10).await.unwrap();
+    let mut orders = fixture.accept_all(&server, 1..=2).await;
+    fixture.wait_until_processed().await;
 
     match away {
         Away::Database => {
             postgres.stop().await.unwrap();
-            is_away(&address_in(&place.stand.database().url())).await;
+            assert_unreachable(&host_and_port(&fixture.stand.database().url())).await;
         }
         Away::Locks => {
             redis.stop().await.unwrap();
-            is_away(&address_in(redis.url())).await;
+            assert_unreachable(&host_and_port(redis.url())).await;
         }
     }
-    // An instance that knows the sale goes on to accept.
-    orders.extend(place.accepted(&talk, 3..=6).await);
+    // An instance that has cached the sale continues to accept orders.
+    orders.extend(fixture.accept_all(&server, 3..=6).await);
     match expected {
-        // Longer than anybody waits for a connection: each order was put off at least once.
-        Kept => assert!(!seen_within(2 * TIME_FOR_A_MISTAKE, async || place.lag().await == 0).await),
-        Breaks(_) => place.quiet().await,
+        // Longer than the timeout of a connection: each order was retried at least once.
+        Kept => assert!(!happens_within(2 * OBSERVATION_TIME, async || fixture.lag().await == 0).await),
+        Breaks(_) => fixture.wait_until_processed().await,
     }
     match away {
         Away::Database => postgres.start().await.unwrap(),
         Away::Locks => redis.start().await.unwrap(),
     }
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&talk, &orders, expected).await;
-    let kafka = place.kafka();
-    let buried = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, PATIENCE));
+    fixture.assert_outcome(&server, &orders, expected).await;
+    let kafka = fixture.kafka();
+    let dead_letters = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT));
     assert_eq!(
-        !buried.await.unwrap().unwrap().is_empty(),
+        !dead_letters.await.unwrap().unwrap().is_empty(),
         name == "mutants/dead-letter-on-fault"
     );
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }

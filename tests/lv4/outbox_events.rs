@@ -19,25 +19,25 @@ use uuid::Uuid;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    LOST, PATIENCE, Place, TIME_FOR_A_MISTAKE, follows, killed,
+    Fixture, LOST, OBSERVATION_TIME, TIMEOUT, follow_events, kill_instance,
 };
 
-/// A connection that listens is lost while buyers come without a pause: it is made again all the same.
+/// The listening connection is terminated while new clients arrive without a pause.
 #[tokio::test]
-async fn who_listens_comes_back_however_many_come_to_wait() {
-    let place = Place::of("single-writer").await;
-    let pool = place.stand.database().pool(2).await.unwrap();
+async fn the_listener_reconnects_while_new_clients_arrive() {
+    let fixture = Fixture::new("single-writer").await;
+    let pool = fixture.stand.database().pool(2).await.unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
     let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let listening = async || -> Option<i32> {
         sqlx::query_scalar(
             "select pid from pg_stat_activity where datname = current_database() and query ilike 'listen%'",
         )
-        .fetch_optional(&place.pool)
+        .fetch_optional(&fixture.pool)
         .await
         .unwrap()
     };
-    let first = listening().await.expect("somebody listens");
+    let first = listening().await.expect("a connection listens");
     let mut coming = JoinSet::new();
     for _ in 0..32 {
         let events = Arc::clone(&events);
@@ -49,11 +49,11 @@ async fn who_listens_comes_back_however_many_come_to_wait() {
     }
     let struck: bool = sqlx::query_scalar("select pg_terminate_backend($1)")
         .bind(first)
-        .fetch_one(&place.pool)
+        .fetch_one(&fixture.pool)
         .await
         .unwrap();
     assert!(struck, "the fault did not strike");
-    until("somebody listens again", async || {
+    until("a connection listens again", async || {
         listening().await.is_some_and(|pid| pid != first)
     })
     .await;
@@ -61,31 +61,32 @@ async fn who_listens_comes_back_however_many_come_to_wait() {
     stop.cancel();
 }
 
-/// It can't say what became of the order. Another instance can, and the client has to be let go to it.
+/// This instance cannot read the outcome. It must disconnect its clients, so that they reconnect to
+/// another instance.
 #[tokio::test]
-async fn who_follows_is_let_go_when_the_database_can_not_be_read() {
-    let place = Place::of("single-writer").await;
+async fn event_clients_are_disconnected_when_the_database_cannot_be_read() {
+    let fixture = Fixture::new("single-writer").await;
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
-    let acceptor = place.acceptor(1).await;
-    let behind = proxy.instead_of(&place.stand.database().url());
-    let cut_off = place
-        .instance(&[("KAFKA_CONSUMERS", "0"), ("DATABASE_URL", &*behind)])
+    let acceptor = fixture.start_acceptor(1).await;
+    let proxied_url = proxy.instead_of(&fixture.stand.database().url());
+    let cut_off = fixture
+        .start_instance(&[("KAFKA_CONSUMERS", "0"), ("DATABASE_URL", &*proxied_url)])
         .await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
-    let mut follower = follows(&cut_off, orders[0]).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let mut follower = follow_events(&cut_off, orders[0]).await;
     proxy.cuts(Cut::Everything);
-    let mut told = String::new();
-    timeout(PATIENCE, follower.read_to_string(&mut told))
+    let mut received = String::new();
+    timeout(TIMEOUT, follower.read_to_string(&mut received))
         .await
-        .expect("it is let go")
+        .expect("the client is disconnected")
         .unwrap();
     assert!(proxy.has_struck(), "the fault did not strike");
-    assert!(!told.contains("event:"), "{told}");
-    let decider = place.instance(&[]).await;
-    place.quiet().await;
+    assert!(!received.contains("event:"), "{received}");
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&acceptor, &orders, Kept).await;
+    fixture.assert_outcome(&acceptor, &orders, Kept).await;
     proxy.cuts(Cut::Nothing);
     acceptor.stop().await.unwrap();
     cut_off.stop().await.unwrap();
@@ -101,80 +102,84 @@ async fn the_news_goes_out_although_who_decided_is_killed_before_telling(
     #[case] name: &str,
     #[case] expected: Expected,
 ) {
-    let place = Place::of(name).await.where_deaths_are_noticed();
-    let acceptor = place.acceptor(1).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
-    let first = place.stops_at("committed").await;
-    assert_eq!(place.rows().await, 1, "the fault did not strike: nothing is committed");
-    killed(&first).await;
-    let second = place.instance(&[]).await;
-    place.quiet().await;
+    let fixture = Fixture::new(name).await.with_short_session();
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let first = fixture.start_stopped_at("committed").await;
+    assert_eq!(
+        fixture.rows().await,
+        1,
+        "the fault did not strike: nothing is committed"
+    );
+    kill_instance(&first).await;
+    let second = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
 
     match expected {
         Kept => {
-            let told = timeout(PATIENCE, second.final_state(orders[0])).await;
-            assert_eq!(told.expect("the news goes out").unwrap().status, "confirmed");
+            let received = timeout(TIMEOUT, second.final_state(orders[0])).await;
+            assert_eq!(received.expect("the event is delivered").unwrap().status, "confirmed");
         }
         Breaks(_) => {
-            let told = timeout(TIME_FOR_A_MISTAKE, second.final_state(orders[0])).await;
-            assert!(told.is_err(), "{told:?}");
+            let received = timeout(OBSERVATION_TIME, second.final_state(orders[0])).await;
+            assert!(received.is_err(), "{received:?}");
         }
     }
-    place.hold(&second, &orders, expected).await;
-    killed(&second).await;
+    fixture.assert_outcome(&second, &orders, expected).await;
+    kill_instance(&second).await;
 }
 
-/// Neither the instance that accepted the order nor the one that decided it is there any more.
+/// Both the instance that accepted the order and the one that decided it were killed.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
 #[tokio::test]
-async fn any_instance_tells_how_an_order_ended_and_no_event_is_missed(#[case] name: &str) {
-    let place = Place::of(name).await;
-    let acceptor = place.acceptor(1).await;
-    let other = place.instance(&[("KAFKA_CONSUMERS", "0")]).await;
-    let orders = place.accepted(&acceptor, 1..=2).await;
+async fn any_instance_delivers_the_outcome_and_no_event_is_missed(#[case] name: &str) {
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let other = fixture.start_instance(&[("KAFKA_CONSUMERS", "0")]).await;
+    let orders = fixture.accept_all(&acceptor, 1..=2).await;
     let state = other.get(&format!("/api/reservations/{}", orders[0])).await.unwrap();
     assert_eq!(state.json::<box_office::api::Reservation>().unwrap().status, "accepted");
 
-    // A client follows, sees that its order is accepted, and is cut off.
-    drop(follows(&other, orders[0]).await);
-    killed(&acceptor).await;
-    // Another one is back before its order is decided, and waits.
-    let (told, decider) = tokio::join!(other.events(orders[1], Some(0)), async {
-        let decider = place.instance(&[]).await;
-        place.quiet().await;
+    // A client follow_events, sees that its order is accepted, and is cut off.
+    drop(follow_events(&other, orders[0]).await);
+    kill_instance(&acceptor).await;
+    // Another client reconnects before its order is decided, and waits.
+    let (received, decider) = tokio::join!(other.events(orders[1], Some(0)), async {
+        let decider = fixture.start_instance(&[]).await;
+        fixture.wait_until_processed().await;
         decider
     });
-    let told = told.unwrap();
-    assert!(matches!(&told[..], [(_, only)] if only.is_final()), "{told:?}");
-    killed(&decider).await;
+    let received = received.unwrap();
+    assert!(matches!(&received[..], [(_, only)] if only.is_final()), "{received:?}");
+    kill_instance(&decider).await;
 
-    let told = other.events(orders[0], Some(0)).await.unwrap();
-    let [(number, last)] = &told[..] else {
-        panic!("{told:?}")
+    let received = other.events(orders[0], Some(0)).await.unwrap();
+    let [(number, last)] = &received[..] else {
+        panic!("{received:?}")
     };
     assert!(last.is_final(), "{last:?}");
     assert_eq!(
         other.events(orders[0], Some(*number)).await.unwrap(),
         [],
-        "and then there is nothing more to come"
+        "no event follows the final one"
     );
     for &order in &orders {
         other.final_state(order).await.unwrap();
     }
-    place.hold(&other, &orders, Kept).await;
+    fixture.assert_outcome(&other, &orders, Kept).await;
     other.stop().await.unwrap();
 }
 
-/// What one of them may hold back is measured where the events are told: `levels/box-office/tests/events.rs`.
+/// The buffer limit of a single client is tested in `levels/box-office/tests/events.rs`.
 #[tokio::test]
-async fn clients_that_follow_and_never_read_cost_little() {
+async fn event_clients_that_never_read_cost_little_memory() {
     const CLIENTS: u64 = 500;
     const MOST_KIB_EACH: u64 = 64;
-    let place = Place::of("single-writer").await;
-    let acceptor = place.acceptor(1).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
+    let fixture = Fixture::new("single-writer").await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
     let memory_kib = async || {
         let pid = acceptor.pid().await.unwrap();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -192,7 +197,7 @@ async fn clients_that_follow_and_never_read_cost_little() {
     for stream in &stalled {
         stream.readable().await.unwrap();
     }
-    let decider = place.instance(&[]).await;
+    let decider = fixture.start_instance(&[]).await;
     acceptor.final_state(orders[0]).await.unwrap();
     let grown_kib = memory_kib().await - before_kib;
     println!("{CLIENTS} clients cost {grown_kib} KiB");

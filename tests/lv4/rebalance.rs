@@ -10,19 +10,20 @@ use harness::{
 use lv4_kafka::LEVEL;
 use rstest::rstest;
 
-use crate::fixture::{Expected::Kept, Place, strategy};
+use crate::fixture::{Expected::Kept, Fixture, strategy};
 
-/// Instances come and go while orders do. Each goes in peace: it finishes what it has in hand.
+/// Instances join and leave while orders arrive. Each shuts down gracefully.
 ///
-/// Here no offset runs ahead but by luck: what `mutants/auto-commit` and `mutants/highest-offset` do wrong shows where an order is in hand, or
-/// is put off in a rebalance, for as long as the test likes. So they are caught there.
+/// No mutant is run here: `mutants/auto-commit` and `mutants/highest-offset` would commit too early
+/// only by chance. The tests of `offsets` keep an order in flight, or failing, for as long as they
+/// need, and catch them.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
 #[tokio::test]
-async fn instances_that_join_and_leave_lose_nothing_and_do_nothing_twice(#[case] name: &str) {
-    let place = Place::of(name).await;
-    let acceptor = place.acceptor(50).await;
+async fn instances_that_join_and_leave_lose_no_order_and_decide_none_twice(#[case] name: &str) {
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(50).await;
     let all_have_come = AtomicBool::new(false);
     let buyers = async {
         let mut orders = vec![];
@@ -30,64 +31,65 @@ async fn instances_that_join_and_leave_lose_nothing_and_do_nothing_twice(#[case]
             if all_have_come.load(Relaxed) {
                 break;
             }
-            orders.push(place.accepts(&acceptor, buyer).await);
+            orders.push(fixture.accept(&acceptor, buyer).await);
         }
         orders
     };
     let instances = async {
-        let first = place.instance(&[]).await;
-        until("some are decided", async || place.rows().await > 0).await;
-        let second = place.instance(&[]).await;
-        place.shared_by(2).await;
+        let first = fixture.start_instance(&[]).await;
+        until("some are decided", async || fixture.rows().await > 0).await;
+        let second = fixture.start_instance(&[]).await;
+        fixture.wait_until_shared_by(2).await;
         first.stop().await.unwrap();
-        place.shared_by(1).await;
-        let third = place.instance(&[]).await;
-        place.shared_by(2).await;
+        fixture.wait_until_shared_by(1).await;
+        let third = fixture.start_instance(&[]).await;
+        fixture.wait_until_shared_by(2).await;
         second.stop().await.unwrap();
-        place.shared_by(1).await;
+        fixture.wait_until_shared_by(1).await;
         all_have_come.store(true, Relaxed);
         third
     };
     let looks = async {
         while !all_have_come.load(Relaxed) {
-            // In this order: what is decided in between is no offset that ran ahead.
-            let committed = place.committed().await;
-            let decided = place.rows().await;
-            assert!(committed <= decided, "{committed} are passed, and {decided} decided");
+            // Read in this order: an order decided in between must not look like an early commit.
+            let committed = fixture.total_committed().await;
+            let decided = fixture.rows().await;
+            assert!(committed <= decided, "{committed} are committed, and {decided} decided");
         }
     };
     let (orders, third, ()) = tokio::join!(buyers, instances, looks);
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&third, &orders, Kept).await;
-    let offsets = place.offsets().await;
+    fixture.assert_outcome(&third, &orders, Kept).await;
+    let offsets = fixture.offsets().await;
     let messages: i64 = offsets.values().map(|(_, end)| end).sum();
     let accepted = i64::try_from(orders.len()).unwrap();
-    assert_eq!((messages, place.rows().await), (accepted, accepted));
+    assert_eq!((messages, fixture.rows().await), (accepted, accepted));
     third.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_server_is_ready_once_each_of_its_consumers_has_partitions() {
-    let place = Place::of("single-writer").await;
-    let mut talks = vec![];
+    let fixture = Fixture::new("single-writer").await;
+    let mut servers = vec![];
     for instances in 1..=3 {
-        talks.push(place.instance(&[]).await);
-        let members = place.members().await;
+        servers.push(fixture.start_instance(&[]).await);
+        let members = fixture.group_members().await;
         let shares: Vec<usize> = members.values().map(Vec::len).collect();
         assert!(
             shares.len() == instances && shares.iter().all(|&share| share > 0),
             "{members:?}"
         );
     }
-    // And where there are more consumers than partitions, it is ready all the same.
-    talks.push(place.instance(&[("KAFKA_CONSUMERS", "8")]).await);
-    for talk in talks {
-        talk.stop().await.unwrap();
+    // With more consumers than partitions, it is ready all the same.
+    servers.push(fixture.start_instance(&[("KAFKA_CONSUMERS", "8")]).await);
+    for server in servers {
+        server.stop().await.unwrap();
     }
 }
 
-/// That is what the lock is for. With the orders of a sale in one partition, no lock would be needed.
+/// This is why `locked` needs a lock. With all orders of a sale in one partition, it would need
+/// none.
 #[tokio::test]
 async fn orders_of_one_sale_are_decided_by_several_instances() {
     let strategy = strategy("locked");

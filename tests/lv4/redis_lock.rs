@@ -12,51 +12,52 @@ use rstest::rstest;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    OVERSOLD, PATIENCE, Place, TIME_FOR_A_MISTAKE, killed, order, seen_within, strategy,
+    Fixture, OBSERVATION_TIME, OVERSOLD, TIMEOUT, happens_within, kill_instance, order, strategy,
 };
 
-/// The connection to Postgres breaks with a commit on its way, and then its consumer dies. Who comes after it must not decide on what was there before.
+/// The connection to Postgres breaks with a commit in flight, and then the consumer is killed. The
+/// next consumer must not decide on the state from before that commit.
 #[rstest]
 #[case::locked("locked", Kept)]
 #[case::commit_not_covered("mutants/commit-not-covered", OVERSOLD)]
 #[tokio::test]
 async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] name: &str, #[case] expected: Expected) {
-    let place = Place::of(name).await.where_deaths_are_noticed();
+    let fixture = Fixture::new(name).await.with_short_session();
     let (redis, postgres) = tokio::join!(backends::redis(), backends::postgres());
     let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
-    let acceptor = place.acceptor(1).await;
-    let held = DelayedCommits::on(&place.stand).await.unwrap();
-    let orders = place.accepted(&acceptor, 1..=2).await;
-    let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
+    let acceptor = fixture.start_acceptor(1).await;
+    let held = DelayedCommits::on(&fixture.stand).await.unwrap();
+    let orders = fixture.accept_all(&acceptor, 1..=2).await;
+    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
     let taken = async || redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(1);
 
-    let behind = proxy.instead_of(&place.stand.database().url());
-    // It ends when the test says so.
+    let proxied_url = proxy.instead_of(&fixture.stand.database().url());
+    // The lease must not expire before the test deletes the lock.
     let lease = ("LOCK_LEASE_MS", "60000");
-    let first = place.instance(&[("DATABASE_URL", &*behind), lease]).await;
-    until("the fault did not strike: nobody commits", async || {
+    let first = fixture.start_instance(&[("DATABASE_URL", &*proxied_url), lease]).await;
+    until("the fault did not strike: no commit is in flight", async || {
         held.have_struck().await.unwrap()
     })
     .await;
     proxy.cuts(Cut::Everything);
-    until("the fault did not strike: nobody came through the proxy", async || {
+    until("the fault did not strike: no connection was closed", async || {
         proxy.has_struck()
     })
     .await;
     match expected {
-        Kept => assert!(!seen_within(TIME_FOR_A_MISTAKE, async || !taken().await).await),
-        Breaks(_) => until("the lock is given back", async || !taken().await).await,
+        Kept => assert!(!happens_within(OBSERVATION_TIME, async || !taken().await).await),
+        Breaks(_) => until("the lock is released", async || !taken().await).await,
     }
-    killed(&first).await;
+    kill_instance(&first).await;
     if expected != Kept {
-        // It may have died with the lock of its other order.
+        // The killed consumer may hold the lock for its other order.
         redis.command(&["DEL", &lock]).await.unwrap();
     }
-    let second = place.instance(&[lease]).await;
+    let second = fixture.start_instance(&[lease]).await;
     match expected {
-        // Two orders at once, and one of them again: it got no lock.
-        Kept => place.is_tried(3).await,
+        // Two orders concurrently, and one of them retried: the lock is not free.
+        Kept => fixture.wait_for_attempts(3).await,
         Breaks(_) => {
             until("the second waits for the row", async || {
                 held.waiting("transactionid tuple").await.unwrap() > 0
@@ -66,16 +67,16 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] na
     }
     held.go_on().await.unwrap();
     redis.command(&["DEL", &lock]).await.unwrap();
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&second, &orders, expected).await;
+    fixture.assert_outcome(&second, &orders, expected).await;
     acceptor.stop().await.unwrap();
     second.stop().await.unwrap();
 }
 
-/// Redis carries out what it was asked once it goes on, and by then nobody waits for the answer.
+/// Redis grants the lock after a pause, when the client has given up waiting for the answer.
 #[tokio::test]
-async fn a_lock_whose_answer_came_too_late_is_given_back() {
+async fn a_lock_granted_after_the_timeout_is_released() {
     let strategy = strategy("locked");
     let redis = Redis::private().await.unwrap();
     let (postgres, kafka) = tokio::join!(backends::postgres(), backends::kafka());
@@ -83,96 +84,97 @@ async fn a_lock_whose_answer_came_too_late_is_given_back() {
         .await
         .unwrap()
         .and_kafka(Some(&*kafka.unwrap()));
-    let place = Place::on(strategy, stand).await;
-    let acceptor = place.acceptor(1).await;
-    // It would not end while anybody looks.
-    let decider = place.instance(&[("LOCK_LEASE_MS", "600000")]).await;
+    let fixture = Fixture::with_environment(strategy, stand).await;
+    let acceptor = fixture.start_acceptor(1).await;
+    // The lease does not expire during the test.
+    let decider = fixture.start_instance(&[("LOCK_LEASE_MS", "600000")]).await;
     let says = async |words: &[&str]| {
         let answer = redis.command(words).await.unwrap();
         assert_eq!(answer, Reply::Status("OK".to_owned()));
     };
     says(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
-    // More than once: the first time the answer did not come in time.
-    place.is_tried(2).await;
-    assert_eq!(place.rows().await, 0, "the fault did not strike: it got a lock");
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    // Twice: the first attempt ended with a timeout.
+    fixture.wait_for_attempts(2).await;
+    assert_eq!(fixture.rows().await, 0, "the fault did not strike: a lock was acquired");
     says(&["CLIENT", "UNPAUSE"]).await;
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
-    place.hold(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
     acceptor.stop().await.unwrap();
     decider.stop().await.unwrap();
 }
 
-/// Its lease was over long before it gave it back, and somebody else has it by then.
+/// The lease has expired before the release, and another owner holds the lock by then.
 #[tokio::test]
-async fn a_lock_that_is_given_back_late_is_left_to_its_holder() {
-    let place = Place::of("locked").await;
+async fn a_late_release_leaves_the_lock_to_its_next_holder() {
+    let fixture = Fixture::new("locked").await;
     let redis = backends::redis().await.unwrap();
-    let acceptor = place.acceptor(1).await;
-    let orders = place.accepted(&acceptor, 1..=1).await;
-    let first = place.stops_at("committed").await;
-    let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
-    until("the lease has ended", async || {
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let first = fixture.start_stopped_at("committed").await;
+    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    until("the lease has expired", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)
     })
     .await;
     let taken = redis
-        .command(&["SET", &lock, "somebody else", "NX", "PX", "60000"])
+        .command(&["SET", &lock, "another owner", "NX", "PX", "60000"])
         .await
         .unwrap();
     assert_eq!(taken, Reply::Status("OK".to_owned()));
     first.goes_on().await.unwrap();
-    place.quiet().await;
+    fixture.wait_until_processed().await;
 
     let holder = redis.command(&["GET", &lock]).await.unwrap();
-    assert_eq!(holder, Reply::Bulk("somebody else".to_owned()));
-    place.hold(&acceptor, &orders, Kept).await;
+    assert_eq!(holder, Reply::Bulk("another owner".to_owned()));
+    fixture.assert_outcome(&acceptor, &orders, Kept).await;
     acceptor.stop().await.unwrap();
     first.stop().await.unwrap();
 }
 
-/// The stated limit of a lock with a lease, with everybody in the group: Ann's order is decided on what was read while she still had the lock.
+/// The declared failure mode of a lock with a lease. No consumer is expelled: Ann's order is
+/// decided on a stock that was read before her lease expired.
 #[tokio::test]
-async fn a_consumer_frozen_past_its_lease_sells_what_somebody_else_has_sold() {
-    let place = Place::of("locked").await;
+async fn a_consumer_frozen_past_its_lease_sells_a_ticket_again() {
+    let fixture = Fixture::new("locked").await;
     let redis = backends::redis().await.unwrap();
-    let acceptor = place.acceptor(1).await;
-    // Long enough to be missed by nobody.
+    let acceptor = fixture.start_acceptor(1).await;
+    // Long enough that no consumer is expelled.
     let session = ("KAFKA_SESSION_MS", "10000");
     let lease = ("LOCK_LEASE_MS", "500");
-    let first = place
-        .instance(&[session, lease, ("OVERSOLD_STOP_AT", "decided to sell#1")])
+    let first = fixture
+        .start_instance(&[session, lease, ("OVERSOLD_STOP_AT", "decided to sell#1")])
         .await;
-    place.shared_by(1).await;
-    let firsts = place.members().await.into_keys().next().unwrap();
-    let second = place.instance(&[session, lease]).await;
-    place.shared_by(2).await;
-    let members = place.members().await;
+    fixture.wait_until_shared_by(1).await;
+    let firsts = fixture.group_members().await.into_keys().next().unwrap();
+    let second = fixture.start_instance(&[session, lease]).await;
+    fixture.wait_until_shared_by(2).await;
+    let members = fixture.group_members().await;
     let of_first = members[&firsts][0];
     let of_second = (0..PARTITIONS).find(|partition| !members[&firsts].contains(partition));
 
-    let ids = Ids::load(&place.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool).await.unwrap();
     let [ann, bob] = [1, 2].map(|buyer| {
         let id = ids.for_order(&order(SALE, buyer));
-        place.ledger.accepted_by_hand(buyer, id);
+        fixture.ledger.accepted_by_hand(buyer, id);
         OrderMessage::new(id, &order(SALE, buyer)).to_bytes()
     });
-    place.puts(of_first, &[&ann]).await.unwrap();
-    first.stands_still(PATIENCE).await.expect("the fault did not strike");
-    let lock = format!("{}lock:sale:{SALE}", place.stand.prefix().unwrap());
-    until("the lease has ended", async || {
+    fixture.produce(of_first, &[&ann]).await.unwrap();
+    first.stands_still(TIMEOUT).await.expect("the fault did not strike");
+    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    until("the lease has expired", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)
     })
     .await;
-    place.puts(of_second.unwrap(), &[&bob]).await.unwrap();
-    until("Bob has the ticket", async || place.rows().await == 1).await;
+    fixture.produce(of_second.unwrap(), &[&bob]).await.unwrap();
+    until("Bob has the ticket", async || fixture.rows().await == 1).await;
     first.goes_on().await.unwrap();
-    until("Ann has it, too", async || place.rows().await == 2).await;
+    until("Ann has it, too", async || fixture.rows().await == 2).await;
 
-    assert_eq!(place.members().await, members, "nobody was missed");
+    assert_eq!(fixture.group_members().await, members, "a consumer was expelled");
     let Breaks(limit) = OVERSOLD else { unreachable!() };
-    assert_after_fault(place.strategy, &place.verdict(&acceptor, PATIENCE).await, limit);
+    assert_after_fault(fixture.strategy, &fixture.verdict(&acceptor, TIMEOUT).await, limit);
     acceptor.stop().await.unwrap();
     first.stop().await.unwrap();
     second.stop().await.unwrap();

@@ -35,7 +35,8 @@ pub struct LockClient {
     release: Script,
 }
 
-/// A lock that was acquired. [`LockClient::release`] releases it; otherwise it expires with its lease.
+/// A lock that was acquired. [`LockClient::release`] releases it; otherwise it expires with its
+/// lease.
 pub struct HeldLock {
     key: String,
     owner: String,
@@ -122,9 +123,9 @@ impl LockClient {
             .await
     }
 
-    /// Releases a lock whose acquisition failed with an unknown outcome: Redis may have granted it, or
-    /// grant it later. Redis executes the commands of a connection in order, so one successful release
-    /// suffices.
+    /// Releases a lock whose acquisition failed with an unknown outcome: Redis may have granted it,
+    /// or grant it later. Redis executes the commands of a connection in order, so one successful
+    /// release suffices.
     async fn release_until_lease_ends(self, held: HeldLock) {
         let ends = Instant::now() + self.lease;
         while self.try_release(&held).await.is_err() && Instant::now() < ends {
@@ -142,8 +143,8 @@ impl LockClient {
     }
 }
 
-/// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged for four command
-/// timeouts.
+/// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged for four
+/// command timeouts.
 fn with_tcp_user_timeout(redis: ConnectionInfo) -> ConnectionInfo {
     #[cfg(target_os = "linux")]
     let redis = {

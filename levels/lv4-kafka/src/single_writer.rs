@@ -1,14 +1,16 @@
-//! One writer for each sale: all orders of a sale are in one partition, and a partition has one consumer.
+//! One writer for each sale: all orders of a sale are in one partition, and a partition has one
+//! consumer.
 //!
-//! So no lock is needed. The messages that have arrived are one batch: its state is read, its orders
-//! are decided in memory in the order of the partition, and the rows are written in one transaction,
-//! which also advances the partition's offset in the database. A lock costs a round trip for every
-//! order; a batch costs one transaction, and it grows with the backlog.
+//! So no lock is needed. The messages that have arrived are one batch: its state is read, its
+//! orders are decided in memory in the order of the partition, and the rows are written in one
+//! transaction, which also advances the partition's offset in the database. A lock costs a round
+//! trip for every order; a batch costs one transaction, and it grows with the backlog.
 //!
-//! "A partition has one consumer" is what Kafka's group assigns, not what it can enforce: a consumer
-//! that was frozen for longer than its session resumes and still believes that it owns the
-//! partition. Its transaction advances the offset from the value it has read. By then the offset has
-//! moved, the update matches no row, and the transaction is rolled back. The offset is the fence.
+//! "A partition has one consumer" is what Kafka's group assigns, not what it can enforce: a
+//! consumer that was frozen for longer than its session resumes and still believes that it owns the
+//! partition. Its transaction advances the offset from the value it has read. By then the offset
+//! has moved, the update matches no row, and the transaction is rolled back. The offset is the
+//! fence.
 //!
 //! It is no more than that. Whether an order was decided is known from its row only: a recreated
 //! topic counts from zero again, and a restored database lags behind the committed offsets.
@@ -17,10 +19,11 @@
 //! are decided in the order in which the broker appended them.
 //!
 //! Limits: the orders of a sale are processed by one consumer; more instances help only with more
-//! sales. `pg_notify` takes a lock that is global to the Postgres server and held until the commit is
-//! durable, so consumers commit one after another.
+//! sales. `pg_notify` takes a lock that is global to the Postgres server and held until the commit
+//! is durable, so consumers commit one after another.
 //!
-//! Apache Kafka documentation, 4.6 "Message Delivery Semantics" (storing the offset with the output). Book: LV.4, "single-writer".
+//! Apache Kafka documentation, 4.6 "Message Delivery Semantics" (storing the offset with the
+//! output). Book: LV.4, "single-writer".
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -141,8 +144,8 @@ impl SingleWriter {
     // ANCHOR_END: loop
 
     // ANCHOR: process
-    /// Processes a batch of one partition in one transaction. Returns the offset at which to resume:
-    /// after the batch, or further back.
+    /// Processes a batch of one partition in one transaction. Returns the offset at which to
+    /// resume: after the batch, or further back.
     ///
     /// # Errors
     /// [`Indeterminate`](ReserveError::Indeterminate) if the batch must be retried.
@@ -156,8 +159,9 @@ impl SingleWriter {
         steps.at("batch taken").saw(batch.len()).await;
         let (first, last) = (batch[0].offset, batch[batch.len() - 1].offset);
         let fence = self.next_offset(partition, consumer).await?;
-        // The orders in between have no rows here, whatever the group has committed: this database was restored from a
-        // backup, or is a replica that lacked the last transactions when it was promoted.
+        // The orders in between have no rows here, whatever the group has committed: this database
+        // was restored from a backup, or is a replica that lacked the last transactions when it was
+        // promoted.
         if fence < first && !consumer.has_rewound_to(partition, fence) {
             tracing::warn!(
                 partition,
@@ -179,8 +183,9 @@ impl SingleWriter {
         let orders = self.orders(batch).await?;
         let mut tx = self.pipeline.context.begin().await?;
         let state = read(&mut tx, &orders).await?;
-        // Orders below the fence are decided, and only their commit to Kafka is missing. Their ids prove it, not their
-        // offsets: a recreated topic, or a broker that has lost the end of its log, reuses offsets.
+        // Orders below the fence are decided, and only their commit to Kafka is missing. Their ids
+        // prove it, not their offsets: a recreated topic, or a broker that has lost the end of its
+        // log, reuses offsets.
         let offsets_reused = orders
             .iter()
             .any(|(message, order)| message.offset < fence && state.is_pending(order));
@@ -224,8 +229,8 @@ impl SingleWriter {
     // ANCHOR_END: process
 
     // ANCHOR: next-offset
-    /// The next offset of a partition to process, as the database has it. Of a new partition: its log
-    /// start offset.
+    /// The next offset of a partition to process, as the database has it. Of a new partition: its
+    /// log start offset.
     async fn next_offset(&self, partition: i32, consumer: &OrderConsumer) -> Result<i64, ReserveError> {
         let next = sqlx::query_scalar(
             "select next_offset
@@ -268,8 +273,8 @@ impl SingleWriter {
     }
 
     // ANCHOR: decide_batch
-    /// Decides the orders one after another, in the order of the partition. No other consumer decides
-    /// orders of these sales.
+    /// Decides the orders one after another, in the order of the partition. No other consumer
+    /// decides orders of these sales.
     async fn decide_batch(
         &self,
         mut state: BatchState,
@@ -414,7 +419,8 @@ impl Reserve for SingleWriter {
         let message = OrderMessage::new(id, order).to_bytes();
         steps.at("order checked").await;
 
-        // Keyed by its sale: all orders of a sale are in one partition, in the order in which the broker appended them.
+        // Keyed by its sale: all orders of a sale are in one partition, in the order in which the
+        // broker appended them.
         let sale = order.sale.to_be_bytes();
         let record = FutureRecord::to(&self.pipeline.topic).key(&sale).payload(&message);
         let sent = self.pipeline.producer.send(record, Duration::ZERO).await;

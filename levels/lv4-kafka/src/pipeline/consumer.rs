@@ -44,7 +44,8 @@ pub struct OrderConsumer {
 /// The configuration that all consumers of the group share. The strategy adds whether and when
 /// offsets are committed.
 pub fn consumer_config(kafka: &KafkaConfig) -> ClientConfig {
-    // A heartbeat's answer announces a rebalance, so a new consumer waits for the next heartbeat of all others.
+    // A heartbeat's answer announces a rebalance, so a new consumer waits for the next heartbeat of
+    // all others.
     let heartbeat = (kafka.session / 3).min(Duration::from_millis(250));
     let mut config = client_config(kafka);
     config
@@ -53,10 +54,12 @@ pub fn consumer_config(kafka: &KafkaConfig) -> ClientConfig {
         .set("heartbeat.interval.ms", heartbeat.as_millis().to_string())
         // A new group begins with the oldest order, not with the first that arrives after it.
         .set("auto.offset.reset", "earliest")
-        // A rebalance moves only the partitions that change owner; the other ones are consumed meanwhile.
+        // A rebalance moves only the partitions that change owner; the other ones are consumed
+        // meanwhile.
         .set("partition.assignment.strategy", "cooperative-sticky")
         .set("fetch.error.backoff.ms", "50")
-        // The client has one fetch in flight per broker. While that waits for messages, no other partition is fetched.
+        // The client has one fetch in flight per broker. While that waits for messages, no other
+        // partition is fetched.
         .set("fetch.wait.max.ms", "50")
         // Prefetched messages take up this process's memory.
         .set("queued.min.messages", "5000")
@@ -104,7 +107,8 @@ impl OrderConsumer {
             let mut batch = vec![first];
             while batch.len() < max {
                 let next = self.consumer.recv().now_or_never();
-                // That call may run a rebalance. The messages of a revoked partition belong to its next owner.
+                // That call may run a rebalance. The messages of a revoked partition belong to its
+                // next owner.
                 self.consumer.context().assignment().drop_revoked(&mut batch);
                 let Some(Ok(message)) = next else { break };
                 batch.push(ConsumedMessage::new(&message));
@@ -198,9 +202,9 @@ impl OrderConsumer {
     pub async fn seek_back(&self, offsets: BTreeMap<i32, i64>, delay: Duration, stop: &CancellationToken) {
         stop.run_until_cancelled(sleep(delay)).await;
         for (partition, offset) in offsets {
-            // A partition's next owner begins at the committed offset. As long as this consumer owns
-            // the partition, the seek must succeed: to continue at the current position would skip
-            // these messages.
+            // A partition's next owner begins at the committed offset. As long as this consumer
+            // owns the partition, the seek must succeed: to continue at the current position would
+            // skip these messages.
             while !stop.is_cancelled()
                 && self.owns(partition)
                 && let Err(why) = self.seek(partition, offset).await

@@ -147,16 +147,16 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// Whether it can be replayed. A message that was compressed may be larger than the orders topic
-    /// accepts, and its payload may be truncated here.
+    /// Whether it can be replayed. A message that was compressed may be larger than the orders
+    /// topic accepts, and its payload may be truncated here.
     pub fn is_replayable(&self) -> bool {
         let length = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
         length(self.message.key()) + length(self.message.payload()) <= MAX_REPLAY_BYTES
     }
 }
 
-/// Lists the dead letters that were not replayed, without duplicates, oldest first. `timeout` is that
-/// of each request.
+/// Lists the dead letters that were not replayed, without duplicates, oldest first. `timeout` is
+/// that of each request.
 ///
 /// # Errors
 /// If Kafka does not answer in time.
@@ -221,8 +221,8 @@ pub fn list_dead_letters(kafka: &KafkaConfig, timeout: Duration) -> anyhow::Resu
     Ok(dead_letters.into_values().collect())
 }
 
-/// Replays a dead letter: sends it to the orders topic again, and marks it as replayed. `timeout` is
-/// that of each request.
+/// Replays a dead letter: sends it to the orders topic again, and marks it as replayed. `timeout`
+/// is that of each request.
 ///
 /// # Errors
 /// If there is no such dead letter, it is too large, or Kafka does not answer or acknowledge it.
@@ -281,8 +281,8 @@ async fn republish(
         )
         .await
         .map_err(undelivered)?;
-    // The tombstone comes second: if the process is killed in between, the message is replayed twice, and its id
-    // identifies the duplicate.
+    // The tombstone comes second: if the process is killed in between, the message is replayed
+    // twice, and its id identifies the duplicate.
     let mut headers = dead_letter
         .message
         .headers()

@@ -51,7 +51,8 @@ impl Ids {
 
     /// Makes the id that begins with these bytes.
     fn with_checksum(&self, bytes: [u8; 16]) -> Uuid {
-        // UUID version 8, "custom" (RFC 9562). The bits of version and variant are set before the checksum is taken.
+        // UUID version 8, "custom" (RFC 9562). The bits of version and variant are set before the
+        // checksum is taken.
         let mut bytes = Uuid::new_v8(bytes).into_bytes();
         let checksum = self.mac(&[b"seal", &bytes[..DERIVED_BYTES]]);
         bytes[DERIVED_BYTES..].copy_from_slice(&checksum[..16 - DERIVED_BYTES]);

@@ -227,7 +227,8 @@ fn deliver(waiting: &mut HashMap<Uuid, Vec<Waiter>>, events: HashMap<Uuid, Vec<E
             if new.is_empty() {
                 remaining.push(waiter);
             } else {
-                // A client that has disconnected meanwhile reconnects and resumes after the last event it saw.
+                // A client that has disconnected meanwhile reconnects and resumes after the last
+                // event it saw.
                 let _ = waiter.reply.send(new);
             }
         }

@@ -25,7 +25,8 @@ pub(super) struct RebalanceListener {
 }
 
 impl RebalanceListener {
-    /// A listener without an assignment. It sends `true` to `joined` once it is assigned partitions.
+    /// A listener without an assignment. It sends `true` to `joined` once it is assigned
+    /// partitions.
     pub(super) fn new(joined: watch::Sender<bool>) -> Self {
         Self {
             joined,
