@@ -367,8 +367,8 @@ impl Fixture {
     }
 
     /// The judge's verdict, after every buyer has read the outcome of the order from this server.
-    pub(crate) async fn verdict(&self, server: &TestServer, patience: Duration) -> Verdict {
-        self.ledger.ask_how_they_ended(server, patience).await.unwrap();
+    pub(crate) async fn verdict(&self, server: &TestServer, timeout: Duration) -> Verdict {
+        self.ledger.ask_how_they_ended(server, timeout).await.unwrap();
         self.ledger.verdict(&self.stand).await.unwrap()
     }
 
