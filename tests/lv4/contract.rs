@@ -1,4 +1,5 @@
-//! LV.4: the contract kept by orders that are accepted first and decided later, on any number of instances.
+//! LV.4: the contract kept by orders that are accepted first and decided later, on any number of
+//! instances.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -13,30 +14,33 @@ use harness::{
     backends::TestEnvironment,
     contract,
     http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    test_server::TestServer,
     instance_faults,
     rush::{Program, Rush, SALE},
     slow_clients::withstands_idle_and_slow_clients,
-    test_server::TestServer,
 };
-use lv4_kafka::{LEVEL, path::lag};
+use lv4_kafka::{LEVEL, pipeline::lag};
 use rstest::rstest;
 
 fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
 }
 
-/// Whoever dies is missed soon: by the group, and by those who wait for a lock.
-fn program_that_is_missed_soon() -> Program {
+/// With a short session and lease: a dead instance is expelled from the group, and its lock
+/// expires, soon.
+fn program_with_short_timeouts() -> Program {
     program()
         .variable("KAFKA_SESSION_MS", "1000")
         .variable("LOCK_LEASE_MS", "2000")
 }
 
-/// The same, for a rush in which a strategy of this name is struck: its orders are in flight for some time once they are accepted.
-fn program_that_is_struck(name: &str) -> Program {
-    let program = program_that_is_missed_soon();
+/// The same for a rush in which instances are killed or restarted: accepted orders stay in flight
+/// for some time.
+fn program_for_instance_faults(name: &str) -> Program {
+    let program = program_with_short_timeouts();
     match name {
-        // The whole of a wave would be decided in a few milliseconds, as two batches. Each takes this time.
+        // It would process the whole rush within milliseconds, in two batches. Each takes this
+        // long.
         "single-writer" => program.variable("WORK_MS", "200"),
         _ => program,
     }
@@ -76,7 +80,8 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 }
 // ANCHOR_END: contract
 
-/// Between its look and its write each batch takes a while, so that whoever else decides orders of the sale is in between.
+/// Each batch takes a while between its read and its write, so that other consumers of the sale
+/// overlap with it.
 #[rstest]
 #[case::partition_by_buyer("mutants/partition-by-buyer", 3, SEVERAL_WRITERS)]
 #[case::partition_by_buyer_alone("mutants/partition-by-buyer", 1, KEEPS)]
@@ -94,7 +99,7 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
     contract(&program(), &LEVEL, name, rush, expected).await;
 }
 
-/// Few buyers with little patience: they wait for nothing until it runs out.
+/// Few buyers with a short timeout: they wait in vain until it ends.
 #[tokio::test]
 async fn an_order_that_is_not_even_sent_is_lost() {
     let rush = Rush {
@@ -107,7 +112,7 @@ async fn an_order_that_is_not_even_sent_is_lost() {
     contract(&program(), &LEVEL, "single-writer", rush, KEEPS).await;
 }
 
-/// One reservation, however often the buyer clicks at once, and wherever.
+/// One reservation for each buyer, however many concurrent clicks, on whichever instance.
 #[rstest]
 #[case::locked("locked")]
 #[case::single_writer("single-writer")]
@@ -131,27 +136,27 @@ fn fifty_clicks() -> Rush {
         buyers: 4,
         clicks: 50,
         instances: 3,
-        // While the first click sells, the others have long looked, where they are let.
+        // While the first click sells, the other ones have read, if nothing stops them.
         work: Duration::from_millis(50),
         ..Rush::default()
     }
 }
 
-/// The rows are read once nothing can change them any more: what is decided later would be an oversell that nobody has seen.
+/// The judge reads the rows once no order waits: an order decided later could oversell unobserved.
 #[tokio::test]
 async fn a_rush_is_judged_when_no_order_waits_any_more() {
     static WAITING: AtomicU64 = AtomicU64::new(3);
-    fn one_less(place: &KafkaConfig, patience: Duration) -> anyhow::Result<u64> {
+    fn decreasing_lag(kafka: &KafkaConfig, timeout: Duration) -> anyhow::Result<u64> {
         let waiting = WAITING.load(Relaxed);
         WAITING.store(waiting.saturating_sub(1), Relaxed);
-        Ok(waiting + lag(place, patience)?)
+        Ok(waiting + lag(kafka, timeout)?)
     }
     let rush = Rush {
         buyers: 10,
         ..Rush::default()
     };
     let level = Level {
-        lag: Some(one_less),
+        lag: Some(decreasing_lag),
         ..LEVEL
     };
     rush.run(&program(), &level, strategy("single-writer")).await.unwrap();
@@ -181,23 +186,23 @@ async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let server = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
-    sells_refuses_and_repeats(&talk).await.unwrap();
-    refuses_bad_input(&talk).await.unwrap();
-    let sale = talk.sale(SALE).await.unwrap();
+    sells_refuses_and_repeats(&server).await.unwrap();
+    refuses_bad_input(&server).await.unwrap();
+    let sale = server.sale(SALE).await.unwrap();
     assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("single-writer");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
+    let server = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
     println!("they cost {kib} KiB");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 #[rstest]
@@ -206,7 +211,7 @@ async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided(#[case] name: &str) {
     instance_faults::a_kill_leaves_only_what_was_in_flight_undecided(
-        &program_that_is_struck(name),
+        &program_for_instance_faults(name),
         &LEVEL,
         strategy(name),
         &Invariant::ALL,
@@ -220,7 +225,7 @@ async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_und
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided(#[case] name: &str) {
     instance_faults::a_rolling_restart_leaves_nobody_undecided(
-        &program_that_is_struck(name),
+        &program_for_instance_faults(name),
         &LEVEL,
         strategy(name),
         &Invariant::ALL,

@@ -1,6 +1,21 @@
 //! LV.4: orders that are accepted first and decided later, through Kafka.
+//!
+//! `contract` runs whole sales. The other modules inject a fault each into the trip of an order;
+//! every fault is real, and its effect is observed from outside before the test goes on.
 
 #![allow(clippy::unwrap_used)]
 
+mod fixture;
+
 mod contract;
-mod faults;
+
+mod broker;
+mod database;
+mod dead_letters;
+mod fencing;
+mod lifecycle;
+mod offsets;
+mod outages;
+mod outbox_events;
+mod rebalance;
+mod redis_lock;

@@ -46,11 +46,11 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
         .await
         .unwrap();
     let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
-    let topic = lv4_kafka::path::topic(&place);
+    let topic = lv4_kafka::pipeline::orders_topic(&place);
     // With a key, as orders have one: it determines the partition, on the replay as well.
     let key = SALE.to_be_bytes();
     let poison = FutureRecord::to(&topic).key(&key).payload("not an order\n");
-    let producer = lv4_kafka::path::producer(&place).unwrap();
+    let producer = lv4_kafka::pipeline::producer(&place).unwrap();
     let written = producer.send(poison, Duration::from_secs(10)).await.unwrap();
     let (partition, offset) = (written.partition, written.offset);
     let origin = format!("{topic}/{partition}/{offset}");

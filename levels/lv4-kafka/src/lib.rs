@@ -1,9 +1,11 @@
-//! LV.4: orders are accepted first and decided later, by way of Kafka; and nothing is lost on the way.
+//! LV.4: orders are accepted first and processed asynchronously through Kafka, and none is lost.
+//!
+//! [`pipeline`] is what both strategies share; its documentation has the map.
 
+mod decision;
 pub mod lock;
 pub mod locked;
-pub mod path;
-mod reason;
+pub mod pipeline;
 pub mod single_writer;
 
 pub mod mutants {
@@ -14,33 +16,33 @@ pub mod mutants {
 
 use box_office::{FailureMode, Guarantee, Invariant, Level, Mutant, Open, Promises, Schema, Service, Strategy};
 
-/// Tables without a constraint that could keep a guarantee in a strategy's place.
+/// The schema without constraints: a guarantee is kept by the strategy or not at all.
 pub const BARE: Schema = Schema {
     name: "bare",
     migrations: &sqlx::migrate!("migrations/bare"),
 };
 
-/// What LV.1 broke, kept, on any number of instances.
+/// Every invariant, on any number of instances.
 const ANYWHERE: Guarantee = Guarantee::uniform(Promises::ALL_KEPT);
 
-/// The same, as long as the lock lives as long as the work under it.
+/// Every invariant, as long as the lock's lease outlives the work under it.
 const WITHIN_THE_LEASE: Guarantee = ANYWHERE.except(&[
     FailureMode {
-        trigger: "a lease ends under its holder, or under a commit that is still on its way",
+        trigger: "a lease expires while its holder works, or while its commit is in flight",
         violates: OVERSOLD,
     },
     FailureMode {
-        trigger: "a holder stands still for longer than its session, too, so that its order is given to somebody else",
+        trigger: "a holder is frozen for longer than its session as well, so its order is redelivered to another consumer",
         violates: &[Invariant::Conservation, Invariant::NoDuplicate, Invariant::NothingLost],
     },
 ]);
 
 const OVERSOLD: &[Invariant] = &[Invariant::NoOversell, Invariant::Conservation];
 
-/// An order is accepted and never decided.
+/// Broken when an order is accepted and never decided.
 const LOST: &[Invariant] = &[Invariant::NothingLost, Invariant::Progress];
 
-/// A buyer has the same ticket twice.
+/// Broken when an order takes two tickets.
 const TWICE: &[Invariant] = &[Invariant::NoDuplicate, Invariant::NothingLost];
 
 const OVERSELLS: Guarantee = Guarantee::uniform(
@@ -49,76 +51,94 @@ const OVERSELLS: Guarantee = Guarantee::uniform(
         .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
 );
 
-/// On one instance there is one writer all the same.
+/// Oversells on several instances. On one there is a single writer all the same.
 const SEVERAL_WRITERS: Guarantee = Guarantee {
     single_instance: Promises::ALL_KEPT,
     multi_instance: Promises::ALL_KEPT.breaks(&[Invariant::NoOversell, Invariant::Conservation]),
     failure_modes: &[],
 };
 
-/// Nobody is ever told anything.
+/// Loses every order.
 const KEEPS_NOTHING: Guarantee =
     Guarantee::uniform(Promises::ALL_KEPT.breaks(&[Invariant::NothingLost, Invariant::Progress]));
 
-/// The level, as the server, the suite and the runner use it.
+/// The level, as the server, the tests and the runner use it.
 pub static LEVEL: Level = Level {
     name: "lv4",
     package: "lv4-kafka",
     summary: "accepted at once, decided later: orders in Kafka",
-    lag: Some(path::lag),
+    lag: Some(pipeline::lag),
     strategies: &[
-        strategy::<locked::Locked>("locked", "each order alone, under a lock in Redis; the orders of a sale are spread over all consumers").guarantee(WITHIN_THE_LEASE),
-        strategy::<single_writer::SingleWriter>("single-writer", "all orders of a sale in one partition; what has arrived is decided in one transaction").needs(&[Service::Kafka]),
+        strategy::<locked::Locked>(
+            "locked",
+            "each order alone, under a lock in Redis; the orders of a sale are spread over all consumers",
+        )
+        .guarantee(WITHIN_THE_LEASE),
+        strategy::<single_writer::SingleWriter>(
+            "single-writer",
+            "all orders of a sale in one partition; what has arrived is decided in one transaction",
+        )
+        .needs(&[Service::Kafka]),
     ],
     mutants: &[
         mutant(mutants::LOCK_DOES_NOTHING).guarantee(OVERSELLS),
         mutant(mutants::LOCK_WRONG_KEY).guarantee(OVERSELLS),
         mutant(mutants::COMMIT_NOT_COVERED).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a connection breaks with a commit on its way",
-                violates: OVERSOLD,
-            }])),
-        mutant(mutants::PARTITION_BY_BUYER).guarantee(SEVERAL_WRITERS).needs(&[Service::Kafka]),
-        mutant(mutants::ANSWER_BEFORE_ACK).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "the broker is away when an order comes, and its instance is killed",
+            trigger: "a connection breaks with a commit on its way",
+            violates: OVERSOLD,
+        }])),
+        mutant(mutants::PARTITION_BY_BUYER)
+            .guarantee(SEVERAL_WRITERS)
+            .needs(&[Service::Kafka]),
+        mutant(mutants::ANSWER_BEFORE_ACK)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "the broker is away when an order arrives, and the instance is killed",
                 violates: LOST,
-            }])).needs(&[Service::Kafka]),
+            }]))
+            .needs(&[Service::Kafka]),
         mutant(mutants::AUTO_COMMIT).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a consumer is killed with an order in hand",
-                violates: LOST,
-            }])),
+            trigger: "a consumer is killed with an order in flight",
+            violates: LOST,
+        }])),
         mutant(mutants::HIGHEST_OFFSET).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a consumer goes while an order is put off",
-                violates: LOST,
-            }])),
+            trigger: "a consumer leaves while an order is to be retried",
+            violates: LOST,
+        }])),
         mutant(mutants::NO_DEDUPE).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "an order comes a second time: it has two final states, and it is luck which one its buyer is told",
-                violates: &[],
-            }])),
+            trigger: "an order is redelivered: it has two final states, and its buyer sees either",
+            violates: &[],
+        }])),
         mutant(mutants::ERRORS_SWALLOWED).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "Redis or Postgres is away for a moment",
-                violates: LOST,
-            }])),
+            trigger: "Redis or Postgres is away for a moment",
+            violates: LOST,
+        }])),
         mutant(mutants::DEAD_LETTER_ON_FAULT).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "Postgres is away for a moment",
-                violates: LOST,
-            }])),
+            trigger: "Postgres is away for a moment",
+            violates: LOST,
+        }])),
         mutant(mutants::ENDLESS_RETRY).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a message is no order: nobody gets past it",
-                violates: &[],
-            }])),
+            trigger: "a message is no order: it blocks its partition",
+            violates: &[],
+        }])),
         mutant(mutants::POISON_SKIPPED).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a message is no order: nobody ever hears of it",
-                violates: &[],
-            }])),
-        mutant(mutants::OFFSET_NOT_IN_TRANSACTION).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a consumer stands still for longer than its session",
+            trigger: "a message is no order: it is dropped without a trace",
+            violates: &[],
+        }])),
+        mutant(mutants::OFFSET_NOT_IN_TRANSACTION)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer is frozen for longer than its session",
                 violates: TWICE,
-            }])).needs(&[Service::Kafka]),
-        mutant(mutants::NOTIFY_OUTSIDE).guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a consumer is killed between its commit and the news",
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::NOTIFY_OUTSIDE)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer is killed between its commit and the event",
                 violates: LOST,
-            }])).needs(&[Service::Kafka]),
-        mutant(mutants::PRODUCE_NOTHING).guarantee(KEEPS_NOTHING).needs(&[Service::Kafka]),
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::PRODUCE_NOTHING)
+            .guarantee(KEEPS_NOTHING)
+            .needs(&[Service::Kafka]),
     ],
 };
 

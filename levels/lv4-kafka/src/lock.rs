@@ -1,7 +1,11 @@
-//! A small distributed lock: LV.3's spin lock, no more than this level needs of it.
+//! A minimal distributed lock: LV.3's spin lock, reduced to what this level needs.
 //!
-//! One command takes it, and a script gives it back if it still is the owner's. Its lease is fixed, so it has the limit that LV.3 shows: a
-//! holder that stands still for longer than the lease goes on with a lock that somebody else has.
+//! One command acquires it, and a script releases it if the owner still holds it. The lease is
+//! fixed, so the lock has the limit that LV.3 shows: a holder that is frozen for longer than the
+//! lease resumes while another one holds the lock.
+//!
+//! Source: Redis documentation, "Distributed Locks with Redis", "Correct implementation with a
+//! single instance".
 
 use std::time::Duration;
 
@@ -14,47 +18,49 @@ use redis::{
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-/// How long Redis may take for one command.
-const COMMAND: Duration = Duration::from_millis(500);
+/// The timeout of a Redis command and of a connection attempt.
+const COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The pauses between two attempts: short at first, as a lock is held for about a millisecond.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(4);
+/// The bounds of the delay between two attempts: short at first, as a lock is held for about a
+/// millisecond.
+const MIN_BACKOFF: Duration = Duration::from_millis(1);
+const MAX_BACKOFF: Duration = Duration::from_millis(4);
 
-/// Takes locks.
+/// Acquires and releases locks.
 #[derive(Clone)]
-pub struct Locks {
+pub struct LockClient {
     redis: ConnectionManager,
     prefix: String,
     lease: Duration,
     release: Script,
 }
 
-/// A lock that was taken. It is given back with [`Locks::release`], or ends with its lease.
-pub struct Held {
+/// A lock that was acquired. [`LockClient::release`] releases it; otherwise it expires with its
+/// lease.
+pub struct HeldLock {
     key: String,
     owner: String,
 }
 
-impl Locks {
-    /// In the Redis of this context.
+impl LockClient {
+    /// Connects to the Redis of this context.
     ///
     /// # Errors
-    /// There is none, or it does not answer.
-    pub async fn on(context: &StrategyContext) -> anyhow::Result<Self> {
-        let place = context.redis.as_ref().context("this strategy needs REDIS_URL")?;
+    /// If Redis is not configured or does not answer.
+    pub async fn connect(context: &StrategyContext) -> anyhow::Result<Self> {
+        let settings = context.redis.as_ref().context("this strategy needs REDIS_URL")?;
         let config = ConnectionManagerConfig::new()
-            .set_response_timeout(Some(COMMAND))
-            .set_connection_timeout(Some(COMMAND))
+            .set_response_timeout(Some(COMMAND_TIMEOUT))
+            .set_connection_timeout(Some(COMMAND_TIMEOUT))
             .set_max_delay(Duration::from_millis(500));
-        let client = Client::open(missed_soon(place.url.expose().into_connection_info()?))?;
+        let client = Client::open(with_tcp_user_timeout(settings.url.expose().into_connection_info()?))?;
         let redis = ConnectionManager::new_with_config(client, config)
             .await
-            .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", place.url))?;
+            .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", settings.url))?;
         Ok(Self {
             redis,
-            prefix: place.prefix.clone(),
-            lease: place.lease,
+            prefix: settings.prefix.clone(),
+            lease: settings.lease,
             release: Script::new(
                 "if redis.call('get', KEYS[1]) == ARGV[1] then
                      return redis.call('del', KEYS[1])
@@ -64,19 +70,20 @@ impl Locks {
         })
     }
 
-    /// Takes the lock of this name, or gives up after `wait`.
+    /// Acquires the lock of this name.
     ///
     /// # Errors
-    /// It stayed somebody else's, or Redis does not answer.
-    pub async fn acquire(&self, name: &str, wait: Duration) -> Result<Held, ReserveError> {
-        let held = Held {
+    /// [`Indeterminate::Overloaded`] if another owner holds it for longer than `timeout`;
+    /// [`Indeterminate::BackendAway`] if Redis does not answer.
+    pub async fn acquire(&self, name: &str, timeout: Duration) -> Result<HeldLock, ReserveError> {
+        let held = HeldLock {
             key: format!("{}lock:{name}", self.prefix),
             owner: Uuid::new_v4().simple().to_string(),
         };
-        let give_up = Instant::now() + wait;
-        let mut longest = FIRST_PAUSE;
+        let deadline = Instant::now() + timeout;
+        let mut max_delay = MIN_BACKOFF;
         loop {
-            let asked: Result<Option<String>, _> = redis::cmd("SET")
+            let reply: Result<Option<String>, _> = redis::cmd("SET")
                 .arg(&held.key)
                 .arg(&held.owner)
                 .arg("NX")
@@ -84,30 +91,30 @@ impl Locks {
                 .arg(u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX))
                 .query_async(&mut self.redis.clone())
                 .await;
-            match asked {
+            match reply {
                 Ok(None) => {}
                 Ok(Some(_)) => return Ok(held),
                 Err(why) => {
-                    tokio::spawn(self.clone().take_back(held));
+                    tokio::spawn(self.clone().release_until_lease_ends(held));
                     return Err(away(why));
                 }
             }
-            if Instant::now() >= give_up {
+            if Instant::now() >= deadline {
                 return Err(Indeterminate::Overloaded.into());
             }
-            sleep(longest.mul_f64(rand::random_range(0.0..1.0))).await;
-            longest = (longest * 2).min(LONGEST_PAUSE);
+            sleep(max_delay.mul_f64(rand::random_range(0.0..1.0))).await;
+            max_delay = (max_delay * 2).min(MAX_BACKOFF);
         }
     }
 
-    /// Gives it back, if it still is the owner's.
-    pub async fn release(&self, held: Held) {
-        if let Err(why) = self.give_back(&held).await {
-            tracing::warn!(%why, "a lock could not be given back; it ends with its lease");
+    /// Releases a lock if the owner still holds it.
+    pub async fn release(&self, held: HeldLock) {
+        if let Err(why) = self.try_release(&held).await {
+            tracing::warn!(%why, "a lock could not be released; it expires with its lease");
         }
     }
 
-    async fn give_back(&self, held: &Held) -> RedisResult<i32> {
+    async fn try_release(&self, held: &HeldLock) -> RedisResult<i32> {
         let mut redis = self.redis.clone();
         self.release
             .key(&held.key)
@@ -116,31 +123,33 @@ impl Locks {
             .await
     }
 
-    /// Gives back what may have been taken, or will be once Redis goes on: nobody would know whose it is. Commands of a connection are carried out
-    /// in their order, so once one of these is answered nothing is left.
-    async fn take_back(self, held: Held) {
+    /// Releases a lock whose acquisition failed with an unknown outcome: Redis may have granted it,
+    /// or grant it later. Redis executes the commands of a connection in order, so one successful
+    /// release suffices.
+    async fn release_until_lease_ends(self, held: HeldLock) {
         let ends = Instant::now() + self.lease;
-        while self.give_back(&held).await.is_err() && Instant::now() < ends {
-            sleep(COMMAND).await;
+        while self.try_release(&held).await.is_err() && Instant::now() < ends {
+            sleep(COMMAND_TIMEOUT).await;
         }
     }
 
-    /// Whether Redis answers.
+    /// Readiness: Redis answers.
     ///
     /// # Errors
-    /// It does not.
+    /// [`Indeterminate::BackendAway`] otherwise.
     pub async fn ready(&self) -> Result<(), ReserveError> {
         let pong: Result<String, _> = redis::cmd("PING").query_async(&mut self.redis.clone()).await;
         pong.map(drop).map_err(away)
     }
 }
 
-/// A connection whose other end is gone without a word breaks when nothing was acknowledged for so long.
-fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
+/// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged for four
+/// command timeouts.
+fn with_tcp_user_timeout(redis: ConnectionInfo) -> ConnectionInfo {
     #[cfg(target_os = "linux")]
     let redis = {
         let tcp = redis.tcp_settings().clone();
-        redis.set_tcp_settings(tcp.set_user_timeout(4 * COMMAND))
+        redis.set_tcp_settings(tcp.set_user_timeout(4 * COMMAND_TIMEOUT))
     };
     redis
 }

@@ -1,6 +1,8 @@
--- The statements of locked.rs for one order: what the database itself makes of them, without a lock. One client, as the lock has one holder.
--- The buyer's number grows with every order: nobody comes twice.
--- pgbench has no HMAC: an id is the digest of the buyer's number, which jumps about in the index as those of the strategy do.
+-- The statements of locked.rs for one order: the throughput of the database alone, without a lock.
+-- One client, as the lock has one holder.
+-- The buyer's number grows with every order: no buyer orders twice.
+-- pgbench has no HMAC: an id is the digest of the buyer's number, spread over the index as the ids
+-- of the strategy are.
 \set batch 1
 \set first :first + 1
 

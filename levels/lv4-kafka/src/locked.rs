@@ -1,13 +1,16 @@
 //! Each order in a transaction of its own, under the distributed lock of its sale.
 //!
-//! Orders are spread over the partitions, so that every instance decides orders of the same sale at the same time. What keeps them apart is
-//! a lock in Redis, taken for each message, with LV.1's `read_then_write` under it. It is the answer of many tutorials: a queue before, a
-//! lock behind.
+//! Orders are spread over the partitions, so all instances process orders of the same sale
+//! concurrently. A lock in Redis, acquired for each message, serialises them; under it runs LV.1's
+//! `read_then_write`. It is the answer of many tutorials: a queue in front, a lock behind.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances, as long as nobody holds the lock longer than its lease.
-//! Where it ends: with the lease, as in LV.3. And it is slow: a lock, a transaction and a durable commit for each order, one after another,
-//! whatever the number of consumers. The queue takes orders in faster than they are decided, so the buyers wait for longer than in LV.3. And
-//! only Kafka knows how far it is done: a database that is restored from a backup does not get back what was decided since.
+//! Guarantee: keeps every invariant except the order of arrival, on any number of instances, as
+//! long as no holder keeps the lock beyond its lease.
+//!
+//! Limits: the lease, as in LV.3. Throughput: a lock, a transaction and a durable commit for each
+//! order, one after another, whatever the number of consumers. Orders are accepted faster than they
+//! are processed, so buyers wait for longer than in LV.3. Recovery: only Kafka has the offsets, so
+//! a database restored from a backup does not get the later orders back.
 //!
 //! Apache Kafka documentation, 4.6 "Message Delivery Semantics". Book: LV.4, "locked".
 
@@ -30,137 +33,158 @@ use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::{
-    lock::Locks,
-    path::{Backoff, DECIDED, Inbox, OrderMessage, Path, Poison, Taken, Undelivered, member},
-    reason::Reason,
+    decision::DecisionRow,
+    lock::LockClient,
+    pipeline::{
+        Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
+        Undelivered, consumer_config,
+    },
 };
 
-/// How many messages are taken at once at most, and how many of them are in work at the same time.
-const MOST: usize = 64;
-const AT_ONCE: u32 = 4;
+/// The maximum number of messages of a batch.
+const MAX_BATCH: usize = 64;
 
-/// How long a message waits for its lock before it is put off.
-const WAIT: Duration = Duration::from_secs(2);
+/// The maximum number of messages that a consumer processes concurrently.
+const MAX_IN_FLIGHT: u32 = 4;
 
-/// Decides each order under a lock.
+/// How long a message waits for its lock before it is retried later.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Processes each order under the lock of its sale.
 #[derive(Clone)]
 pub struct Locked {
-    path: Arc<Path>,
-    locks: Locks,
+    pipeline: Arc<OrderPipeline>,
+    locks: LockClient,
 }
 
 impl Open for Locked {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
-        let locks = Locks::on(&context).await?;
-        let path = Path::open(context).await?;
-        let locked = Self { path, locks };
-        for number in 1..=locked.path.place.consumers {
-            // ANCHOR: consumer
-            // Offsets are committed by hand, once the rows are durable.
-            let mut config = member(&locked.path.place);
-            config.set("enable.auto.commit", "false");
-            // ANCHOR_END: consumer
-            let inbox = Inbox::open(&locked.path.place, &config)?;
-            let steps = locked.path.context.instrumentation.steps(&format!("consumer {number}"));
-            locked
-                .path
-                .work(inbox.joined(), locked.clone().decide_all(inbox, steps));
-        }
+        let locks = LockClient::connect(&context).await?;
+        let pipeline = OrderPipeline::open(context).await?;
+        let locked = Self { pipeline, locks };
+        locked.start_consumers()?;
         Ok(locked)
     }
 }
 
 impl Locked {
-    // ANCHOR: loop
-    /// Decides what comes, until it is time to stop.
-    async fn decide_all(self, inbox: Inbox, steps: Steps) {
-        let mut backoff = Backoff::default();
-        while let Some(batch) = inbox.batch(MOST, &self.path.stop).await {
-            let outage = AtomicBool::new(false);
-            let decisions: Vec<_> = batch.iter().map(|taken| self.decide(taken, &outage, &steps)).collect();
-            let results: Vec<Result<(), ReserveError>> =
-                stream::iter(decisions).buffered(self.at_once()).collect().await;
+    fn start_consumers(&self) -> anyhow::Result<()> {
+        for number in 1..=self.pipeline.kafka.consumers {
+            // ANCHOR: consumer
+            // Offsets are committed manually, once the rows are durable.
+            let mut config = consumer_config(&self.pipeline.kafka);
+            config.set("enable.auto.commit", "false");
+            // ANCHOR_END: consumer
+            let consumer = OrderConsumer::subscribe(&self.pipeline.kafka, &config)?;
+            let steps = self.pipeline.context.instrumentation.steps(&format!("consumer {number}"));
+            self.pipeline
+                .spawn_consumer(consumer.joined(), self.clone().run_consumer(consumer, steps));
+        }
+        Ok(())
+    }
 
-            // Only the done prefix: up to the first of a partition that could not be decided.
-            let (mut done, mut again) = (BTreeMap::new(), BTreeMap::new());
-            for (&Taken { partition, offset, .. }, result) in batch.iter().zip(results) {
+    // ANCHOR: loop
+    /// Processes batches until shutdown.
+    async fn run_consumer(self, consumer: OrderConsumer, steps: Steps) {
+        let mut backoff = Backoff::default();
+        while let Some(batch) = consumer.poll_batch(MAX_BATCH, &self.pipeline.stop).await {
+            let outage = AtomicBool::new(false);
+            let in_flight: Vec<_> = batch
+                .iter()
+                .map(|message| self.process(message, &outage, &steps))
+                .collect();
+            let results: Vec<Result<(), ReserveError>> =
+                stream::iter(in_flight).buffered(self.max_in_flight()).collect().await;
+
+            // Only the contiguous prefix: in each partition, up to the first message that failed.
+            let (mut processed, mut retry_from) = (BTreeMap::new(), BTreeMap::new());
+            for (&ConsumedMessage { partition, offset, .. }, result) in batch.iter().zip(results) {
                 match result {
-                    Ok(()) if !again.contains_key(&partition) => {
-                        done.insert(partition, offset + 1);
+                    Ok(()) if !retry_from.contains_key(&partition) => {
+                        processed.insert(partition, offset + 1);
                     }
-                    Ok(()) => {} // decided, and decided again after the one before it: its id is known by then
+                    Ok(()) => {} // redelivered with the message before it, and recognised by its id
                     Err(why) => {
-                        tracing::warn!(%why, partition, offset, "put off");
-                        again.entry(partition).or_insert(offset);
+                        tracing::warn!(%why, partition, offset, "processing failed and will be retried");
+                        retry_from.entry(partition).or_insert(offset);
                     }
                 }
             }
             steps.at("batch decided").await;
-            for (partition, offset) in done {
-                inbox.done_before(partition, offset);
-                self.path.dead_letters.passed(partition, offset);
+            for (partition, offset) in processed {
+                consumer.commit_offset(partition, offset);
+                self.pipeline.dead_letters.forget_below(partition, offset);
             }
             steps.at("offsets committed").await;
-            if again.is_empty() {
+            if retry_from.is_empty() {
                 backoff.reset();
             } else {
-                inbox.again(again, backoff.pause(), &self.path.stop).await;
+                consumer
+                    .seek_back(retry_from, backoff.next_delay(), &self.pipeline.stop)
+                    .await;
             }
         }
-        inbox.close().await;
+        consumer.close().await;
     }
     // ANCHOR_END: loop
 
-    /// How many orders are in work at the same time. Each holds a connection, and those who ask how an order ended need one, too.
-    fn at_once(&self) -> usize {
+    /// How many orders a consumer processes concurrently. Each holds a connection of the pool, and
+    /// one is left for the requests that read the outcome of an order.
+    fn max_in_flight(&self) -> usize {
         let spare = self
-            .path
+            .pipeline
             .context
             .database
             .options()
             .get_max_connections()
             .saturating_sub(1);
-        (spare / self.path.place.consumers.max(1)).clamp(1, AT_ONCE) as usize
+        (spare / self.pipeline.kafka.consumers.max(1)).clamp(1, MAX_IN_FLIGHT) as usize
     }
 
-    // ANCHOR: decide
-    /// Decides one order, or says why it can't be decided now.
+    // ANCHOR: process
+    /// Processes one message. A poison message is dead-lettered.
     ///
-    /// Once the database or the lock service has failed one, the rest of the batch is not begun: each would wait for what is away.
-    async fn decide(&self, taken: &Taken, outage: &AtomicBool, steps: &Steps) -> Result<(), ReserveError> {
-        if outage.load(Relaxed) || self.path.stop.is_cancelled() {
+    /// After an outage of the database or of Redis the rest of the batch is not begun: each message
+    /// would wait for its own timeout.
+    ///
+    /// # Errors
+    /// [`Indeterminate`] if the message must be retried.
+    async fn process(&self, message: &ConsumedMessage, outage: &AtomicBool, steps: &Steps) -> Result<(), ReserveError> {
+        if outage.load(Relaxed) || self.pipeline.stop.is_cancelled() {
             return Err(Indeterminate::Overloaded.into());
         }
-        let order = match taken.order(&self.path.ids) {
+        let order = match message.order(&self.pipeline.ids) {
             Ok(order) => order,
-            Err(poison) => return Ok(self.path.dead_letters.bury(taken, &poison).await?),
+            Err(poison) => return Ok(self.pipeline.dead_letters.dead_letter(message, &poison).await?),
         };
         steps.at("message taken").await;
-        let decided = self.decide_under_lock(&order, steps).await;
-        // A lock that is somebody else's says nothing about the next order.
+        let decided = self.process_locked(&order, steps).await;
+        // A lock timeout is no outage: the next order may be of another sale.
         if let Err(ReserveError::Indeterminate(Indeterminate::BackendAway(_) | Indeterminate::TimedOut)) = decided {
             outage.store(true, Relaxed);
         }
         match decided {
             Err(ReserveError::Refused(Refusal::UnknownSale)) => {
-                let poison = Poison::UnknownSale(order.sale_id);
-                Ok(self.path.dead_letters.bury(taken, &poison).await?)
+                let poison = PoisonMessage::UnknownSale(order.sale_id);
+                Ok(self.pipeline.dead_letters.dead_letter(message, &poison).await?)
             }
             decided => decided,
         }
     }
 
-    /// Takes the sale's lock, and gives it back after the commit.
+    /// Acquires the lock of the sale, and releases it after the commit.
     ///
-    /// If that fails, nobody can say whether it was carried out, or still is, and the next one would decide on what was there before it. So the lock is
-    /// not given back then, and ends with its lease.
-    async fn decide_under_lock(&self, order: &OrderMessage, steps: &Steps) -> Result<(), ReserveError> {
-        // The connection first: with the lock in hand, a wait for one would run into its lease.
-        let begun = self.path.context.begin().await;
+    /// If the commit fails, its outcome is unknown: Postgres may still carry it out, and the next
+    /// holder would read the stock from before it. So the lock is not released then, and expires
+    /// with its lease.
+    async fn process_locked(&self, order: &OrderMessage, steps: &Steps) -> Result<(), ReserveError> {
+        // The connection first: the lease would expire while the holder of the lock waits for one.
+        let begun = self.pipeline.context.begin().await;
         let mut tx = begun.map_err(|why| Indeterminate::BackendAway(why.into()))?;
-        let held = self.locks.acquire(&format!("sale:{}", order.sale_id), WAIT).await?;
+        let lock = format!("sale:{}", order.sale_id);
+        let held = self.locks.acquire(&lock, LOCK_TIMEOUT).await?;
         steps.at("lock taken").await;
-        let written = self.decide_alone(&mut tx, order, steps).await;
+        let written = self.process_in_tx(&mut tx, order, steps).await;
         if let Ok(true) = written {
             tx.commit().await?;
             steps.at("committed").await;
@@ -169,8 +193,9 @@ impl Locked {
         written.map(drop)
     }
 
-    /// LV.1's `read_then_write`, in a transaction with the outbox: right as long as nobody else is in it. Tells whether anything was written.
-    async fn decide_alone(
+    /// LV.1's `read_then_write` and the outbox in one transaction: correct as long as no other
+    /// transaction processes orders of the sale. Returns whether it has written anything.
+    async fn process_in_tx(
         &self,
         tx: &mut PgTransaction<'_>,
         order: &OrderMessage,
@@ -181,17 +206,17 @@ impl Locked {
             .fetch_one(&mut **tx)
             .await?;
         if known {
-            return Ok(false); // a replay, or the buyer's own repeat: decided once is decided
+            return Ok(false); // redelivered, replayed or repeated by the buyer: an order is decided once
         }
-        let refused = self.sell(tx, order, steps).await?;
+        let refused = self.decide(tx, order, steps).await?;
         write(tx, order, refused).await?;
-        tell(tx, order.id).await?;
+        append_to_outbox(tx, order.id).await?;
         Ok(true)
     }
-    // ANCHOR_END: decide
+    // ANCHOR_END: process
 
-    /// Takes a ticket, or says why not.
-    async fn sell(
+    /// Decides an order: takes a ticket, or returns the refusal.
+    async fn decide(
         &self,
         tx: &mut PgTransaction<'_>,
         order: &OrderMessage,
@@ -229,7 +254,7 @@ impl Locked {
             None if stock <= 0 => Refusal::SoldOut,
             None => {
                 steps.at("decided to sell").await;
-                self.path.context.simulate_work().await;
+                self.pipeline.context.simulate_work().await;
                 sqlx::query(
                     "update sale
                         set stock = $2
@@ -246,9 +271,9 @@ impl Locked {
     }
 }
 
-/// Writes what was decided: the row that answers every later question.
+/// Writes the decision: the row from which every later request is answered.
 async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option<Refusal>) -> Result<(), ReserveError> {
-    let Reason {
+    let DecisionRow {
         status,
         reason,
         earlier,
@@ -270,14 +295,14 @@ async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option
 }
 
 // ANCHOR: outbox
-/// Puts the news into the outbox. In the transaction of the row: they are both there, or neither is.
-async fn tell(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), ReserveError> {
+/// Appends the event to the outbox, in the transaction of the row: both are stored, or neither is.
+async fn append_to_outbox(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), ReserveError> {
     sqlx::query("insert into outbox (reservation_id) values ($1)")
         .bind(id)
         .execute(&mut **tx)
         .await?;
     sqlx::query("select pg_notify($1, $2)")
-        .bind(DECIDED)
+        .bind(NOTIFY_CHANNEL)
         .bind(id.to_string())
         .execute(&mut **tx)
         .await?;
@@ -289,14 +314,16 @@ async fn tell(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), ReserveError> 
 impl Reserve for Locked {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: accept
-        self.path.knows(order.sale).await?;
-        let id = self.path.ids.id(order);
+        self.pipeline.ensure_sale(order.sale).await?;
+        let id = self.pipeline.ids.for_order(order);
         let message = OrderMessage::new(id, order).to_bytes();
         steps.at("order checked").await;
 
-        // By its own id: the orders of a sale are spread over all partitions.
-        let record = FutureRecord::to(&self.path.topic).key(id.as_bytes()).payload(&message);
-        let sent = self.path.producer.send(record, Duration::ZERO).await;
+        // Keyed by its own id: the orders of a sale are spread over all partitions.
+        let record = FutureRecord::to(&self.pipeline.topic)
+            .key(id.as_bytes())
+            .payload(&message);
+        let sent = self.pipeline.producer.send(record, Duration::ZERO).await;
         sent.map_err(|(why, _)| Undelivered(why))?;
         steps.at("acknowledged").await;
         Ok(Outcome::Accepted(Reservation { id }))
@@ -305,18 +332,18 @@ impl Reserve for Locked {
 
     async fn ready(&self) -> Result<(), ReserveError> {
         self.locks.ready().await?;
-        self.path.ready().await
+        self.pipeline.ready().await
     }
 
     fn accepted(&self, id: Uuid) -> bool {
-        self.path.ids.made(id)
+        self.pipeline.ids.verify(id)
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
-        self.path.events.after(id, after, patience).await.map(Some)
+    async fn events(&self, id: Uuid, after: i64, timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+        self.pipeline.outbox.events_after(id, after, timeout).await.map(Some)
     }
 
     async fn close(&self) {
-        self.path.close().await;
+        self.pipeline.close().await;
     }
 }

@@ -1,6 +1,9 @@
--- The statements of single_writer.rs for one batch: what the database itself makes of them. One client, as a sale has one writer.
--- `first` is the offset at which the next batch begins, and the buyers are numbered with it: nobody comes twice.
--- pgbench has no HMAC: an id is the digest of the buyer's number, which jumps about in the index as those of the strategy do.
+-- The statements of single_writer.rs for one batch: the throughput of the database alone. One
+-- client, as a sale has one writer.
+-- `first` is the offset at which the next batch begins, and the buyers are numbered with it: no
+-- buyer orders twice.
+-- pgbench has no HMAC: an id is the digest of the buyer's number, spread over the index as the ids
+-- of the strategy are.
 \set batch 2000
 \set next :first + :batch
 

@@ -1,21 +1,29 @@
-//! One writer for each sale: all orders of a sale lie in one partition, and a partition has one consumer.
+//! One writer for each sale: all orders of a sale are in one partition, and a partition has one
+//! consumer.
 //!
-//! So nobody has to be kept apart. What has arrived is one batch: it is read, decided in memory in the order of the partition, and written
-//! in one transaction, which also moves the partition's offset in the database. A lock is paid for with every order; a batch is paid for
-//! once, and it gets larger the more there is to do.
+//! So no lock is needed. The messages that have arrived are one batch: its state is read, its
+//! orders are decided in memory in the order of the partition, and the rows are written in one
+//! transaction, which also advances the partition's offset in the database. A lock costs a round
+//! trip for every order; a batch costs one transaction, and it grows with the backlog.
 //!
-//! "A partition has one consumer" is what Kafka's group means, not what it can enforce: a consumer that stood still for longer than its
-//! session wakes up and believes that the partition is still its own. Its batch moves the offset from where it began, and by then the offset
-//! is somewhere else: no row is touched, and the whole transaction is given up. The offset is the fence.
+//! "A partition has one consumer" is what Kafka's group assigns, not what it can enforce: a
+//! consumer that was frozen for longer than its session resumes and still believes that it owns the
+//! partition. Its transaction advances the offset from the value it has read. By then the offset
+//! has moved, the update matches no row, and the transaction is rolled back. The offset is the
+//! fence.
 //!
-//! It is no more than that. That an order was decided, only its row says: a topic that is made anew counts from nothing again, and a database
-//! that is restored knows less than the group has committed.
+//! It is no more than that. Whether an order was decided is known from its row only: a recreated
+//! topic counts from zero again, and a restored database lags behind the committed offsets.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances. Orders are decided in the order in which the broker
-//! wrote them. Where it ends: one sale is decided by one consumer; more instances help only where there are more sales. And `pg_notify` takes a
-//! lock that all databases of the server share, from then until the commit is durable: consumers commit one after another.
+//! Guarantee: keeps every invariant except the order of arrival, on any number of instances. Orders
+//! are decided in the order in which the broker appended them.
 //!
-//! Apache Kafka documentation, 4.6 "Message Delivery Semantics" (storing the offset with the output). Book: LV.4, "single-writer".
+//! Limits: the orders of a sale are processed by one consumer; more instances help only with more
+//! sales. `pg_notify` takes a lock that is global to the Postgres server and held until the commit
+//! is durable, so consumers commit one after another.
+//!
+//! Apache Kafka documentation, 4.6 "Message Delivery Semantics" (storing the offset with the
+//! output). Book: LV.4, "single-writer".
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -32,116 +40,134 @@ use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::{
-    path::{Backoff, DECIDED, Inbox, OrderMessage, Path, Poison, Taken, Undelivered, announcements, member},
-    reason::Reason,
+    decision::DecisionRow,
+    pipeline::{
+        Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
+        Undelivered, consumer_config, notify_payloads,
+    },
 };
 
-/// How many messages are decided at once at most.
-const MOST: usize = 2000;
+/// The maximum number of messages of a batch.
+const MAX_BATCH: usize = 2000;
 
-/// Decides what has arrived for a sale, all at once.
+/// Processes the orders of a partition in batches, one transaction each.
 #[derive(Clone)]
 pub struct SingleWriter {
-    path: Arc<Path>,
+    pipeline: Arc<OrderPipeline>,
 }
 
-/// What there is to know before a batch can be decided.
-struct Before {
+/// The state of the database on which a batch is decided.
+struct BatchState {
+    /// The tickets left of each sale.
     stock: HashMap<SaleId, i64>,
+    /// The orders that have a row.
     decided: HashSet<Uuid>,
+    /// The reservation of each buyer who has a ticket.
     tickets: HashMap<(SaleId, BuyerId), Uuid>,
+    /// The buyer of each request key.
     keys: HashMap<(SaleId, String), BuyerId>,
 }
 
-impl Before {
-    /// Whether this order is one of a sale, and not decided.
-    fn lacks(&self, order: &OrderMessage) -> bool {
+impl BatchState {
+    /// Whether the sale exists and the order is not decided.
+    fn is_pending(&self, order: &OrderMessage) -> bool {
         self.stock.contains_key(&order.sale_id) && !self.decided.contains(&order.id)
     }
 }
 
-/// An order with its answer.
+/// An order and its refusal, or `None`: it gets a ticket.
 type Decision = (OrderMessage, Option<Refusal>);
 
 impl Open for SingleWriter {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let writer = Self {
-            path: Path::open(context).await?,
+            pipeline: OrderPipeline::open(context).await?,
         };
-        for number in 1..=writer.path.place.consumers {
-            let mut config = member(&writer.path.place);
-            config.set("enable.auto.commit", "false");
-            let inbox = Inbox::open(&writer.path.place, &config)?;
-            let steps = writer.path.context.instrumentation.steps(&format!("consumer {number}"));
-            writer
-                .path
-                .work(inbox.joined(), writer.clone().decide_all(inbox, steps));
-        }
+        writer.start_consumers()?;
         Ok(writer)
     }
 }
 
 impl SingleWriter {
+    fn start_consumers(&self) -> anyhow::Result<()> {
+        for number in 1..=self.pipeline.kafka.consumers {
+            let mut config = consumer_config(&self.pipeline.kafka);
+            config.set("enable.auto.commit", "false");
+            let consumer = OrderConsumer::subscribe(&self.pipeline.kafka, &config)?;
+            let steps = self.pipeline.context.instrumentation.steps(&format!("consumer {number}"));
+            self.pipeline
+                .spawn_consumer(consumer.joined(), self.clone().run_consumer(consumer, steps));
+        }
+        Ok(())
+    }
+
     // ANCHOR: loop
-    /// Decides what comes, until it is time to stop.
-    async fn decide_all(self, inbox: Inbox, steps: Steps) {
+    /// Processes batches until shutdown.
+    async fn run_consumer(self, consumer: OrderConsumer, steps: Steps) {
         let mut backoff = Backoff::default();
-        while let Some(arrived) = inbox.batch(MOST, &self.path.stop).await {
-            let mut batches: BTreeMap<i32, Vec<Taken>> = BTreeMap::new();
-            for taken in arrived {
-                batches.entry(taken.partition).or_default().push(taken);
+        while let Some(arrived) = consumer.poll_batch(MAX_BATCH, &self.pipeline.stop).await {
+            let mut batches: BTreeMap<i32, Vec<ConsumedMessage>> = BTreeMap::new();
+            for message in arrived {
+                batches.entry(message.partition).or_default().push(message);
             }
-            let mut again = BTreeMap::new();
+            let mut retry_from = BTreeMap::new();
             for (partition, batch) in batches {
-                if self.path.stop.is_cancelled() {
-                    break; // what is not begun is for others
+                if self.pipeline.stop.is_cancelled() {
+                    break; // messages not begun are redelivered to the partition's next owner
                 }
                 let (first, next) = (batch[0].offset, batch[batch.len() - 1].offset + 1);
-                match self.decide(partition, batch, &inbox, &steps).await {
-                    Ok(done) if done == next => {
-                        inbox.done_before(partition, next);
-                        self.path.dead_letters.passed(partition, next);
+                match self.process(partition, batch, &consumer, &steps).await {
+                    Ok(resume_at) if resume_at == next => {
+                        consumer.commit_offset(partition, next);
+                        self.pipeline.dead_letters.forget_below(partition, next);
                         steps.at("offsets committed").await;
                     }
-                    Ok(back) => {
-                        again.insert(partition, back);
+                    Ok(resume_at) => {
+                        retry_from.insert(partition, resume_at);
                     }
                     Err(why) => {
-                        tracing::warn!(%why, partition, first, "put off");
-                        again.insert(partition, first);
+                        tracing::warn!(%why, partition, first, "processing failed and will be retried");
+                        retry_from.insert(partition, first);
                     }
                 }
             }
-            if again.is_empty() {
+            if retry_from.is_empty() {
                 backoff.reset();
             } else {
-                inbox.again(again, backoff.pause(), &self.path.stop).await;
+                consumer
+                    .seek_back(retry_from, backoff.next_delay(), &self.pipeline.stop)
+                    .await;
             }
         }
-        inbox.close().await;
+        consumer.close().await;
     }
     // ANCHOR_END: loop
 
-    // ANCHOR: decide
-    /// Decides what has arrived in one partition, in one transaction. Returns where to go on: after it, or further back.
-    async fn decide(
+    // ANCHOR: process
+    /// Processes a batch of one partition in one transaction. Returns the offset at which to
+    /// resume: after the batch, or further back.
+    ///
+    /// # Errors
+    /// [`Indeterminate`](ReserveError::Indeterminate) if the batch must be retried.
+    async fn process(
         &self,
         partition: i32,
-        batch: Vec<Taken>,
-        inbox: &Inbox,
+        batch: Vec<ConsumedMessage>,
+        consumer: &OrderConsumer,
         steps: &Steps,
     ) -> Result<i64, ReserveError> {
         steps.at("batch taken").saw(batch.len()).await;
         let (first, last) = (batch[0].offset, batch[batch.len() - 1].offset);
-        let fence = self.next_offset(partition, inbox).await?;
-        // Orders in between were never decided here, whatever the group has committed: this database was restored from a backup, or is a
-        // replica that had not heard of the last ones when it took over.
-        if fence < first && !inbox.went_back_to(partition, fence) {
+        let fence = self.next_offset(partition, consumer).await?;
+        // The orders in between have no rows here, whatever the group has committed: this database
+        // was restored from a backup, or is a replica that lacked the last transactions when it was
+        // promoted.
+        if fence < first && !consumer.has_rewound_to(partition, fence) {
             tracing::warn!(
                 partition,
                 fence,
                 first,
-                "some before these are not decided: back to them"
+                "earlier messages are not processed here: seeking back to them"
             );
             return Ok(fence);
         }
@@ -150,30 +176,31 @@ impl SingleWriter {
                 partition,
                 fence,
                 first,
-                "what lay in between is not decided, and the topic has it no more"
+                "the messages in between are not processed, and the topic no longer has them"
             );
         }
 
         let orders = self.orders(batch).await?;
-        let mut tx = self.path.context.begin().await?;
-        let before = read(&mut tx, &orders).await?;
-        // What lies before the fence has been decided; only Kafka had not heard of it. Its id says so: an offset alone may be used again, in a
-        // topic that was made anew, or by a broker that has lost the end of its log.
-        let came_again = orders
+        let mut tx = self.pipeline.context.begin().await?;
+        let state = read(&mut tx, &orders).await?;
+        // Orders below the fence are decided, and only their commit to Kafka is missing. Their ids
+        // prove it, not their offsets: a recreated topic, or a broker that has lost the end of its
+        // log, reuses offsets.
+        let offsets_reused = orders
             .iter()
-            .any(|(taken, order)| taken.offset < fence && before.lacks(order));
-        if came_again {
+            .any(|(message, order)| message.offset < fence && state.is_pending(order));
+        if offsets_reused {
             tracing::error!(
                 partition,
                 first,
                 fence,
-                "offsets have come again, with orders that nobody has decided"
+                "offsets were reused for orders that are not decided"
             );
         }
-        let next = if came_again { last + 1 } else { fence.max(last + 1) };
-        let decisions = self.decided(before, orders).await?;
+        let next = if offsets_reused { last + 1 } else { fence.max(last + 1) };
+        let decisions = self.decide_batch(state, orders).await?;
         steps.at("batch decided").saw(decisions.len()).await;
-        self.path.context.simulate_work().await;
+        self.pipeline.context.simulate_work().await;
 
         let moved = sqlx::query(
             "update partition_offset
@@ -182,89 +209,91 @@ impl SingleWriter {
                 and partition = $2
                 and next_offset = $3",
         )
-        .bind(&self.path.topic)
+        .bind(&self.pipeline.topic)
         .bind(partition)
         .bind(fence)
         .bind(next)
         .execute(&mut *tx)
         .await?;
         if moved.rows_affected() == 0 {
-            tracing::warn!(partition, fence, "too late: somebody else has decided in the meantime");
+            tracing::warn!(partition, fence, "fenced: another consumer has processed this batch");
             return Ok(first);
         }
         write(&mut tx, &decisions).await?;
-        tell(&mut tx, &decisions).await?;
+        append_to_outbox(&mut tx, &decisions).await?;
         steps.at("rows written").await;
         tx.commit().await?;
         steps.at("committed").await;
         Ok(last + 1)
     }
-    // ANCHOR_END: decide
+    // ANCHOR_END: process
 
     // ANCHOR: next-offset
-    /// The next offset of a partition to decide. Of a new one: the first that it holds.
-    async fn next_offset(&self, partition: i32, inbox: &Inbox) -> Result<i64, ReserveError> {
+    /// The next offset of a partition to process, as the database has it. Of a new partition: its
+    /// log start offset.
+    async fn next_offset(&self, partition: i32, consumer: &OrderConsumer) -> Result<i64, ReserveError> {
         let next = sqlx::query_scalar(
             "select next_offset
                from partition_offset
               where topic = $1
                 and partition = $2",
         )
-        .bind(&self.path.topic)
+        .bind(&self.pipeline.topic)
         .bind(partition)
-        .fetch_optional(&self.path.context.database)
+        .fetch_optional(&self.pipeline.context.database)
         .await?;
         if let Some(next) = next {
             return Ok(next);
         }
-        let earliest = inbox.earliest(partition).await?;
+        let earliest = consumer.log_start_offset(partition).await?;
         sqlx::query(
             "insert into partition_offset (topic, partition, next_offset)
              values ($1, $2, $3)
                  on conflict do nothing",
         )
-        .bind(&self.path.topic)
+        .bind(&self.pipeline.topic)
         .bind(partition)
         .bind(earliest)
-        .execute(&self.path.context.database)
+        .execute(&self.pipeline.context.database)
         .await?;
         Ok(earliest)
     }
     // ANCHOR_END: next-offset
 
-    /// The orders in a batch. What is none goes to the dead letters.
-    async fn orders(&self, batch: Vec<Taken>) -> Result<Vec<(Taken, OrderMessage)>, ReserveError> {
+    /// Decodes the orders of a batch. Poison messages are dead-lettered.
+    async fn orders(&self, batch: Vec<ConsumedMessage>) -> Result<Vec<(ConsumedMessage, OrderMessage)>, ReserveError> {
         let mut orders = Vec::with_capacity(batch.len());
-        for taken in batch {
-            match taken.order(&self.path.ids) {
-                Ok(order) => orders.push((taken, order)),
-                Err(poison) => self.path.dead_letters.bury(&taken, &poison).await?,
+        for message in batch {
+            match message.order(&self.pipeline.ids) {
+                Ok(order) => orders.push((message, order)),
+                Err(poison) => self.pipeline.dead_letters.dead_letter(&message, &poison).await?,
             }
         }
         Ok(orders)
     }
 
-    // ANCHOR: decided
-    /// Decides one order after the other, in the order of the partition. Nobody else does it for these sales.
-    async fn decided(
+    // ANCHOR: decide_batch
+    /// Decides the orders one after another, in the order of the partition. No other consumer
+    /// decides orders of these sales.
+    async fn decide_batch(
         &self,
-        mut before: Before,
-        orders: Vec<(Taken, OrderMessage)>,
+        mut state: BatchState,
+        orders: Vec<(ConsumedMessage, OrderMessage)>,
     ) -> Result<Vec<Decision>, ReserveError> {
         let mut decisions = Vec::with_capacity(orders.len());
-        for (taken, order) in orders {
+        for (message, order) in orders {
             let sale = order.sale_id;
-            let Some(stock) = before.stock.get_mut(&sale) else {
-                let poison = Poison::UnknownSale(sale);
-                self.path.dead_letters.bury(&taken, &poison).await?;
+            let Some(stock) = state.stock.get_mut(&sale) else {
+                let poison = PoisonMessage::UnknownSale(sale);
+                self.pipeline.dead_letters.dead_letter(&message, &poison).await?;
                 continue;
             };
-            if !before.decided.insert(order.id) {
-                continue; // the buyer's own repeat: decided once is decided
+            if !state.decided.insert(order.id) {
+                continue; // redelivered, replayed or repeated by the buyer: an order is decided once
             }
-            let key_of = before.keys.entry((sale, order.request_key.to_string()));
+            let key_of = state.keys.entry((sale, order.request_key.to_string()));
             let key_of = *key_of.or_insert(order.buyer_id);
-            let refused = match before.tickets.get(&(sale, order.buyer_id)) {
+            let refused = match state.tickets.get(&(sale, order.buyer_id)) {
                 _ if key_of != order.buyer_id => Some(Refusal::KeyOfAnotherBuyer),
                 Some(&id) => Some(Refusal::AlreadyReserved {
                     earlier: Reservation { id },
@@ -272,7 +301,7 @@ impl SingleWriter {
                 None if *stock <= 0 => Some(Refusal::SoldOut),
                 None => {
                     *stock -= 1;
-                    before.tickets.insert((sale, order.buyer_id), order.id);
+                    state.tickets.insert((sale, order.buyer_id), order.id);
                     None
                 }
             };
@@ -280,11 +309,14 @@ impl SingleWriter {
         }
         Ok(decisions)
     }
-    // ANCHOR_END: decided
+    // ANCHOR_END: decide_batch
 }
 
-/// Reads what the orders of a batch depend on.
-async fn read(tx: &mut PgTransaction<'_>, orders: &[(Taken, OrderMessage)]) -> Result<Before, ReserveError> {
+/// Reads the state on which the orders of a batch depend.
+async fn read(
+    tx: &mut PgTransaction<'_>,
+    orders: &[(ConsumedMessage, OrderMessage)],
+) -> Result<BatchState, ReserveError> {
     let sales: Vec<SaleId> = orders.iter().map(|(_, order)| order.sale_id).collect();
     let buyers: Vec<BuyerId> = orders.iter().map(|(_, order)| order.buyer_id).collect();
     let keys: Vec<&str> = orders.iter().map(|(_, order)| order.request_key.as_str()).collect();
@@ -310,29 +342,29 @@ async fn read(tx: &mut PgTransaction<'_>, orders: &[(Taken, OrderMessage)]) -> R
     .bind(&keys)
     .fetch_all(&mut **tx)
     .await?;
-    let mut before = Before {
+    let mut state = BatchState {
         stock: stock.into_iter().collect(),
         decided: HashSet::new(),
         tickets: HashMap::new(),
         keys: HashMap::new(),
     };
     for (id, sale, buyer, key, confirmed) in rows {
-        before.decided.insert(id);
-        before.keys.entry((sale, key)).or_insert(buyer);
+        state.decided.insert(id);
+        state.keys.entry((sale, key)).or_insert(buyer);
         if confirmed {
-            before.tickets.insert((sale, buyer), id);
+            state.tickets.insert((sale, buyer), id);
         }
     }
-    Ok(before)
+    Ok(state)
 }
 
-/// Writes what was decided, and takes the tickets.
+/// Writes the decisions, and takes the tickets off the stock.
 async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
-    let mut taken: HashMap<SaleId, i64> = HashMap::new();
+    let mut sold: HashMap<SaleId, i64> = HashMap::new();
     for (order, _) in decisions.iter().filter(|(_, refused)| refused.is_none()) {
-        *taken.entry(order.sale_id).or_default() += 1;
+        *sold.entry(order.sale_id).or_default() += 1;
     }
-    let (sales, counts): (Vec<SaleId>, Vec<i64>) = taken.into_iter().unzip();
+    let (sales, counts): (Vec<SaleId>, Vec<i64>) = sold.into_iter().unzip();
     sqlx::query(
         "update sale
             set stock = stock - taken.count
@@ -345,7 +377,7 @@ async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(),
     .await?;
 
     let orders = || decisions.iter().map(|(order, _)| order);
-    let reasons: Vec<Reason> = decisions.iter().map(|&(_, refused)| refused.into()).collect();
+    let reasons: Vec<DecisionRow> = decisions.iter().map(|&(_, refused)| refused.into()).collect();
     sqlx::query(
         "insert into reservation (id, sale_id, buyer_id, request_key, status, reason, earlier)
             select *
@@ -363,16 +395,16 @@ async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(),
     Ok(())
 }
 
-/// Puts the news into the outbox. In the transaction of the rows: they are all there, or none is.
-async fn tell(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
+/// Appends the events to the outbox, in the transaction of the rows: all are stored, or none is.
+async fn append_to_outbox(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
     let ids: Vec<Uuid> = decisions.iter().map(|(order, _)| order.id).collect();
     sqlx::query("insert into outbox (reservation_id) select unnest($1::uuid[])")
         .bind(&ids)
         .execute(&mut **tx)
         .await?;
     sqlx::query("select pg_notify($1, named) from unnest($2::text[]) as named")
-        .bind(DECIDED)
-        .bind(announcements(&ids))
+        .bind(NOTIFY_CHANNEL)
+        .bind(notify_payloads(&ids))
         .execute(&mut **tx)
         .await?;
     Ok(())
@@ -382,15 +414,16 @@ async fn tell(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), 
 impl Reserve for SingleWriter {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: accept
-        self.path.knows(order.sale).await?;
-        let id = self.path.ids.id(order);
+        self.pipeline.ensure_sale(order.sale).await?;
+        let id = self.pipeline.ids.for_order(order);
         let message = OrderMessage::new(id, order).to_bytes();
         steps.at("order checked").await;
 
-        // By its sale: all orders of a sale lie in one partition, in the order in which the broker wrote them.
+        // Keyed by its sale: all orders of a sale are in one partition, in the order in which the
+        // broker appended them.
         let sale = order.sale.to_be_bytes();
-        let record = FutureRecord::to(&self.path.topic).key(&sale).payload(&message);
-        let sent = self.path.producer.send(record, Duration::ZERO).await;
+        let record = FutureRecord::to(&self.pipeline.topic).key(&sale).payload(&message);
+        let sent = self.pipeline.producer.send(record, Duration::ZERO).await;
         sent.map_err(|(why, _)| Undelivered(why))?;
         steps.at("acknowledged").await;
         Ok(Outcome::Accepted(Reservation { id }))
@@ -398,18 +431,18 @@ impl Reserve for SingleWriter {
     }
 
     async fn ready(&self) -> Result<(), ReserveError> {
-        self.path.ready().await
+        self.pipeline.ready().await
     }
 
     fn accepted(&self, id: Uuid) -> bool {
-        self.path.ids.made(id)
+        self.pipeline.ids.verify(id)
     }
 
-    async fn events(&self, id: Uuid, after: i64, patience: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
-        self.path.events.after(id, after, patience).await.map(Some)
+    async fn events(&self, id: Uuid, after: i64, timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
+        self.pipeline.outbox.events_after(id, after, timeout).await.map(Some)
     }
 
     async fn close(&self) {
-        self.path.close().await;
+        self.pipeline.close().await;
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use box_office::{KafkaConfig, kafka_bootstrap_servers, kafka_prefix};
 use clap::{Args, Subcommand};
-use lv4_kafka::path::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
+use lv4_kafka::pipeline::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
 use rdkafka::error::KafkaError;
 
 use crate::exit::ExitKind;
@@ -66,7 +66,7 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<ExitKind> {
         session: TIMEOUT,
     };
     let config = kafka.clone();
-    let letters = tokio::task::spawn_blocking(move || dead_letters(&config, TIMEOUT)).await??;
+    let letters = tokio::task::spawn_blocking(move || list_dead_letters(&config, TIMEOUT)).await??;
     match &args.action {
         None => list(&letters, &kafka, false)?,
         Some(Action::List { json }) => list(&letters, &kafka, *json)?,
@@ -75,9 +75,9 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<ExitKind> {
             let replayed = replay_all(&kafka, TIMEOUT).await?;
             println!(
                 "{replayed} are in {} again: each is processed, or becomes a dead letter again",
-                topic(&kafka)
+                orders_topic(&kafka)
             );
-            for letter in letters.iter().filter(|letter| !letter.can_be_sent_back()) {
+            for letter in letters.iter().filter(|letter| !letter.is_replayable()) {
                 println!("{} is larger than that topic accepts, and stays", letter.origin);
             }
         }
@@ -88,7 +88,7 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<ExitKind> {
             replay(&kafka, origin, TIMEOUT).await?;
             println!(
                 "{origin} is in {} again: it is processed, or becomes a dead letter again",
-                topic(&kafka)
+                orders_topic(&kafka)
             );
         }
     }

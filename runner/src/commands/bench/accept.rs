@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use box_office::{KafkaConfig, Order, RequestKey, Strategy};
 use harness::rush::{Program, SALE};
-use lv4_kafka::path::{OrderMessage, PARTITIONS, topic};
+use lv4_kafka::pipeline::{OrderMessage, PARTITIONS, topic};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},
@@ -235,7 +235,7 @@ fn messages(kafka: &KafkaConfig) -> anyhow::Result<Vec<i64>> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", &kafka.bootstrap_servers)
         .create()?;
-    let topic = topic(kafka);
+    let topic = orders_topic(kafka);
     let counted = (0..PARTITIONS).map(|partition| {
         let (low, high) = consumer.fetch_watermarks(&topic, partition, TIMEOUT)?;
         Ok(high - low)

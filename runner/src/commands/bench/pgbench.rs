@@ -238,7 +238,7 @@ mod tests {
     #[cfg(feature = "lv4")]
     #[test]
     fn the_batches_of_pgbench_are_those_of_the_strategy() {
-        for (name, most) in [("single-writer", "const MOST: usize = 2000;"), ("locked", "")] {
+        for (name, most) in [("single-writer", "const MAX_BATCH: usize = 2000;"), ("locked", "")] {
             let strategy = SelectedStrategy::one(&format!("lv4/{name}")).expect("LV.4 has it");
             let (pgbench, batch) = Pgbench::find_batches(strategy)
                 .expect("pgbench is there")

@@ -1,19 +1,16 @@
-//! How a decision is stored in its row.
+//! The columns in which a decision is stored.
 
 use box_office::{ProblemKind, Refusal};
 use uuid::Uuid;
 
-/// The columns of a decision in `reservation`.
-///
-/// `reason` is the name of the [`ProblemKind`] of the refusal, so that a stored reason is the same word as a `type`
-/// in an HTTP response.
-pub(crate) struct Reason {
+/// The columns `status`, `reason` and `earlier` of a reservation.
+pub(crate) struct DecisionRow {
     pub(crate) status: &'static str,
     pub(crate) reason: Option<&'static str>,
     pub(crate) earlier: Option<Uuid>,
 }
 
-impl From<Option<Refusal>> for Reason {
+impl From<Option<Refusal>> for DecisionRow {
     fn from(refused: Option<Refusal>) -> Self {
         Self {
             status: if refused.is_some() { "refused" } else { "confirmed" },

@@ -1,0 +1,263 @@
+//! A Kafka consumer: polls batches, commits offsets, and seeks back after a fault.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use box_office::{Indeterminate, KafkaConfig};
+use futures_util::FutureExt;
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    consumer::{CommitMode, Consumer, StreamConsumer},
+    error::KafkaResult,
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    ConsumedMessage,
+    rebalance::RebalanceListener,
+    topics::{client_config, consumer_group, orders_topic},
+};
+
+/// The timeout of a request for offsets.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The timeout of a seek.
+const SEEK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The delay before a failed seek is retried.
+const SEEK_RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// How long a consumer may take to leave the group on shutdown.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A member of the consumer group that reads the orders topic.
+pub struct OrderConsumer {
+    consumer: Arc<StreamConsumer<RebalanceListener>>,
+    topic: String,
+    joined: watch::Receiver<bool>,
+}
+
+// ANCHOR: consumer_config
+/// The configuration that all consumers of the group share. The strategy adds whether and when
+/// offsets are committed.
+pub fn consumer_config(kafka: &KafkaConfig) -> ClientConfig {
+    // A heartbeat's answer announces a rebalance, so a new consumer waits for the next heartbeat of
+    // all others.
+    let heartbeat = (kafka.session / 3).min(Duration::from_millis(250));
+    let mut config = client_config(kafka);
+    config
+        .set("group.id", consumer_group(kafka))
+        .set("session.timeout.ms", kafka.session.as_millis().to_string())
+        .set("heartbeat.interval.ms", heartbeat.as_millis().to_string())
+        // A new group begins with the oldest order, not with the first that arrives after it.
+        .set("auto.offset.reset", "earliest")
+        // A rebalance moves only the partitions that change owner; the other ones are consumed
+        // meanwhile.
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        .set("fetch.error.backoff.ms", "50")
+        // The client has one fetch in flight per broker. While that waits for messages, no other
+        // partition is fetched.
+        .set("fetch.wait.max.ms", "50")
+        // Prefetched messages take up this process's memory.
+        .set("queued.min.messages", "5000")
+        .set("queued.max.messages.kbytes", "16384")
+        // Fetch again as soon as there is room in the queue: the default delay is a second.
+        .set("fetch.queue.backoff.ms", "5");
+    config
+}
+// ANCHOR_END: consumer_config
+
+impl OrderConsumer {
+    /// Creates a consumer and subscribes it to the orders topic. It joins the group in the
+    /// background.
+    ///
+    /// # Errors
+    /// If the client rejects its configuration.
+    pub fn subscribe(kafka: &KafkaConfig, config: &ClientConfig) -> KafkaResult<Self> {
+        let (sender, joined) = watch::channel(false);
+        let consumer: StreamConsumer<RebalanceListener> = config.create_with_context(RebalanceListener::new(sender))?;
+        let topic = orders_topic(kafka);
+        consumer.subscribe(&[&topic])?;
+        Ok(Self {
+            consumer: Arc::new(consumer),
+            topic,
+            joined,
+        })
+    }
+
+    /// Becomes `true` once the group has assigned partitions to this consumer.
+    pub fn joined(&self) -> watch::Receiver<bool> {
+        self.joined.clone()
+    }
+
+    // ANCHOR: poll_batch
+    /// Polls a batch: at least one message and at most `max`, without waiting for more than one.
+    /// `None` on shutdown.
+    ///
+    /// Between two calls no partition is revoked: the consumer finishes its batch first. The
+    /// exception is a batch that takes longer than the session, after which the group considers
+    /// the consumer dead.
+    pub async fn poll_batch(&self, max: usize, stop: &CancellationToken) -> Option<Vec<ConsumedMessage>> {
+        loop {
+            let first = self.next_message(stop).await?;
+            self.consumer.context().assignment().begin_batch();
+            let mut batch = vec![first];
+            while batch.len() < max {
+                let next = self.consumer.recv().now_or_never();
+                // That call may run a rebalance. The messages of a revoked partition belong to its
+                // next owner.
+                self.consumer.context().assignment().drop_revoked(&mut batch);
+                let Some(Ok(message)) = next else { break };
+                batch.push(ConsumedMessage::new(&message));
+            }
+            if !batch.is_empty() {
+                return Some(batch);
+            }
+        }
+    }
+    // ANCHOR_END: poll_batch
+
+    /// Waits for the next message. `None` on shutdown.
+    async fn next_message(&self, stop: &CancellationToken) -> Option<ConsumedMessage> {
+        loop {
+            let check_at = self.consumer.context().assignment().check_commits_at();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return None,
+                () = sleep_until(check_at.unwrap_or_else(Instant::now)), if check_at.is_some() => {
+                    self.check_commits().await;
+                }
+                received = self.consumer.recv() => match received {
+                    Ok(message) => return Some(ConsumedMessage::new(&message)),
+                    // Usually the broker is away. The client reconnects by itself.
+                    Err(why) => tracing::warn!(%why, "polling failed"),
+                },
+            }
+        }
+    }
+
+    /// Commits `offset`: everything below it is processed, and the partition's next owner begins
+    /// there. Does nothing if the partition was revoked.
+    ///
+    /// The commit is asynchronous. During a rebalance the group may reject it without an error
+    /// here. So a second later the consumer checks the committed offsets and commits again:
+    /// otherwise the last order of a quiet partition would count as lag for ever.
+    pub fn commit_offset(&self, partition: i32, offset: i64) {
+        let owned = self.consumer.context().assignment().mark_processed(partition, offset);
+        if owned {
+            self.commit_async(partition, offset);
+        }
+    }
+
+    fn commit_async(&self, partition: i32, offset: i64) {
+        let mut offsets = TopicPartitionList::new();
+        let committed = offsets
+            .add_partition_offset(&self.topic, partition, Offset::Offset(offset))
+            .and_then(|()| self.consumer.commit(&offsets, CommitMode::Async));
+        if let Err(why) = committed {
+            tracing::warn!(%why, partition, offset, "the offset could not be committed");
+        }
+    }
+
+    /// Reads the group's committed offsets, and commits again those that it does not have.
+    async fn check_commits(&self) {
+        let processed = {
+            let mut assignment = self.consumer.context().assignment();
+            assignment.begin_commit_check();
+            assignment.processed()
+        };
+        if processed.is_empty() {
+            return;
+        }
+        let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
+        let committed = tokio::task::spawn_blocking(move || {
+            let mut partitions = TopicPartitionList::new();
+            for &partition in processed.keys() {
+                partitions.add_partition(&topic, partition);
+            }
+            consumer.committed_offsets(partitions, REQUEST_TIMEOUT)
+        });
+        let committed = match committed.await {
+            Ok(Ok(committed)) => committed,
+            // The broker is away, or the process is shutting down.
+            _ => TopicPartitionList::new(),
+        };
+        // Read again: meanwhile a partition may have been revoked, or more may have been processed.
+        let mut missing = self.consumer.context().assignment().processed();
+        for partition in committed.elements() {
+            if let Offset::Offset(offset) = partition.offset() {
+                missing.retain(|&number, &mut processed| number != partition.partition() || offset < processed);
+            }
+        }
+        for (partition, offset) in missing {
+            self.commit_offset(partition, offset);
+        }
+    }
+
+    /// After `delay`, seeks each partition back to its offset, so that the messages from there on
+    /// are delivered again. Skips partitions that were revoked.
+    pub async fn seek_back(&self, offsets: BTreeMap<i32, i64>, delay: Duration, stop: &CancellationToken) {
+        stop.run_until_cancelled(sleep(delay)).await;
+        for (partition, offset) in offsets {
+            // A partition's next owner begins at the committed offset. As long as this consumer
+            // owns the partition, the seek must succeed: to continue at the current position would
+            // skip these messages.
+            while !stop.is_cancelled()
+                && self.owns(partition)
+                && let Err(why) = self.seek(partition, offset).await
+            {
+                tracing::warn!(%why, partition, offset, "seeking back failed and will be retried");
+                sleep(SEEK_RETRY_DELAY).await;
+            }
+        }
+    }
+
+    fn owns(&self, partition: i32) -> bool {
+        self.consumer.context().assignment().owns(partition)
+    }
+
+    async fn seek(&self, partition: i32, offset: i64) -> anyhow::Result<()> {
+        let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
+        let seek = move || consumer.seek(&topic, partition, Offset::Offset(offset), SEEK_TIMEOUT);
+        tokio::task::spawn_blocking(seek).await??;
+        self.consumer.context().assignment().mark_rewound(partition, offset);
+        Ok(())
+    }
+
+    /// Whether the consumer has just seeked back to this offset: the next message is the first that
+    /// the partition still holds from there on.
+    pub fn has_rewound_to(&self, partition: i32, offset: i64) -> bool {
+        self.consumer.context().assignment().has_rewound_to(partition, offset)
+    }
+
+    /// The offset of the oldest message that a partition still holds.
+    ///
+    /// # Errors
+    /// [`Indeterminate::BackendAway`] if the broker does not answer.
+    pub async fn log_start_offset(&self, partition: i32) -> Result<i64, Indeterminate> {
+        let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
+        let watermarks =
+            tokio::task::spawn_blocking(move || consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT));
+        match watermarks.await {
+            Ok(Ok((start, _))) => Ok(start),
+            Ok(Err(why)) => Err(Indeterminate::BackendAway(why.into())),
+            Err(why) => Err(Indeterminate::BackendAway(why.into())),
+        }
+    }
+
+    /// Leaves the group, so that its partitions are reassigned at once.
+    pub async fn close(self) {
+        // Dropping a consumer blocks until the group answers, and must not block a runtime thread.
+        let consumer = self.consumer;
+        let left = tokio::task::spawn_blocking(move || {
+            consumer.unsubscribe();
+            drop(consumer);
+        });
+        if tokio::time::timeout(LEAVE_TIMEOUT, left).await.is_err() {
+            tracing::warn!("leaving the group timed out; its partitions are reassigned after the session timeout");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The message of an order: its encoding, and the validation of what was consumed.
+
+use box_office::{BuyerId, Order, RequestKey, SaleId};
+use rdkafka::{
+    Message as _,
+    message::{BorrowedMessage, Headers, OwnedMessage},
+};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::Ids;
+
+/// The version of the message format that this level writes and reads.
+const VERSION: u32 = 1;
+
+/// The header with the number of earlier attempts. A replayed dead letter carries it.
+pub(super) const ATTEMPTS: &str = "attempts";
+
+/// The payload of a message: an order as JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OrderMessage {
+    version: u32,
+    /// The id of the reservation.
+    pub id: Uuid,
+    /// The sale to buy from.
+    pub sale_id: SaleId,
+    /// The buyer.
+    pub buyer_id: BuyerId,
+    /// The idempotency key: the same in every repeat of the order.
+    pub request_key: RequestKey,
+}
+
+impl OrderMessage {
+    /// The message of an order whose reservation has this id.
+    pub fn new(id: Uuid, order: &Order) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            sale_id: order.sale,
+            buyer_id: order.buyer,
+            request_key: order.key.clone(),
+        }
+    }
+
+    /// The payload as it is sent.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers are always JSON")
+    }
+
+    fn order(&self) -> Order {
+        Order {
+            sale: self.sale_id,
+            buyer: self.buyer_id,
+            key: self.request_key.clone(),
+        }
+    }
+}
+
+// ANCHOR: poison
+/// Why a message is poison: no retry can ever process it. The text is the dead letter's reason.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PoisonMessage {
+    /// The payload is not the JSON of an order.
+    #[error("not an order: {0}")]
+    NotAnOrder(String),
+    /// The format is newer or older than this program.
+    #[error("version {0} of the message, but only {VERSION} is supported")]
+    WrongVersion(u32),
+    /// The id is not the one derived from the order.
+    #[error("the id {0} is not that of this order")]
+    WrongId(Uuid),
+    /// The sale does not exist.
+    #[error("there is no sale {0}")]
+    UnknownSale(SaleId),
+}
+// ANCHOR_END: poison
+
+/// A message that was polled from a partition.
+#[derive(Clone, Debug)]
+pub struct ConsumedMessage {
+    /// The partition it was polled from.
+    pub partition: i32,
+    /// Its offset in the partition.
+    pub offset: i64,
+    /// The message as the client delivered it.
+    pub raw: OwnedMessage,
+}
+
+impl ConsumedMessage {
+    /// Copies a message out of the client's buffer.
+    pub(super) fn new(message: &BorrowedMessage<'_>) -> Self {
+        Self {
+            partition: message.partition(),
+            offset: message.offset(),
+            raw: message.detach(),
+        }
+    }
+
+    /// Decodes and validates the order.
+    ///
+    /// # Errors
+    /// [`NotAnOrder`](PoisonMessage::NotAnOrder), [`WrongVersion`](PoisonMessage::WrongVersion) or
+    /// [`WrongId`](PoisonMessage::WrongId). Whether the sale exists is not checked here.
+    pub fn order(&self, ids: &Ids) -> Result<OrderMessage, PoisonMessage> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let bytes = self.raw.payload().unwrap_or_default();
+        let not_an_order = |error: serde_json::Error| PoisonMessage::NotAnOrder(error.to_string());
+        // The version first: the other fields of another version are unknown.
+        let Versioned { version } = serde_json::from_slice(bytes).map_err(not_an_order)?;
+        if version != VERSION {
+            return Err(PoisonMessage::WrongVersion(version));
+        }
+        let order: OrderMessage = serde_json::from_slice(bytes).map_err(not_an_order)?;
+        if ids.for_order(&order.order()) != order.id {
+            return Err(PoisonMessage::WrongId(order.id));
+        }
+        Ok(order)
+    }
+
+    /// The number of attempts before this one.
+    pub(super) fn attempts(&self) -> u32 {
+        attempts(&self.raw)
+    }
+}
+
+/// The value of the header [`ATTEMPTS`]; 0 without one.
+pub(super) fn attempts(message: &OwnedMessage) -> u32 {
+    let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+    headers
+        .filter(|header| header.key == ATTEMPTS)
+        .find_map(|header| str::from_utf8(header.value?).ok()?.parse().ok())
+        .unwrap_or(0)
+}

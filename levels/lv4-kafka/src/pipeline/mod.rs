@@ -1,0 +1,227 @@
+//! The pipeline of an order: what both strategies share between the buyer's request and the event
+//! that reports the outcome. An order makes up to three trips, and each file is a stage of one.
+//!
+//! **Accept**: `POST` to 202.
+//! 1. [`OrderPipeline::ensure_sale`] rejects an order for an unknown sale.
+//! 2. `ids.rs` derives the reservation's id from the order.
+//! 3. `message.rs` encodes the order.
+//! 4. `producer.rs` sends it to the orders topic (`topics.rs`). The buyer gets 202 once the broker
+//!    has acknowledged the message.
+//!
+//! **Process**: message to rows.
+//! 5. `consumer.rs` polls a batch from its partitions; `rebalance.rs` tracks which ones it owns.
+//! 6. `message.rs` validates each message; `dead_letters.rs` takes the poison messages.
+//! 7. The strategy decides the orders. It writes the rows and appends the events to the outbox in
+//!    one transaction.
+//! 8. `consumer.rs` commits the offset after the transaction. After a fault it waits (`backoff.rs`)
+//!    and seeks back.
+//!
+//! **Observe**: stored state to the buyer and the operator.
+//! 9. `outbox.rs` reads the outbox and delivers events to the clients that wait for them.
+//! 10. `dead_letters.rs` lists dead letters and replays them.
+//! 11. `lag.rs` reports the consumer lag.
+//!
+//! A strategy determines the message key, how orders are decided, in which transaction, and when
+//! an offset is committed.
+//!
+//! Sources: Apache Kafka documentation, 4.6 "Message Delivery Semantics"; C. Richardson,
+//! "Transactional outbox"; librdkafka, "Introduction".
+
+mod backoff;
+mod consumer;
+mod dead_letters;
+mod ids;
+mod lag;
+mod message;
+mod outbox;
+mod producer;
+mod rebalance;
+mod topics;
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use anyhow::Context;
+use box_office::{Indeterminate, KafkaConfig, Refusal, ReserveError, SaleId, StrategyContext};
+use rdkafka::{
+    error::KafkaResult,
+    producer::{FutureProducer, Producer},
+};
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use backoff::Backoff;
+pub use consumer::{OrderConsumer, consumer_config};
+pub use dead_letters::{DeadLetter, DeadLetters, list_dead_letters, replay, replay_all};
+pub use ids::Ids;
+pub use lag::lag;
+pub use message::{ConsumedMessage, OrderMessage, PoisonMessage};
+pub use outbox::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
+pub use producer::{Undelivered, producer};
+pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, orders_topic};
+
+/// The timeout of a metadata request of a readiness check.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The stages that both strategies of this level share, connected to their backends.
+pub struct OrderPipeline {
+    /// The database, and what else a strategy is opened with.
+    pub context: StrategyContext,
+    /// The address and settings of Kafka.
+    pub kafka: KafkaConfig,
+    /// The name of the orders topic.
+    pub topic: String,
+    /// Sends orders.
+    pub producer: FutureProducer,
+    /// Derives and verifies reservation ids.
+    pub ids: Ids,
+    /// Delivers the events of orders.
+    pub outbox: OutboxReader,
+    /// Takes poison messages.
+    pub dead_letters: DeadLetters,
+    /// Cancelled on shutdown.
+    pub stop: CancellationToken,
+    consumers: TaskTracker,
+    consumers_started: AtomicUsize,
+    /// Each is `true` once its consumer has been assigned partitions.
+    awaiting_assignment: Mutex<Vec<watch::Receiver<bool>>>,
+    known_sales: Mutex<HashSet<SaleId>>,
+}
+
+impl OrderPipeline {
+    /// Creates the topics, connects to the backends, and starts to report the consumer lag. Starts
+    /// no consumer: see [`spawn_consumer`](Self::spawn_consumer).
+    ///
+    /// # Errors
+    /// If Kafka is not configured, Kafka or the database does not answer, or the topics cannot be
+    /// created.
+    pub async fn open(context: StrategyContext) -> anyhow::Result<Arc<Self>> {
+        let kafka = context
+            .kafka
+            .clone()
+            .context("this strategy needs KAFKA_BOOTSTRAP_SERVERS")?;
+        let stop = CancellationToken::new();
+        let (topics, ids, outbox) = tokio::join!(
+            topics::create(&kafka),
+            Ids::load(&context.database),
+            OutboxReader::open(&context.database, stop.clone())
+        );
+        topics.with_context(|| {
+            let servers = &kafka.bootstrap_servers;
+            format!(
+                "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): Kafka at {servers} does not provide the topics"
+            )
+        })?;
+        let producer = producer(&kafka)?;
+        let (ids, outbox) = (ids?, outbox?);
+        lag::spawn_reporter(&kafka, context.metrics.lag.clone(), stop.clone())?;
+        Ok(Arc::new(Self {
+            topic: orders_topic(&kafka),
+            dead_letters: DeadLetters::new(producer.clone(), &kafka, context.metrics.clone()),
+            producer,
+            ids,
+            outbox,
+            stop,
+            consumers: TaskTracker::new(),
+            consumers_started: AtomicUsize::new(0),
+            awaiting_assignment: Mutex::default(),
+            known_sales: Mutex::default(),
+            context,
+            kafka,
+        }))
+    }
+
+    /// Runs a consumer in a task of its own. The server is not ready until `joined` is `true`: the
+    /// group has assigned partitions to the consumer.
+    pub fn spawn_consumer(&self, joined: watch::Receiver<bool>, run: impl Future<Output = ()> + Send + 'static) {
+        self.awaiting_assignment().push(joined);
+        self.consumers_started.fetch_add(1, Relaxed);
+        self.consumers.spawn(run);
+    }
+
+    fn awaiting_assignment(&self) -> MutexGuard<'_, Vec<watch::Receiver<bool>>> {
+        self.awaiting_assignment.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a consumer of this server has no partitions yet and is going to get some.
+    async fn awaits_partitions(&self) -> anyhow::Result<bool> {
+        let awaiting = {
+            let mut awaiting = self.awaiting_assignment();
+            awaiting.retain(|joined| !*joined.borrow());
+            awaiting.len()
+        };
+        if awaiting == 0 {
+            return Ok(false);
+        }
+        // With more consumers than partitions, some never get one.
+        let (producer, group) = (self.producer.clone(), consumer_group(&self.kafka));
+        let members = tokio::task::spawn_blocking(move || {
+            let known = producer.client().fetch_group_list(Some(&group), METADATA_TIMEOUT)?;
+            KafkaResult::Ok(known.groups().iter().map(|group| group.members().len()).sum::<usize>())
+        });
+        let members = members.await??;
+        Ok(members < PARTITIONS as usize + awaiting)
+    }
+
+    /// Checks that a sale exists. A known sale is cached for good: no sale is ever deleted.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownSale`] if it does not exist; [`Indeterminate`] if the database cannot be
+    /// read.
+    pub async fn ensure_sale(&self, sale: SaleId) -> Result<(), ReserveError> {
+        let known = || self.known_sales.lock().unwrap_or_else(PoisonError::into_inner);
+        if known().contains(&sale) {
+            return Ok(());
+        }
+        let exists: bool = sqlx::query_scalar("select exists (select from sale where id = $1)")
+            .bind(sale)
+            .fetch_one(&self.context.database)
+            .await?;
+        if !exists {
+            return Err(Refusal::UnknownSale.into());
+        }
+        known().insert(sale);
+        Ok(())
+    }
+
+    /// Readiness: Kafka answers, every consumer runs and has its share of the partitions.
+    ///
+    /// # Errors
+    /// [`Indeterminate::BackendAway`] otherwise.
+    pub async fn ready(&self) -> Result<(), ReserveError> {
+        let away = |why: anyhow::Error| ReserveError::from(Indeterminate::BackendAway(why));
+        if self.consumers.len() < self.consumers_started.load(Relaxed) {
+            return Err(away(anyhow::anyhow!("a consumer has ended")));
+        }
+        if self.awaits_partitions().await.map_err(away)? {
+            return Err(away(anyhow::anyhow!("a consumer has no partitions yet")));
+        }
+        if let Some((code, why)) = self.producer.client().fatal_error() {
+            return Err(away(anyhow::anyhow!("the producer has failed: {code}: {why}")));
+        }
+        let (producer, topic) = (self.producer.clone(), self.topic.clone());
+        let metadata = tokio::task::spawn_blocking(move || {
+            let metadata = producer.client().fetch_metadata(Some(&topic), METADATA_TIMEOUT);
+            metadata.map(drop)
+        });
+        match metadata.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(away(why.into())),
+            Err(why) => Err(away(why.into())),
+        }
+    }
+
+    /// Graceful shutdown: the consumers finish their in-flight messages and leave the group.
+    /// Messages that were polled and not begun are redelivered to other consumers.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.consumers.close();
+        self.consumers.wait().await;
+    }
+}

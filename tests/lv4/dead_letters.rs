@@ -1,0 +1,221 @@
+//! Poison messages and the dead-letter topic.
+
+use box_office::SaleId;
+use harness::{assert_failure_mode, backends, rush::SALE, until};
+use lv4_kafka::pipeline::{Ids, OrderMessage, PARTITIONS, list_dead_letters, orders_topic, replay, replay_all};
+use rdkafka::{
+    ClientConfig,
+    error::RDKafkaErrorCode,
+    producer::{FutureProducer, FutureRecord},
+};
+use rstest::rstest;
+use uuid::Uuid;
+
+use crate::fixture::{
+    Expected::{self, Breaks, Kept},
+    Fixture, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, metric, order,
+};
+
+/// A compressed message may be larger, uncompressed, than the dead-letter topic accepts.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn poison_larger_than_the_topic_accepts_is_truncated_and_the_partition_continues(#[case] name: &str) {
+    const LENGTH: usize = 2_000_000;
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(5).await;
+    let sender: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", &fixture.kafka().bootstrap_servers)
+        .set("message.max.bytes", "3000000")
+        .set("compression.type", "gzip")
+        .create()
+        .unwrap();
+    let (topic, bomb) = (orders_topic(&fixture.kafka()), vec![b'x'; LENGTH]);
+    for partition in 0..PARTITIONS {
+        let record = FutureRecord::to(&topic).partition(partition).key("").payload(&bomb);
+        sender.send(record, TIMEOUT).await.unwrap();
+    }
+    let orders = fixture.accept_all(&acceptor, 1..=4).await;
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+
+    let kafka = fixture.kafka();
+    let dead_letters = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT));
+    let dead_letters = dead_letters.await.unwrap().unwrap();
+    assert_eq!(dead_letters.len(), PARTITIONS as usize);
+    // They do not block the replay of smaller ones.
+    fixture.produce(0, &[b"not an order, and small"]).await.unwrap();
+    fixture.wait_until_processed().await;
+    let kafka = fixture.kafka();
+    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap(), 1);
+    let refused = replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("larger than the orders topic accepts"),
+        "{refused}"
+    );
+    for dead_letter in dead_letters {
+        assert!(dead_letter.reason.contains("not an order"), "{}", dead_letter.reason);
+        assert!(bomb.starts_with(dead_letter.payload.as_bytes()) && dead_letter.payload.len() < LENGTH);
+    }
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
+#[rstest]
+#[case::locked("locked", Kept)]
+#[case::single_writer("single-writer", Kept)]
+#[case::endless_retry("mutants/endless-retry", Breaks(&[]))]
+#[case::poison_skipped("mutants/poison-skipped", Breaks(&[]))]
+#[tokio::test]
+async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: &str, #[case] expected: Expected) {
+    const LATER: SaleId = 77;
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(5).await;
+    let kafka = fixture.kafka();
+    let mut orders = fixture.accept_all(&acceptor, 1..=2).await;
+
+    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let of_no_sale = order(LATER, 9);
+    let good = OrderMessage::new(ids.for_order(&order(SALE, 3)), &order(SALE, 3)).to_bytes();
+    let later = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
+    let wrong_id = OrderMessage::new(Uuid::new_v4(), &order(SALE, 4)).to_bytes();
+    let wrong_version = String::from_utf8(good.clone())
+        .unwrap()
+        .replace("\"version\":1", "\"version\":2");
+    let key_with_nul = String::from_utf8(good.clone())
+        .unwrap()
+        .replace("buyer-3", "buyer\\u0000");
+    let large = vec![b'x'; 60_000];
+    let poison: [(&[u8], &str); 6] = [
+        (b"\xff\x00 not JSON", "not an order"),
+        (wrong_version.as_bytes(), "version 2"),
+        (key_with_nul.as_bytes(), "not an order"),
+        (&wrong_id, "is not that of this order"),
+        (&later, "there is no sale 77"),
+        (&large, "not an order"),
+    ];
+    // A partition with an order of the sale will get more of them.
+    let offsets = fixture.offsets().await;
+    let (&first, &(_, offset)) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
+    fixture
+        .produce(first, &poison.map(|(payload, _)| payload))
+        .await
+        .unwrap();
+    // A message of the broker's default limit could not be dead-lettered with the reason in its
+    // headers.
+    let too_large = fixture.produce(first, &[&vec![b'x'; 1_048_000]]).await.unwrap_err();
+    assert_eq!(
+        too_large.rdkafka_error_code(),
+        Some(RDKafkaErrorCode::MessageSizeTooLarge)
+    );
+    let last_poison = offset + i64::try_from(poison.len()).unwrap();
+    for buyer in 3.. {
+        orders.push(fixture.accept(&acceptor, buyer).await);
+        if fixture.offsets().await[&first].1 > last_poison {
+            break;
+        }
+    }
+    let decider = fixture.start_instance(&[]).await;
+    let list = async || {
+        let kafka = fixture.kafka();
+        tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT))
+            .await
+            .unwrap()
+            .unwrap()
+    };
+    if name == "mutants/endless-retry" {
+        until("the other partitions are decided", async || {
+            let offsets = fixture.offsets().await;
+            offsets
+                .iter()
+                .all(|(&partition, (done, end))| partition == first || done == end)
+        })
+        .await;
+        let passed = happens_within(OBSERVATION_TIME, async || fixture.offsets().await[&first].0 > offset).await;
+        assert!(!passed, "the mistake of {name} was not seen");
+        assert_failure_mode(fixture.strategy, &[]);
+        return kill_instance(&decider).await;
+    }
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+
+    let mut dead_letters = list().await;
+    if expected != Kept {
+        assert_eq!(dead_letters.len(), 1, "the mistake of {name} was not seen");
+        assert_failure_mode(fixture.strategy, &[]);
+        return decider.stop().await.unwrap();
+    }
+    // Messages of one partition that are processed concurrently may be dead-lettered in any order.
+    dead_letters.sort_by(|one, other| one.origin.cmp(&other.origin));
+    assert_eq!(dead_letters.len(), poison.len());
+    assert_eq!(fixture.dead_letter_topic_size().await, 6, "each is dead-lettered once");
+    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(6));
+    for (number, (dead_letter, (payload, reason))) in dead_letters.iter().zip(poison).enumerate() {
+        assert!(dead_letter.reason.contains(reason), "{}", dead_letter.reason);
+        let number = offset + i64::try_from(number).unwrap();
+        assert_eq!(dead_letter.origin, format!("{}/{first}/{number}", orders_topic(&kafka)));
+        assert_eq!(
+            (dead_letter.attempts, &*dead_letter.payload),
+            (1, &*String::from_utf8_lossy(payload))
+        );
+    }
+
+    // The cause of one is fixed; another one is still poison.
+    acceptor.create_sale(LATER, 1).await.unwrap();
+    replay(&kafka, &dead_letters[4].origin, TIMEOUT).await.unwrap();
+    replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap();
+    replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap_err();
+    fixture.wait_until_processed().await;
+    fixture
+        .assert_outcome(&decider, &[ids.for_order(&of_no_sale)], Kept)
+        .await;
+    let left = list().await;
+    let tried: Vec<(&str, u32)> = left
+        .iter()
+        .map(|dead_letter| (&*dead_letter.payload, dead_letter.attempts))
+        .collect();
+    assert_eq!(left.len(), 5);
+    assert_eq!(tried[4], (&*String::from_utf8_lossy(poison[0].0), 2));
+    // One more dead letter, and two tombstones.
+    assert_eq!(fixture.dead_letter_topic_size().await, 9);
+    // All at once: each is dead-lettered again.
+    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap(), 5);
+    fixture.wait_until_processed().await;
+    let left = list().await;
+    assert_eq!(
+        left.iter().map(|dead_letter| dead_letter.attempts).sum::<u32>(),
+        4 * 2 + 3
+    );
+    decider.stop().await.unwrap();
+}
+
+/// The message behind a retried order is redelivered with it each time. It was dead-lettered the
+/// first time.
+#[tokio::test]
+async fn poison_behind_a_retried_order_is_dead_lettered_once() {
+    let fixture = Fixture::new("locked").await;
+    let redis = backends::redis().await.unwrap();
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let offsets = fixture.offsets().await;
+    let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
+    fixture.produce(partition, &[b"not an order"]).await.unwrap();
+    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    redis
+        .command(&["SET", &lock, "another owner", "PX", "60000"])
+        .await
+        .unwrap();
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_for_attempts(3).await;
+    assert_eq!(fixture.dead_letter_topic_size().await, 1);
+    redis.command(&["DEL", &lock]).await.unwrap();
+    fixture.wait_until_processed().await;
+
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+    assert_eq!(fixture.dead_letter_topic_size().await, 1);
+    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(1));
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}

@@ -1,0 +1,207 @@
+//! The outbox: every outcome reaches the clients that wait for it.
+
+use std::{sync::Arc, time::Duration};
+
+use harness::{
+    backends,
+    proxy::{Fault, Proxy},
+    until,
+};
+use lv4_kafka::pipeline::OutboxReader;
+use rstest::rstest;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+    time::timeout,
+};
+use uuid::Uuid;
+
+use crate::fixture::{
+    Expected::{self, Breaks, Kept},
+    Fixture, LOST, OBSERVATION_TIME, TIMEOUT, follow_events, kill_instance,
+};
+
+/// The listening connection is terminated while new clients arrive without a pause.
+#[tokio::test]
+async fn the_listener_reconnects_while_new_clients_arrive() {
+    let fixture = Fixture::new("single-writer").await;
+    let pool = fixture.stand.database().pool(2).await.unwrap();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
+    let listening = async || -> Option<i32> {
+        sqlx::query_scalar(
+            "select pid from pg_stat_activity where datname = current_database() and query ilike 'listen%'",
+        )
+        .fetch_optional(&fixture.pool)
+        .await
+        .unwrap()
+    };
+    let first = listening().await.expect("a connection listens");
+    let mut coming = JoinSet::new();
+    for _ in 0..32 {
+        let events = Arc::clone(&events);
+        coming.spawn(async move {
+            loop {
+                let _ = events.events_after(Uuid::new_v4(), 0, Duration::ZERO).await;
+            }
+        });
+    }
+    let struck: bool = sqlx::query_scalar("select pg_terminate_backend($1)")
+        .bind(first)
+        .fetch_one(&fixture.pool)
+        .await
+        .unwrap();
+    assert!(struck, "the fault did not strike");
+    until("a connection listens again", async || {
+        listening().await.is_some_and(|pid| pid != first)
+    })
+    .await;
+    coming.shutdown().await;
+    stop.cancel();
+}
+
+/// This instance cannot read the outcome. It must disconnect its clients, so that they reconnect to
+/// another instance.
+#[tokio::test]
+async fn event_clients_are_disconnected_when_the_database_cannot_be_read() {
+    let fixture = Fixture::new("single-writer").await;
+    let postgres = backends::postgres().await.unwrap();
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let acceptor = fixture.start_acceptor(1).await;
+    let proxied_url = proxy.url_through(&fixture.stand.database().url());
+    let cut_off = fixture
+        .start_instance(&[("KAFKA_CONSUMERS", "0"), ("DATABASE_URL", &*proxied_url)])
+        .await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let mut follower = follow_events(&cut_off, orders[0]).await;
+    proxy.inject(Fault::CloseAll);
+    let mut received = String::new();
+    timeout(TIMEOUT, follower.read_to_string(&mut received))
+        .await
+        .expect("the client is disconnected")
+        .unwrap();
+    assert!(proxy.has_struck(), "the fault did not strike");
+    assert!(!received.contains("event:"), "{received}");
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
+
+    fixture.assert_outcome(&acceptor, &orders, Kept).await;
+    proxy.inject(Fault::None);
+    acceptor.stop().await.unwrap();
+    cut_off.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
+#[rstest]
+#[case::single_writer("single-writer", Kept)]
+#[case::locked("locked", Kept)]
+#[case::notify_outside("mutants/notify-outside", LOST)]
+#[tokio::test]
+async fn the_news_goes_out_although_who_decided_is_killed_before_telling(
+    #[case] name: &str,
+    #[case] expected: Expected,
+) {
+    let fixture = Fixture::new(name).await.with_short_session();
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let first = fixture.start_stopped_at("committed").await;
+    assert_eq!(
+        fixture.rows().await,
+        1,
+        "the fault did not strike: nothing is committed"
+    );
+    kill_instance(&first).await;
+    let second = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
+
+    match expected {
+        Kept => {
+            let received = timeout(TIMEOUT, second.final_state(orders[0])).await;
+            assert_eq!(received.expect("the event is delivered").unwrap().status, "confirmed");
+        }
+        Breaks(_) => {
+            let received = timeout(OBSERVATION_TIME, second.final_state(orders[0])).await;
+            assert!(received.is_err(), "{received:?}");
+        }
+    }
+    fixture.assert_outcome(&second, &orders, expected).await;
+    kill_instance(&second).await;
+}
+
+/// Both the instance that accepted the order and the one that decided it were killed.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn any_instance_delivers_the_outcome_and_no_event_is_missed(#[case] name: &str) {
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let other = fixture.start_instance(&[("KAFKA_CONSUMERS", "0")]).await;
+    let orders = fixture.accept_all(&acceptor, 1..=2).await;
+    let state = other.get(&format!("/api/reservations/{}", orders[0])).await.unwrap();
+    assert_eq!(state.json::<box_office::api::Reservation>().unwrap().status, "accepted");
+
+    // A client follow_events, sees that its order is accepted, and is cut off.
+    drop(follow_events(&other, orders[0]).await);
+    kill_instance(&acceptor).await;
+    // Another client reconnects before its order is decided, and waits.
+    let (received, decider) = tokio::join!(other.events(orders[1], Some(0)), async {
+        let decider = fixture.start_instance(&[]).await;
+        fixture.wait_until_processed().await;
+        decider
+    });
+    let received = received.unwrap();
+    assert!(matches!(&received[..], [(_, only)] if only.is_final()), "{received:?}");
+    kill_instance(&decider).await;
+
+    let received = other.events(orders[0], Some(0)).await.unwrap();
+    let [(number, last)] = &received[..] else {
+        panic!("{received:?}")
+    };
+    assert!(last.is_final(), "{last:?}");
+    assert_eq!(
+        other.events(orders[0], Some(*number)).await.unwrap(),
+        [],
+        "no event follows the final one"
+    );
+    for &order in &orders {
+        other.final_state(order).await.unwrap();
+    }
+    fixture.assert_outcome(&other, &orders, Kept).await;
+    other.stop().await.unwrap();
+}
+
+/// The buffer limit of a single client is tested in `levels/box-office/tests/events.rs`.
+#[tokio::test]
+async fn event_clients_that_never_read_cost_little_memory() {
+    const CLIENTS: u64 = 500;
+    const MOST_KIB_EACH: u64 = 64;
+    let fixture = Fixture::new("single-writer").await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let memory_kib = async || {
+        let pid = acceptor.pid().await.unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
+    };
+    let before_kib = memory_kib().await;
+    let request = format!("GET /api/reservations/{}/events HTTP/1.1\r\nHost: x\r\n\r\n", orders[0]);
+    let mut stalled = vec![];
+    for _ in 0..CLIENTS {
+        let mut stream = TcpStream::connect(acceptor.address()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stalled.push(stream);
+    }
+    for stream in &stalled {
+        stream.readable().await.unwrap();
+    }
+    let decider = fixture.start_instance(&[]).await;
+    acceptor.final_state(orders[0]).await.unwrap();
+    let grown_kib = memory_kib().await - before_kib;
+    println!("{CLIENTS} clients cost {grown_kib} KiB");
+    assert!(grown_kib < CLIENTS * MOST_KIB_EACH, "{grown_kib} KiB");
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
