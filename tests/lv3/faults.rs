@@ -23,7 +23,7 @@ use harness::{
 };
 use lv3_redis_lock::{
     LEVEL,
-    lock::{Connections, Guard, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens},
+    lock::{Backoff, Connections, FencingTokens, Guard, Lease, LockError, Owner, RLock, Released, SpinLock},
 };
 use redis::Script;
 use rstest::rstest;
@@ -347,8 +347,8 @@ impl Any {
         let place = stand.redis(lease).unwrap().unwrap();
         let connections = Connections::open(place.url.expose(), &place.prefix).await.unwrap();
         match name {
-            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(lease), Pauses::default()).unwrap()),
-            _ => Self::RLock(RLock::new(connections, Lease::Renewed(lease), Tokens::None).unwrap()),
+            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(lease), Backoff::default()).unwrap()),
+            _ => Self::RLock(RLock::new(connections, Lease::Renewed(lease), FencingTokens::None).unwrap()),
         }
     }
 

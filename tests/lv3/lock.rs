@@ -38,7 +38,7 @@ use harness::{
     proxy::{Cut, Proxy},
 };
 use lv3_redis_lock::lock::{
-    Connections, Guard, HANDED_ON_AT_MOST, Lease, LockError, Owner, Pauses, RLock, Released, SpinLock, Tokens,
+    Backoff, Connections, FencingTokens, Guard, Lease, LockError, MAX_LOCAL_HANDOFFS, Owner, RLock, Released, SpinLock,
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use redis::{Client, FromRedisValue, aio::MultiplexedConnection};
@@ -66,9 +66,11 @@ impl Lock {
     async fn open(url: &str, prefix: &str, kind: Kind, lease: Lease) -> Self {
         let connections = Connections::open(url, prefix).await.unwrap();
         match kind {
-            Rlock => Self::Reentrant(Arc::new(RLock::new(connections, lease, Tokens::None).unwrap())),
-            Fenced => Self::Reentrant(Arc::new(RLock::new(connections, lease, Tokens::Growing).unwrap())),
-            Spin => Self::Spin(Arc::new(SpinLock::new(connections, lease, Pauses::default()).unwrap())),
+            Rlock => Self::Reentrant(Arc::new(RLock::new(connections, lease, FencingTokens::None).unwrap())),
+            Fenced => Self::Reentrant(Arc::new(
+                RLock::new(connections, lease, FencingTokens::Monotonic).unwrap(),
+            )),
+            Spin => Self::Spin(Arc::new(SpinLock::new(connections, lease, Backoff::default()).unwrap())),
         }
     }
 
@@ -313,14 +315,14 @@ async fn others_are_refused_at_once_and_change_nothing(#[case] kind: Kind) {
 async fn anybody_can_see_who_holds_it_and_for_how_long(#[case] kind: Kind) {
     let ground = Ground::shared().await;
     let (here, there) = (ground.lock(kind, LONG).await, ground.lock(kind, LONG).await);
-    assert_eq!(there.reentrant().probe("sale").await.unwrap(), None);
+    assert_eq!(there.reentrant().info("sale").await.unwrap(), None);
     let owner = Owner::fresh();
     let held = here.try_acquire("sale", &owner).await.unwrap().unwrap();
-    let seen = there.reentrant().probe("sale").await.unwrap().unwrap();
-    assert_eq!((seen.owner.as_str(), seen.holds), (owner.as_str(), 1));
-    assert!(Duration::ZERO < seen.left && seen.left <= LONG.time(), "{seen:?}");
+    let seen = there.reentrant().info("sale").await.unwrap().unwrap();
+    assert_eq!((seen.owner.as_str(), seen.hold_count), (owner.as_str(), 1));
+    assert!(Duration::ZERO < seen.ttl && seen.ttl <= LONG.duration(), "{seen:?}");
     assert_eq!(held.release().await.unwrap(), Released::Free);
-    assert_eq!(there.reentrant().probe("sale").await.unwrap(), None);
+    assert_eq!(there.reentrant().info("sale").await.unwrap(), None);
 }
 
 #[rstest]
@@ -336,7 +338,7 @@ async fn its_owner_takes_it_again_and_gives_it_back_as_often(#[case] kind: Kind)
     let second = here.acquire("sale", &owner, Duration::ZERO).await.unwrap();
     let third = here.try_acquire("sale", &owner).await.unwrap().unwrap();
     let fourth = there.acquire("sale", &owner, PATIENT).await.unwrap();
-    assert_eq!(here.reentrant().probe("sale").await.unwrap().unwrap().holds, 4);
+    assert_eq!(here.reentrant().info("sale").await.unwrap().unwrap().hold_count, 4);
 
     let elsewhere = ground.lock(kind, LONG).await;
     let waiter = elsewhere.waits("sale", PATIENT);
@@ -537,7 +539,7 @@ async fn a_renewed_lease_lasts_as_long_as_its_holder_whoever_tries(#[case] kind:
         left = now;
         tokio::time::sleep(ms(10)).await;
     }
-    assert!(began.elapsed() > RENEWED.time() && !held.is_lost());
+    assert!(began.elapsed() > RENEWED.duration() && !held.is_lost());
     assert_eq!(held.release().await.unwrap(), Released::Free);
     // Its watchdog went with it.
     let monitor = ground.monitor().await;
@@ -605,16 +607,16 @@ async fn a_lease_that_redis_cannot_count_is_refused() {
     let nothing = [Duration::ZERO, Duration::from_micros(999)];
     for time in nothing {
         for lease in [Lease::Fixed(time), Lease::Renewed(time)] {
-            let rlock = RLock::new(connections.clone(), lease, Tokens::None);
+            let rlock = RLock::new(connections.clone(), lease, FencingTokens::None);
             assert!(matches!(rlock.err(), Some(LockError::LeaseTooShort(_))), "{lease:?}");
-            let spin = SpinLock::new(connections.clone(), lease, Pauses::default());
+            let spin = SpinLock::new(connections.clone(), lease, Backoff::default());
             assert!(matches!(spin.err(), Some(LockError::LeaseTooShort(_))), "{lease:?}");
         }
     }
     for lease in [Lease::Fixed(Duration::MAX), Lease::Renewed(Duration::MAX)] {
-        let rlock = RLock::new(connections.clone(), lease, Tokens::Growing);
+        let rlock = RLock::new(connections.clone(), lease, FencingTokens::Monotonic);
         assert!(matches!(rlock.err(), Some(LockError::LeaseTooLong(_))), "{lease:?}");
-        let spin = SpinLock::new(connections.clone(), lease, Pauses::default());
+        let spin = SpinLock::new(connections.clone(), lease, Backoff::default());
         assert!(matches!(spin.err(), Some(LockError::LeaseTooLong(_))), "{lease:?}");
     }
 }
@@ -1011,7 +1013,7 @@ async fn a_guard_dropped_outside_of_a_runtime_leaves_the_lock_to_its_lease(#[cas
     assert!(matches!(released, Poll::Ready(Err(LockError::NoRuntime))));
     assert!(there.refuses("sale").await);
     let (_next, at) = there.waits("sale", PATIENT).await.unwrap().unwrap();
-    assert!(at - dropped < RENEWED.time() + PROMPTLY, "{:?}", at - dropped);
+    assert!(at - dropped < RENEWED.duration() + PROMPTLY, "{:?}", at - dropped);
 }
 
 #[rstest]
@@ -1092,7 +1094,7 @@ async fn a_lost_message_delays_a_waiter_to_the_end_of_the_lease_it_saw(#[case] k
     // It is free, and nobody says so.
     assert_eq!(ground.ask::<i64>(&["DEL", &here.key("sale")]).await, 1);
     let (_next, at) = waiter.await.unwrap().unwrap();
-    assert!(at - sent < MIDDLING.time() + PROMPTLY, "{:?}", at - sent);
+    assert!(at - sent < MIDDLING.duration() + PROMPTLY, "{:?}", at - sent);
 }
 
 #[rstest]
@@ -1276,11 +1278,11 @@ async fn spin_pauses_longer_each_time_by_chance_and_listens_to_nobody() {
     assert!(at - freed < PROMPTLY, "{:?}", at - freed);
 
     let longest: Vec<u128> = (1..=8)
-        .map(|failures| Pauses::default().after(failures, 1.0).as_millis())
+        .map(|failures| Backoff::default().pause(failures, 1.0).as_millis())
         .collect();
     assert_eq!(longest, [1, 2, 4, 8, 16, 32, 64, 128]);
-    assert_eq!(Pauses::default().after(1_000, 0.5), ms(64));
-    assert_eq!(Pauses::default().after(3, 0.0), Duration::ZERO);
+    assert_eq!(Backoff::default().pause(1_000, 0.5), ms(64));
+    assert_eq!(Backoff::default().pause(3, 0.0), Duration::ZERO);
 }
 
 #[rstest]
@@ -1569,7 +1571,7 @@ async fn a_process_whose_queue_never_ends_lets_others_in(#[case] kind: Kind) {
     eventually("they queue", async || turns.load(Relaxed) > 20).await;
     let before = turns.load(Relaxed);
     let waiter = elsewhere.waits("sale", PATIENT);
-    let most = CHANCES * HANDED_ON_AT_MOST;
+    let most = CHANCES * MAX_LOCAL_HANDOFFS;
     eventually("it is in, or had its chances", async || {
         waiter.is_finished() || turns.load(Relaxed) - before > most
     })

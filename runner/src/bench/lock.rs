@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use comfy_table::{Table, presets};
 use harness::backends::{Redis, Reply, Report};
-use lv3_redis_lock::lock::{Connections, Guard, Lease, Owner, Pauses, RLock, Released, SpinLock, Tokens};
+use lv3_redis_lock::lock::{Backoff, Connections, FencingTokens, Guard, Lease, Owner, RLock, Released, SpinLock};
 use serde::Serialize;
 use tokio::{sync::Barrier, task::JoinSet};
 
@@ -66,9 +66,13 @@ impl Lock {
     async fn open(strategy: &str, url: &str) -> anyhow::Result<Self> {
         let connections = Connections::open(url, PREFIX).await?;
         Ok(match strategy {
-            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(LEASE), Pauses::default())?),
-            "rlock" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), Tokens::None)?),
-            "fenced" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), Tokens::Growing)?),
+            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(LEASE), Backoff::default())?),
+            "rlock" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), FencingTokens::None)?),
+            "fenced" => Self::RLock(RLock::new(
+                connections,
+                Lease::Renewed(LEASE),
+                FencingTokens::Monotonic,
+            )?),
             other => bail!("{other} has no lock that is measured"),
         })
     }
