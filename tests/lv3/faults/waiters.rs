@@ -1,0 +1,178 @@
+//! Faults of the waiters and of releases: lost messages, stale owners, cancelled waits.
+
+use super::*;
+
+/// Either of the two locks, through connections of its own, as another process would have them.
+enum Any {
+    Spin(SpinLock),
+    RLock(RLock),
+}
+
+impl Any {
+    async fn on(stand: &TestEnvironment, name: &str, lease: Duration) -> Self {
+        let place = stand.redis(lease).unwrap().unwrap();
+        let connections = Connections::open(place.url.expose(), &place.prefix).await.unwrap();
+        match name {
+            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(lease), Backoff::default()).unwrap()),
+            _ => Self::RLock(RLock::new(connections, Lease::Renewed(lease), FencingTokens::None).unwrap()),
+        }
+    }
+
+    async fn acquire(&self, wait: Duration) -> Result<Guard, LockError> {
+        let name = format!("sale:{SALE}");
+        match self {
+            Self::Spin(lock) => lock.acquire(&name, &Owner::fresh(), wait).await,
+            Self::RLock(lock) => lock.acquire(&name, &Owner::fresh(), wait).await,
+        }
+    }
+}
+
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[tokio::test]
+async fn a_release_by_one_who_is_not_the_owner_is_refused_and_the_owner_keeps_the_lock(#[case] name: &str) {
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let lease = Duration::from_secs(60);
+    let (here, there) = tokio::join!(Any::on(&stand, name, lease), Any::on(&stand, name, lease));
+
+    let late = here.acquire(PATIENCE).await.unwrap();
+    lock.ends().await;
+    let owner = there.acquire(PATIENCE).await.unwrap();
+    assert_eq!(late.release().await.unwrap(), Released::NotOwner);
+    assert!(lock.is_taken().await, "it opened the owner's lock");
+    assert_eq!(owner.release().await.unwrap(), Released::Free);
+    assert!(!lock.is_taken().await);
+}
+
+/// The holder is on an instance of its own; the one that waits loses its subscription before the lock is given back.
+#[rstest]
+#[case::rlock("rlock", true)]
+#[case::fenced("fenced", true)]
+#[case::message_alone("mutants/message-alone", false)]
+#[tokio::test]
+async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[case] name: &str, #[case] gets_in: bool) {
+    // So long that the lock is surely given back before.
+    let lease = Duration::from_secs(4);
+    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = HistoryRecorder::new(strategy(name));
+    let first = freezes_at(DECIDED, &stand, name, lease).await;
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    stand.redis_at(proxy.port()).unwrap();
+    let second = instance(&stand, name, lease).await;
+    first.opens_a_sale(2).await.unwrap();
+
+    let holds = async {
+        let ann = ledger.ask(&first, 1).await;
+        assert!(is_confirmed(&ann), "{ann:?}");
+    };
+    let waits = async {
+        freezes(&first, PATIENCE).await;
+        let mut bob = Box::pin(ledger.ask(&second, 2));
+        let strikes = async {
+            until("Bob listens", async || lock.listeners().await == 1).await;
+            strikes(&proxy, Cut::Saying("SUBSCRIBE")).await;
+            ledger.struck("the messages of releases are lost");
+            until("nobody listens", async || lock.listeners().await == 0).await;
+            assert!(
+                lock.is_taken().await,
+                "the fault did not strike: the lease ended before the lock was given back"
+            );
+            first.goes_on().await.unwrap();
+            until("the lock is given back", async || !lock.is_taken().await).await;
+            assert_eq!(
+                lock.listeners().await,
+                0,
+                "the fault did not strike: somebody heard of the release"
+            );
+        };
+        tokio::select! {
+            told = &mut bob => panic!("Bob is told {told:?}, before the lock is given back and without a message"),
+            () = strikes => {}
+        }
+        let told = timeout(lease + Duration::from_secs(3), &mut bob).await;
+        assert_eq!(told.is_ok(), gets_in, "Bob, whose message is lost, is told {told:?}");
+        let told = match told {
+            Ok(told) => told,
+            Err(_) => {
+                assert!(!lock.is_taken().await, "somebody holds the lock");
+                // It was the message that he waited for, and nothing else.
+                proxy.cuts(Cut::Nothing);
+                timeout(PATIENCE, bob).await.expect("he still waits")
+            }
+        };
+        assert!(is_confirmed(&told));
+        proxy.cuts(Cut::Nothing);
+        ledger.healed();
+    };
+    tokio::join!(holds, waits);
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    assert_after_fault(strategy(name), &verdict, &[]);
+}
+
+#[rstest]
+#[case::spin("spin", 0)]
+#[case::rlock("rlock", 1)]
+#[tokio::test]
+async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] name: &str, #[case] listens: i64) {
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    // Nobody gets in because a lease has ended.
+    let lease = Duration::from_secs(60);
+    let (here, there) = tokio::join!(Any::on(&stand, name, lease), Any::on(&stand, name, lease));
+    let held = here.acquire(PATIENCE).await.unwrap();
+
+    // One gives up, at the head of its process's queue; one is dropped behind it.
+    let short = Duration::from_millis(300);
+    let (gives_up, dropped) = tokio::join!(there.acquire(short), timeout(short, there.acquire(PATIENCE)));
+    assert!(matches!(gives_up, Err(LockError::NotAcquired(_))));
+    assert!(dropped.is_err());
+    until("nobody listens any more", async || lock.listeners().await == 0).await;
+
+    // One is dropped at the head, with another behind it.
+    {
+        let mut head = Box::pin(there.acquire(PATIENCE));
+        let queued = async {
+            let what = "the fault did not strike: it is not in the queue";
+            until(what, async || lock.listeners().await == listens).await;
+        };
+        tokio::select! {
+            _ = &mut head => panic!("the lock is held"),
+            () = queued => {}
+        }
+        let mut next = Box::pin(there.acquire(lease));
+        assert!(timeout(Duration::from_millis(50), &mut next).await.is_err());
+        drop(head);
+        assert!(timeout(Duration::from_millis(50), &mut next).await.is_err());
+        assert_eq!(held.release().await.unwrap(), Released::Free);
+        let got = timeout(PATIENCE, next)
+            .await
+            .expect("the queue does not move on")
+            .unwrap();
+        assert_eq!(got.release().await.unwrap(), Released::Free);
+    }
+    until("nobody listens any more", async || lock.listeners().await == 0).await;
+    assert!(!lock.is_taken().await, "somebody who is gone has the lock");
+}
+
+/// The test above would see it: a wait in a task of its own goes on when whoever began it has left.
+#[tokio::test]
+async fn a_waiter_that_outlives_its_caller_is_noticed() {
+    let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let (here, there) = tokio::join!(Any::on(&stand, "rlock", LEASE), Any::on(&stand, "rlock", LEASE));
+    let _held = here.acquire(PATIENCE).await.unwrap();
+    drop(tokio::spawn(async move { there.acquire(Duration::MAX).await }));
+    until("it is in the queue", async || lock.listeners().await == 1).await;
+    let nobody = "nobody listens any more";
+    let noticed = panic_of(until(nobody, async || lock.listeners().await == 0)).await;
+    assert!(noticed.contains(nobody), "{noticed}");
+}
