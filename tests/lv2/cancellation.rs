@@ -3,7 +3,7 @@
 use super::*;
 
 // ANCHOR: cancelled
-/// The number is that of the statements, each of which is waited for.
+/// `at_least`: the number of statements, each of which is an await point.
 #[rstest]
 #[case::mutex("mutex", 6)]
 #[case::pessimistic("pessimistic", 6)]
@@ -51,7 +51,7 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
 
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
-async fn a_server_that_stands_still_nowhere_says_nothing_of_buyers_who_hang_up() {
+async fn a_server_that_never_pauses_says_nothing_about_buyers_who_hang_up() {
     never_hung_up(&program(), &LEVEL, strategy("pessimistic"))
         .await
         .unwrap();

@@ -33,7 +33,7 @@ use super::*;
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush {
-        // As long as a disk would make it: a lock that is given back before the commit must be seen to be.
+        // As slow as a commit to disk, so that a lock released before the commit is detected.
         commit: Duration::from_millis(1),
         ..Rush::for_strategy(strategy(name)).instances(instances)
     };
@@ -65,7 +65,7 @@ fn every_strategy_declares_what_the_table_says() {
 }
 
 // ANCHOR: fifty-clicks
-/// One reservation, however often the buyer clicks at once.
+/// 50 concurrent clicks of one buyer are one reservation.
 #[rstest]
 #[case::pessimistic("pessimistic", 3)]
 #[case::optimistic("optimistic", 3)]
@@ -91,7 +91,7 @@ fn fifty_clicks(instances: usize) -> Rush {
         buyers: 4,
         clicks: 50,
         instances,
-        // While the first click sells, the others have long looked, where they are let.
+        // Long enough that all other clicks read before the first one commits, unless a lock prevents it.
         work: Duration::from_millis(50),
         ..Rush::default()
     }
@@ -116,7 +116,7 @@ async fn one_buyer_clicks_at(instances: usize) -> Report {
         buyers: 1,
         clicks: 50,
         instances,
-        // Both instances are in their first reservation at the same time, even if one gets its click late.
+        // Long enough for the first reservations of both instances to overlap, even if one click arrives late.
         work: Duration::from_millis(100),
         ..Rush::default()
     };

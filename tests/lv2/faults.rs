@@ -3,10 +3,10 @@
 use super::*;
 
 #[tokio::test]
-async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_time() {
-    /// Whoever gets the mutex last waits as long for a connection.
+async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_time() {
+    /// The mutex's time limit, and then the pool's for the last one that gets the mutex.
     const IN_TIME: Duration = Duration::from_secs(5 + 5);
-    /// What 50 answers may take besides waiting.
+    /// The allowance for 50 answers beyond those waits.
     const BESIDES: Duration = Duration::from_secs(5);
 
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
@@ -30,14 +30,15 @@ async fn without_its_database_everybody_who_waits_for_the_mutex_is_undecided_in_
     talk.stop().await.unwrap();
 }
 
-/// Postgres takes a commit back in the very end. Nobody may have been told that it was carried out, and who asks again gets the ticket.
+/// Postgres rejects a commit at the last moment. The buyer must not be told that it succeeded, and gets
+/// the ticket on a retry.
 #[rstest]
 #[case::mutex("mutex")]
 #[case::pessimistic("pessimistic")]
 #[case::optimistic("optimistic")]
 #[case::conditional_update("conditional-update")]
 #[tokio::test]
-async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
+async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
     let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
@@ -62,8 +63,8 @@ async fn a_commit_that_fails_confirms_nobody(#[case] name: &str) {
     assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
 }
 
-/// The connection breaks with Ann's commit on its way, and with it ends her hold of the mutex. Bob reads what was there before her, and Postgres
-/// carries out both.
+/// The connection breaks with Ann's commit in flight, and her request releases the mutex. Bob reads the
+/// state before it, and Postgres carries out both commits.
 #[tokio::test]
 async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let strategy = strategy("mutex");
@@ -92,7 +93,7 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     proxy.cuts(Cut::Nothing);
     ledger.healed();
     let bob = async {
-        // He may get a connection of the pool that was cut as well, and asks again.
+        // He retries, as he may get a pooled connection that was cut as well.
         loop {
             match ledger.ask(&talk, 2).await {
                 Answer::Indeterminate => {}
@@ -117,14 +118,14 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     );
 }
 
-/// "Sold out" is a statement about the sale. Whoever could not look at it may not make it.
+/// "Sold out" is a statement about the sale: a request that could not read the sale must not answer it.
 #[rstest]
 #[case::mutex("mutex")]
 #[case::pessimistic("pessimistic")]
 #[case::optimistic("optimistic")]
 #[case::conditional_update("conditional-update")]
 #[tokio::test]
-async fn a_row_that_somebody_else_holds_for_too_long_leaves_a_buyer_undecided(#[case] name: &str) {
+async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
     let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
@@ -148,7 +149,7 @@ async fn a_row_that_somebody_else_holds_for_too_long_leaves_a_buyer_undecided(#[
     talk.stop().await.unwrap();
 }
 
-/// Asks for a ticket, however long it takes.
+/// Requests a ticket without a client time-out. Returns the status code.
 async fn status_of(address: SocketAddr, buyer: i64) -> std::io::Result<String> {
     let body = format!("{{\"buyer_id\": {buyer}}}");
     let request = format!(

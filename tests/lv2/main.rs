@@ -1,4 +1,4 @@
-//! LV.2: the contract that LV.1 breaks, kept; and where each strategy stops keeping it.
+//! LV.2: the contract that LV.1 breaks, and the limits of each strategy that keeps it.
 
 #![allow(clippy::unwrap_used)]
 

@@ -3,7 +3,7 @@
 use super::*;
 
 // ANCHOR: pool
-/// Fewer connections than callers, by far.
+/// Far fewer connections than callers.
 const POOL_OF_EIGHT: Rush = Rush {
     capacity: 100,
     buyers: 1000,
@@ -45,7 +45,8 @@ async fn eight_callers_leave_a_pool_of_eight_with_nobody_waiting() {
     kept_over_a_pool_of_eight(rush).await;
 }
 
-/// Runs the rush and keeps the contract, and the callers wait for the pool: there are many more of them than Postgres sees connections.
+/// Runs the rush, asserts that the contract is kept, and that far more callers were concurrent than
+/// Postgres saw connections.
 async fn kept_over_a_pool_of_eight(rush: Rush) -> Report {
     let strategy = strategy("pessimistic");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
@@ -72,7 +73,7 @@ async fn kept_over_a_pool_of_eight(rush: Rush) -> Report {
     report
 }
 
-/// How many connections of a server Postgres sees, at most, until the rush is over.
+/// The greatest number of connections of the server that Postgres sees until the rush is over.
 async fn most_connections(database: &Database, mut is_over: oneshot::Receiver<()>) -> i64 {
     let pool = database.pool(1).await.unwrap();
     let mut most = 0;
@@ -92,11 +93,11 @@ async fn most_connections(database: &Database, mut is_over: oneshot::Receiver<()
     most
 }
 
-/// The pool's own deadline, and that of the row's lock, of which nobody who waits for a connection has had any yet.
+/// The time-out of the pool, and then that of the row lock, which starts once a connection is acquired.
 const WAITS_AT_MOST: Duration = Duration::from_secs(5 + 5);
 
 #[tokio::test]
-async fn who_waits_for_the_pool_beyond_its_deadline_is_undecided_and_does_not_hang() {
+async fn a_request_that_waits_for_the_pool_beyond_its_time_out_ends_as_indeterminate() {
     let rush = Rush {
         capacity: 24,
         buyers: 200,

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// 64 buyers on one row, each on a connection of its own.
+/// 64 buyers contend for one row, each on its own connection.
 const STORM: Rush = Rush {
     capacity: 32,
     buyers: 64,
@@ -37,7 +37,8 @@ async fn a_buyer_alone_is_no_version_storm() {
     sold_in_a_version_storm(alone).await;
 }
 
-/// Keeps the contract, and somebody was overtaken: Postgres has rolled back more transactions than there are buyers who were refused.
+/// Runs the rush, asserts that the contract is kept, and that conflicts occurred: Postgres rolled back more
+/// transactions than requests were refused.
 async fn sold_in_a_version_storm(rush: Rush) -> Report {
     let strategy = strategy("optimistic");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
@@ -50,7 +51,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
     );
 
     let pool = stand.database().pool(1).await.unwrap();
-    // A connection of Postgres tells what it has counted when it has time, and at the latest before it is gone.
+    // A Postgres backend reports its statistics with a delay, and at the latest before it exits.
     until("the servers' connections to be gone", async || {
         let others: i64 = sqlx::query_scalar(
             "select count(*)
@@ -85,7 +86,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
 }
 
 #[tokio::test]
-async fn who_is_overtaken_too_often_is_undecided_and_never_told_that_all_is_sold() {
+async fn a_request_overtaken_too_often_is_indeterminate_and_never_sold_out() {
     let rehearsal = ScheduleRunner::of(strategy("optimistic")).await.unwrap();
     let pool = rehearsal.stand().database().pool(1).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();

@@ -3,10 +3,10 @@
 use super::*;
 
 // ANCHOR: orders
-/// Where nothing happens that another request could see: holding a request there only tries the same order again.
+/// Points without an effect that another request could see: pausing there would repeat the same order.
 const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
 
-/// Two requests, every feasible order.
+/// Two buyers, every feasible order.
 const TWO_BUYERS: Scenario = Scenario {
     capacity: 1,
     clicks: &[1, 1],
@@ -30,7 +30,7 @@ const THREE: Scenario = Scenario {
     preemptions: Some(2),
 };
 
-/// The last number: fewer orders than this of two buyers, and the strategy passes a point unseen.
+/// `at_least`: with fewer orders of two buyers, the strategy has lost a scheduling point.
 #[rstest]
 #[case::mutex("mutex", true, 26)]
 #[case::pessimistic("pessimistic", true, 8)]
@@ -163,7 +163,7 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
 }
 // ANCHOR_END: guard
 
-/// Somebody's transaction is open while its request is held, as Postgres sees it.
+/// Asserts that Postgres sees one open transaction, that of the paused request.
 async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
     let pool = rehearsal.stand().database().pool(1).await.unwrap();
     let open: i64 = sqlx::query_scalar(

@@ -4,26 +4,27 @@ use super::*;
 
 /// When Postgres carries out the commit whose connection broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Carried {
-    /// While the lock still lives that covers it.
-    Out,
-    /// When the lease has ended and somebody else has decided.
-    OutTooLate,
+enum CarriedOut {
+    /// While the lock that covers it is still held.
+    InTime,
+    /// After the lease has expired and another buyer has decided.
+    TooLate,
 }
 
-/// Ann's connection to Postgres breaks with her commit on its way. She is undecided, and her lock is not given back.
+/// Ann's connection to Postgres breaks with her commit in flight. Her outcome is unknown, and her lock is
+/// not released.
 #[rstest]
-#[case::spin("spin", Carried::Out, true)]
-#[case::rlock("rlock", Carried::Out, true)]
-#[case::fenced("fenced", Carried::Out, true)]
-#[case::commit_not_covered("mutants/commit-not-covered", Carried::Out, false)]
-#[case::spin_and_too_late("spin", Carried::OutTooLate, false)]
-#[case::rlock_and_too_late("rlock", Carried::OutTooLate, false)]
-#[case::fenced_and_too_late("fenced", Carried::OutTooLate, true)]
+#[case::spin("spin", CarriedOut::InTime, true)]
+#[case::rlock("rlock", CarriedOut::InTime, true)]
+#[case::fenced("fenced", CarriedOut::InTime, true)]
+#[case::commit_not_covered("mutants/commit-not-covered", CarriedOut::InTime, false)]
+#[case::spin_and_too_late("spin", CarriedOut::TooLate, false)]
+#[case::rlock_and_too_late("rlock", CarriedOut::TooLate, false)]
+#[case::fenced_and_too_late("fenced", CarriedOut::TooLate, true)]
 #[tokio::test]
 async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_lease(
     #[case] name: &str,
-    #[case] carried: Carried,
+    #[case] carried: CarriedOut,
     #[case] keeps: bool,
 ) {
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
@@ -33,9 +34,9 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let lease = match carried {
-        // Bob waits for it to end, and hears of nothing before that.
-        Carried::Out => LEASE * 2,
-        Carried::OutTooLate => LEASE,
+        // Bob waits for it to expire.
+        CarriedOut::InTime => LEASE * 2,
+        CarriedOut::TooLate => LEASE,
     };
     let behind = program(lease).variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
     let (first, second) = tokio::join!(
@@ -49,25 +50,25 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     let held = DelayedCommits::on(&stand).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        strike(&held).await;
-        strikes(&proxy, Cut::Everything).await;
+        wait_for_commit(&held).await;
+        inject(&proxy, Cut::Everything).await;
         ledger.struck("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
     let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
         let at_the_row = async || held.waiting("transactionid tuple").await.unwrap() > 0;
-        if carried == Carried::Out && keeps && name != "fenced" {
-            // Nobody renews the lock, and nobody gives it back.
+        if carried == CarriedOut::InTime && keeps && name != "fenced" {
+            // The lock is neither renewed nor released.
             until("half of the lease is over", async || {
-                lock.left().await.is_none_or(|left| left < lease / 2)
+                lock.ttl().await.is_none_or(|left| left < lease / 2)
             })
             .await;
             assert!(
-                lock.is_taken().await && !at_the_row().await,
+                lock.is_held().await && !at_the_row().await,
                 "her lock is not hers any more"
             );
         } else {
-            // He has the lock, and comes as far as the row.
+            // He acquires the lock, and waits for the row lock.
             until("Bob waits for the row", at_the_row).await;
         }
         held.go_on().await.unwrap();
@@ -88,10 +89,10 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     assert_after_fault(strategy(name), &verdict, if keeps { &[] } else { OVERSOLD });
 }
 
-/// Her first request has lost its lock, and its write is still being committed when she asks again, elsewhere. What is behind the fence is looked at
-/// behind the fence.
+/// The first request has lost its lock, and its commit is in flight when she retries on another instance.
+/// The retry must read behind the fence.
 #[tokio::test]
-async fn a_buyer_who_repeats_while_her_write_is_being_committed_has_one_reservation() {
+async fn a_buyer_who_retries_while_her_commit_is_in_flight_has_one_reservation() {
     let name = "fenced";
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
@@ -102,8 +103,8 @@ async fn a_buyer_who_repeats_while_her_write_is_being_committed_has_one_reservat
     let held = DelayedCommits::on(&stand).await.unwrap();
 
     let (once, again) = tokio::join!(ledger.ask(&first, 1), async {
-        strike(&held).await;
-        lock.ends().await;
+        wait_for_commit(&held).await;
+        lock.expire().await;
         let (again, ()) = tokio::join!(ledger.ask(&second, 1), async {
             until("she waits for the row", async || {
                 held.waiting("transactionid tuple").await.unwrap() > 0
@@ -120,12 +121,12 @@ async fn a_buyer_who_repeats_while_her_write_is_being_committed_has_one_reservat
     assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
 }
 
-/// The commit is under way, and nobody awaits it any more. Its lock stays until it is carried out.
+/// The caller of a commit in flight is dropped. The lock is held until the commit is carried out.
 #[rstest]
 #[case::spin("spin")]
 #[case::rlock("rlock")]
 #[tokio::test]
-async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
+async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
     let redis = backends::redis().await.unwrap();
@@ -156,18 +157,15 @@ async fn a_commit_whose_caller_has_left_keeps_its_lock(#[case] name: &str) {
         let mut reserving = here.reserve(&order, &unobserved);
         tokio::select! {
             answer = &mut reserving => panic!("the fault did not strike: {:?}", answer.is_ok()),
-            () = strike(&held) => {}
+            () = wait_for_commit(&held) => {}
         }
     }
     let ledger = HistoryRecorder::new(strategy);
     let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
-        // Far longer than it takes to come as far as the row, where the lock lets him.
+        // Far longer than he needs to reach the row, if the lock does not stop him.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let at_the_row = held.waiting("transactionid tuple").await.unwrap();
-        assert!(
-            lock.is_taken().await && at_the_row == 0,
-            "her lock is not hers any more"
-        );
+        assert!(lock.is_held().await && at_the_row == 0, "her lock is not hers any more");
         held.go_on().await.unwrap();
     });
     assert_eq!(bob, SOLD_OUT);

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// One number of what `INFO` tells, such as the calls of `cmdstat_evalsha`; 0 where it tells nothing of it.
-async fn told(redis: &Redis, section: &str, line: &str, field: &str) -> u64 {
+/// One number of `INFO`, such as the calls of `cmdstat_evalsha`; 0 if it is absent.
+async fn info_field(redis: &Redis, section: &str, line: &str, field: &str) -> u64 {
     let Reply::Bulk(info) = redis.command(&["INFO", section]).await.unwrap() else {
         panic!("INFO tells nothing")
     };
@@ -14,35 +14,38 @@ async fn told(redis: &Redis, section: &str, line: &str, field: &str) -> u64 {
 }
 
 #[rstest]
-#[case::spin("spin", Late::Oversells)]
-#[case::rlock("rlock", Late::Oversells)]
-#[case::fenced("fenced", Late::IsRefused)]
-#[case::token_not_checked("mutants/token-not-checked", Late::Oversells)]
+#[case::spin("spin", StaleHolder::Oversells)]
+#[case::rlock("rlock", StaleHolder::Oversells)]
+#[case::fenced("fenced", StaleHolder::IsRejected)]
+#[case::token_not_checked("mutants/token-not-checked", StaleHolder::Oversells)]
 #[tokio::test]
 async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its_token(
     #[case] name: &str,
-    #[case] late: Late,
+    #[case] late: StaleHolder,
 ) {
     let lease = Duration::from_millis(500);
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
-    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, lease),
+        instance(&stand, name, lease)
+    );
     first.opens_a_sale(1).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        freezes(&first, PATIENCE).await;
+        wait_until_frozen(&first, PATIENCE).await;
         ledger.struck("the first instance frozen");
-        until("the lease has ended", async || !lock.is_taken().await).await;
+        until("the lease has ended", async || !lock.is_held().await).await;
         let bob = ledger.ask(&second, 2).await;
         assert!(is_confirmed(&bob), "nobody holds the lock, and Bob is told {bob:?}");
         first.goes_on().await.unwrap();
         ledger.healed();
     });
     match late {
-        Late::Oversells => assert!(is_confirmed(&ann), "{ann:?}"),
-        Late::IsRefused => {
+        StaleHolder::Oversells => assert!(is_confirmed(&ann), "{ann:?}"),
+        StaleHolder::IsRejected => {
             assert_eq!(ann, Answer::Indeterminate);
             assert_eq!(ledger.ask(&first, 1).await, SOLD_OUT);
         }
@@ -53,7 +56,7 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
     assert_after_fault(strategy(name), &verdict, late.breaks());
 }
 
-/// Others get in within a lease, and so much time as a busy machine takes for it. The mistakes of the broken ones cost them at least as much more.
+/// Others acquire the lock within one lease and some allowance. Each mutant exceeds that by far.
 #[rstest]
 #[case::spin("spin", true)]
 #[case::rlock("rlock", true)]
@@ -63,38 +66,41 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
 #[case::watchdog_not_tied("mutants/watchdog-not-tied", false)]
 #[tokio::test]
 async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &str, #[case] others_get_in: bool) {
-    // Time to freeze, to kill and to look twice.
+    // Long enough to freeze, to kill and to check twice.
     let lease = LEASE * 2;
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
-    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, lease),
+        instance(&stand, name, lease)
+    );
     first.opens_a_sale(3).await.unwrap();
-    // Somebody has had the lock before, on the instance that lives on.
+    // The surviving instance has acquired and released the lock before.
     assert!(is_confirmed(&ledger.ask(&second, 1).await));
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 2), async {
-        freezes(&first, PATIENCE).await;
-        assert!(lock.is_taken().await, "the fault did not strike: the lock was free");
-        is_killed(&first).await;
+        wait_until_frozen(&first, PATIENCE).await;
+        assert!(lock.is_held().await, "the fault did not strike: the lock was free");
+        kill_frozen(&first).await;
         ledger.struck("the first instance killed");
         assert!(
-            lock.is_taken().await,
+            lock.is_held().await,
             "the fault did not strike: the lock went before its holder did"
         );
         ledger.healed();
     });
     assert_eq!(ann, Answer::Indeterminate);
 
-    // Where it is right, the wait is over when the lease is: long before a buyer gives up.
+    // A correct strategy waits for the end of the lease, long before a buyer gives up.
     let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
     if !others_get_in {
         assert!(bob.is_err(), "Bob is told {bob:?}, though the lock's holder is dead");
         if name != "mutants/message-alone" {
-            assert!(lock.is_taken().await, "nobody holds the lock, and yet Bob waits");
+            assert!(lock.is_held().await, "nobody holds the lock, and yet Bob waits");
         }
-        is_killed(&second).await;
+        kill_frozen(&second).await;
         let verdict = ledger.verdict(&stand).await.unwrap();
         assert_after_fault(strategy(name), &verdict, STUCK);
         return;
@@ -122,7 +128,7 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     #[case] renewed: bool,
 ) {
     let (lease, outlives) = (LEASE, name == "mutants/watchdog-not-tied");
-    let (redis, stand) = alone(name).await;
+    let (redis, stand) = private_environment(name).await;
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
     let rush = Rush {
@@ -140,7 +146,7 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
 
     let began = Instant::now();
     let (ann, bob) = tokio::join!(ledger.ask(&first, 1), async {
-        until("Ann has the lock", async || lock.is_taken().await).await;
+        until("Ann has the lock", async || lock.is_held().await).await;
         ledger.ask(&second, 2).await
     });
     assert!(began.elapsed() > lease * 2, "the fault did not strike: she was quick");
@@ -152,9 +158,9 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     let verdict = ledger.verdict(&stand).await.unwrap();
     assert_after_fault(strategy, &verdict, if renewed { &[] } else { OVERSOLD });
 
-    // Both are done, and so is their watchdog: somebody else's lock lives for its lease, and nobody asks Redis for anything.
-    until("the lock is given back", async || !lock.is_taken().await).await;
-    let calls = async || told(&redis, "commandstats", "cmdstat_evalsha", "calls").await;
+    // Both requests and their watchdogs are done: another owner's lock expires with its lease, and no script runs.
+    until("the lock is given back", async || !lock.is_held().await).await;
+    let calls = async || info_field(&redis, "commandstats", "cmdstat_evalsha", "calls").await;
     let before = calls().await;
     assert!(before > 0, "INFO does not tell of the scripts");
     let lease_ms = lease.as_millis().to_string();
@@ -165,32 +171,35 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
         assert_eq!(redis.command(command).await.unwrap(), Reply::Int(1));
     }
     if outlives {
-        // By somebody who has no business with it.
-        lock.is_seen_renewed().await;
-        is_killed(&first).await;
-        is_killed(&second).await;
+        // Renewed by a process that does not hold it.
+        lock.wait_for_renewal().await;
+        kill_frozen(&first).await;
+        kill_frozen(&second).await;
         return;
     }
-    until("somebody's lease has ended", async || !lock.is_taken().await).await;
+    until("somebody's lease has ended", async || !lock.is_held().await).await;
     assert_eq!(calls().await, before, "something is still renewed");
     first.stop().await.unwrap();
     second.stop().await.unwrap();
 }
 
-/// What somebody is told whose work Redis or Postgres goes on with too late.
-fn is_told(told: &Answer, late: Late) {
+/// Asserts the answer to a holder that resumes after its lease.
+fn assert_stale_answer(told: &Answer, late: StaleHolder) {
     match late {
-        Late::Oversells => assert!(is_confirmed(told), "{told:?}"),
-        Late::IsRefused => assert_eq!(*told, Answer::Indeterminate),
+        StaleHolder::Oversells => assert!(is_confirmed(told), "{told:?}"),
+        StaleHolder::IsRejected => assert_eq!(*told, Answer::Indeterminate),
     }
 }
 
-/// The holder lives and works, and none of its renewals gets through.
+/// The holder is alive, and none of its renewals reaches Redis.
 #[rstest]
-#[case::rlock("rlock", Late::Oversells)]
-#[case::fenced("fenced", Late::IsRefused)]
+#[case::rlock("rlock", StaleHolder::Oversells)]
+#[case::fenced("fenced", StaleHolder::IsRejected)]
 #[tokio::test]
-async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#[case] name: &str, #[case] late: Late) {
+async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(
+    #[case] name: &str,
+    #[case] late: StaleHolder,
+) {
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
@@ -216,10 +225,10 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
         (ann, began.elapsed())
     };
     let bob = async {
-        lock.is_seen_renewed().await;
-        strikes(&proxy, Cut::Everything).await;
+        lock.wait_for_renewal().await;
+        inject(&proxy, Cut::Everything).await;
         ledger.struck("the holder is cut off from Redis");
-        until("the lease has ended", async || !lock.is_taken().await).await;
+        until("the lease has ended", async || !lock.is_held().await).await;
         let bob = ledger.ask(&second, 2).await;
         (bob, began.elapsed())
     };
@@ -229,10 +238,10 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
         "the fault did not strike: she had written before he was there"
     );
     assert!(is_confirmed(&bob), "{bob:?}");
-    is_told(&ann, late);
+    assert_stale_answer(&ann, late);
     proxy.cuts(Cut::Nothing);
     ledger.healed();
-    if late == Late::IsRefused {
+    if late == StaleHolder::IsRejected {
         assert_eq!(ledger.ask(&second, 1).await, SOLD_OUT);
     }
     first.stop().await.unwrap();
@@ -241,9 +250,9 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(#
     assert_after_fault(strategy(name), &verdict, late.breaks());
 }
 
-/// She has a token and has not shown it to the row. By the time that she does, somebody with a later one has been there.
+/// The frozen holder has not raised the fence yet. When it resumes, a later holder has raised it.
 #[tokio::test]
-async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
+async fn a_fence_is_not_lowered_by_a_stale_holder() {
     let (name, lease) = ("fenced", Duration::from_millis(500));
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
@@ -255,15 +264,15 @@ async fn a_fence_is_not_lowered_by_who_comes_to_it_too_late() {
     };
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(
-        freezes_at("lock taken", &stand, name, lease),
+        instance_frozen_at("lock taken", &stand, name, lease),
         instance(&stand, name, lease)
     );
     first.opens_a_sale(2).await.unwrap();
 
     let (ann, raised) = tokio::join!(ledger.ask(&first, 1), async {
-        freezes(&first, PATIENCE).await;
+        wait_until_frozen(&first, PATIENCE).await;
         ledger.struck("the first instance frozen");
-        until("the lease has ended", async || !lock.is_taken().await).await;
+        until("the lease has ended", async || !lock.is_held().await).await;
         assert!(is_confirmed(&ledger.ask(&second, 2).await));
         let raised = fence().await;
         first.goes_on().await.unwrap();

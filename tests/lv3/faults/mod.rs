@@ -1,4 +1,5 @@
-//! LV.3: what befalls a lock in Redis, its holders and those who wait for it. Every fault is real, and seen from outside to have struck.
+//! LV.3: fault injection against the lock in Redis, its holders and its waiters. Every fault is real, and
+//! each test checks that it took effect.
 
 mod commits;
 mod holders;
@@ -38,13 +39,13 @@ use redis::Script;
 use rstest::rstest;
 use tokio::time::timeout;
 
-/// How long a lock outlives its holder in these tests. Long enough for a few looks from outside before it ends.
+/// The lease in most of these tests: long enough for a few checks before it expires.
 const LEASE: Duration = Duration::from_secs(2);
 
-/// How long a server may take for what it does at once, on a machine that has other things to do.
+/// The time limit for anything that should happen at once, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// Where a buyer holds the lock and has seen that there is a ticket.
+/// The scheduling point at which a request holds the lock and has read that a ticket is left.
 const DECIDED: &str = "decided to sell";
 
 fn strategy(name: &str) -> &'static Strategy {
@@ -64,13 +65,13 @@ async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestS
         .unwrap()
 }
 
-/// Starts one that freezes when a reservation comes to this point for the first time.
-async fn freezes_at(point: &str, stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
+/// Starts an instance that freezes when the first reservation reaches this point.
+async fn instance_frozen_at(point: &str, stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
     let program = program(lease).variable("OVERSOLD_STOP_AT", format!("{point}#1"));
     TestServer::with(stand, &program, &LEVEL, strategy(name)).await.unwrap()
 }
 
-/// The lock of a sale, as Redis tells of it.
+/// The lock of a sale, read from Redis directly.
 struct Lock<'a> {
     redis: &'a Redis,
     key: String,
@@ -85,8 +86,8 @@ impl<'a> Lock<'a> {
         }
     }
 
-    /// How long it stays taken; `None` if it is free.
-    async fn left(&self) -> Option<Duration> {
+    /// The remaining lease; `None` if the lock is free.
+    async fn ttl(&self) -> Option<Duration> {
         match self.redis.command(&["PTTL", &self.key]).await.unwrap() {
             Reply::Int(-2) => None,
             Reply::Int(left_ms) => Some(Duration::from_millis(left_ms.try_into().expect("it has an end"))),
@@ -94,28 +95,28 @@ impl<'a> Lock<'a> {
         }
     }
 
-    async fn is_taken(&self) -> bool {
-        self.left().await.is_some()
+    async fn is_held(&self) -> bool {
+        self.ttl().await.is_some()
     }
 
-    /// Waits until it was renewed once, by whoever has it.
-    async fn is_seen_renewed(&self) {
+    /// Waits for one renewal.
+    async fn wait_for_renewal(&self) {
         let least = Cell::new(Duration::MAX);
         until("the fault did not strike: nobody renews the lock", async || {
-            let left = self.left().await.unwrap_or(Duration::MAX);
+            let left = self.ttl().await.unwrap_or(Duration::MAX);
             let before = least.replace(left.min(least.get()));
             left < Duration::MAX && left > before
         })
         .await;
     }
 
-    /// Its lease ends here and now.
-    async fn ends(&self) {
+    /// Ends the lease at once, by deleting the key.
+    async fn expire(&self) {
         let ended = self.redis.command(&["DEL", &self.key]).await.unwrap();
         assert_eq!(ended, Reply::Int(1), "the fault did not strike: nobody held the lock");
     }
 
-    /// How many connections listen to its releases.
+    /// The number of connections that subscribe to its releases.
     async fn listeners(&self) -> i64 {
         let channel = format!("{}:released", self.key);
         match self.redis.command(&["PUBSUB", "NUMSUB", &channel]).await.unwrap() {
@@ -128,20 +129,20 @@ impl<'a> Lock<'a> {
     }
 }
 
-/// Waits until a process stands still at its point.
-async fn freezes(talk: &TestServer, patience: Duration) {
+/// Waits until the process is frozen at its point.
+async fn wait_until_frozen(talk: &TestServer, patience: Duration) {
     let frozen = talk.stands_still(patience).await;
     frozen.expect("the fault did not strike: the process runs on");
 }
 
-/// Kills a process that stands still.
-async fn is_killed(talk: &TestServer) {
+/// Kills a frozen process.
+async fn kill_frozen(talk: &TestServer) {
     let left = talk.kill().await.unwrap().to_string();
     assert!(left.contains("signal: 9"), "the fault did not strike: {left}");
 }
 
-/// What a proxy does to those who come through it, until it has struck somebody.
-async fn strikes(proxy: &Proxy, cut: Cut) {
+/// Injects a fault at the proxy, and waits until it has affected a connection.
+async fn inject(proxy: &Proxy, cut: Cut) {
     proxy.cuts(cut);
     until("the fault did not strike: nobody came through the proxy", async || {
         proxy.has_struck()
@@ -149,15 +150,15 @@ async fn strikes(proxy: &Proxy, cut: Cut) {
     .await;
 }
 
-/// Waits until a commit is on its way.
-async fn strike(held: &DelayedCommits) {
+/// Waits until a commit is in flight.
+async fn wait_for_commit(held: &DelayedCommits) {
     until("the fault did not strike: nobody commits", async || {
         held.have_struck().await.unwrap()
     })
     .await;
 }
 
-/// The faults above are only faults if a test can tell that they did not strike.
+/// Each helper above must fail if its fault takes no effect.
 #[tokio::test]
 async fn a_fault_that_does_not_strike_is_noticed() {
     let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
@@ -167,11 +168,11 @@ async fn a_fault_that_does_not_strike_is_noticed() {
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let does_not = tokio::join!(
-        panic_of(lock.ends()),
-        panic_of(lock.is_seen_renewed()),
-        panic_of(freezes(&talk, PATIENCE)),
-        panic_of(strikes(&proxy, Cut::Everything)),
-        panic_of(strike(&held)),
+        panic_of(lock.expire()),
+        panic_of(lock.wait_for_renewal()),
+        panic_of(wait_until_frozen(&talk, PATIENCE)),
+        panic_of(inject(&proxy, Cut::Everything)),
+        panic_of(wait_for_commit(&held)),
     );
     for panic in <[String; 5]>::from(does_not) {
         assert!(panic.contains("did not strike"), "{panic}");
@@ -180,7 +181,7 @@ async fn a_fault_that_does_not_strike_is_noticed() {
     talk.stop().await.unwrap();
 }
 
-/// What it panics with.
+/// The panic message of a future.
 async fn panic_of(fault: impl Future<Output = ()>) -> String {
     let panic = AssertUnwindSafe(fault).catch_unwind().await.expect_err("it panics");
     let said = panic.downcast_ref::<String>().cloned();
@@ -188,8 +189,8 @@ async fn panic_of(fault: impl Future<Output = ()>) -> String {
         .expect("a panic says why")
 }
 
-/// A Redis that nobody else uses, and a stand on it.
-async fn alone(name: &str) -> (Private<Redis>, TestEnvironment) {
+/// A private Redis, and a test environment on it.
+async fn private_environment(name: &str) -> (Private<Redis>, TestEnvironment) {
     let redis = Redis::private().await.unwrap();
     let postgres = backends::postgres().await.unwrap();
     let stand = TestEnvironment::on(&postgres, Some(&*redis), strategy(name).schema)
@@ -198,7 +199,7 @@ async fn alone(name: &str) -> (Private<Redis>, TestEnvironment) {
     (redis, stand)
 }
 
-/// Looks until it is so.
+/// Polls until the condition holds.
 async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
     let gave_up = Instant::now() + PATIENCE;
     while !is_so().await {
@@ -209,7 +210,7 @@ async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
 
 const OVERSOLD: &[Invariant] = &[NoOversell, Conservation];
 
-/// Whoever waits for the lock is never told anything.
+/// Waiters for the lock get no answer.
 const STUCK: &[Invariant] = &[Progress];
 
 const SOLD_OUT: Answer = Answer::Refused(Refused::SoldOut);
@@ -218,20 +219,20 @@ fn is_confirmed(answer: &Answer) -> bool {
     matches!(answer, Answer::Confirmed { .. })
 }
 
-/// What a holder is told that was frozen for longer than its lease and then goes on.
+/// The answer to a holder that was frozen for longer than its lease and then resumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Late {
-    /// It has sold, on what it read before: two buyers have the one ticket.
+enum StaleHolder {
+    /// It sells on a stale read: two buyers have one ticket.
     Oversells,
-    /// Its write came too late, and it learns that.
-    IsRefused,
+    /// The row rejects its write.
+    IsRejected,
 }
 
-impl Late {
+impl StaleHolder {
     fn breaks(self) -> &'static [Invariant] {
         match self {
             Self::Oversells => OVERSOLD,
-            Self::IsRefused => &[],
+            Self::IsRejected => &[],
         }
     }
 }

@@ -7,18 +7,21 @@ use super::*;
 #[case::rlock("rlock")]
 #[case::fenced("fenced")]
 #[tokio::test]
-async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case] name: &str) {
+async fn an_unreachable_redis_sells_nothing_twice_and_sales_resume_by_themselves(#[case] name: &str) {
     let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     stand.redis_at(proxy.port()).unwrap();
-    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, LEASE),
+        instance(&stand, name, LEASE)
+    );
     first.opens_a_sale(2).await.unwrap();
 
     let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
-        freezes(&first, PATIENCE).await;
-        strikes(&proxy, Cut::Everything).await;
+        wait_until_frozen(&first, PATIENCE).await;
+        inject(&proxy, Cut::Everything).await;
         ledger.struck("Redis is cut");
         let sent = proxy.bytes_to_server();
         let bob = ledger.ask(&second, 2).await;
@@ -50,17 +53,20 @@ async fn a_cut_redis_sells_nothing_twice_and_all_goes_on_by_itself_after(#[case]
 #[case::token_from_incr("mutants/token-from-incr", false)]
 #[tokio::test]
 async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, #[case] grow: bool) {
-    /// Sold before: as many tokens were handed out.
+    /// The tickets sold before the fault, each with a token.
     const BEFORE: u32 = 5;
 
-    let (redis, stand) = alone(name).await;
+    let (redis, stand) = private_environment(name).await;
     let database = stand.database().pool(1).await.unwrap();
     let fence = async || -> i64 {
         let fence = sqlx::query_scalar("select fence from sale where id = $1").bind(SALE);
         fence.fetch_one(&database).await.unwrap()
     };
     let ledger = HistoryRecorder::new(strategy(name));
-    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, LEASE), instance(&stand, name, LEASE));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, LEASE),
+        instance(&stand, name, LEASE)
+    );
     second.opens_a_sale(BEFORE + 1).await.unwrap();
     for buyer in 1..=BEFORE {
         assert!(is_confirmed(&ledger.ask(&second, buyer.into()).await));
@@ -68,7 +74,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
 
     let (late, early) = (100, 101);
     let (told_late, ()) = tokio::join!(ledger.ask(&first, late), async {
-        freezes(&first, PATIENCE).await;
+        wait_until_frozen(&first, PATIENCE).await;
         let before = fence().await;
         ledger.struck("Redis has lost its memory");
         let pid = redis.pid().await.unwrap();
@@ -92,7 +98,7 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
             assert!(is_confirmed(&told), "{told:?}");
             assert!(after > before, "the token went back from {before} to {after}");
         } else {
-            // The tokens begin again at 1, and the row has seen greater ones.
+            // The tokens restart at 1, and the row has seen greater ones.
             assert_eq!(told, Answer::Indeterminate);
             assert_eq!(ledger.ask(&second, early).await, Answer::Indeterminate);
             assert_eq!(after, before);
@@ -119,12 +125,15 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
 #[case::bare_evalsha("mutants/bare-evalsha", include_str!("../../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[tokio::test]
 async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #[case] release: &str) {
-    // So long that only a release opens the lock.
+    // So long that only a release frees the lock.
     let lease = Duration::from_secs(60);
-    let (redis, stand) = alone(name).await;
+    let (redis, stand) = private_environment(name).await;
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
-    let (first, second) = tokio::join!(freezes_at(DECIDED, &stand, name, lease), instance(&stand, name, lease));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, lease),
+        instance(&stand, name, lease)
+    );
     first.opens_a_sale(3).await.unwrap();
     assert!(is_confirmed(&ledger.ask(&second, 1).await));
     let release = Script::new(release);
@@ -141,7 +150,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     flush().await;
     assert!(is_confirmed(&ledger.ask(&second, 2).await));
     if name == "mutants/bare-evalsha" {
-        assert!(lock.is_taken().await, "it was given back all the same");
+        assert!(lock.is_held().await, "it was given back all the same");
         assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
         second.stop().await.unwrap();
@@ -149,15 +158,15 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
         assert_after_fault(strategy(name), &verdict, STUCK);
         return;
     }
-    // While somebody holds the lock, too.
+    // And while the lock is held.
     let (ann, ()) = tokio::join!(ledger.ask(&first, 3), async {
-        freezes(&first, PATIENCE).await;
+        wait_until_frozen(&first, PATIENCE).await;
         flush().await;
-        assert!(lock.is_taken().await);
+        assert!(lock.is_held().await);
         first.goes_on().await.unwrap();
     });
     assert!(is_confirmed(&ann));
-    until("the lock is given back", async || !lock.is_taken().await).await;
+    until("the lock is given back", async || !lock.is_held().await).await;
     assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();

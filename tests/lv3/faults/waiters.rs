@@ -2,14 +2,14 @@
 
 use super::*;
 
-/// Either of the two locks, through connections of its own, as another process would have them.
-enum Any {
+/// Either lock with its own connections, like another process.
+enum AnyLock {
     Spin(SpinLock),
     RLock(RLock),
 }
 
-impl Any {
-    async fn on(stand: &TestEnvironment, name: &str, lease: Duration) -> Self {
+impl AnyLock {
+    async fn open(stand: &TestEnvironment, name: &str, lease: Duration) -> Self {
         let place = stand.redis(lease).unwrap().unwrap();
         let connections = Connections::open(place.url.expose(), &place.prefix).await.unwrap();
         match name {
@@ -31,36 +31,36 @@ impl Any {
 #[case::spin("spin")]
 #[case::rlock("rlock")]
 #[tokio::test]
-async fn a_release_by_one_who_is_not_the_owner_is_refused_and_the_owner_keeps_the_lock(#[case] name: &str) {
+async fn a_release_by_another_owner_is_rejected_and_the_owner_keeps_the_lock(#[case] name: &str) {
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let lease = Duration::from_secs(60);
-    let (here, there) = tokio::join!(Any::on(&stand, name, lease), Any::on(&stand, name, lease));
+    let (here, there) = tokio::join!(AnyLock::open(&stand, name, lease), AnyLock::open(&stand, name, lease));
 
     let late = here.acquire(PATIENCE).await.unwrap();
-    lock.ends().await;
+    lock.expire().await;
     let owner = there.acquire(PATIENCE).await.unwrap();
     assert_eq!(late.release().await.unwrap(), Released::NotOwner);
-    assert!(lock.is_taken().await, "it opened the owner's lock");
+    assert!(lock.is_held().await, "it opened the owner's lock");
     assert_eq!(owner.release().await.unwrap(), Released::Free);
-    assert!(!lock.is_taken().await);
+    assert!(!lock.is_held().await);
 }
 
-/// The holder is on an instance of its own; the one that waits loses its subscription before the lock is given back.
+/// The waiter, on another instance than the holder, loses its subscription before the lock is released.
 #[rstest]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
 #[case::message_alone("mutants/message-alone", false)]
 #[tokio::test]
 async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[case] name: &str, #[case] gets_in: bool) {
-    // So long that the lock is surely given back before.
+    // Long enough that the release comes first.
     let lease = Duration::from_secs(4);
     let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
-    let first = freezes_at(DECIDED, &stand, name, lease).await;
+    let first = instance_frozen_at(DECIDED, &stand, name, lease).await;
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     stand.redis_at(proxy.port()).unwrap();
     let second = instance(&stand, name, lease).await;
@@ -71,19 +71,19 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
         assert!(is_confirmed(&ann), "{ann:?}");
     };
     let waits = async {
-        freezes(&first, PATIENCE).await;
+        wait_until_frozen(&first, PATIENCE).await;
         let mut bob = Box::pin(ledger.ask(&second, 2));
         let strikes = async {
             until("Bob listens", async || lock.listeners().await == 1).await;
-            strikes(&proxy, Cut::Saying("SUBSCRIBE")).await;
+            inject(&proxy, Cut::Saying("SUBSCRIBE")).await;
             ledger.struck("the messages of releases are lost");
             until("nobody listens", async || lock.listeners().await == 0).await;
             assert!(
-                lock.is_taken().await,
+                lock.is_held().await,
                 "the fault did not strike: the lease ended before the lock was given back"
             );
             first.goes_on().await.unwrap();
-            until("the lock is given back", async || !lock.is_taken().await).await;
+            until("the lock is given back", async || !lock.is_held().await).await;
             assert_eq!(
                 lock.listeners().await,
                 0,
@@ -99,8 +99,8 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
         let told = match told {
             Ok(told) => told,
             Err(_) => {
-                assert!(!lock.is_taken().await, "somebody holds the lock");
-                // It was the message that he waited for, and nothing else.
+                assert!(!lock.is_held().await, "somebody holds the lock");
+                // He waits for the message alone.
                 proxy.cuts(Cut::Nothing);
                 timeout(PATIENCE, bob).await.expect("he still waits")
             }
@@ -120,23 +120,23 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
 #[case::spin("spin", 0)]
 #[case::rlock("rlock", 1)]
 #[tokio::test]
-async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] name: &str, #[case] listens: i64) {
+async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str, #[case] listens: i64) {
     let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    // Nobody gets in because a lease has ended.
+    // No acquisition comes from an expired lease.
     let lease = Duration::from_secs(60);
-    let (here, there) = tokio::join!(Any::on(&stand, name, lease), Any::on(&stand, name, lease));
+    let (here, there) = tokio::join!(AnyLock::open(&stand, name, lease), AnyLock::open(&stand, name, lease));
     let held = here.acquire(PATIENCE).await.unwrap();
 
-    // One gives up, at the head of its process's queue; one is dropped behind it.
+    // One waiter times out at the head of its process's queue; one behind it is dropped.
     let short = Duration::from_millis(300);
     let (gives_up, dropped) = tokio::join!(there.acquire(short), timeout(short, there.acquire(PATIENCE)));
     assert!(matches!(gives_up, Err(LockError::NotAcquired(_))));
     assert!(dropped.is_err());
     until("nobody listens any more", async || lock.listeners().await == 0).await;
 
-    // One is dropped at the head, with another behind it.
+    // The waiter at the head is dropped, with another behind it.
     {
         let mut head = Box::pin(there.acquire(PATIENCE));
         let queued = async {
@@ -159,16 +159,19 @@ async fn who_gives_up_or_is_dropped_in_the_queue_stands_in_nobodys_way(#[case] n
         assert_eq!(got.release().await.unwrap(), Released::Free);
     }
     until("nobody listens any more", async || lock.listeners().await == 0).await;
-    assert!(!lock.is_taken().await, "somebody who is gone has the lock");
+    assert!(!lock.is_held().await, "somebody who is gone has the lock");
 }
 
-/// The test above would see it: a wait in a task of its own goes on when whoever began it has left.
+/// The test above detects a wait that outlives its caller, such as one in a detached task.
 #[tokio::test]
-async fn a_waiter_that_outlives_its_caller_is_noticed() {
+async fn a_wait_that_outlives_its_caller_is_detected() {
     let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
-    let (here, there) = tokio::join!(Any::on(&stand, "rlock", LEASE), Any::on(&stand, "rlock", LEASE));
+    let (here, there) = tokio::join!(
+        AnyLock::open(&stand, "rlock", LEASE),
+        AnyLock::open(&stand, "rlock", LEASE)
+    );
     let _held = here.acquire(PATIENCE).await.unwrap();
     drop(tokio::spawn(async move { there.acquire(Duration::MAX).await }));
     until("it is in the queue", async || lock.listeners().await == 1).await;

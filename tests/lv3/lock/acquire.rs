@@ -7,23 +7,23 @@ use super::*;
 #[case::fenced(Fenced)]
 #[case::spin(Spin)]
 #[tokio::test]
-async fn others_are_refused_at_once_and_change_nothing(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let (here, there) = (ground.lock(kind, LONG).await, ground.lock(kind, LONG).await);
+async fn others_are_rejected_at_once_and_change_nothing(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let (here, there) = (env.lock(kind, LONG).await, env.lock(kind, LONG).await);
     let key = here.key("sale");
     let held = here.take("sale").await;
-    let before: Vec<u8> = ground.ask(&["DUMP", &key]).await;
+    let before: Vec<u8> = env.command(&["DUMP", &key]).await;
 
     let began = Instant::now();
-    let mut left = ground.pttl(&key).await;
+    let mut left = env.pttl(&key).await;
     for _ in 0..50 {
-        assert!(here.refuses("sale").await && there.refuses("sale").await);
-        let now = ground.pttl(&key).await;
+        assert!(here.rejects_others("sale").await && there.rejects_others("sale").await);
+        let now = env.pttl(&key).await;
         assert!(0 < now && now <= left, "{now} ms left, after {left}");
         left = now;
     }
     assert!(began.elapsed() < ms(10_000), "{:?} for 100 refusals", began.elapsed());
-    assert_eq!(ground.ask::<Vec<u8>>(&["DUMP", &key]).await, before);
+    assert_eq!(env.command::<Vec<u8>>(&["DUMP", &key]).await, before);
     assert_eq!(held.release().await.unwrap(), Released::Free);
     drop(there.take("sale").await);
 }
@@ -32,9 +32,9 @@ async fn others_are_refused_at_once_and_change_nothing(#[case] kind: Kind) {
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
 #[tokio::test]
-async fn anybody_can_see_who_holds_it_and_for_how_long(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let (here, there) = (ground.lock(kind, LONG).await, ground.lock(kind, LONG).await);
+async fn the_owner_and_the_ttl_of_a_lock_can_be_read(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let (here, there) = (env.lock(kind, LONG).await, env.lock(kind, LONG).await);
     assert_eq!(there.reentrant().info("sale").await.unwrap(), None);
     let owner = Owner::fresh();
     let held = here.try_acquire("sale", &owner).await.unwrap().unwrap();
@@ -49,48 +49,48 @@ async fn anybody_can_see_who_holds_it_and_for_how_long(#[case] kind: Kind) {
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
 #[tokio::test]
-async fn its_owner_takes_it_again_and_gives_it_back_as_often(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let (here, there) = (ground.lock(kind, LONG).await, ground.lock(kind, LONG).await);
+async fn an_owner_acquires_it_again_and_releases_it_as_often(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let (here, there) = (env.lock(kind, LONG).await, env.lock(kind, LONG).await);
     let owner = Owner::fresh();
-    // By every way in, and through another handle.
-    let first = here.acquire("sale", &owner, PATIENT).await.unwrap();
+    // By every method, and through another handle.
+    let first = here.acquire("sale", &owner, LONG_WAIT).await.unwrap();
     let second = here.acquire("sale", &owner, Duration::ZERO).await.unwrap();
     let third = here.try_acquire("sale", &owner).await.unwrap().unwrap();
-    let fourth = there.acquire("sale", &owner, PATIENT).await.unwrap();
+    let fourth = there.acquire("sale", &owner, LONG_WAIT).await.unwrap();
     assert_eq!(here.reentrant().info("sale").await.unwrap().unwrap().hold_count, 4);
 
-    let elsewhere = ground.lock(kind, LONG).await;
-    let waiter = elsewhere.waits("sale", PATIENT);
+    let elsewhere = env.lock(kind, LONG).await;
+    let waiter = elsewhere.spawn_waiter("sale", LONG_WAIT);
     eventually("the waiter listens", async || {
-        ground.listeners(&here.key("sale")).await > 0
+        env.listeners(&here.key("sale")).await > 0
     })
     .await;
     assert_eq!(first.release().await.unwrap(), Released::StillHeld(3));
     assert_eq!(fourth.release().await.unwrap(), Released::StillHeld(2));
     assert_eq!(second.release().await.unwrap(), Released::StillHeld(1));
-    assert!(elsewhere.refuses("sale").await && here.refuses("sale").await);
+    assert!(elsewhere.rejects_others("sale").await && here.rejects_others("sale").await);
     assert!(!waiter.is_finished());
     let freed = Instant::now();
     assert_eq!(third.release().await.unwrap(), Released::Free);
     let (_held, at) = waiter.await.unwrap().unwrap();
-    assert!(at - freed < PROMPTLY, "{:?}", at - freed);
+    assert!(at - freed < AT_ONCE, "{:?}", at - freed);
 }
 
-/// A lock that is taken again in another task of its owner, on whatever thread.
+/// Other tasks of one owner, on any thread, acquire the lock again.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn its_owner_is_no_thread(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let lock = ground.lock(kind, LONG).await;
+async fn an_owner_is_not_a_thread(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let lock = env.lock(kind, LONG).await;
     let owner = Owner::fresh();
-    let mut guards = vec![lock.acquire("sale", &owner, PATIENT).await.unwrap()];
+    let mut guards = vec![lock.acquire("sale", &owner, LONG_WAIT).await.unwrap()];
     let tasks: Vec<_> = (0..8)
         .map(|_| {
             let (lock, owner) = (lock.clone(), owner.clone());
-            tokio::spawn(async move { lock.acquire("sale", &owner, PATIENT).await.unwrap() })
+            tokio::spawn(async move { lock.acquire("sale", &owner, LONG_WAIT).await.unwrap() })
         })
         .collect();
     for task in tasks {
@@ -107,22 +107,22 @@ async fn its_owner_is_no_thread(#[case] kind: Kind) {
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
 #[tokio::test]
-async fn taken_again_its_lease_begins_afresh_and_a_part_given_back_leaves_it(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let lock = ground.lock(kind, MIDDLING).await;
+async fn a_reentrant_acquisition_restarts_the_lease_and_a_partial_release_does_not(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let lock = env.lock(kind, MEDIUM).await;
     let (key, owner) = (lock.key("sale"), Owner::fresh());
     let began = Instant::now();
     let first = lock.try_acquire("sale", &owner).await.unwrap().unwrap();
-    eventually("a part of the lease is over", async || ground.pttl(&key).await < 2_900).await;
+    eventually("a part of the lease is over", async || env.pttl(&key).await < 2_900).await;
     let again = Instant::now();
     let second = lock.try_acquire("sale", &owner).await.unwrap().unwrap();
-    let fresh = ground.pttl(&key).await;
+    let fresh = env.pttl(&key).await;
     let least = 3_000 - i64::try_from(again.elapsed().as_millis()).unwrap();
     assert!((least - 2..=3_000).contains(&fresh), "{fresh} ms left");
     assert_eq!(second.release().await.unwrap(), Released::StillHeld(1));
-    let after = ground.pttl(&key).await;
+    let after = env.pttl(&key).await;
     assert!(0 < after && after <= fresh, "{after} ms left, after {fresh}");
-    // The first guard's lease is the same lock's.
+    // All guards of one owner share the lease.
     eventually("it ends", async || first.is_lost()).await;
     assert!(began.elapsed() >= ms(3_100), "{:?}", began.elapsed());
     assert!(again.elapsed() >= ms(3_000), "{:?}", again.elapsed());
@@ -131,10 +131,10 @@ async fn taken_again_its_lease_begins_afresh_and_a_part_given_back_leaves_it(#[c
 
 #[tokio::test]
 async fn spin_is_not_reentrant() {
-    let ground = Ground::shared().await;
-    let lock = ground.lock(Spin, LONG).await;
+    let env = LockEnvironment::shared().await;
+    let lock = env.lock(Spin, LONG).await;
     let owner = Owner::fresh();
-    let held = lock.acquire("sale", &owner, PATIENT).await.unwrap();
+    let held = lock.acquire("sale", &owner, LONG_WAIT).await.unwrap();
     assert!(lock.try_acquire("sale", &owner).await.unwrap().is_none());
     let again = lock.acquire("sale", &owner, ms(50)).await;
     assert!(matches!(again, Err(LockError::NotAcquired(_))));

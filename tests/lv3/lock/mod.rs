@@ -1,24 +1,26 @@
-//! LV.3: what a lock in Redis has to do, one behaviour a test, seen from outside: through what the lock offers, and on a connection of the
-//! test's own to the same Redis.
+//! LV.3: the behaviour of the locks in Redis, one behaviour per test, through their public interface and
+//! through a separate connection to the same Redis.
 //!
-//! "A process" is here a lock with connections of its own: no two of them share anything but Redis. Where it matters that it is one,
-//! this program starts itself again. Times have exact lower bounds; an upper one only tells "at once" from "at the next end of a lease".
+//! "A process" here is a lock with its own connections: two of them share only Redis. Tests that need real
+//! processes start this program again. Lower time bounds are exact; an upper bound only tells "at once"
+//! from "at the next expiry".
 //!
-//! Behaviours of such locks that these do not have, and why there is no test of them:
-//! 1. several names taken as one lock, all or nothing: a lock here has one name;
-//! 2. two owners who take the same two names in opposite orders: for the same reason;
-//! 3. "would deadlock" from a lock that is not reentrant: `spin` finds its own owner's lock taken, as it does anybody's. That is tested;
-//! 4. order among processes, also when every turn ends by its lease: none of these locks is fair, but for the tasks of one process, and that
-//!    a process whose queue never ends lets others in. Both are tested;
-//! 5. a fair lock's waiter that gave up delays nobody: there is no queue in Redis that it could be left in. That nothing of it is left is tested;
-//! 6. the time a fair lock's dead waiter may cost: for the same reason. A dead one is a connection that listens no more;
-//! 7. a fair lock's waiter for whom Redis stops answering: for the same reason. That a wait ends with an error is tested;
-//! 8. a hold that counts only once a replica has it: there is one server, without replicas;
-//! 9. a majority of servers: there is one;
-//! 10. a refusal for somebody who gives back a lock he never had: only a guard gives back, and only who took the lock has one;
-//! 11. a lease of zero or less that means "renewed": whether a lease is renewed is a type of its own, and one of nothing is refused;
-//! 12. keys of one slot on a server that is a cluster: the connections here are to a single server. That the keys share a tag is tested;
-//! 13. a write that a newer token shuts out: the row refuses it, not the lock. `faults` tests it with the strategy `fenced`.
+//! Features of other distributed locks that these lack, so there is no test of them:
+//! 1. multi-locks, acquired all or nothing: a lock here has one name;
+//! 2. deadlock between two owners of two names: for the same reason;
+//! 3. a deadlock error from a lock that is not reentrant: `spin` rejects its own owner like any other. That
+//!    is tested;
+//! 4. fairness among processes: there is none, but for the order of the tasks of one process, and that a
+//!    process with an endless queue does not starve others. Both are tested;
+//! 5. stale entries of waiters that gave up: there is no queue in Redis. That nothing is left is tested;
+//! 6. the delay caused by a dead waiter: for the same reason; its subscription ends with its connection;
+//! 7. a queued waiter during an outage of Redis: for the same reason. That a wait ends with an error is tested;
+//! 8. acquisitions confirmed by replicas: there is one server, without replicas;
+//! 9. quorums of several servers: there is one;
+//! 10. an error for releasing a lock that was never acquired: only a guard releases, and only an acquisition returns one;
+//! 11. a lease of zero or less that means "renewed": renewal is a variant of `Lease`, and a lease of zero is rejected;
+//! 12. a cluster: the connections here are to a single server. That the keys share a hash tag is tested;
+//! 13. the rejection of a stale token: that is the row's task. `faults` tests it with the strategy `fenced`.
 
 mod acquire;
 mod cancellation;
@@ -66,7 +68,7 @@ enum Kind {
     Spin,
 }
 
-/// One of them, as one process has it.
+/// One lock, as one process has it.
 #[derive(Clone)]
 enum Lock {
     Reentrant(Arc<RLock>),
@@ -101,7 +103,7 @@ impl Lock {
         }
     }
 
-    /// Takes a lock that is free.
+    /// Acquires a lock that is free.
     async fn take(&self, name: &str) -> Guard {
         self.try_acquire(name, &Owner::fresh())
             .await
@@ -109,13 +111,13 @@ impl Lock {
             .expect("the lock is free")
     }
 
-    /// Whether somebody else than its holder finds it taken.
-    async fn refuses(&self, name: &str) -> bool {
+    /// Whether another owner is rejected.
+    async fn rejects_others(&self, name: &str) -> bool {
         self.try_acquire(name, &Owner::fresh()).await.unwrap().is_none()
     }
 
-    /// Somebody waits for it from here on, in a task of its own. Tells when it got in.
-    fn waits(&self, name: &str, wait: Duration) -> JoinHandle<Result<(Guard, Instant), LockError>> {
+    /// Starts a waiter in a task. The task returns the guard and the time of the acquisition.
+    fn spawn_waiter(&self, name: &str, wait: Duration) -> JoinHandle<Result<(Guard, Instant), LockError>> {
         let (lock, name) = (self.clone(), name.to_owned());
         tokio::spawn(async move {
             let guard = lock.acquire(&name, &Owner::fresh(), wait).await?;
@@ -143,16 +145,16 @@ impl Lock {
 }
 
 /// A Redis, and a connection to it that no lock uses.
-struct Ground {
+struct LockEnvironment {
     url: String,
     prefix: String,
     raw: MultiplexedConnection,
-    /// The keys go when this is dropped.
+    /// Deletes its keys on drop.
     _prefix: Option<Prefix>,
     _server: Option<Arc<Redis>>,
 }
 
-impl Ground {
+impl LockEnvironment {
     /// The Redis that all tests share.
     async fn shared() -> Self {
         let server = backends::redis().await.unwrap();
@@ -166,7 +168,7 @@ impl Ground {
         }
     }
 
-    /// One that this test may count on, cut and stop.
+    /// A private Redis that the test may stop and whose connections it may count and cut.
     async fn on(server: &Redis) -> Self {
         Self {
             url: server.url().to_owned(),
@@ -177,29 +179,29 @@ impl Ground {
         }
     }
 
-    /// A lock as a process of its own has it.
+    /// A lock with its own connections, like another process.
     async fn lock(&self, kind: Kind, lease: Lease) -> Lock {
         Lock::open(&self.url, &self.prefix, kind, lease).await
     }
 
-    async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> T {
+    async fn command<T: FromRedisValue>(&self, words: &[&str]) -> T {
         let mut command = redis::cmd(words[0]);
         command.arg(&words[1..]);
         command.query_async(&mut self.raw.clone()).await.unwrap()
     }
 
-    /// Milliseconds; -1 for a key without an end, -2 for none.
+    /// The TTL in milliseconds; -1 for a key without a TTL, -2 for no key.
     async fn pttl(&self, key: &str) -> i64 {
-        self.ask(&["PTTL", key]).await
+        self.command(&["PTTL", key]).await
     }
 
-    /// How many connections listen to the releases of this lock.
+    /// The number of connections that subscribe to the releases of this lock.
     async fn listeners(&self, key: &str) -> i64 {
-        let (_, listeners): (String, i64) = self.ask(&["PUBSUB", "NUMSUB", &format!("{key}:released")]).await;
+        let (_, listeners): (String, i64) = self.command(&["PUBSUB", "NUMSUB", &format!("{key}:released")]).await;
         listeners
     }
 
-    /// Every command that Redis carries out from here on.
+    /// Records every command that Redis runs from here on.
     async fn monitor(&self) -> Monitor {
         let monitor = Client::open(self.url.as_str())
             .unwrap()
@@ -241,10 +243,10 @@ impl Drop for Monitor {
 }
 
 impl Monitor {
-    /// All that was carried out so far and has to do with this text.
-    async fn about(&self, ground: &Ground, text: &str) -> Vec<String> {
+    /// The commands so far that contain this text.
+    async fn about(&self, env: &LockEnvironment, text: &str) -> Vec<String> {
         let mark = Owner::fresh();
-        let _: String = ground.ask(&["ECHO", mark.as_str()]).await;
+        let _: String = env.command(&["ECHO", mark.as_str()]).await;
         eventually("the monitor sees what was sent", async || {
             self.lines
                 .lock()
@@ -257,15 +259,15 @@ impl Monitor {
         lines.iter().filter(|line| line.contains(text)).cloned().collect()
     }
 
-    /// What clients sent about a lock, one line a round trip.
-    async fn calls(&self, ground: &Ground, key: &str) -> Vec<String> {
-        let mut lines = self.about(ground, &format!("\"{key}\"")).await;
+    /// The commands about a lock that clients sent, one per round trip.
+    async fn calls(&self, env: &LockEnvironment, key: &str) -> Vec<String> {
+        let mut lines = self.about(env, &format!("\"{key}\"")).await;
         lines.retain(|line| !line.contains(" lua]"));
         lines
     }
 }
 
-/// Looks again and again until it is so.
+/// Polls until the condition holds.
 async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     const PATIENCE: Duration = Duration::from_secs(10);
     let began = Instant::now();
@@ -279,29 +281,29 @@ const fn ms(time: u64) -> Duration {
     Duration::from_millis(time)
 }
 
-/// A lease that no test lives to see the end of.
+/// A lease longer than any test.
 const LONG: Lease = Lease::Fixed(ms(20_000));
 
-/// One whose end is what a test is about.
+/// A lease whose expiry the test waits for.
 const SHORT: Lease = Lease::Fixed(ms(500));
 
-/// One in which there is time to do something.
-const MIDDLING: Lease = Lease::Fixed(ms(3_000));
+/// A lease with time to act before its expiry.
+const MEDIUM: Lease = Lease::Fixed(ms(3_000));
 const RENEWED: Lease = Lease::Renewed(ms(2_000));
 
-/// More than one lease of those that are renewed: it would have ended.
-const OVER: Duration = ms(2_500);
+/// Longer than the renewed lease: without a renewal it would have expired.
+const PAST_RENEWED_LEASE: Duration = ms(2_500);
 
-/// Longer than any wait here has to be.
-const PATIENT: Duration = ms(15_000);
+/// Longer than any wait should take.
+const LONG_WAIT: Duration = ms(15_000);
 
-/// What counts as "at once" where the alternative is the end of a long lease.
-const PROMPTLY: Duration = ms(1_500);
+/// "At once", where the alternative is the expiry of a long lease.
+const AT_ONCE: Duration = ms(1_500);
 
 /// Redis counts in whole milliseconds.
-const A_TICK: Duration = ms(2);
+const REDIS_TICK: Duration = ms(2);
 
-/// Polls a future so often, and drops it. Whether it was done by then.
+/// Polls a future this many times and drops it. Returns whether it completed.
 async fn dropped_after<T>(polls: usize, future: impl Future<Output = T>) -> bool {
     let mut future = Box::pin(future);
     for _ in 0..polls {
@@ -311,18 +313,18 @@ async fn dropped_after<T>(polls: usize, future: impl Future<Output = T>) -> bool
         {
             return true;
         }
-        // What it waits for comes from another task.
+        // Lets other tasks make progress.
         tokio::time::sleep(ms(1)).await;
     }
     false
 }
 
-/// A ground whose locks reach Redis through a proxy.
-async fn behind_a_proxy(server: &Redis) -> (Ground, Proxy) {
+/// An environment whose locks reach Redis through a proxy.
+async fn behind_a_proxy(server: &Redis) -> (LockEnvironment, Proxy) {
     let proxy = Proxy::before(server.report().address.clone()).await.unwrap();
-    let mut ground = Ground::on(server).await;
-    ground.url = ground
+    let mut env = LockEnvironment::on(server).await;
+    env.url = env
         .url
         .replace(&server.report().address, &format!("127.0.0.1:{}", proxy.port()));
-    (ground, proxy)
+    (env, proxy)
 }

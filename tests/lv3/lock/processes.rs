@@ -4,20 +4,20 @@ use super::*;
 
 const ROLE: &str = "LV3_LOCK_ROLE";
 
-/// This program once more, as another process with a part of its own.
-fn process(role: &str, kind: Kind, ground: &Ground) -> tokio::process::Command {
+/// Starts this program again as another process with a role.
+fn process(role: &str, kind: Kind, env: &LockEnvironment) -> tokio::process::Command {
     let command = keeper::command(std::env::current_exe().unwrap()).unwrap();
     let mut command = tokio::process::Command::from(command);
     command
         .args([
             "--exact",
-            "lock::processes::plays_a_part_in_another_test",
+            "lock::processes::plays_a_role_in_another_test",
             "--nocapture",
         ])
         .env(ROLE, role)
         .env("LV3_LOCK_KIND", format!("{kind:?}"))
-        .env("LV3_LOCK_URL", &ground.url)
-        .env("LV3_LOCK_PREFIX", &ground.prefix)
+        .env("LV3_LOCK_URL", &env.url)
+        .env("LV3_LOCK_PREFIX", &env.prefix)
         .stdout(Stdio::null());
     command
 }
@@ -25,9 +25,9 @@ fn process(role: &str, kind: Kind, ground: &Ground) -> tokio::process::Command {
 const OWNERS: usize = 8;
 const ROUNDS: usize = 8;
 
-/// No test: what the other processes do that tests here start. Without a part it has nothing to do.
+/// Not a test: the entry point of the processes that tests here start. Without a role it does nothing.
 #[tokio::test]
-async fn plays_a_part_in_another_test() {
+async fn plays_a_role_in_another_test() {
     let Ok(role) = std::env::var(ROLE) else { return };
     let told = |what: &str| std::env::var(format!("LV3_LOCK_{what}")).unwrap();
     let kind = match told("KIND").as_str() {
@@ -35,7 +35,7 @@ async fn plays_a_part_in_another_test() {
         "Fenced" => Fenced,
         _ => Spin,
     };
-    let ground = Ground {
+    let env = LockEnvironment {
         raw: raw(&told("URL")).await,
         url: told("URL"),
         prefix: told("PREFIX"),
@@ -44,23 +44,23 @@ async fn plays_a_part_in_another_test() {
     };
     match role.as_str() {
         "counts" | "counts without a lock" => {
-            let lock = (role == "counts").then_some(ground.lock(kind, RENEWED).await);
-            let key = |name: &str| format!("{}{name}", ground.prefix);
+            let lock = (role == "counts").then_some(env.lock(kind, RENEWED).await);
+            let key = |name: &str| format!("{}{name}", env.prefix);
             let counting = (0..OWNERS).map(|_| async {
                 for _ in 0..ROUNDS {
                     let guard = match &lock {
-                        Some(lock) => Some(lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap()),
+                        Some(lock) => Some(lock.acquire("sale", &Owner::fresh(), LONG_WAIT).await.unwrap()),
                         None => None,
                     };
-                    let inside: i64 = ground.ask(&["INCR", &key("inside")]).await;
+                    let inside: i64 = env.command(&["INCR", &key("inside")]).await;
                     if inside > 1 {
-                        let _: i64 = ground.ask(&["INCR", &key("met")]).await;
+                        let _: i64 = env.command(&["INCR", &key("met")]).await;
                     }
-                    let number: Option<i64> = ground.ask(&["GET", &key("number")]).await;
+                    let number: Option<i64> = env.command(&["GET", &key("number")]).await;
                     tokio::time::sleep(ms(1)).await;
                     let next = (number.unwrap_or(0) + 1).to_string();
-                    let _: String = ground.ask(&["SET", &key("number"), &next]).await;
-                    let _: i64 = ground.ask(&["DECR", &key("inside")]).await;
+                    let _: String = env.command(&["SET", &key("number"), &next]).await;
+                    let _: i64 = env.command(&["DECR", &key("inside")]).await;
                     if let Some(guard) = guard {
                         assert_eq!(guard.release().await.unwrap(), Released::Free);
                     }
@@ -69,21 +69,21 @@ async fn plays_a_part_in_another_test() {
             futures_util::future::join_all(counting).await;
         }
         "holds" => {
-            let held = ground.lock(kind, RENEWED).await.take("sale").await;
-            // In a task of its own: it may be frozen before it hears the answer, and then the answer is too late.
-            let (mut raw, holds) = (ground.raw.clone(), format!("{}holds", ground.prefix));
+            let held = env.lock(kind, RENEWED).await.take("sale").await;
+            // In a separate task: this process may be frozen before it reads the answer.
+            let (mut raw, holds) = (env.raw.clone(), format!("{}holds", env.prefix));
             tokio::spawn(async move {
                 let _: redis::RedisResult<String> =
                     redis::cmd("SET").arg(&holds).arg("yes").query_async(&mut raw).await;
             });
             held.lost().await;
             let told = format!("{:?}", held.release().await.unwrap());
-            let _: String = ground.ask(&["SET", &format!("{}told", ground.prefix), &told]).await;
+            let _: String = env.command(&["SET", &format!("{}told", env.prefix), &told]).await;
         }
         "takes it again and again" => {
-            let lock = ground.lock(kind, SHORT).await;
+            let lock = env.lock(kind, SHORT).await;
             loop {
-                let held = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+                let held = lock.acquire("sale", &Owner::fresh(), LONG_WAIT).await.unwrap();
                 let _ = held.release().await;
             }
         }
@@ -91,15 +91,15 @@ async fn plays_a_part_in_another_test() {
     }
 }
 
-/// The number that many counted up together, and how often two of them met.
+/// The final value of a shared counter, and how often two owners were in the critical section together.
 async fn counted(role: &str, kind: Kind) -> (usize, usize) {
-    let ground = Ground::shared().await;
-    let mut processes: Vec<_> = (0..3).map(|_| process(role, kind, &ground).spawn().unwrap()).collect();
+    let env = LockEnvironment::shared().await;
+    let mut processes: Vec<_> = (0..3).map(|_| process(role, kind, &env).spawn().unwrap()).collect();
     for process in &mut processes {
         assert!(process.wait().await.unwrap().success());
     }
-    let number: usize = ground.ask(&["GET", &format!("{}number", ground.prefix)]).await;
-    let met: Option<usize> = ground.ask(&["GET", &format!("{}met", ground.prefix)]).await;
+    let number: usize = env.command(&["GET", &format!("{}number", env.prefix)]).await;
+    let met: Option<usize> = env.command(&["GET", &format!("{}met", env.prefix)]).await;
     (number, met.unwrap_or(0))
 }
 
@@ -108,13 +108,13 @@ async fn counted(role: &str, kind: Kind) -> (usize, usize) {
 #[case::fenced(Fenced)]
 #[case::spin(Spin)]
 #[tokio::test]
-async fn of_many_in_three_processes_one_is_inside(#[case] kind: Kind) {
+async fn of_many_owners_in_three_processes_one_is_in_the_critical_section(#[case] kind: Kind) {
     assert_eq!(counted("counts", kind).await, (3 * OWNERS * ROUNDS, 0));
 }
 
-/// The check above would see it.
+/// The test above detects a missing lock.
 #[tokio::test]
-async fn without_a_lock_they_meet_and_lose_count() {
+async fn without_a_lock_updates_are_lost() {
     let (number, met) = counted("counts without a lock", Rlock).await;
     assert!(number < 3 * OWNERS * ROUNDS, "{number}");
     assert!(met > 0);
@@ -132,36 +132,36 @@ async fn signal(name: &str, pid: u32) {
 #[case::fenced(Fenced)]
 #[case::spin(Spin)]
 #[tokio::test]
-async fn a_killed_holder_keeps_the_lock_for_what_is_left_of_its_lease(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let lock = ground.lock(kind, LONG).await;
+async fn a_killed_holder_keeps_the_lock_for_the_rest_of_its_lease(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let lock = env.lock(kind, LONG).await;
     let key = lock.key("sale");
-    let mut holder = process("holds", kind, &ground).spawn().unwrap();
-    eventually("it holds the lock", async || ground.pttl(&key).await > 0).await;
+    let mut holder = process("holds", kind, &env).spawn().unwrap();
+    eventually("it holds the lock", async || env.pttl(&key).await > 0).await;
     holder.start_kill().unwrap();
     assert_eq!(holder.wait().await.unwrap().signal(), Some(9));
     let read = Instant::now();
-    let left = u64::try_from(ground.pttl(&key).await).expect("it is held");
-    let (_next, at) = lock.waits("sale", PATIENT).await.unwrap().unwrap();
-    assert!(at - read + A_TICK >= ms(left), "{:?} of {left} ms", at - read);
-    assert!(at - read < ms(left) + PROMPTLY, "{:?} of {left} ms", at - read);
+    let left = u64::try_from(env.pttl(&key).await).expect("it is held");
+    let (_next, at) = lock.spawn_waiter("sale", LONG_WAIT).await.unwrap().unwrap();
+    assert!(at - read + REDIS_TICK >= ms(left), "{:?} of {left} ms", at - read);
+    assert!(at - read < ms(left) + AT_ONCE, "{:?} of {left} ms", at - read);
 }
 
-/// Whatever it was about to do with the lock, no part of it stays.
+/// At whatever step the process is killed, its lock has a TTL.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
 #[case::spin(Spin)]
 #[tokio::test]
-async fn killed_at_any_moment_a_process_leaves_no_lock_without_an_end(#[case] kind: Kind) {
+async fn a_process_killed_at_any_moment_leaves_no_lock_without_a_ttl(#[case] kind: Kind) {
     let mut moments = StdRng::seed_from_u64(38);
     let (mut held, mut free) = (0, 0);
     for _ in 0..8 {
-        let ground = Ground::shared().await;
-        let lock = ground.lock(kind, LONG).await;
+        let env = LockEnvironment::shared().await;
+        let lock = env.lock(kind, LONG).await;
         let key = lock.key("sale");
-        let mut process = process("takes it again and again", kind, &ground).spawn().unwrap();
-        eventually("it has the lock", async || ground.pttl(&key).await > 0).await;
+        let mut process = process("takes it again and again", kind, &env).spawn().unwrap();
+        eventually("it has the lock", async || env.pttl(&key).await > 0).await;
         tokio::time::sleep(Duration::from_micros(moments.random_range(0..20_000))).await;
         process.start_kill().unwrap();
         assert_eq!(
@@ -169,41 +169,41 @@ async fn killed_at_any_moment_a_process_leaves_no_lock_without_an_end(#[case] ki
             Some(9),
             "the fault did not strike"
         );
-        match ground.pttl(&key).await {
+        match env.pttl(&key).await {
             -2 => free += 1,
             left => {
                 assert!((0..=500).contains(&left), "{left} ms left");
                 held += 1;
             }
         }
-        let next = lock.acquire("sale", &Owner::fresh(), PATIENT).await.unwrap();
+        let next = lock.acquire("sale", &Owner::fresh(), LONG_WAIT).await.unwrap();
         assert_eq!(next.release().await.unwrap(), Released::Free);
     }
     println!("{kind:?}: killed {held} times with the lock, {free} times without");
 }
 
-/// The limit of every lock with a lease: it goes to the next one. The holder learns of it once it goes on.
+/// The limit of every lock with a lease: it passes to the next owner. The holder notices when it resumes.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
 #[case::spin(Spin)]
 #[tokio::test]
-async fn a_frozen_holder_loses_the_lock_and_is_told_when_it_goes_on(#[case] kind: Kind) {
-    let ground = Ground::shared().await;
-    let lock = ground.lock(kind, LONG).await;
-    let mut holder = process("holds", kind, &ground).spawn().unwrap();
+async fn a_frozen_holder_loses_the_lock_and_notices_when_it_resumes(#[case] kind: Kind) {
+    let env = LockEnvironment::shared().await;
+    let lock = env.lock(kind, LONG).await;
+    let mut holder = process("holds", kind, &env).spawn().unwrap();
     let pid = holder.id().unwrap();
-    // It says so itself: a lock that is there is the holder's for Redis, and the holder may not have heard of it yet.
-    let holds = format!("{}holds", ground.prefix);
+    // The holder reports it: a key in Redis does not prove that the holder has read the answer.
+    let holds = format!("{}holds", env.prefix);
     eventually("it holds the lock", async || {
-        ground.ask::<bool>(&["EXISTS", &holds]).await
+        env.command::<bool>(&["EXISTS", &holds]).await
     })
     .await;
     signal("STOP", pid).await;
-    let (next, _) = lock.waits("sale", PATIENT).await.unwrap().unwrap();
+    let (next, _) = lock.spawn_waiter("sale", LONG_WAIT).await.unwrap().unwrap();
     signal("CONT", pid).await;
     assert!(holder.wait().await.unwrap().success());
-    let told: String = ground.ask(&["GET", &format!("{}told", ground.prefix)]).await;
+    let told: String = env.command(&["GET", &format!("{}told", env.prefix)]).await;
     assert_eq!(told, "NotOwner");
     assert!(!next.is_lost());
     assert_eq!(next.release().await.unwrap(), Released::Free);
