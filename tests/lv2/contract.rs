@@ -91,7 +91,8 @@ fn fifty_clicks(instances: usize) -> Rush {
         buyers: 4,
         clicks: 50,
         instances,
-        // Long enough that all other clicks read before the first one commits, unless a lock prevents it.
+        // Long enough that all other clicks read before the first one commits, unless a lock
+        // prevents it.
         work: Duration::from_millis(50),
         ..Rush::default()
     }
@@ -116,7 +117,8 @@ async fn one_buyer_clicks_at(instances: usize) -> Report {
         buyers: 1,
         clicks: 50,
         instances,
-        // Long enough for the first reservations of both instances to overlap, even if one click arrives late.
+        // Long enough for the first reservations of both instances to overlap, even if one click
+        // arrives late.
         work: Duration::from_millis(100),
         ..Rush::default()
     };

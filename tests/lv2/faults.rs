@@ -20,7 +20,7 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
     let asking: JoinSet<_> = (1..=50).map(|buyer| status_of(talk.address(), buyer)).collect();
     let answers = timeout(IN_TIME + BESIDES, asking.join_all())
         .await
-        .expect("somebody still waits for the mutex");
+        .expect("a request still waits for the mutex");
     for answer in answers {
         assert_eq!(answer.unwrap(), "503");
     }
@@ -30,8 +30,8 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
     talk.stop().await.unwrap();
 }
 
-/// Postgres rejects a commit at the last moment. The buyer must not be told that it succeeded, and gets
-/// the ticket on a retry.
+/// Postgres rejects a commit at the last moment. The buyer must not be told that it succeeded, and
+/// gets the ticket on a retry.
 #[rstest]
 #[case::mutex("mutex")]
 #[case::pessimistic("pessimistic")]
@@ -47,7 +47,7 @@ async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
     let ledger = HistoryRecorder::new(strategy);
 
     let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
-        until("the fault did not strike: nobody commits", async || {
+        until("the fault did not strike: no commit is in flight", async || {
             held.have_struck().await.unwrap()
         })
         .await;
@@ -63,8 +63,8 @@ async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
     assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
 }
 
-/// The connection breaks with Ann's commit in flight, and her request releases the mutex. Bob reads the
-/// state before it, and Postgres carries out both commits.
+/// The connection breaks with Ann's commit in flight, and her request releases the mutex. Bob reads
+/// the state before it, and Postgres carries out both commits.
 #[tokio::test]
 async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let strategy = strategy("mutex");
@@ -78,12 +78,12 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let ledger = HistoryRecorder::new(strategy);
 
     let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
-        until("the fault did not strike: nobody commits", async || {
+        until("the fault did not strike: no commit is in flight", async || {
             held.have_struck().await.unwrap()
         })
         .await;
         proxy.cuts(Cut::Everything);
-        until("the fault did not strike: nobody came through the proxy", async || {
+        until("the fault did not strike: no connection passed the proxy", async || {
             proxy.has_struck()
         })
         .await;
@@ -118,7 +118,8 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     );
 }
 
-/// "Sold out" is a statement about the sale: a request that could not read the sale must not answer it.
+/// "Sold out" is a statement about the sale: a request that could not read the sale must not answer
+/// it.
 #[rstest]
 #[case::mutex("mutex")]
 #[case::pessimistic("pessimistic")]
@@ -131,10 +132,10 @@ async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name
     let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
     talk.opens_a_sale(1).await.unwrap();
     let observer = stand.database().pool(1).await.unwrap();
-    let mut somebody = observer.begin().await.unwrap();
+    let mut other = observer.begin().await.unwrap();
     sqlx::query("select from sale where id = $1 for update")
         .bind(SALE)
-        .execute(&mut *somebody)
+        .execute(&mut *other)
         .await
         .unwrap();
 
@@ -143,7 +144,7 @@ async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name
         .unwrap()
         .is(ProblemKind::Overloaded)
         .unwrap();
-    somebody.rollback().await.unwrap();
+    other.rollback().await.unwrap();
     let again = talk.reserve(SALE, 1, Some("a")).await.unwrap();
     talk.confirms(&again).await.unwrap();
     talk.stop().await.unwrap();

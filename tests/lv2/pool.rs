@@ -93,7 +93,8 @@ async fn most_connections(database: &Database, mut is_over: oneshot::Receiver<()
     most
 }
 
-/// The time-out of the pool, and then that of the row lock, which starts once a connection is acquired.
+/// The time-out of the pool, and then that of the row lock, which starts once a connection is
+/// acquired.
 const WAITS_AT_MOST: Duration = Duration::from_secs(5 + 5);
 
 #[tokio::test]
@@ -119,7 +120,7 @@ async fn a_request_that_waits_for_the_pool_beyond_its_time_out_ends_as_indetermi
     println!("{} were undecided, after {:?}", undecided.len(), undecided.iter().max());
     assert!(
         !undecided.is_empty(),
-        "the fault did not strike: nobody waited too long"
+        "the fault did not strike: no request waited too long"
     );
     for waited in undecided {
         assert!(waited >= Duration::from_secs(5), "undecided after {waited:?}");

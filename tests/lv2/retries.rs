@@ -37,8 +37,8 @@ async fn a_buyer_alone_is_no_version_storm() {
     sold_in_a_version_storm(alone).await;
 }
 
-/// Runs the rush, asserts that the contract is kept, and that conflicts occurred: Postgres rolled back more
-/// transactions than requests were refused.
+/// Runs the rush, asserts that the contract is kept, and that conflicts occurred: Postgres rolled
+/// back more transactions than requests were refused.
 async fn sold_in_a_version_storm(rush: Rush) -> Report {
     let strategy = strategy("optimistic");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
@@ -80,7 +80,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
         report.retries
     );
     let overtaken = rolled_back.cast_unsigned() - refused;
-    assert!(overtaken > 0, "the fault did not strike: nobody was overtaken");
+    assert!(overtaken > 0, "the fault did not strike: no request was overtaken");
     assert_eq!(report.retries, overtaken, "not every retry was counted");
     report
 }

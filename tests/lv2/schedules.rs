@@ -3,7 +3,8 @@
 use super::*;
 
 // ANCHOR: orders
-/// Points without an effect that another request could see: pausing there would repeat the same order.
+/// Points without an effect that another request could see: pausing there would repeat the same
+/// order.
 const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
 
 /// Two buyers, every feasible order.
@@ -175,7 +176,7 @@ async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
     .fetch_one(&pool)
     .await
     .unwrap();
-    assert_eq!(open, 1, "the fault did not strike: nobody has still to commit");
+    assert_eq!(open, 1, "the fault did not strike: no transaction is open");
 }
 
 #[tokio::test]

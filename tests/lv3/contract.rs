@@ -1,4 +1,5 @@
-//! LV.3: the contract under a lock in Redis, on any number of instances, and the effect of a late release.
+//! LV.3: the contract under a lock in Redis, on any number of instances, and the effect of a late
+//! release.
 
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,8 @@ fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv3-redis-lock"))
 }
 
-/// A lease long enough that no slow holder loses its lock, and short enough that a dead holder's lock
-/// expires soon.
+/// A lease long enough that no slow holder loses its lock, and short enough that a dead holder's
+/// lock expires soon.
 fn program_with_short_leases() -> Program {
     program().variable("LOCK_LEASE_MS", "2000")
 }
@@ -71,7 +72,8 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 }
 // ANCHOR_END: contract
 
-/// Points without an effect that another request could see: pausing there would repeat the same order.
+/// Points without an effect that another request could see: pausing there would repeat the same
+/// order.
 const PASSES: &[&str] = &["lock taken", "transaction begun", "reservation written", "committed"];
 
 /// Two buyers, every feasible order.
@@ -207,7 +209,8 @@ fn fifty_clicks() -> Rush {
         buyers: 4,
         clicks: 50,
         instances: 3,
-        // Long enough that all other clicks read before the first one commits, unless a lock prevents it.
+        // Long enough that all other clicks read before the first one commits, unless a lock
+        // prevents it.
         work: Duration::from_millis(50),
         ..Rush::default()
     }
@@ -271,7 +274,8 @@ async fn without_redis_the_outcome_is_unknown_and_the_server_recovers_by_itself(
     assert_eq!(talk.get("/livez").await.unwrap().status, 200);
 
     redis.start().await.unwrap();
-    // Until the server has reconnected to Redis, the outcome is unknown and the buyer retries with the same key.
+    // Until the server has reconnected to Redis, the outcome is unknown and the buyer retries with
+    // the same key.
     let patience = Instant::now() + Duration::from_secs(10);
     loop {
         let answered = talk.reserve(SALE, 1, Some("a")).await.unwrap();

@@ -1,13 +1,13 @@
 //! A conditional update: one statement takes a ticket, if there is one, and writes the reservation.
 //!
-//! There is no gap between read and write, because there is no separate read: the condition is part of the
-//! update, and Postgres evaluates it again on the current row once it has the row lock. The unique keys of
-//! the schema `guarded` do the same for the buyer's second click: the violation rolls back the whole
-//! statement, stock included, and the answer is the existing reservation.
+//! There is no gap between read and write, because there is no separate read: the condition is part
+//! of the update, and Postgres evaluates it again on the current row once it has the row lock. The
+//! unique keys of the schema `guarded` do the same for the buyer's second click: the violation
+//! rolls back the whole statement, stock included, and the answer is the existing reservation.
 //!
 //! Guarantee: keeps every invariant but the order of service, on any number of instances.
-//! Limit: what one statement on one database can express. Cost: the lowest of all, one round trip, and the
-//! row is locked for no longer than that.
+//! Limit: what one statement on one database can express. Cost: the lowest of all, one round trip,
+//! and the row is locked for no longer than that.
 //!
 //! Postgres manual, 13.2.1 "Read Committed Isolation Level" (the re-check) and 7.8 "WITH Queries".
 //! Book: LV.2, "conditional-update".
@@ -31,8 +31,8 @@ impl Open for ConditionalUpdate {
 
 impl ConditionalUpdate {
     // ANCHOR: refusal
-    /// The reason why the statement took no ticket. A conflicting reservation is committed by now: the
-    /// statement has waited for it.
+    /// The reason why the statement took no ticket. A conflicting reservation is committed by now:
+    /// the statement has waited for it.
     async fn refusal(&self, order: &Order) -> Result<Outcome, ReserveError> {
         let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key

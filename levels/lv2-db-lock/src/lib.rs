@@ -1,4 +1,5 @@
-//! LV.2: three strategies in which the database keeps the guarantee, and a mutex, which keeps it on one instance only.
+//! LV.2: three strategies in which the database keeps the guarantee, and a mutex, which keeps it on
+//! one instance only.
 
 pub mod conditional_update;
 pub mod mutex;

@@ -1,16 +1,16 @@
 //! A mutex: one buyer at a time, within one process.
 //!
 //! The sale's mutex is held from before the stock is read until after the commit, so LV.1's
-//! `read_then_write` runs alone and is right. The mutex lives in the memory of one process; a second
-//! instance has a mutex of its own.
+//! `read_then_write` runs alone and is right. The mutex lives in the memory of one process; a
+//! second instance has a mutex of its own.
 //!
-//! Guarantee: on one instance, keeps every invariant but the order of service. On two it oversells, and
-//! sells one buyer two tickets.
-//! Limit: the process. Autoscaling starts a second instance, and so does a rolling restart in which the old
-//! and the new instance overlap. And if a connection breaks with a commit in flight, the mutex is released
-//! although Postgres may still carry out the commit.
-//! Cost: one buyer at a time for each sale; a waiter holds no connection. A waiter that times out gets
-//! `Indeterminate`.
+//! Guarantee: on one instance, keeps every invariant but the order of service. On two it oversells,
+//! and sells one buyer two tickets.
+//! Limit: the process. Autoscaling starts a second instance, and so does a rolling restart in which
+//! the old and the new instance overlap. And if a connection breaks with a commit in flight, the
+//! mutex is released although Postgres may still carry out the commit.
+//! Cost: one buyer at a time for each sale; a waiter holds no connection. A waiter that times out
+//! gets `Indeterminate`.
 //!
 //! Tokio's documentation of `Mutex`: waiters queue first in, first out. Book: LV.2, "mutex".
 
@@ -26,12 +26,13 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 // ANCHOR: locks
-/// The number of locks. Sales share them (lock striping), so requests for invented sales cost no memory.
+/// The number of locks. Sales share them (lock striping), so requests for invented sales cost no
+/// memory.
 const LOCKS: usize = 64;
 // ANCHOR_END: locks
 
-/// How long a request waits for the mutex. The holder may be waiting for a connection itself, and the
-/// queue behind it is unbounded.
+/// How long a request waits for the mutex. The holder may be waiting for a connection itself, and
+/// the queue behind it is unbounded.
 const LOCK_TIME: Duration = Duration::from_secs(5);
 
 /// Sells under a mutex in this process.

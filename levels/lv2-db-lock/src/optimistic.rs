@@ -1,16 +1,17 @@
-//! Optimistic locking: decide without a lock, and write only if the row has not changed since it was read.
+//! Optimistic locking: decide without a lock, and write only if the row has not changed since it
+//! was read.
 //!
-//! The sale's row carries a version. The update names the version that was read; if another buyer has
-//! raised it, the update matches no row, nothing is written, and the attempt starts again from a fresh
-//! read. No lock is held while the strategy decides.
+//! The sale's row carries a version. The update names the version that was read; if another buyer
+//! has raised it, the update matches no row, nothing is written, and the attempt starts again from
+//! a fresh read. No lock is held while the strategy decides.
 //!
 //! Guarantee: keeps every invariant but the order of service, on any number of instances.
-//! Limit: contention. One attempt wins each round, and the work of all others is wasted. Attempts are
-//! bounded by a number and a deadline; beyond either the answer is `Indeterminate`, never "sold out", as
-//! there may be tickets left.
+//! Limit: contention. One attempt wins each round, and the work of all others is wasted. Attempts
+//! are bounded by a number and a deadline; beyond either the answer is `Indeterminate`, never "sold
+//! out", as there may be tickets left.
 //!
-//! Kung and Robinson, "On Optimistic Methods for Concurrency Control", 1981. Full jitter: AWS Architecture
-//! Blog, "Exponential Backoff And Jitter". Book: LV.2, "optimistic".
+//! Kung and Robinson, "On Optimistic Methods for Concurrency Control", 1981. Full jitter: AWS
+//! Architecture Blog, "Exponential Backoff And Jitter". Book: LV.2, "optimistic".
 
 use std::time::{Duration, Instant};
 
@@ -73,7 +74,8 @@ impl Optimistic {
             .saw(format!("{stock}, version {version}"))
             .await;
 
-        // Read after the version: a reservation in between raises the version, and the update below matches no row.
+        // Read after the version: a reservation in between raises the version, and the update below
+        // matches no row.
         let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
@@ -150,7 +152,8 @@ impl Reserve for Optimistic {
                 break;
             }
             self.context.counts.retries.inc();
-            // Full jitter, so that conflicting attempts do not retry together. No connection is held meanwhile.
+            // Full jitter, so that conflicting attempts do not retry together. No connection is
+            // held meanwhile.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;
             longest = (longest * 2).min(LONGEST_PAUSE);

@@ -1,15 +1,16 @@
 //! A distributed lock with a fencing token: the row rejects a stale holder.
 //!
-//! Every holder gets a token greater than all before it. It first raises the sale's fence to its token, in
-//! the statement that reads the stock; from then on no earlier holder can write. Its own write succeeds
-//! only while the fence still equals its token. So the lock may be lost at any moment without harm.
+//! Every holder gets a token greater than all before it. It first raises the sale's fence to its
+//! token, in the statement that reads the stock; from then on no earlier holder can write. Its own
+//! write succeeds only while the fence still equals its token. So the lock may be lost at any
+//! moment without harm.
 //!
-//! Guarantee: keeps every invariant but the order of service, on any number of instances, also when a
-//! holder is frozen past its lease, and when Redis loses its data: the token comes from a clock as well as
-//! from a counter.
-//! Limit: the fence protects the row only. A resource that cannot compare tokens, such as a payment or an
-//! e-mail, is not protected. And the clock of Redis must not be set back by more than the time Redis was
-//! down when it lost its data.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances, also when
+//! a holder is frozen past its lease, and when Redis loses its data: the token comes from a clock
+//! as well as from a counter.
+//! Limit: the fence protects the row only. A resource that cannot compare tokens, such as a payment
+//! or an e-mail, is not protected. And the clock of Redis must not be set back by more than the
+//! time Redis was down when it lost its data.
 //! Cost: the two round trips of `rlock`, and one more write for each buyer while there is stock.
 //!
 //! M. Kleppmann, "How to do distributed locking" (2016). Book: LV.3, "fenced".
@@ -51,7 +52,8 @@ impl Fenced {
         .await?;
         let mut stock = stock.ok_or(Refusal::UnknownSale)?;
         if stock > 0 {
-            // Raises the fence before it reads the stock: from here on no holder of an earlier token can write.
+            // Raises the fence before it reads the stock: from here on no holder of an earlier
+            // token can write.
             let fenced_stock: Option<i64> = sqlx::query_scalar(
                 "update sale
                     set fence = $2
@@ -113,7 +115,8 @@ impl Fenced {
         .execute(&self.context.database)
         .await?;
         if written.rows_affected() == 0 {
-            // The lock was lost, and a later holder has raised the fence. Nothing was written; the buyer may retry.
+            // The lock was lost, and a later holder has raised the fence. Nothing was written; the
+            // buyer may retry.
             steps.at("write refused").await;
             return Err(Indeterminate::TimedOut.into());
         }

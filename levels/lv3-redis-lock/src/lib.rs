@@ -1,4 +1,5 @@
-//! LV.3: a lock in Redis, shared by all instances; its limit, and the fencing token that removes it.
+//! LV.3: a lock in Redis, shared by all instances; its limit, and the fencing token that removes
+//! it.
 
 pub mod fenced;
 pub mod lock;

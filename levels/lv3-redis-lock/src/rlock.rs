@@ -1,16 +1,16 @@
 //! A distributed lock: one buyer at a time, on any number of instances.
 //!
-//! The lock lives in Redis, so all instances share it. It corresponds to Redisson's `RLock`: a pub/sub
-//! message wakes its waiters, and a watchdog renews the lease while the holder's process runs. Under it
-//! runs LV.1's `read_then_write`, one transaction at a time, and so it is right.
+//! The lock lives in Redis, so all instances share it. It corresponds to Redisson's `RLock`: a
+//! pub/sub message wakes its waiters, and a watchdog renews the lease while the holder's process
+//! runs. Under it runs LV.1's `read_then_write`, one transaction at a time, and so it is right.
 //!
-//! Guarantee: keeps every invariant but the order of service, on any number of instances, as long as no
-//! lease expires under its holder.
-//! Limit: a process that is frozen while it holds the lock (a long garbage collection, a virtual machine
-//! that is migrated, SIGSTOP) renews nothing. The lease expires, another instance acquires the lock, and
-//! when the first resumes it sells on a stale read: an oversell. The same happens if the holder cannot
-//! reach Redis for a whole lease, if Redis loses the lock, and if Postgres carries out a commit after its
-//! connection broke and the lease expired.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances, as long
+//! as no lease expires under its holder.
+//! Limit: a process that is frozen while it holds the lock (a long garbage collection, a virtual
+//! machine that is migrated, SIGSTOP) renews nothing. The lease expires, another instance acquires
+//! the lock, and when the first resumes it sells on a stale read: an oversell. The same happens if
+//! the holder cannot reach Redis for a whole lease, if Redis loses the lock, and if Postgres
+//! carries out a commit after its connection broke and the lease expired.
 //! Cost: two round trips to Redis for each buyer, in sequence; one more service to run.
 //!
 //! Redis documentation, "Distributed Locks with Redis". Book: LV.3, "rlock".
@@ -125,7 +125,7 @@ impl Reserve for Rlock {
             guard.commit_under_lock(tx.commit()).await?;
             steps.at("committed").await;
         }
-        // After the commit, as in LV.2. The sale is committed, whether or not the lock was still held.
+        // After the commit, as in LV.2: the sale stands whether or not the lock was still held.
         let _ = guard.release().await;
         steps.at("lock released").await;
         answer

@@ -1,15 +1,15 @@
 //! A spin lock in Redis: a key that is set only if it does not exist, and waiters that poll.
 //!
-//! `SET key owner NX PX lease` is the whole lock: one command, so the lock never exists without a TTL. A
-//! script releases it: it deletes the key only while the value is still the owner's. A client that does
-//! not get the lock retries after a pause that doubles, with jitter. Under the lock runs LV.1's
-//! `read_then_write`, one transaction at a time.
+//! `SET key owner NX PX lease` is the whole lock: one command, so the lock never exists without a
+//! TTL. A script releases it: it deletes the key only while the value is still the owner's. A
+//! client that does not get the lock retries after a pause that doubles, with jitter. Under the
+//! lock runs LV.1's `read_then_write`, one transaction at a time.
 //!
-//! Guarantee: keeps every invariant but the order of service, on any number of instances, as long as no
-//! work under the lock takes longer than the lease.
-//! Limit: the lease is fixed. A holder that is slow, frozen, or waits for the database continues after its
-//! lease while another holds the lock. So does a commit that Postgres carries out after its connection
-//! broke and the lease expired, and a holder whose lock Redis lost.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances, as long
+//! as no work under the lock takes longer than the lease.
+//! Limit: the lease is fixed. A holder that is slow, frozen, or waits for the database continues
+//! after its lease while another holds the lock. So does a commit that Postgres carries out after
+//! its connection broke and the lease expired, and a holder whose lock Redis lost.
 //! Cost: commands. Every waiter polls, and a released lock stays free until the next poll.
 //!
 //! Redis documentation, `SET`, "Patterns". Book: LV.3, "spin".
@@ -124,7 +124,7 @@ impl Reserve for Spin {
             guard.commit_under_lock(tx.commit()).await?;
             steps.at("committed").await;
         }
-        // After the commit, as in LV.2. The sale is committed, whether or not the lock was still held.
+        // After the commit, as in LV.2: the sale stands whether or not the lock was still held.
         let _ = guard.release().await;
         steps.at("lock released").await;
         answer

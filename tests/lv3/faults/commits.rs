@@ -11,8 +11,8 @@ enum CarriedOut {
     TooLate,
 }
 
-/// Ann's connection to Postgres breaks with her commit in flight. Her outcome is unknown, and her lock is
-/// not released.
+/// Ann's connection to Postgres breaks with her commit in flight. Her outcome is unknown, and her
+/// lock is not released.
 #[rstest]
 #[case::spin("spin", CarriedOut::InTime, true)]
 #[case::rlock("rlock", CarriedOut::InTime, true)]
@@ -89,8 +89,8 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     assert_after_fault(strategy(name), &verdict, if keeps { &[] } else { OVERSOLD });
 }
 
-/// The first request has lost its lock, and its commit is in flight when she retries on another instance.
-/// The retry must read behind the fence.
+/// The first request has lost its lock, and its commit is in flight when she retries on another
+/// instance. The retry must read behind the fence.
 #[tokio::test]
 async fn a_buyer_who_retries_while_her_commit_is_in_flight_has_one_reservation() {
     let name = "fenced";

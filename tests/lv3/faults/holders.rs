@@ -39,7 +39,7 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
         ledger.struck("the first instance frozen");
         until("the lease has ended", async || !lock.is_held().await).await;
         let bob = ledger.ask(&second, 2).await;
-        assert!(is_confirmed(&bob), "nobody holds the lock, and Bob is told {bob:?}");
+        assert!(is_confirmed(&bob), "the lock is free, and Bob gets {bob:?}");
         first.goes_on().await.unwrap();
         ledger.healed();
     });
@@ -96,9 +96,9 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     // A correct strategy waits for the end of the lease, long before a buyer gives up.
     let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
     if !others_get_in {
-        assert!(bob.is_err(), "Bob is told {bob:?}, though the lock's holder is dead");
+        assert!(bob.is_err(), "Bob gets {bob:?}, though the lock's holder is dead");
         if name != "mutants/message-alone" {
-            assert!(lock.is_held().await, "nobody holds the lock, and yet Bob waits");
+            assert!(lock.is_held().await, "the lock is free, and yet Bob waits");
         }
         kill_frozen(&second).await;
         let verdict = ledger.verdict(&stand).await.unwrap();
@@ -158,14 +158,15 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     let verdict = ledger.verdict(&stand).await.unwrap();
     assert_after_fault(strategy, &verdict, if renewed { &[] } else { OVERSOLD });
 
-    // Both requests and their watchdogs are done: another owner's lock expires with its lease, and no script runs.
-    until("the lock is given back", async || !lock.is_held().await).await;
+    // Both requests and their watchdogs are done: another owner's lock expires with its lease, and
+    // no script runs.
+    until("the lock is released", async || !lock.is_held().await).await;
     let calls = async || info_field(&redis, "commandstats", "cmdstat_evalsha", "calls").await;
     let before = calls().await;
     assert!(before > 0, "INFO does not tell of the scripts");
     let lease_ms = lease.as_millis().to_string();
     for command in [
-        ["HSET", &lock.key, "somebody", "1"].as_slice(),
+        ["HSET", &lock.key, "other", "1"].as_slice(),
         &["PEXPIRE", &lock.key, &lease_ms],
     ] {
         assert_eq!(redis.command(command).await.unwrap(), Reply::Int(1));
@@ -177,7 +178,7 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
         kill_frozen(&second).await;
         return;
     }
-    until("somebody's lease has ended", async || !lock.is_held().await).await;
+    until("the other lease has expired", async || !lock.is_held().await).await;
     assert_eq!(calls().await, before, "something is still renewed");
     first.stop().await.unwrap();
     second.stop().await.unwrap();

@@ -1,5 +1,5 @@
-//! LV.3: fault injection against the lock in Redis, its holders and its waiters. Every fault is real, and
-//! each test checks that it took effect.
+//! LV.3: fault injection against the lock in Redis, its holders and its waiters. Every fault is
+//! real, and each test checks that it took effect.
 
 mod commits;
 mod holders;
@@ -102,7 +102,7 @@ impl<'a> Lock<'a> {
     /// Waits for one renewal.
     async fn wait_for_renewal(&self) {
         let least = Cell::new(Duration::MAX);
-        until("the fault did not strike: nobody renews the lock", async || {
+        until("the fault did not strike: the lock is not renewed", async || {
             let left = self.ttl().await.unwrap_or(Duration::MAX);
             let before = least.replace(left.min(least.get()));
             left < Duration::MAX && left > before
@@ -113,7 +113,7 @@ impl<'a> Lock<'a> {
     /// Ends the lease at once, by deleting the key.
     async fn expire(&self) {
         let ended = self.redis.command(&["DEL", &self.key]).await.unwrap();
-        assert_eq!(ended, Reply::Int(1), "the fault did not strike: nobody held the lock");
+        assert_eq!(ended, Reply::Int(1), "the fault did not strike: the lock was free");
     }
 
     /// The number of connections that subscribe to its releases.
@@ -144,7 +144,7 @@ async fn kill_frozen(talk: &TestServer) {
 /// Injects a fault at the proxy, and waits until it has affected a connection.
 async fn inject(proxy: &Proxy, cut: Cut) {
     proxy.cuts(cut);
-    until("the fault did not strike: nobody came through the proxy", async || {
+    until("the fault did not strike: no connection passed the proxy", async || {
         proxy.has_struck()
     })
     .await;
@@ -152,7 +152,7 @@ async fn inject(proxy: &Proxy, cut: Cut) {
 
 /// Waits until a commit is in flight.
 async fn wait_for_commit(held: &DelayedCommits) {
-    until("the fault did not strike: nobody commits", async || {
+    until("the fault did not strike: no commit is in flight", async || {
         held.have_struck().await.unwrap()
     })
     .await;

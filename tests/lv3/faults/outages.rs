@@ -39,7 +39,7 @@ async fn an_unreachable_redis_sells_nothing_twice_and_sales_resume_by_themselves
     }
     for (talk, buyer) in [(&first, 1), (&second, 2)] {
         let told = ledger.ask(talk, buyer).await;
-        assert!(is_confirmed(&told), "buyer {buyer} is told {told:?}");
+        assert!(is_confirmed(&told), "buyer {buyer} gets {told:?}");
     }
     assert_eq!(ledger.ask(&second, 3).await, SOLD_OUT);
     first.stop().await.unwrap();
@@ -150,7 +150,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     flush().await;
     assert!(is_confirmed(&ledger.ask(&second, 2).await));
     if name == "mutants/bare-evalsha" {
-        assert!(lock.is_held().await, "it was given back all the same");
+        assert!(lock.is_held().await, "the lock was released");
         assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
         second.stop().await.unwrap();
@@ -166,7 +166,7 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
         first.goes_on().await.unwrap();
     });
     assert!(is_confirmed(&ann));
-    until("the lock is given back", async || !lock.is_held().await).await;
+    until("the lock is released", async || !lock.is_held().await).await;
     assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();

@@ -47,7 +47,8 @@ async fn a_release_by_another_owner_is_rejected_and_the_owner_keeps_the_lock(#[c
     assert!(!lock.is_held().await);
 }
 
-/// The waiter, on another instance than the holder, loses its subscription before the lock is released.
+/// The waiter, on another instance than the holder, loses its subscription before the lock is
+/// released.
 #[rstest]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
@@ -77,29 +78,29 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
             until("Bob listens", async || lock.listeners().await == 1).await;
             inject(&proxy, Cut::Saying("SUBSCRIBE")).await;
             ledger.struck("the messages of releases are lost");
-            until("nobody listens", async || lock.listeners().await == 0).await;
+            until("there are no subscribers", async || lock.listeners().await == 0).await;
             assert!(
                 lock.is_held().await,
-                "the fault did not strike: the lease ended before the lock was given back"
+                "the fault did not strike: the lease expired before the release"
             );
             first.goes_on().await.unwrap();
-            until("the lock is given back", async || !lock.is_held().await).await;
+            until("the lock is released", async || !lock.is_held().await).await;
             assert_eq!(
                 lock.listeners().await,
                 0,
-                "the fault did not strike: somebody heard of the release"
+                "the fault did not strike: a subscriber received the release"
             );
         };
         tokio::select! {
-            told = &mut bob => panic!("Bob is told {told:?}, before the lock is given back and without a message"),
+            told = &mut bob => panic!("Bob got {told:?} before the release and without a message"),
             () = strikes => {}
         }
         let told = timeout(lease + Duration::from_secs(3), &mut bob).await;
-        assert_eq!(told.is_ok(), gets_in, "Bob, whose message is lost, is told {told:?}");
+        assert_eq!(told.is_ok(), gets_in, "Bob, whose message is lost, gets {told:?}");
         let told = match told {
             Ok(told) => told,
             Err(_) => {
-                assert!(!lock.is_held().await, "somebody holds the lock");
+                assert!(!lock.is_held().await, "the lock is held");
                 // He waits for the message alone.
                 proxy.cuts(Cut::Nothing);
                 timeout(PATIENCE, bob).await.expect("he still waits")
@@ -134,7 +135,10 @@ async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str
     let (gives_up, dropped) = tokio::join!(there.acquire(short), timeout(short, there.acquire(PATIENCE)));
     assert!(matches!(gives_up, Err(LockError::NotAcquired(_))));
     assert!(dropped.is_err());
-    until("nobody listens any more", async || lock.listeners().await == 0).await;
+    until("there are no subscribers any more", async || {
+        lock.listeners().await == 0
+    })
+    .await;
 
     // The waiter at the head is dropped, with another behind it.
     {
@@ -158,8 +162,11 @@ async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str
             .unwrap();
         assert_eq!(got.release().await.unwrap(), Released::Free);
     }
-    until("nobody listens any more", async || lock.listeners().await == 0).await;
-    assert!(!lock.is_held().await, "somebody who is gone has the lock");
+    until("there are no subscribers any more", async || {
+        lock.listeners().await == 0
+    })
+    .await;
+    assert!(!lock.is_held().await, "a dropped waiter holds the lock");
 }
 
 /// The test above detects a wait that outlives its caller, such as one in a detached task.
@@ -175,7 +182,7 @@ async fn a_wait_that_outlives_its_caller_is_detected() {
     let _held = here.acquire(PATIENCE).await.unwrap();
     drop(tokio::spawn(async move { there.acquire(Duration::MAX).await }));
     until("it is in the queue", async || lock.listeners().await == 1).await;
-    let nobody = "nobody listens any more";
-    let noticed = panic_of(until(nobody, async || lock.listeners().await == 0)).await;
-    assert!(noticed.contains(nobody), "{noticed}");
+    let no_subscribers = "there are no subscribers any more";
+    let noticed = panic_of(until(no_subscribers, async || lock.listeners().await == 0)).await;
+    assert!(noticed.contains(no_subscribers), "{noticed}");
 }

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// The owner holds the lock through another handle. An attempt that Redis answered with an error has
-/// acquired nothing, and must release nothing.
+/// The owner holds the lock through another handle. An attempt that Redis answered with an error
+/// has acquired nothing, and must release nothing.
 #[tokio::test]
 async fn a_failed_attempt_releases_nothing_that_its_owner_holds() {
     let env = LockEnvironment::shared().await;
@@ -17,7 +17,7 @@ async fn a_failed_attempt_releases_nothing_that_its_owner_holds() {
     let monitor = env.monitor().await;
     let refused = there.try_acquire("sale", &owner).await;
     assert!(matches!(refused, Err(LockError::Redis(_))));
-    eventually("the attempt is given back", async || {
+    eventually("the attempt is released", async || {
         monitor.calls(&env, &key).await.len() >= 2
     })
     .await;
@@ -69,7 +69,7 @@ async fn a_cancelled_wait_leaves_nothing_behind(#[case] kind: Kind) {
         }
     });
     futures_util::future::join_all(waits).await;
-    eventually("nobody listens", async || env.listeners(&key).await == 0).await;
+    eventually("there are no subscribers", async || env.listeners(&key).await == 0).await;
     assert_eq!(env.command::<Vec<u8>>(&["DUMP", &key]).await, before);
     assert_eq!(held.release().await.unwrap(), Released::Free);
     for lock in [here, there] {
@@ -86,7 +86,7 @@ async fn a_holder_that_cancels_a_second_attempt_keeps_its_lock() {
     let held = lock.acquire("sale", &owner, LONG_WAIT).await.unwrap();
     let monitor = env.monitor().await;
     assert!(!dropped_after(1, lock.try_acquire("sale", &owner)).await);
-    eventually("the attempt is given back", async || {
+    eventually("the attempt is released", async || {
         let calls = monitor.calls(&env, &lock.key("sale")).await;
         calls.iter().any(|call| call.contains("EVALSHA"))
     })

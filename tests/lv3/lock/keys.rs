@@ -52,7 +52,8 @@ async fn another_prefix_or_another_name_is_another_lock(#[case] kind: Kind) {
     }
 }
 
-/// The part of a key that selects its slot (Redis documentation, "Redis cluster specification", hash tags).
+/// The part of a key that selects its slot (Redis documentation, "Redis cluster specification",
+/// hash tags).
 fn hash_tag(key: &str) -> &str {
     let tag = key.split_once('{').and_then(|(_, rest)| rest.split_once('}'));
     tag.map_or(key, |(tag, _)| if tag.is_empty() { key } else { tag })

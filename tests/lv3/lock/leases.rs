@@ -9,7 +9,8 @@ use super::*;
 #[tokio::test]
 async fn a_fixed_lease_expires_and_the_next_waiter_acquires_the_lock(#[case] kind: Kind) {
     let env = LockEnvironment::shared().await;
-    // One waiter in the holder's process, in its local queue; one in another process, for the key to expire.
+    // One waiter in the holder's process, in its local queue; one in another process, for the key
+    // to expire.
     let (here, there) = (env.lock(kind, SHORT).await, env.lock(kind, SHORT).await);
     for (name, next) in [("here", &here), ("there", &there)] {
         let sent = Instant::now();
@@ -142,10 +143,10 @@ async fn a_loss_is_not_hidden_by_a_new_acquisition(#[case] kind: Kind) {
     let env = LockEnvironment::shared().await;
     let (here, there) = (env.lock(kind, LONG).await, env.lock(kind, LONG).await);
     let owner = Owner::fresh();
-    for taken_by_somebody in [false, true] {
+    for taken_by_other in [false, true] {
         let lost = here.acquire("sale", &owner, LONG_WAIT).await.unwrap();
         assert_eq!(env.command::<i64>(&["DEL", &here.key("sale")]).await, 1);
-        if taken_by_somebody {
+        if taken_by_other {
             let theirs = there.take("sale").await;
             assert!(here.try_acquire("sale", &owner).await.unwrap().is_none());
             assert!(lost.is_lost());
@@ -194,7 +195,8 @@ async fn a_lock_never_exists_without_a_ttl(#[case] kind: Kind) {
 async fn one_renewal_may_fail_and_the_next_still_comes_in_time(#[case] kind: Kind) {
     let server = Redis::private().await.unwrap();
     let (env, proxy) = behind_a_proxy(&server).await;
-    // A third of the lease equals the command time-out: waiting for one answer would leave no time for the next renewal.
+    // A third of the lease equals the command time-out: waiting for one answer would leave no time
+    // for the next renewal.
     let lock = env.lock(kind, Lease::Renewed(ms(1_500))).await;
     let held = lock.take("sale").await;
     proxy.cuts(Cut::Silence(""));

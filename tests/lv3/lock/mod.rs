@@ -1,26 +1,33 @@
-//! LV.3: the behaviour of the locks in Redis, one behaviour per test, through their public interface and
-//! through a separate connection to the same Redis.
+//! LV.3: the behaviour of the locks in Redis, one behaviour per test, through their public
+//! interface and through a separate connection to the same Redis.
 //!
-//! "A process" here is a lock with its own connections: two of them share only Redis. Tests that need real
-//! processes start this program again. Lower time bounds are exact; an upper bound only tells "at once"
-//! from "at the next expiry".
+//! "A process" here is a lock with its own connections: two of them share only Redis. Tests that
+//! need real processes start this program again. Lower time bounds are exact; an upper bound only
+//! tells "at once" from "at the next expiry".
 //!
 //! Features of other distributed locks that these lack, so there is no test of them:
 //! 1. multi-locks, acquired all or nothing: a lock here has one name;
 //! 2. deadlock between two owners of two names: for the same reason;
-//! 3. a deadlock error from a lock that is not reentrant: `spin` rejects its own owner like any other. That
-//!    is tested;
-//! 4. fairness among processes: there is none, but for the order of the tasks of one process, and that a
-//!    process with an endless queue does not starve others. Both are tested;
-//! 5. stale entries of waiters that gave up: there is no queue in Redis. That nothing is left is tested;
-//! 6. the delay caused by a dead waiter: for the same reason; its subscription ends with its connection;
-//! 7. a queued waiter during an outage of Redis: for the same reason. That a wait ends with an error is tested;
+//! 3. a deadlock error from a lock that is not reentrant: `spin` rejects its own owner like any
+//!    other. That is tested;
+//! 4. fairness among processes: there is none, but for the order of the tasks of one process, and
+//!    that a process with an endless queue does not starve others. Both are tested;
+//! 5. stale entries of waiters that gave up: there is no queue in Redis. That nothing is left is
+//!    tested;
+//! 6. the delay caused by a dead waiter: for the same reason; its subscription ends with its
+//!    connection;
+//! 7. a queued waiter during an outage of Redis: for the same reason. That a wait ends with an
+//!    error is tested;
 //! 8. acquisitions confirmed by replicas: there is one server, without replicas;
 //! 9. quorums of several servers: there is one;
-//! 10. an error for releasing a lock that was never acquired: only a guard releases, and only an acquisition returns one;
-//! 11. a lease of zero or less that means "renewed": renewal is a variant of `Lease`, and a lease of zero is rejected;
-//! 12. a cluster: the connections here are to a single server. That the keys share a hash tag is tested;
-//! 13. the rejection of a stale token: that is the row's task. `faults` tests it with the strategy `fenced`.
+//! 10. an error for releasing a lock that was never acquired: only a guard releases, and only an
+//!     acquisition returns one;
+//! 11. a lease of zero or less that means "renewed": renewal is a variant of `Lease`, and a lease
+//!     of zero is rejected;
+//! 12. a cluster: the connections here are to a single server. That the keys share a hash tag is
+//!     tested;
+//! 13. the rejection of a stale token: that is the row's task. `faults` tests it with the strategy
+//!     `fenced`.
 
 mod acquire;
 mod cancellation;

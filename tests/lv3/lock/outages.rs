@@ -116,7 +116,8 @@ async fn a_frozen_redis_delays_neither_an_error_nor_the_notice_of_a_loss(#[case]
     assert!(ms(900) <= lost && lost < ms(4_000), "{lost:?}");
 }
 
-/// The tasks in a local queue share the error of the first one: they do not run into one time-out each.
+/// The tasks in a local queue share the error of the first one: they do not run into one time-out
+/// each.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
@@ -129,7 +130,7 @@ async fn all_tasks_in_a_local_queue_fail_together_when_redis_does_not_answer(#[c
     let lock = env.lock(kind, LONG).await;
     let key = lock.key("sale");
     // Another owner holds the lock until all waiters are queued.
-    let _: i64 = env.command(&["HSET", &key, "somebody", "1"]).await;
+    let _: i64 = env.command(&["HSET", &key, "other", "1"]).await;
     let _: i64 = env.command(&["PEXPIRE", &key, "3000"]).await;
     let waiters: Vec<_> = (0..WAITERS).map(|_| lock.spawn_waiter("sale", LONG_WAIT)).collect();
     eventually("they listen", async || env.listeners(&key).await == 1).await;

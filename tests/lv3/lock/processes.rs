@@ -25,7 +25,8 @@ fn process(role: &str, kind: Kind, env: &LockEnvironment) -> tokio::process::Com
 const OWNERS: usize = 8;
 const ROUNDS: usize = 8;
 
-/// Not a test: the entry point of the processes that tests here start. Without a role it does nothing.
+/// Not a test: the entry point of the processes that tests here start. Without a role it does
+/// nothing.
 #[tokio::test]
 async fn plays_a_role_in_another_test() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -91,7 +92,8 @@ async fn plays_a_role_in_another_test() {
     }
 }
 
-/// The final value of a shared counter, and how often two owners were in the critical section together.
+/// The final value of a shared counter, and how often two owners were in the critical section
+/// together.
 async fn counted(role: &str, kind: Kind) -> (usize, usize) {
     let env = LockEnvironment::shared().await;
     let mut processes: Vec<_> = (0..3).map(|_| process(role, kind, &env).spawn().unwrap()).collect();
@@ -182,7 +184,8 @@ async fn a_process_killed_at_any_moment_leaves_no_lock_without_a_ttl(#[case] kin
     println!("{kind:?}: killed {held} times with the lock, {free} times without");
 }
 
-/// The limit of every lock with a lease: it passes to the next owner. The holder notices when it resumes.
+/// The limit of every lock with a lease: it passes to the next owner. The holder notices when it
+/// resumes.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]

@@ -38,7 +38,7 @@ async fn after_the_last_release_nothing_is_left_but_the_last_token(#[case] kind:
         let releasing = async { assert_eq!(held.release().await.unwrap(), Released::Free) };
         tokio::join!(releasing, futures_util::future::join_all(waiting));
     }
-    eventually("nobody listens", async || {
+    eventually("there are no subscribers", async || {
         env.command::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await.is_empty()
     })
     .await;
@@ -58,7 +58,7 @@ async fn after_the_last_release_nothing_is_left_but_the_last_token(#[case] kind:
 async fn a_forced_release_frees_the_lock_and_its_holder_is_notified(#[case] kind: Kind) {
     let env = LockEnvironment::shared().await;
     let holder = env.lock(kind, RENEWED).await;
-    let (elsewhere, anybody) = (env.lock(kind, LONG).await, env.lock(kind, LONG).await);
+    let (elsewhere, third) = (env.lock(kind, LONG).await, env.lock(kind, LONG).await);
     let owner = Owner::fresh();
     let first = holder.acquire("sale", &owner, LONG_WAIT).await.unwrap();
     let second = holder.acquire("sale", &owner, LONG_WAIT).await.unwrap();
@@ -69,7 +69,7 @@ async fn a_forced_release_frees_the_lock_and_its_holder_is_notified(#[case] kind
     .await;
 
     let forced = Instant::now();
-    assert!(anybody.reentrant().force_release("sale").await.unwrap());
+    assert!(third.reentrant().force_release("sale").await.unwrap());
     let (next, at) = waiter.await.unwrap().unwrap();
     assert!(at - forced < AT_ONCE, "{:?}", at - forced);
     // At its next renewal.
@@ -78,14 +78,14 @@ async fn a_forced_release_frees_the_lock_and_its_holder_is_notified(#[case] kind
     let monitor = env.monitor().await;
     assert_eq!(first.release().await.unwrap(), Released::NotOwner);
     assert_eq!(second.release().await.unwrap(), Released::NotOwner);
-    assert!(!next.is_lost() && anybody.rejects_others("sale").await);
+    assert!(!next.is_lost() && third.rejects_others("sale").await);
     let began = Instant::now();
     eventually("a lease is over", async || began.elapsed() > PAST_RENEWED_LEASE).await;
     let mut renewals = monitor.about(&env, "\"pexpire\"").await;
     renewals.retain(|line| line.contains(&holder.key("sale")));
     assert_eq!(renewals, [""; 0]);
     assert_eq!(next.release().await.unwrap(), Released::Free);
-    assert!(!anybody.reentrant().force_release("sale").await.unwrap());
+    assert!(!third.reentrant().force_release("sale").await.unwrap());
 }
 
 /// Waiters in the holder's process are queued behind the holder.

@@ -145,7 +145,7 @@ async fn a_release_makes_one_waiter_of_each_process_try(#[case] kind: Kind) {
     let monitor = env.monitor().await;
     let quiet = async || {
         let mut before = usize::MAX;
-        eventually("nobody tries any more", async || {
+        eventually("there are no more attempts", async || {
             let now = monitor.calls(&env, &key).await.len();
             std::mem::replace(&mut before, now) == now
         })
@@ -247,7 +247,7 @@ async fn one_connection_is_enough_for_many_names_and_waiters(#[case] kind: Kind)
     }
     let after: i64 = env.command::<String>(&["CLIENT", "LIST"]).await.lines().count() as i64;
     assert!(after <= before + 1, "{after} connections, after {before}");
-    eventually("nobody listens", async || {
+    eventually("there are no subscribers", async || {
         env.command::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await.is_empty()
     })
     .await;
@@ -262,7 +262,7 @@ async fn a_lock_without_a_ttl_does_not_make_its_waiters_poll(#[case] kind: Kind)
     let env = LockEnvironment::shared().await;
     let lock = env.lock(kind, SHORT).await;
     let key = lock.key("sale");
-    let _: i64 = env.command(&["HSET", &key, "somebody", "1"]).await;
+    let _: i64 = env.command(&["HSET", &key, "other", "1"]).await;
     let monitor = env.monitor().await;
     let waited = lock.acquire("sale", &Owner::fresh(), ms(900)).await;
     assert!(matches!(waited, Err(LockError::NotAcquired(_))));
@@ -297,7 +297,8 @@ async fn spin_backs_off_with_jitter_and_subscribes_to_nothing() {
     assert_eq!(Backoff::default().pause(3, 0.0), Duration::ZERO);
 }
 
-/// No message arrives while no lock is released, so a dead connection has to be told from a quiet one.
+/// No message arrives while no lock is released, so a dead connection has to be told from a quiet
+/// one.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]
@@ -317,13 +318,14 @@ async fn a_dead_subscription_is_detected_and_replaced(#[case] kind: Kind) {
     eventually("it went silent", async || proxy.connections_silenced() == 1).await;
     assert_eq!(held.release().await.unwrap(), Released::Free);
     proxy.cuts(Cut::Nothing);
-    // Without a reconnect it would wait for the end of the lease, which is longer than its time limit.
+    // Without a reconnect it would wait for the end of the lease, which is longer than its time
+    // limit.
     let (_next, _at) = waiter.await.unwrap().unwrap();
-    assert!(proxy.said_in_vain() > 0, "nobody asked whether the connection is one");
+    assert!(proxy.said_in_vain() > 0, "the connection was never pinged");
 }
 
-/// The next local task asks right behind the release. Without a bound, an endless local queue would starve
-/// other processes.
+/// The next local task asks right behind the release. Without a bound, an endless local queue would
+/// starve other processes.
 #[rstest]
 #[case::rlock(Rlock)]
 #[case::fenced(Fenced)]

@@ -1,4 +1,5 @@
-//! The guard of a lock in Redis, and the state behind it: the request, the lease, the watchdog, the release.
+//! The guard of a lock in Redis, and the state behind it: the request, the lease, the watchdog, the
+//! release.
 
 use std::{
     mem,
@@ -44,8 +45,8 @@ pub enum Released {
     NotOwner,
 }
 
-/// The scripts that release a lock and renew its lease. Both check the owner and change nothing unless
-/// it holds the lock.
+/// The scripts that release a lock and renew its lease. Both check the owner and change nothing
+/// unless it holds the lock.
 pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) renew: Script,
@@ -60,7 +61,8 @@ pub(super) struct HeldLock {
 
 /// What this process knows of a lock that it holds.
 struct LeaseState {
-    /// The time up to which the lock is certainly held, on this process's clock. `None`: it is lost.
+    /// The time up to which the lock is certainly held, on this process's clock. `None`: it is
+    /// lost.
     expires_at: watch::Sender<Option<Instant>>,
     /// Keeps the next task of this process from asking Redis while the lock is held here.
     queue_permit: Mutex<Option<LocalQueuePermit>>,
@@ -99,9 +101,9 @@ pub(super) struct LockRequest {
 
 /// An acquisition that Redis has not answered yet.
 ///
-/// If it is dropped before the answer, the outcome is unknown, so the drop releases this acquisition
-/// and no other of the same owner. Redis runs the commands of a connection in order: the release runs
-/// after the command that may have acquired the lock.
+/// If it is dropped before the answer, the outcome is unknown, so the drop releases this
+/// acquisition and no other of the same owner. Redis runs the commands of a connection in order:
+/// the release runs after the command that may have acquired the lock.
 pub(super) struct PendingAcquire {
     request: Option<LockRequest>,
     acquisition_id: String,
@@ -159,7 +161,8 @@ impl LockRequest {
         })
     }
 
-    /// The held lock, after Redis has granted this request by a command sent at `sent_at`. Starts the watchdog.
+    /// The held lock, after Redis has granted this request by a command sent at `sent_at`. Starts
+    /// the watchdog.
     pub(super) fn into_held(self, sent_at: Instant, queue_permit: Option<LocalQueuePermit>) -> HeldLock {
         let state = Arc::new(LeaseState {
             expires_at: watch::Sender::new(Some(sent_at + self.lease.duration())),
@@ -178,8 +181,8 @@ impl LockRequest {
 }
 
 impl HeldLock {
-    /// Restarts the lease after a reentrant acquisition by a command sent at `sent_at`. Returns whether
-    /// the lock was still held.
+    /// Restarts the lease after a reentrant acquisition by a command sent at `sent_at`. Returns
+    /// whether the lock was still held.
     pub(super) fn reacquired(&self, sent_at: Instant) -> bool {
         self.state.extend(sent_at + self.lease.duration())
     }
@@ -188,8 +191,8 @@ impl HeldLock {
         self.state.mark_lost();
     }
 
-    /// Prepares the last release: stops the watchdog, which would find the lock gone and report a loss,
-    /// and prevents a reentrant acquisition.
+    /// Prepares the last release: stops the watchdog, which would find the lock gone and report a
+    /// loss, and prevents a reentrant acquisition.
     fn close(&self) {
         self.watchdog.abort();
         self.state.expires_at.send_replace(None);
@@ -203,7 +206,8 @@ impl HeldLock {
 }
 
 impl LeaseState {
-    /// Sets the end of the lease, unless the lock is lost: a loss is final. Returns whether it was set.
+    /// Sets the end of the lease, unless the lock is lost: a loss is final. Returns whether it was
+    /// set.
     fn extend(&self, expires_at: Instant) -> bool {
         self.expires_at.send_if_modified(|known| {
             if known.is_some() {
@@ -213,7 +217,8 @@ impl LeaseState {
         })
     }
 
-    /// Marks the lock as lost, and lets other tasks of this process compete for it although the guard lives.
+    /// Marks the lock as lost, and lets other tasks of this process compete for it although the
+    /// guard lives.
     fn mark_lost(&self) {
         self.expires_at.send_replace(None);
         self.leave_queue();
@@ -224,8 +229,8 @@ impl LeaseState {
         drop(self.take_permit());
     }
 
-    /// Lets the next task of this process ask Redis while the release is still in flight: it is faster
-    /// than a waiter of any other process.
+    /// Lets the next task of this process ask Redis while the release is still in flight: it is
+    /// faster than a waiter of any other process.
     fn hand_off(&self) {
         if let Some(mut permit) = self.take_permit() {
             permit.consecutive_handoffs += 1;
@@ -241,7 +246,8 @@ impl Drop for HeldLock {
     fn drop(&mut self) {
         // No renewal may outlive the holder.
         self.watchdog.abort();
-        // The aborted task shares the state and is dropped some time later; the next waiter must not wait for that.
+        // The aborted task shares the state and is dropped some time later; the next waiter must
+        // not wait for that.
         self.state.leave_queue();
     }
 }
@@ -255,7 +261,8 @@ impl Guard {
         }
     }
 
-    /// The fencing token: greater than every token issued for this lock before. `None` for a lock without tokens.
+    /// The fencing token: greater than every token issued for this lock before. `None` for a lock
+    /// without tokens.
     ///
     /// If the protected resource rejects a token smaller than the greatest one it has seen, a stale
     /// holder can do no harm.
@@ -269,7 +276,8 @@ impl Guard {
     }
 
     // ANCHOR: lost
-    /// Whether the lock is known to be lost, or its lease has expired. `false` is true only at the moment of the call.
+    /// Whether the lock is known to be lost, or its lease has expired. `false` is true only at the
+    /// moment of the call.
     pub fn is_lost(&self) -> bool {
         self.held.as_ref().is_none_or(|held| held.is_lost())
     }
@@ -285,8 +293,8 @@ impl Guard {
     /// Releases the lock, also if the returned future is dropped before it completes.
     ///
     /// # Errors
-    /// [`LockError::Redis`] if Redis does not answer, [`LockError::NoRuntime`] outside a runtime. The
-    /// lock then stays held until its lease expires.
+    /// [`LockError::Redis`] if Redis does not answer, [`LockError::NoRuntime`] outside a runtime.
+    /// The lock then stays held until its lease expires.
     pub async fn release(mut self) -> Result<Released, LockError> {
         let task = self.spawn_release().ok_or(LockError::NoRuntime)?;
         // The task does not finish if its runtime shuts down.
@@ -294,13 +302,13 @@ impl Guard {
     }
 
     // ANCHOR: covers
-    /// Runs a commit under this lock to its end, in a task of its own: cancelling the caller does not
-    /// cancel the commit.
+    /// Runs a commit under this lock to its end, in a task of its own: cancelling the caller does
+    /// not cancel the commit.
     ///
-    /// The outcome of a failed commit is unknown: the connection may have broken while the commit was in
-    /// flight, and Postgres may carry it out later. The next holder would read the state before it. So
-    /// after an error the lock is neither released nor renewed, and expires with its lease. A commit
-    /// that takes longer than the lease is not covered.
+    /// The outcome of a failed commit is unknown: the connection may have broken while the commit
+    /// was in flight, and Postgres may carry it out later. The next holder would read the state
+    /// before it. So after an error the lock is neither released nor renewed, and expires with its
+    /// lease. A commit that takes longer than the lease is not covered.
     ///
     /// # Errors
     /// The error of the commit.
@@ -339,9 +347,9 @@ impl Guard {
             let released = match poll!(&mut release) {
                 Poll::Ready(released) => released,
                 Poll::Pending => {
-                    // The release is in flight, and Redis runs the commands of a connection in order, so the next
-                    // waiter of this process need not wait for the answer. If it is too early after all, it finds
-                    // the lock held and waits for the message.
+                    // The release is in flight, and Redis runs the commands of a connection in
+                    // order, so the next waiter of this process need not wait for the answer. If it
+                    // is too early after all, it finds the lock held and waits for the message.
                     if is_last {
                         held.state.hand_off();
                     }
@@ -368,7 +376,8 @@ impl Drop for Guard {
     }
 }
 
-/// Marks the lock as lost when its lease expires. A renewal or a reentrant acquisition moves that time.
+/// Marks the lock as lost when its lease expires. A renewal or a reentrant acquisition moves that
+/// time.
 async fn watch_expiry(state: Arc<LeaseState>) {
     let mut known = state.expires_at.subscribe();
     loop {
@@ -383,7 +392,8 @@ async fn watch_expiry(state: Arc<LeaseState>) {
 }
 
 // ANCHOR: watchdog
-/// The watchdog: renews the lease every third of its duration, until the lock is lost. It keeps no guard alive.
+/// The watchdog: renews the lease every third of its duration, until the lock is lost. It keeps no
+/// guard alive.
 async fn renew(request: LockRequest, duration: Duration, state: Arc<LeaseState>) {
     let renewals = async {
         let mut thirds = interval_at((Instant::now() + duration / 3).into(), duration / 3);

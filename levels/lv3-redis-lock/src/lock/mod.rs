@@ -1,14 +1,15 @@
 //! A distributed lock in Redis, for all instances of a server.
 //!
-//! Two locks share one guard. [`SpinLock`] is a key that is set if it does not exist; its waiters poll.
-//! [`RLock`] corresponds to Redisson's `RLock`: reentrant by owner, its waiters are woken by a pub/sub
-//! message of the release, and a watchdog renews its [`Lease`] while the holder lives. With
+//! Two locks share one guard. [`SpinLock`] is a key that is set if it does not exist; its waiters
+//! poll.
+//! [`RLock`] corresponds to Redisson's `RLock`: reentrant by owner, its waiters are woken by a
+//! pub/sub message of the release, and a watchdog renews its [`Lease`] while the holder lives. With
 //! [`FencingTokens::Monotonic`] it also issues a fencing token.
 //!
-//! Every lock here expires with its lease, whether its holder notices or not. A process that is frozen
-//! for longer than the lease, by a pause of its virtual machine or by SIGSTOP, resumes with a lock that
-//! another process may hold. No lock with a lease can prevent that; a fencing token protects the
-//! resource instead, see [`Guard::token`].
+//! Every lock here expires with its lease, whether its holder notices or not. A process that is
+//! frozen for longer than the lease, by a pause of its virtual machine or by SIGSTOP, resumes with
+//! a lock that another process may hold. No lock with a lease can prevent that; a fencing token
+//! protects the resource instead, see [`Guard::token`].
 //!
 //! Sources: Redis documentation, "Distributed Locks with Redis"; Redisson reference, "Locks and
 //! synchronizers"; M. Kleppmann, "How to do distributed locking" (2016), for fencing.
@@ -44,7 +45,8 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 pub enum Lease {
     /// Expires this long after the acquisition.
     Fixed(Duration),
-    /// Has this duration; a watchdog renews it every third of it while the guard exists and its process runs.
+    /// Has this duration; a watchdog renews it every third of it while the guard exists and its
+    /// process runs.
     Renewed(Duration),
 }
 
@@ -105,8 +107,8 @@ pub enum LockError {
     /// Another owner held the lock for the whole wait.
     #[error("the lock was not acquired within {0:?}")]
     NotAcquired(Duration),
-    /// Redis is unreachable or answered with an error. The lock may have been acquired all the same; it
-    /// then expires with its lease.
+    /// Redis is unreachable or answered with an error. The lock may have been acquired all the
+    /// same; it then expires with its lease.
     #[error("the Redis command failed")]
     Redis(#[from] redis::RedisError),
     /// No asynchronous runtime is left to send the release.
@@ -130,10 +132,12 @@ impl From<LockError> for ReserveError {
     }
 }
 
-/// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long. Until
-/// then, commands sent to a peer that vanished are lost, although a new connection might work.
+/// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long.
+/// Until then, commands sent to a peer that vanished are lost, although a new connection might
+/// work.
 ///
-/// `TCP_NODELAY` stays off: many tasks share the connection, and Nagle's algorithm batches their commands.
+/// `TCP_NODELAY` stays off: many tasks share the connection, and Nagle's algorithm batches their
+/// commands.
 fn with_tcp_user_timeout(redis: ConnectionInfo) -> ConnectionInfo {
     #[cfg(target_os = "linux")]
     let redis = {
@@ -191,8 +195,8 @@ impl Connections {
         Ok(command.query_async(&mut self.commands.clone()).await?)
     }
 
-    /// The key of a lock. The hash tag in braces keeps all keys of one lock in one slot of a cluster; a name
-    /// that has a hash tag keeps it.
+    /// The key of a lock. The hash tag in braces keeps all keys of one lock in one slot of a
+    /// cluster; a name that has a hash tag keeps it.
     pub fn key(&self, name: &str) -> String {
         let prefix = &self.prefix;
         let has_hash_tag = name

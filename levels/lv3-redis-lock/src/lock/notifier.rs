@@ -1,9 +1,9 @@
 //! Notifications of released locks, by Redis pub/sub.
 //!
-//! All subscriptions of a process share one connection, because a connection that subscribes takes no
-//! other commands. A channel is subscribed while a task of this process waits for its lock, and no
-//! longer. Messages are lost while the connection is down: after a reconnect every subscriber is woken
-//! and has to check its lock.
+//! All subscriptions of a process share one connection, because a connection that subscribes takes
+//! no other commands. A channel is subscribed while a task of this process waits for its lock, and
+//! no longer. Messages are lost while the connection is down: after a reconnect every subscriber is
+//! woken and has to check its lock.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -79,8 +79,8 @@ impl ReleaseNotifier {
 }
 
 impl ReleaseSubscription {
-    /// Waits for the next message, or for a new subscription in Redis, before which messages may have
-    /// been lost. Either way the caller has to check the lock.
+    /// Waits for the next message, or for a new subscription in Redis, before which messages may
+    /// have been lost. Either way the caller has to check the lock.
     pub async fn notified(&mut self) {
         let _ = self.messages.changed().await;
     }

@@ -30,14 +30,15 @@ const YIELD_TO_OTHERS: Duration = Duration::from_millis(2);
 pub enum FencingTokens {
     /// It issues none.
     None,
-    /// Each acquisition gets a token greater than all before it, even if Redis lost its data in between.
+    /// Each acquisition gets a token greater than all before it, even if Redis lost its data in
+    /// between.
     Monotonic,
 }
 
 /// A reentrant lock for any number of processes.
 ///
-/// The tasks of a process queue locally, and only the head of the queue asks Redis: 1,000 waiters of
-/// one process send Redis no more commands than one.
+/// The tasks of a process queue locally, and only the head of the queue asks Redis: 1,000 waiters
+/// of one process send Redis no more commands than one.
 pub struct RLock {
     connections: Connections,
     lease: Lease,
@@ -122,14 +123,15 @@ impl RLock {
         })
     }
 
-    /// Acquires the lock, and waits for it at most this long. A cancelled wait leaves nothing behind.
+    /// Acquires the lock, and waits for it at most this long. A cancelled wait leaves nothing
+    /// behind.
     ///
-    /// The owner of a lock may acquire it again. Of two concurrent first acquisitions of one owner, the
-    /// second waits for the release of the first.
+    /// The owner of a lock may acquire it again. Of two concurrent first acquisitions of one owner,
+    /// the second waits for the release of the first.
     ///
     /// # Errors
-    /// [`LockError::NotAcquired`] after the wait; [`LockError::Redis`] if Redis does not answer this task
-    /// or another one of this process's queue.
+    /// [`LockError::NotAcquired`] after the wait; [`LockError::Redis`] if Redis does not answer
+    /// this task or another one of this process's queue.
     pub async fn acquire(&self, name: &str, owner: &Owner, wait: Duration) -> Result<Guard, LockError> {
         if wait.is_zero() {
             let tried = self.try_acquire(name, owner).await?;
@@ -150,12 +152,14 @@ impl RLock {
         let (mut permit, mut released) = match queue.clone().try_lock_owned() {
             Ok(permit) => (permit, None),
             Err(_) => {
-                // Queued tasks subscribe at once, so that the subscription outlives each head of the queue.
+                // Queued tasks subscribe at once, so that the subscription outlives each head of
+                // the queue.
                 let released = self.subscribe(name);
                 (queue.lock_owned().await, Some(released))
             }
         };
-        // Tasks that were queued when Redis failed share that error: they do not run into one time-out each.
+        // Tasks that were queued when Redis failed share that error: they do not run into one
+        // time-out each.
         if let Some((failed_at, why)) = &permit.last_error
             && *failed_at >= queued_at
         {
@@ -175,7 +179,8 @@ impl RLock {
             match &mut released {
                 // Subscribes before it asks again: a message published in between would be lost.
                 None => released = Some(self.subscribe(name)),
-                // The lease bounds the wait: after it the lock is free unless renewed, even if the message is lost.
+                // The lease bounds the wait: after it the lock is free unless renewed, even if the
+                // message is lost.
                 Some(released) => {
                     let _ = tokio::time::timeout(ttl, released.notified()).await;
                 }
@@ -186,8 +191,8 @@ impl RLock {
 
     /// Subscribes to the messages of this lock's releases.
     ///
-    /// Waiting for a message alone is a mistake: a dead holder publishes none, and a message published
-    /// while the connection is down is lost.
+    /// Waiting for a message alone is a mistake: a dead holder publishes none, and a message
+    /// published while the connection is down is lost.
     pub fn subscribe(&self, name: &str) -> ReleaseSubscription {
         self.connections.notifier.subscribe(self.channel(name))
     }
@@ -201,7 +206,8 @@ impl RLock {
             AcquireReply::Acquired(again) if again.hold_count > 1 && held.reacquired(again.sent_at) => {
                 return Ok(Some(Guard::new(held, again.id, again.token)));
             }
-            // The lock had been lost. Keeping it under the old guard would hide the loss from that guard's user.
+            // The lock had been lost. Keeping it under the old guard would hide the loss from that
+            // guard's user.
             AcquireReply::Acquired(anew) => drop(held.release(&anew.id).await?),
             // The lock was lost, and another owner holds it.
             AcquireReply::HeldByOther { .. } => {}
@@ -210,13 +216,15 @@ impl RLock {
         Ok(None)
     }
 
-    /// Asks Redis from the head of the local queue. An error is recorded for the other tasks in the queue.
+    /// Asks Redis from the head of the local queue. An error is recorded for the other tasks in the
+    /// queue.
     async fn ask_at_head(&self, request: &LockRequest, permit: &mut LocalQueuePermit) -> RedisResult<AcquireReply> {
         let reply = self.ask(request).await;
         reply.inspect_err(|why| permit.last_error = Some((Instant::now(), why.clone())))
     }
 
-    /// Asks Redis for the lock. If this future is dropped, an acquisition that it may have made is released.
+    /// Asks Redis for the lock. If this future is dropped, an acquisition that it may have made is
+    /// released.
     async fn ask(&self, request: &LockRequest) -> RedisResult<AcquireReply> {
         let pending = request.pending(Uuid::new_v4().simple().to_string());
         let mut acquire = self.acquire.prepare_invoke();
@@ -266,7 +274,8 @@ impl RLock {
             .arg(self.channel(name))
             .invoke_async(&mut self.connections.commands.clone())
             .await?;
-        // A local holder need not wait for its next renewal, nor the local queue for the end of the lease.
+        // A local holder need not wait for its next renewal, nor the local queue for the end of the
+        // lease.
         if released == 1
             && let Some(holder) = holder
         {

@@ -76,7 +76,8 @@ impl SpinLock {
         &self.connections
     }
 
-    /// Acquires the lock if it is free. The lock is not reentrant: its owner is rejected like any other.
+    /// Acquires the lock if it is free. The lock is not reentrant: its owner is rejected like any
+    /// other.
     ///
     /// # Errors
     /// [`LockError::Redis`] if Redis does not answer.
@@ -85,8 +86,8 @@ impl SpinLock {
             key: self.connections.key(name),
             // Releases are not published.
             channel: String::new(),
-            // A cancelled attempt is released, as it may have acquired the lock. It must not release
-            // another acquisition of the same owner.
+            // A cancelled attempt is released, as it may have acquired the lock. It must not
+            // release another acquisition of the same owner.
             owner: owner.for_one_acquisition(),
             lease: self.lease,
             scripts: self.scripts.clone(),
@@ -94,7 +95,8 @@ impl SpinLock {
         };
         // ANCHOR: try-acquire
         let mut set = redis::cmd("SET");
-        // One command: with a second one for the TTL, an owner that dies in between would leave the lock for ever.
+        // One command: with a second one for the TTL, an owner that dies in between would leave the
+        // lock for ever.
         set.arg(&request.key)
             .arg(request.owner.as_str())
             .arg("NX")
