@@ -1,4 +1,5 @@
-//! LV.3: the contract kept by a lock in Redis, on any number of instances; and what happens where its lease ends under its holder.
+//! LV.3: the contract under a lock in Redis, on any number of instances, and the effect of a late
+//! release.
 
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,8 @@ fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv3-redis-lock"))
 }
 
-/// Its locks outlive their holder for so long that nobody loses one by being slow, and so short that others need not wait long for one who died.
+/// A lease long enough that no slow holder loses its lock, and short enough that a dead holder's
+/// lock expires soon.
 fn program_with_short_leases() -> Program {
     program().variable("LOCK_LEASE_MS", "2000")
 }
@@ -64,7 +66,7 @@ const OVERSELLS: Promises = Promises::ALL_KEPT
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush {
-        // As long as a disk would make it: a lock that is given back before the commit must be seen to be.
+        // As slow as a commit to disk, so that a lock released before the commit is detected.
         commit: Duration::from_millis(1),
         ..Rush::for_strategy(strategy(name)).instances(instances)
     };
@@ -72,10 +74,11 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 }
 // ANCHOR_END: contract
 
-/// Where nothing happens that another request could see: holding a request there only tries the same order again.
+/// Points without an effect that another request could see: pausing there would repeat the same
+/// order.
 const PASSES: &[&str] = &["lock taken", "transaction begun", "reservation written", "committed"];
 
-/// Two requests, every feasible order.
+/// Two buyers, every feasible order.
 const TWO_BUYERS: Scenario = Scenario {
     capacity: 1,
     clicks: &[1, 1],
@@ -144,7 +147,7 @@ async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
 }
 
 // ANCHOR: late-release
-/// Ann's lease has ended and Bob has the lock when she gives it back, and Carl comes.
+/// Ann releases the lock after her lease, while Bob holds it; then Carl tries to acquire it.
 #[rstest]
 #[case::spin("spin", 1, KEEPS, "committed")]
 #[case::del_without_owner("mutants/del-without-owner", 1, OVERSELLS, "committed")]
@@ -183,7 +186,7 @@ async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
 }
 // ANCHOR_END: late-release
 
-/// One reservation, however often the buyer clicks at once, and wherever.
+/// 50 concurrent clicks of one buyer, on any instance, are one reservation.
 #[rstest]
 #[case::spin("spin")]
 #[case::rlock("rlock")]
@@ -208,7 +211,8 @@ fn fifty_clicks() -> Rush {
         buyers: 4,
         clicks: 50,
         instances: 3,
-        // While the first click sells, the others have long looked, where they are let.
+        // Long enough that all other clicks read before the first one commits, unless a lock
+        // prevents it.
         work: Duration::from_millis(50),
         ..Rush::default()
     }
@@ -255,7 +259,7 @@ async fn the_http_contract_holds(#[case] name: &str) {
 }
 
 #[tokio::test]
-async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
+async fn without_redis_the_outcome_is_unknown_and_the_server_recovers_by_itself() {
     let (strategy, redis) = (strategy("rlock"), Redis::private().await.unwrap());
     let postgres = backends::postgres().await.unwrap();
     let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
@@ -272,7 +276,8 @@ async fn without_redis_a_server_is_undecided_and_recovers_by_itself() {
     assert_eq!(talk.get("/livez").await.unwrap().status, 200);
 
     redis.start().await.unwrap();
-    // As long as the server has not found Redis again the buyer is undecided, and asks again with the same key.
+    // Until the server has reconnected to Redis, the outcome is unknown and the buyer retries with
+    // the same key.
     let patience = Instant::now() + Duration::from_secs(10);
     loop {
         let answered = talk.reserve(SALE, 1, Some("a")).await.unwrap();

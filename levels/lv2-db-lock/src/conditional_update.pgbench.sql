@@ -1,9 +1,9 @@
--- The statement of conditional_update.rs, in one round trip: what the database itself makes of it.
--- `buyer` counts up from an offset of its own in every client, so no buyer comes twice.
+-- The statement of conditional_update.rs in one round trip: the upper bound that the database sets.
+-- `buyer` counts up from a different offset in every client, so every buyer is unique.
 \set buyer :buyer + 1
 \set who :client_id * 1000000000 + :buyer
 
--- pgbench has no UUIDs: this one grows with the buyers, as a version 7 does with the time.
+-- pgbench has no UUIDs: this one grows with the buyer, as a version 7 grows with time.
 with taken as (
        update sale
           set stock = stock - 1

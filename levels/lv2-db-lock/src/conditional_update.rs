@@ -1,13 +1,16 @@
-//! One statement: take a ticket if there is one, and write the reservation with it.
+//! A conditional update: one statement takes a ticket, if there is one, and writes the reservation.
 //!
-//! There is nothing between look and write, because there is no look: the condition stands in the update itself, and Postgres checks it
-//! again on the row as it is once the lock is had. The unique keys of the schema `guarded` do the same for the buyer's second click: the
-//! violation undoes the whole statement, stock included, and the buyer is told of the reservation that was there first.
+//! There is no gap between read and write, because there is no separate read: the condition is part
+//! of the update, and Postgres evaluates it again on the current row once it has the row lock. The
+//! unique keys of the schema `guarded` do the same for the buyer's second click: the violation
+//! rolls back the whole statement, stock included, and the answer is the existing reservation.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances.
-//! Where it ends: at what one statement on one database can say. Costs the least: one round trip, the row locked for no longer than that.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances.
+//! Limit: what one statement on one database can express. Cost: the lowest of all, one round trip,
+//! and the row is locked for no longer than that.
 //!
-//! Postgres manual, 13.2.1 "Read Committed Isolation Level" (the re-check) and 7.8 "WITH Queries". Book: LV.2, "conditional-update".
+//! Postgres manual, 13.2.1 "Read Committed Isolation Level" (the re-check) and 7.8 "WITH Queries".
+//! Book: LV.2, "conditional-update".
 
 use async_trait::async_trait;
 use box_office::{
@@ -28,7 +31,8 @@ impl Open for ConditionalUpdate {
 
 impl ConditionalUpdate {
     // ANCHOR: refusal
-    /// Why the statement took no ticket. Whatever was there first is committed: the statement has waited for it.
+    /// The reason why the statement took no ticket. A conflicting reservation is committed by now:
+    /// the statement has waited for it.
     async fn refusal(&self, order: &Order) -> Result<Outcome, ReserveError> {
         let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key

@@ -1,4 +1,5 @@
-//! LV.2: the database keeps the guarantee, in three ways; and a lock in the process, which keeps it on one instance only.
+//! LV.2: three strategies in which the database keeps the guarantee, and a mutex, which keeps it on
+//! one instance only.
 
 pub mod conditional_update;
 pub mod mutex;
@@ -13,13 +14,13 @@ pub mod mutants {
 
 use box_office::{FailureMode, Guarantee, Invariant, Level, Mutant, Open, Promises, Schema, Strategy};
 
-/// Tables without a constraint that could keep a guarantee in a strategy's place.
+/// Tables without any constraint that could keep a guarantee instead of the strategy.
 pub const BARE: Schema = Schema {
     name: "bare",
     migrations: &sqlx::migrate!("migrations/bare"),
 };
 
-/// Tables whose constraints hold the rules of a sale.
+/// Tables whose constraints enforce the rules of a sale.
 pub const GUARDED: Schema = Schema {
     name: "guarded",
     migrations: &sqlx::migrate!("migrations/guarded"),
@@ -33,12 +34,12 @@ const OVERSOLD: Promises = Promises::ALL_KEPT
     .breaks(&[Invariant::NoOversell, Invariant::Conservation])
     .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]);
 
-/// A lock in the process ends at the process.
+/// Keeps every invariant on one instance: a lock in a process does not reach beyond it.
 const ONE_INSTANCE: Guarantee = Guarantee {
     single_instance: Promises::ALL_KEPT,
     multi_instance: OVERSOLD,
     failure_modes: &[FailureMode {
-        trigger: "a connection breaks with a commit on its way",
+        trigger: "a connection breaks with a commit in flight",
         violates: &[Invariant::NoOversell, Invariant::Conservation],
     }],
 };
@@ -51,7 +52,7 @@ const DUPLICATES: Guarantee = Guarantee::uniform(
         .leaves_open(&[Invariant::OneAnswer]),
 );
 
-/// Nobody gets anywhere: buyers give up while tickets are left.
+/// No progress: buyers give up while tickets are left.
 const STARVES: Guarantee = Guarantee::uniform(
     Promises::ALL_KEPT
         .breaks(&[Invariant::Progress])
@@ -76,11 +77,11 @@ pub static LEVEL: Level = Level {
             .guarantee(ONE_INSTANCE),
         strategy::<pessimistic::Pessimistic>(
             "pessimistic",
-            "take the row with `for update`, then decide: one buyer after another",
+            "lock the row with `for update`, then decide: one buyer after another",
         ),
         strategy::<optimistic::Optimistic>(
             "optimistic",
-            "decide first, write only if the version has not moved: retry when it has",
+            "decide first, write only if the version is unchanged, else retry",
         ),
         strategy::<conditional_update::ConditionalUpdate>(
             "conditional-update",
@@ -97,7 +98,7 @@ pub static LEVEL: Level = Level {
         mutant(mutants::LOOK_UP_BEFORE_LOCK).guarantee(DUPLICATES),
         mutant(mutants::SECOND_CONNECTION).guarantee(STARVES),
         mutant(mutants::TRANSACTION_LEFT_OPEN).guarantee(ONE_INSTANCE.except(&[FailureMode {
-            trigger: "a request is cancelled in mid-transaction, which stays open with its locks",
+            trigger: "a request is cancelled in mid-transaction, and the transaction stays open with its locks",
             violates: &[Invariant::Progress],
         }])),
         mutant(mutants::VERSION_NOT_COMPARED).guarantee(OVERSELLS),

@@ -1,14 +1,18 @@
-//! A mutex: one buyer at a time, in this process.
+//! A mutex: one buyer at a time, within one process.
 //!
-//! The sale's mutex is held from before the stock is read until after the commit, so LV.1's `read_then_write` runs alone and is right.
-//! The mutex lives in the memory of one process. A second instance has another, and knows nothing of this one.
+//! The sale's mutex is held from before the stock is read until after the commit, so LV.1's
+//! `read_then_write` runs alone and is right. The mutex lives in the memory of one process; a
+//! second instance has a mutex of its own.
 //!
-//! Guarantee: keeps everything but an order of service on one instance. On two it oversells, and sells one buyer two tickets.
-//! Where it ends: at the process. Autoscaling, and even a rolling restart that lets the old and the new instance overlap, is a second one. And
-//! where a connection breaks with a commit on its way: the mutex is free then, and the commit may still be carried out.
-//! Costs: no connection while waiting; one buyer at a time for each sale. Who waits too long is told "undecided".
+//! Guarantee: on one instance, keeps every invariant but the order of service. On two it oversells,
+//! and sells one buyer two tickets.
+//! Limit: the process. Autoscaling starts a second instance, and so does a rolling restart in which
+//! the old and the new instance overlap. And if a connection breaks with a commit in flight, the
+//! mutex is released although Postgres may still carry out the commit.
+//! Cost: one buyer at a time for each sale; a waiter holds no connection. A waiter that times out
+//! gets `Indeterminate`.
 //!
-//! Tokio's documentation of `Mutex`: it queues first in, first out. Book: LV.2, "mutex".
+//! Tokio's documentation of `Mutex`: waiters queue first in, first out. Book: LV.2, "mutex".
 
 use std::time::Duration;
 
@@ -22,14 +26,16 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 // ANCHOR: locks
-/// How many locks there are. Sales share them, so that a made-up sale costs no memory.
+/// The number of locks. Sales share them (lock striping), so requests for invented sales cost no
+/// memory.
 const LOCKS: usize = 64;
 // ANCHOR_END: locks
 
-/// How long a buyer waits for the mutex. The holder may itself be waiting for a connection, and the queue behind it has any length.
+/// How long a request waits for the mutex. The holder may be waiting for a connection itself, and
+/// the queue behind it is unbounded.
 const LOCK_TIME: Duration = Duration::from_secs(5);
 
-/// Sells under a lock of this process.
+/// Sells under a mutex in this process.
 pub struct Mutex {
     context: StrategyContext,
     locks: [AsyncMutex<()>; LOCKS],
@@ -52,7 +58,7 @@ impl Mutex {
     }
     // ANCHOR_END: lock-of
 
-    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    /// LV.1's `read_then_write`, up to its commit: right as long as no other transaction runs it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock

@@ -1,14 +1,17 @@
-//! Optimistic locking: decide first, and write only if nobody was quicker.
+//! Optimistic locking: decide without a lock, and write only if the row has not changed since it
+//! was read.
 //!
-//! The sale's row carries a version. Whoever writes names the version that was read; if it has moved on, the update meets no row, nothing
-//! is written, and the buyer starts again from a fresh read. Nobody waits for a lock while deciding.
+//! The sale's row carries a version. The update names the version that was read; if another buyer
+//! has raised it, the update matches no row, nothing is written, and the attempt starts again from
+//! a fresh read. No lock is held while the strategy decides.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances.
-//! Where it ends: when many collide. One wins each round and the others have worked for nothing. Attempts are bounded by a number and a
-//! deadline; who runs out of either is told "undecided", never "sold out": there may be tickets left.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances.
+//! Limit: contention. One attempt wins each round, and the work of all others is wasted. Attempts
+//! are bounded by a number and a deadline; beyond either the answer is `Indeterminate`, never "sold
+//! out", as there may be tickets left.
 //!
-//! Kung and Robinson, "On Optimistic Methods for Concurrency Control", 1981. Full jitter: AWS Architecture Blog, "Exponential Backoff And
-//! Jitter". Book: LV.2, "optimistic".
+//! Kung and Robinson, "On Optimistic Methods for Concurrency Control", 1981. Full jitter: AWS
+//! Architecture Blog, "Exponential Backoff And Jitter". Book: LV.2, "optimistic".
 
 use std::time::{Duration, Instant};
 
@@ -20,28 +23,28 @@ use box_office::{
 use uuid::Uuid;
 
 // ANCHOR: bounds
-/// How often one request tries.
+/// The number of attempts of one request.
 const ATTEMPTS: u32 = 200;
 
-/// After how long a request tries no more.
+/// No attempt starts after this time.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// The pause after the first lost attempt is at most this long, and at most twice as long after each further one.
+/// The longest pause after the first failed attempt. It doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// No pause is longer than this.
+/// The upper bound of all pauses.
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 // ANCHOR_END: bounds
 
-/// Sells if the sale's version is still the one that was read.
+/// Sells if the sale still has the version that was read.
 pub struct Optimistic {
     context: StrategyContext,
 }
 
-/// What came of one attempt.
+/// The outcome of one attempt.
 enum Attempt {
     Sold(Outcome),
-    /// Somebody else wrote first.
+    /// Another transaction wrote first.
     Overtaken,
 }
 
@@ -71,7 +74,8 @@ impl Optimistic {
             .saw(format!("{stock}, version {version}"))
             .await;
 
-        // After the version was read: a reservation that comes in between raises the version, and the update below meets no row.
+        // Read after the version: a reservation in between raises the version, and the update below
+        // matches no row.
         let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
@@ -147,8 +151,9 @@ impl Reserve for Optimistic {
             if attempt == ATTEMPTS || started.elapsed() > DEADLINE {
                 break;
             }
-            self.context.metrics.retries.inc();
-            // Full jitter, and no connection held: those who collided together do not come back together.
+            self.context.counts.retries.inc();
+            // Full jitter, so that conflicting attempts do not retry together. No connection is
+            // held meanwhile.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));
             tokio::time::sleep(pause).await;
             longest = (longest * 2).min(LONGEST_PAUSE);

@@ -1,5 +1,5 @@
--- The statements of pessimistic.rs, in the same order and with a round trip each: what the database itself makes of them.
--- `buyer` counts up from an offset of its own in every client, so no buyer comes twice.
+-- The statements of pessimistic.rs, in the same order and with a round trip each: the upper bound that the database sets.
+-- `buyer` counts up from a different offset in every client, so every buyer is unique.
 \set buyer :buyer + 1
 \set who :client_id * 1000000000 + :buyer
 
@@ -23,7 +23,7 @@ update sale
    set stock = :left
  where id = :sale;
 
--- pgbench has no UUIDs: this one grows with the buyers, as a version 7 does with the time.
+-- pgbench has no UUIDs: this one grows with the buyer, as a version 7 grows with time.
 insert into reservation (id, sale_id, buyer_id, request_key)
 values (lpad(:who::text, 32, '0')::uuid, :sale, :who, :who);
 

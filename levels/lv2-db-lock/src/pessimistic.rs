@@ -1,11 +1,13 @@
-//! Pessimistic locking: take the row first, then decide.
+//! Pessimistic locking: lock the row first, then decide.
 //!
-//! `for update` makes the buyers of a sale queue at its row. Whoever holds the row's lock reads a stock that nobody else can change before
-//! the commit, so look, check and write become one critical section. That one clause is the whole difference from LV.1's `read_then_write`.
+//! `for update` locks the sale's row until the commit. The holder of the row lock reads a stock
+//! that no other transaction can change before that, so read, check and write become one critical
+//! section. This clause is the whole difference from LV.1's `read_then_write`.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances.
-//! Where it ends: the buyers of one sale are served one after another, a durable commit each, and everyone who waits holds a pooled
-//! connection. `lock_timeout` bounds the wait. The lock is only as wide as the transaction: what is read outside it is stale.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances.
+//! Limit: row-lock contention. The buyers of one sale are served one after another, with a durable
+//! commit each, and every waiter holds a pooled connection. `lock_timeout` bounds the wait. The
+//! lock covers the transaction only: a value read outside it is stale.
 //!
 //! Postgres manual, 13.3.2 "Row-Level Locks". Book: LV.2, "pessimistic".
 
@@ -45,7 +47,7 @@ impl Reserve for Pessimistic {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
 
-        // Inside the lock: outside it, the same buyer's second click would find nothing either.
+        // Under the lock: before it, a second click of the buyer would miss the first reservation.
         let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation

@@ -1,14 +1,17 @@
-//! A distributed lock with a fencing token: the row itself refuses who comes too late.
+//! A distributed lock with a fencing token: the row rejects a stale holder.
 //!
-//! Every holder gets a token, greater than all before it. The first thing it does is to raise the sale's fence to its token, in the statement
-//! that reads the stock; from then on no earlier holder can write. Its own write goes through only while the fence is still its own. So the
-//! lock may be lost at any moment, and nothing goes wrong.
+//! Every holder gets a token greater than all before it. It first raises the sale's fence to its
+//! token, in the statement that reads the stock; from then on no earlier holder can write. Its own
+//! write succeeds only while the fence still equals its token. So the lock may be lost at any
+//! moment without harm.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances, also when a holder is frozen past its lease, and when
-//! Redis loses its memory: the token comes from a clock as well as from a counter.
-//! Where it ends: at the resource. What can't compare a token, such as a payment or an e-mail, is not protected. And the clock of Redis must
-//! not be set back by more than Redis was away when it lost its memory.
-//! Costs: `rlock`'s two round trips, and one more write for everybody who may sell.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances, also when
+//! a holder is frozen past its lease, and when Redis loses its data: the token comes from a clock
+//! as well as from a counter.
+//! Limit: the fence protects the row only. A resource that cannot compare tokens, such as a payment
+//! or an e-mail, is not protected. And the clock of Redis must not be set back by more than the
+//! time Redis was down when it lost its data.
+//! Cost: the two round trips of `rlock`, and one more write for each buyer while there is stock.
 //!
 //! M. Kleppmann, "How to do distributed locking" (2016). Book: LV.3, "fenced".
 
@@ -19,9 +22,9 @@ use box_office::{
 };
 use uuid::Uuid;
 
-use crate::lock::{Connections, Lease, Owner, RLock, Tokens, WAIT};
+use crate::lock::{Connections, FencingTokens, LOCK_TIMEOUT, Lease, Owner, RLock};
 
-/// Sells under a lock in Redis, with a token that the row checks.
+/// Sells under a lock in Redis whose fencing token the row checks.
 pub struct Fenced {
     context: StrategyContext,
     lock: RLock,
@@ -29,14 +32,14 @@ pub struct Fenced {
 
 impl Open for Fenced {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
-        let (connections, lease) = Connections::on(&context).await?;
-        let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::Growing)?;
+        let (connections, lease) = Connections::from_context(&context).await?;
+        let lock = RLock::new(connections, Lease::Renewed(lease), FencingTokens::Monotonic)?;
         Ok(Self { context, lock })
     }
 }
 
 impl Fenced {
-    /// Every statement is a transaction of its own: it is the token that holds them together.
+    /// Every statement is its own transaction: the token makes them safe together.
     async fn sell(&self, token: i64, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: raise
         let stock: Option<i64> = sqlx::query_scalar(
@@ -49,8 +52,9 @@ impl Fenced {
         .await?;
         let mut stock = stock.ok_or(Refusal::UnknownSale)?;
         if stock > 0 {
-            // Whoever may write raises the fence first, and reads behind it: nobody with an earlier token can write any more.
-            let behind_the_fence: Option<i64> = sqlx::query_scalar(
+            // Raises the fence before it reads the stock: from here on no holder of an earlier
+            // token can write.
+            let fenced_stock: Option<i64> = sqlx::query_scalar(
                 "update sale
                     set fence = $2
                   where id = $1
@@ -61,7 +65,7 @@ impl Fenced {
             .bind(token)
             .fetch_optional(&self.context.database)
             .await?;
-            stock = behind_the_fence.ok_or(Indeterminate::TimedOut)?;
+            stock = fenced_stock.ok_or(Indeterminate::TimedOut)?;
         }
         steps.at("stock read").saw(stock).await;
         // ANCHOR_END: raise
@@ -111,7 +115,8 @@ impl Fenced {
         .execute(&self.context.database)
         .await?;
         if written.rows_affected() == 0 {
-            // The lock was lost, and whoever has it now has raised the fence. Nothing was written, and the buyer asks again.
+            // The lock was lost, and a later holder has raised the fence. Nothing was written; the
+            // buyer may retry.
             steps.at("write refused").await;
             return Err(Indeterminate::TimedOut.into());
         }
@@ -131,10 +136,10 @@ impl Reserve for Fenced {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
-                self.lock.acquire(&name, &owner, WAIT).await?
+                self.lock.acquire(&name, &owner, LOCK_TIMEOUT).await?
             }
         };
-        let token = guard.token().expect("this lock hands out tokens");
+        let token = guard.token().expect("this lock issues tokens");
         steps.at("lock taken").saw(token).await;
 
         let answer = self.sell(token, order, steps).await;

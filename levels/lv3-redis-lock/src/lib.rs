@@ -1,4 +1,5 @@
-//! LV.3: a lock in Redis, which every instance can take; its limit, and the token that mends it.
+//! LV.3: a lock in Redis, shared by all instances; its limit, and the fencing token that removes
+//! it.
 
 pub mod fenced;
 pub mod lock;
@@ -13,32 +14,32 @@ pub mod mutants {
 
 use box_office::{FailureMode, Guarantee, Invariant, Level, Mutant, Open, Promises, Schema, Service, Strategy};
 
-/// Tables without a constraint that could keep a guarantee in a strategy's place.
+/// Tables without any constraint that could keep a guarantee instead of the strategy.
 pub const BARE: Schema = Schema {
     name: "bare",
     migrations: &sqlx::migrate!("migrations/bare"),
 };
 
-/// The same, with a fence in each sale.
+/// The tables of `bare`, with a fence in each sale.
 pub const FENCED: Schema = Schema {
     name: "fenced",
     migrations: &sqlx::migrate!("migrations/fenced"),
 };
 
-/// What LV.1 broke, kept, on any number of instances.
+/// Keeps every invariant, on any number of instances.
 const ANYWHERE: Guarantee = Guarantee::uniform(Promises::ALL_KEPT);
 
-/// The same, as long as the lock lives as long as the work under it.
+/// The same, as long as the lease outlives the work under the lock.
 const WITHIN_THE_LEASE: Guarantee = ANYWHERE.except(&[LEASE_ENDS]);
 
 const LEASE_ENDS: FailureMode = FailureMode {
-    trigger: "a lease ends under its holder, or under a commit that is still on its way",
+    trigger: "a lease expires under its holder, or under a commit in flight",
     violates: OVERSOLD,
 };
 
 const OVERSOLD: &[Invariant] = &[Invariant::NoOversell, Invariant::Conservation];
 
-/// Nobody gets the lock any more.
+/// No client can acquire the lock any more.
 const STUCK: &[Invariant] = &[Invariant::Progress];
 
 const OVERSELLS: Guarantee = Guarantee::uniform(
@@ -47,23 +48,23 @@ const OVERSELLS: Guarantee = Guarantee::uniform(
         .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
 );
 
-/// The level, as the server, the suite and the runner use it.
+/// The level, for the server, the tests and the runner.
 pub static LEVEL: Level = Level {
     name: "lv3",
     package: "lv3-redis-lock",
     summary: "a distributed lock in Redis",
     lag: None,
     strategies: &[
-        strategy::<spin::Spin>("spin", "`set nx px`, asked for again and again, with a fixed lease")
+        strategy::<spin::Spin>("spin", "`SET NX PX` in a loop with backoff, with a fixed lease")
             .guarantee(WITHIN_THE_LEASE),
         strategy::<rlock::Rlock>(
             "rlock",
-            "a reentrant lock like Redisson's: woken by a message, renewed by a watchdog",
+            "a reentrant lock like Redisson's: pub/sub wakes waiters, a watchdog renews the lease",
         )
         .guarantee(WITHIN_THE_LEASE),
         strategy::<fenced::Fenced>(
             "fenced",
-            "the same lock with a token that the row checks: who comes too late is refused",
+            "the same lock with a fencing token: the row rejects a stale holder",
         )
         .schema(FENCED),
     ],
@@ -75,38 +76,38 @@ pub static LEVEL: Level = Level {
             violates: STUCK,
         }])),
         mutant(mutants::DEL_WITHOUT_OWNER).guarantee(ANYWHERE.except(&[FailureMode {
-            trigger: "a holder gives its lock back when the lease is over and somebody else has it",
+            trigger: "a holder releases the lock after its lease, when another owner holds it",
             violates: OVERSOLD,
         }])),
         mutant(mutants::GET_THEN_DEL).guarantee(ANYWHERE.except(&[FailureMode {
-            trigger: "a lease ends between the comparison and the delete, and somebody else has the lock",
+            trigger: "a lease expires between the comparison and the delete, and another owner holds the lock",
             violates: OVERSOLD,
         }])),
         mutant(mutants::BARE_EVALSHA).guarantee(ANYWHERE.except(&[FailureMode {
-            trigger: "Redis forgets its scripts",
+            trigger: "Redis loses its script cache",
             violates: STUCK,
         }])),
         mutant(mutants::COMMIT_NOT_COVERED).guarantee(ANYWHERE.except(&[FailureMode {
-            trigger: "a connection breaks with a commit on its way",
+            trigger: "a connection breaks with a commit in flight",
             violates: OVERSOLD,
         }])),
         mutant(mutants::MESSAGE_ALONE).guarantee(ANYWHERE.except(&[FailureMode {
-            trigger: "the message of a release is lost, or its sender is killed",
+            trigger: "the message of a release is lost, or the holder is killed",
             violates: STUCK,
         }])),
         mutant(mutants::WATCHDOG_NOT_TIED).guarantee(ANYWHERE.except(&[FailureMode {
-            trigger: "a holder is killed, and its watchdog lives on",
+            trigger: "a holder is killed while another process still renews its lock",
             violates: STUCK,
         }])),
         mutant(mutants::TOKEN_NOT_CHECKED)
             .guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "a lease ends under its holder",
+                trigger: "a lease expires under its holder",
                 violates: OVERSOLD,
             }]))
             .schema(FENCED),
         mutant(mutants::TOKEN_FROM_INCR)
             .guarantee(ANYWHERE.except(&[FailureMode {
-                trigger: "Redis starts again empty",
+                trigger: "Redis restarts without its data",
                 violates: STUCK,
             }]))
             .schema(FENCED),

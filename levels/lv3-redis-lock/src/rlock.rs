@@ -1,14 +1,17 @@
 //! A distributed lock: one buyer at a time, on any number of instances.
 //!
-//! The lock lives in Redis, so all instances know of it. It is what Redisson's `RLock` is to Java: who waits is woken by a message, and a
-//! watchdog renews the lease for as long as the holder's process runs. Under it runs LV.1's `read_then_write`, alone, and so it is right.
+//! The lock lives in Redis, so all instances share it. It corresponds to Redisson's `RLock`: a
+//! pub/sub message wakes its waiters, and a watchdog renews the lease while the holder's process
+//! runs. Under it runs LV.1's `read_then_write`, one transaction at a time, and so it is right.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances, as long as no lease ends under its holder.
-//! Where it ends: a process that is frozen while it holds the lock (a long garbage collection, a virtual machine that is moved, SIGSTOP)
-//! renews nothing. The lease ends, somebody else gets the lock, and when the first goes on it sells on what it read before: an oversell.
-//! The same comes of a holder that can't reach Redis for a lease, and of a Redis that forgets the lock.
-//! So does a commit whose connection broke and that Postgres still carries out when the lease has ended.
-//! Costs: two round trips to Redis for each buyer, one after another; a service more to run.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances, as long
+//! as no lease expires under its holder.
+//! Limit: a process that is frozen while it holds the lock (a long garbage collection, a virtual
+//! machine that is migrated, SIGSTOP) renews nothing. The lease expires, another instance acquires
+//! the lock, and when the first resumes it sells on a stale read: an oversell. The same happens if
+//! the holder cannot reach Redis for a whole lease, if Redis loses the lock, and if Postgres
+//! carries out a commit after its connection broke and the lease expired.
+//! Cost: two round trips to Redis for each buyer, in sequence; one more service to run.
 //!
 //! Redis documentation, "Distributed Locks with Redis". Book: LV.3, "rlock".
 
@@ -19,7 +22,7 @@ use box_office::{
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
-use crate::lock::{Connections, Lease, Owner, RLock, Tokens, WAIT};
+use crate::lock::{Connections, FencingTokens, LOCK_TIMEOUT, Lease, Owner, RLock};
 
 /// Sells under a reentrant lock in Redis.
 pub struct Rlock {
@@ -30,15 +33,15 @@ pub struct Rlock {
 impl Open for Rlock {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         // ANCHOR: open
-        let (connections, lease) = Connections::on(&context).await?;
-        let lock = RLock::new(connections, Lease::Renewed(lease), Tokens::None)?;
+        let (connections, lease) = Connections::from_context(&context).await?;
+        let lock = RLock::new(connections, Lease::Renewed(lease), FencingTokens::None)?;
         Ok(Self { context, lock })
         // ANCHOR_END: open
     }
 }
 
 impl Rlock {
-    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    /// LV.1's `read_then_write`, up to its commit: right as long as no other transaction runs it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
@@ -110,7 +113,7 @@ impl Reserve for Rlock {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
-                self.lock.acquire(&name, &owner, WAIT).await?
+                self.lock.acquire(&name, &owner, LOCK_TIMEOUT).await?
             }
         };
         steps.at("lock taken").await;
@@ -119,10 +122,10 @@ impl Reserve for Rlock {
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
-            guard.covers(tx.commit()).await?;
+            guard.commit_under_lock(tx.commit()).await?;
             steps.at("committed").await;
         }
-        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        // After the commit, as in LV.2: the sale stands whether or not the lock was still held.
         let _ = guard.release().await;
         steps.at("lock released").await;
         answer

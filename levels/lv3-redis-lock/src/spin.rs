@@ -1,13 +1,16 @@
-//! A spin lock in Redis: a key that is set if it is not there, asked for again and again.
+//! A spin lock in Redis: a key that is set only if it does not exist, and waiters that poll.
 //!
-//! `SET key owner NX PX lease` is the whole lock: one command, so that there is no moment in which the lock is taken and has no end. It is
-//! given back by a script that deletes the key only while it still holds the owner's name. Who does not get it comes again after a pause
-//! that doubles, with jitter. Under it runs LV.1's `read_then_write`, alone.
+//! `SET key owner NX PX lease` is the whole lock: one command, so the lock never exists without a
+//! TTL. A script releases it: it deletes the key only while the value is still the owner's. A
+//! client that does not get the lock retries after a pause that doubles, with jitter. Under the
+//! lock runs LV.1's `read_then_write`, one transaction at a time.
 //!
-//! Guarantee: keeps everything but an order of service, on any number of instances, as long as nobody holds the lock longer than its lease.
-//! Where it ends: the lease is fixed. Whoever is slower, or frozen, or waits for the database, goes on with a lock that is somebody else's.
-//! So does a commit whose connection broke and that Postgres still carries out when the lease has ended, and whoever holds a lock that Redis forgot.
-//! Costs: commands. Every waiter asks, and while a lock is free nobody knows it until the next one asks.
+//! Guarantee: keeps every invariant but the order of service, on any number of instances, as long
+//! as no work under the lock takes longer than the lease.
+//! Limit: the lease is fixed. A holder that is slow, frozen, or waits for the database continues
+//! after its lease while another holds the lock. So does a commit that Postgres carries out after
+//! its connection broke and the lease expired, and a holder whose lock Redis lost.
+//! Cost: commands. Every waiter polls, and a released lock stays free until the next poll.
 //!
 //! Redis documentation, `SET`, "Patterns". Book: LV.3, "spin".
 
@@ -18,9 +21,9 @@ use box_office::{
 use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
-use crate::lock::{Connections, Lease, Owner, Pauses, SpinLock, WAIT};
+use crate::lock::{Backoff, Connections, LOCK_TIMEOUT, Lease, Owner, SpinLock};
 
-/// Sells under a lock in Redis that is asked for again and again.
+/// Sells under a spin lock in Redis.
 pub struct Spin {
     context: StrategyContext,
     lock: SpinLock,
@@ -29,15 +32,15 @@ pub struct Spin {
 impl Open for Spin {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         // ANCHOR: open
-        let (connections, lease) = Connections::on(&context).await?;
-        let lock = SpinLock::new(connections, Lease::Fixed(lease), Pauses::default())?;
+        let (connections, lease) = Connections::from_context(&context).await?;
+        let lock = SpinLock::new(connections, Lease::Fixed(lease), Backoff::default())?;
         Ok(Self { context, lock })
         // ANCHOR_END: open
     }
 }
 
 impl Spin {
-    /// LV.1's `read_then_write`, up to its commit: right as long as nobody else is in it.
+    /// LV.1's `read_then_write`, up to its commit: right as long as no other transaction runs it.
     async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
@@ -109,7 +112,7 @@ impl Reserve for Spin {
             Some(guard) => guard,
             None => {
                 steps.blocked("waits for the lock");
-                self.lock.acquire(&name, &owner, WAIT).await?
+                self.lock.acquire(&name, &owner, LOCK_TIMEOUT).await?
             }
         };
         steps.at("lock taken").await;
@@ -118,10 +121,10 @@ impl Reserve for Spin {
         steps.at("transaction begun").await;
         let answer = self.sell(&mut tx, order, steps).await;
         if answer.is_ok() {
-            guard.covers(tx.commit()).await?;
+            guard.commit_under_lock(tx.commit()).await?;
             steps.at("committed").await;
         }
-        // After the transaction, as in LV.2; and what is sold is sold, whether or not the lock was still there to be given back.
+        // After the commit, as in LV.2: the sale stands whether or not the lock was still held.
         let _ = guard.release().await;
         steps.at("lock released").await;
         answer

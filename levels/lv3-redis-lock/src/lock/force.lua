@@ -1,6 +1,6 @@
--- Opens the lock, whoever holds it and however often, and wakes whoever waits for it.
+-- Releases the lock, whoever holds it and however often, and notifies its waiters.
 --   KEYS[1] the lock    ARGV[1] the channel of its releases
--- Answers 1, or 0 if there was nothing to open.
+-- Returns 1, or 0 if the lock was free.
 if redis.call('del', KEYS[1]) == 0 then
     return 0
 end

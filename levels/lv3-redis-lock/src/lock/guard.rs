@@ -1,4 +1,5 @@
-//! What everybody who has a lock has in hand.
+//! The guard of a lock in Redis, and the state behind it: the request, the lease, the watchdog, the
+//! release.
 
 use std::{
     mem,
@@ -20,73 +21,76 @@ use tokio::{
 
 use super::{Lease, LockError, Owner};
 
-/// A lock that was taken. It is given back by [`Guard::release`], or in the background when it is dropped.
+/// An acquired lock. [`Guard::release`] releases it; a dropped guard releases it in the background.
 ///
-/// Having it does not mean that the lock is still held: a lease ends without asking. [`Guard::is_lost`] is what this process knows of it.
-#[must_use = "a guard that is dropped gives the lock back at once"]
+/// A guard does not prove that the lock is still held: a lease expires without notice.
+/// [`Guard::is_lost`] returns what this process knows.
+#[must_use = "a guard that is dropped releases the lock at once"]
 pub struct Guard {
-    /// There until it is given back.
-    holding: Option<Arc<Holding>>,
-    /// This one among the owner's holds.
-    hold: String,
+    /// `None` once the lock is released.
+    held: Option<Arc<HeldLock>>,
+    acquisition_id: String,
     token: Option<i64>,
 }
 
-/// What came of giving a lock back.
+/// The outcome of a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
-    /// It is free.
+    /// The lock is free.
     Free,
-    /// Its owner had taken it more than once, and has it so many times more.
+    /// The owner had acquired the lock more than once, and still holds it this many times.
     StillHeld(u64),
-    /// It was not this owner's any more: the lease had ended, or somebody forced it open. Nothing was changed.
+    /// The owner no longer held the lock: its lease had expired, or the lock was released by force.
+    /// Nothing was changed.
     NotOwner,
 }
 
-/// The scripts that give a lock back and renew it. Both change nothing unless the lock is the owner's.
+/// The scripts that release a lock and renew its lease. Both check the owner and change nothing
+/// unless it holds the lock.
 pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) renew: Script,
 }
 
-/// A lock as one owner holds it, shared by all guards of that owner.
-pub(super) struct Holding {
-    terms: Terms,
-    state: Arc<State>,
-    watch: AbortHandle,
+/// A lock held by one owner, shared by all guards of that owner.
+pub(super) struct HeldLock {
+    request: LockRequest,
+    state: Arc<LeaseState>,
+    watchdog: AbortHandle,
 }
 
 /// What this process knows of a lock that it holds.
-struct State {
-    /// Until when the lock is held for sure, by this process's own clock. `None`: it is known to be lost.
-    until: watch::Sender<Option<Instant>>,
-    /// The place at the head of this process's queue. The next one here asks Redis once it is free.
-    head: Mutex<Option<Head>>,
+struct LeaseState {
+    /// The time up to which the lock is certainly held, on this process's clock. `None`: it is
+    /// lost.
+    expires_at: watch::Sender<Option<Instant>>,
+    /// Keeps the next task of this process from asking Redis while the lock is held here.
+    queue_permit: Mutex<Option<LocalQueuePermit>>,
 }
 
-/// What those who queue in this process for a lock leave to the next one.
+/// State shared by the tasks of this process that queue for one lock.
 #[derive(Default)]
-pub(super) struct Turn {
-    /// How often in a row the lock went to the next one before anybody else could have heard of it.
-    pub(super) handed_on: u32,
-    /// When Redis last failed one of them, and how.
-    pub(super) failed: Option<(Instant, RedisError)>,
+pub(super) struct LocalQueueState {
+    /// How often in a row the lock went to the next task of this process.
+    pub(super) consecutive_handoffs: u32,
+    /// The last error of Redis that a task at the head of the queue met, and when.
+    pub(super) last_error: Option<(Instant, RedisError)>,
 }
 
-/// The place at the head.
-pub(super) type Head = OwnedMutexGuard<Turn>;
+/// The head of the local queue: only its holder may ask Redis for the lock.
+pub(super) type LocalQueuePermit = OwnedMutexGuard<LocalQueueState>;
 
-impl Deref for Holding {
-    type Target = Terms;
+impl Deref for HeldLock {
+    type Target = LockRequest;
 
-    fn deref(&self) -> &Terms {
-        &self.terms
+    fn deref(&self) -> &LockRequest {
+        &self.request
     }
 }
 
-/// What is needed to take a lock, to renew it and to give it back.
+/// Everything that acquiring, renewing and releasing one lock takes.
 #[derive(Clone)]
-pub(super) struct Terms {
+pub(super) struct LockRequest {
     pub(super) key: String,
     pub(super) channel: String,
     pub(super) owner: Owner,
@@ -95,255 +99,270 @@ pub(super) struct Terms {
     pub(super) commands: ConnectionManager,
 }
 
-/// An attempt that Redis has not answered yet. If it is dropped before, nobody knows whether the lock was given, so it is given back: this
-/// hold, and no other that the same owner has. Commands go over one connection in their order: this one comes after the one that may have
-/// taken the lock.
-pub(super) struct Attempt {
-    terms: Option<Terms>,
-    hold: String,
+/// An acquisition that Redis has not answered yet.
+///
+/// If it is dropped before the answer, the outcome is unknown, so the drop releases this
+/// acquisition and no other of the same owner. Redis runs the commands of a connection in order:
+/// the release runs after the command that may have acquired the lock.
+pub(super) struct PendingAcquire {
+    request: Option<LockRequest>,
+    acquisition_id: String,
 }
 
-impl Attempt {
-    pub(super) fn hold(&self) -> &str {
-        &self.hold
+impl PendingAcquire {
+    pub(super) fn acquisition_id(&self) -> &str {
+        &self.acquisition_id
     }
 
-    /// Tells the hold that the answer is about.
+    /// Redis has answered: returns the id of the acquisition, and the drop releases nothing.
     pub(super) fn answered(mut self) -> String {
-        self.terms = None;
-        mem::take(&mut self.hold)
+        self.request = None;
+        mem::take(&mut self.acquisition_id)
     }
 }
 
-impl Drop for Attempt {
+impl Drop for PendingAcquire {
     fn drop(&mut self) {
-        let Some(terms) = self.terms.take() else { return };
-        let hold = mem::take(&mut self.hold);
+        let Some(request) = self.request.take() else { return };
+        let acquisition_id = mem::take(&mut self.acquisition_id);
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
-                if let Err(why) = terms.give_back(&hold).await {
-                    tracing::warn!(lock = terms.key, %why, "a lock may be taken until its lease ends");
+                if let Err(why) = request.release(&acquisition_id).await {
+                    tracing::warn!(lock = request.key, %why, "a lock may stay held until its lease expires");
                 }
             });
         }
     }
 }
 
-impl Terms {
-    /// To be made right before Redis is asked for the lock.
-    pub(super) fn attempt(&self, hold: String) -> Attempt {
-        Attempt {
-            terms: Some(self.clone()),
-            hold,
+impl LockRequest {
+    /// Starts an acquisition; to be called right before the command is sent.
+    pub(super) fn pending(&self, acquisition_id: String) -> PendingAcquire {
+        PendingAcquire {
+            request: Some(self.clone()),
+            acquisition_id,
         }
     }
 
-    /// Gives a hold back, if there is one.
-    pub(super) async fn give_back(&self, hold: &str) -> RedisResult<Released> {
-        let holds: i64 = self
+    /// Releases one acquisition, if the lock still counts it.
+    pub(super) async fn release(&self, acquisition_id: &str) -> RedisResult<Released> {
+        let remaining: i64 = self
             .scripts
             .release
             .key(&self.key)
-            .arg(hold)
+            .arg(acquisition_id)
             .arg(&self.channel)
             .invoke_async(&mut self.commands.clone())
             .await?;
-        Ok(match u64::try_from(holds) {
+        Ok(match u64::try_from(remaining) {
             Ok(0) => Released::Free,
-            Ok(holds) => Released::StillHeld(holds),
+            Ok(remaining) => Released::StillHeld(remaining),
             Err(_) => Released::NotOwner,
         })
     }
 
-    /// The lock was taken, by a command that was sent at `sent`.
-    pub(super) fn hold(self, sent: Instant, head: Option<Head>) -> Holding {
-        let state = Arc::new(State {
-            until: watch::Sender::new(Some(sent + self.lease.time())),
-            head: Mutex::new(head),
+    /// The held lock, after Redis has granted this request by a command sent at `sent_at`. Starts
+    /// the watchdog.
+    pub(super) fn into_held(self, sent_at: Instant, queue_permit: Option<LocalQueuePermit>) -> HeldLock {
+        let state = Arc::new(LeaseState {
+            expires_at: watch::Sender::new(Some(sent_at + self.lease.duration())),
+            queue_permit: Mutex::new(queue_permit),
         });
-        let watch = match self.lease {
-            Lease::Fixed(_) => tokio::spawn(see_it_end(state.clone())),
-            Lease::Renewed(time) => tokio::spawn(renew(self.clone(), time, state.clone())),
+        let watchdog = match self.lease {
+            Lease::Fixed(_) => tokio::spawn(watch_expiry(state.clone())),
+            Lease::Renewed(duration) => tokio::spawn(renew(self.clone(), duration, state.clone())),
         };
-        Holding {
-            terms: self,
+        HeldLock {
+            request: self,
             state,
-            watch: watch.abort_handle(),
+            watchdog: watchdog.abort_handle(),
         }
     }
 }
 
-impl Holding {
-    /// It was taken once more, by a command that was sent at `sent`: the lease runs afresh. Not if it was found to be lost in the meantime.
-    pub(super) fn taken_again(&self, sent: Instant) -> bool {
-        self.state.goes_on(sent + self.lease.time())
+impl HeldLock {
+    /// Restarts the lease after a reentrant acquisition by a command sent at `sent_at`. Returns
+    /// whether the lock was still held.
+    pub(super) fn reacquired(&self, sent_at: Instant) -> bool {
+        self.state.extend(sent_at + self.lease.duration())
     }
 
-    /// It is known to be lost.
-    pub(super) fn lose(&self) {
-        self.state.lose();
+    pub(super) fn mark_lost(&self) {
+        self.state.mark_lost();
     }
 
-    /// Its last hold is about to be given back. From here on it is nobody's to renew or to take again: a watchdog that went on would find the lock gone
-    /// and call that a loss.
-    fn ends(&self) {
-        self.watch.abort();
-        self.state.until.send_replace(None);
+    /// Prepares the last release: stops the watchdog, which would find the lock gone and report a
+    /// loss, and prevents a reentrant acquisition.
+    fn close(&self) {
+        self.watchdog.abort();
+        self.state.expires_at.send_replace(None);
     }
 
-    /// Whether it can no longer be said to be held.
+    /// Whether the lock is lost, or its lease has expired on this process's clock.
     pub(super) fn is_lost(&self) -> bool {
-        let until = *self.state.until.borrow();
-        until.is_none_or(|until| until <= Instant::now())
+        let expires_at = *self.state.expires_at.borrow();
+        expires_at.is_none_or(|expires_at| expires_at <= Instant::now())
     }
 }
 
-impl State {
-    /// The lease runs until then, unless the lock is lost: that is for good.
-    fn goes_on(&self, until: Instant) -> bool {
-        self.until.send_if_modified(|known| {
+impl LeaseState {
+    /// Sets the end of the lease, unless the lock is lost: a loss is final. Returns whether it was
+    /// set.
+    fn extend(&self, expires_at: Instant) -> bool {
+        self.expires_at.send_if_modified(|known| {
             if known.is_some() {
-                *known = Some(until);
+                *known = Some(expires_at);
             }
             known.is_some()
         })
     }
 
-    /// It is lost. Others of this process may try their luck, though the guard is still there.
-    fn lose(&self) {
-        self.until.send_replace(None);
-        self.leave();
+    /// Marks the lock as lost, and lets other tasks of this process compete for it although the
+    /// guard lives.
+    fn mark_lost(&self) {
+        self.expires_at.send_replace(None);
+        self.leave_queue();
     }
 
-    /// The next one of this process's queue has its turn.
-    fn leave(&self) {
-        drop(self.take_head());
+    /// Lets the next task of this process ask Redis.
+    fn leave_queue(&self) {
+        drop(self.take_permit());
     }
 
-    /// The same while the release is on its way: the next one here is quicker than anybody elsewhere.
-    fn hand_on(&self) {
-        if let Some(mut head) = self.take_head() {
-            head.handed_on += 1;
+    /// Lets the next task of this process ask Redis while the release is still in flight: it is
+    /// faster than a waiter of any other process.
+    fn hand_off(&self) {
+        if let Some(mut permit) = self.take_permit() {
+            permit.consecutive_handoffs += 1;
         }
     }
 
-    fn take_head(&self) -> Option<Head> {
-        self.head.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn take_permit(&self) -> Option<LocalQueuePermit> {
+        self.queue_permit.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-impl Drop for Holding {
+impl Drop for HeldLock {
     fn drop(&mut self) {
-        // No renewal outlives its holder.
-        self.watch.abort();
-        // The watchdog's task has the state too, and is gone only some time later. The next one here need not wait for that.
-        self.state.leave();
+        // No renewal may outlive the holder.
+        self.watchdog.abort();
+        // The aborted task shares the state and is dropped some time later; the next waiter must
+        // not wait for that.
+        self.state.leave_queue();
     }
 }
 
 impl Guard {
-    pub(super) fn new(holding: Arc<Holding>, hold: String, token: Option<i64>) -> Self {
+    pub(super) fn new(held: Arc<HeldLock>, acquisition_id: String, token: Option<i64>) -> Self {
         Self {
-            holding: Some(holding),
-            hold,
+            held: Some(held),
+            acquisition_id,
             token,
         }
     }
 
-    /// The fencing token: greater than every one that was handed out for this lock before. Where the protected resource refuses a smaller
-    /// token than the greatest it has seen, a holder that came too late can't do harm. `None` for a lock without tokens.
+    /// The fencing token: greater than every token issued for this lock before. `None` for a lock
+    /// without tokens.
+    ///
+    /// If the protected resource rejects a token smaller than the greatest one it has seen, a stale
+    /// holder can do no harm.
     pub fn token(&self) -> Option<i64> {
         self.token
     }
 
-    /// What this hold is called in Redis. No other is called the same.
-    pub fn hold(&self) -> &str {
-        &self.hold
+    /// The unique id of this acquisition in Redis.
+    pub fn acquisition_id(&self) -> &str {
+        &self.acquisition_id
     }
 
     // ANCHOR: lost
-    /// Whether the lock is known to be lost, or can no longer be said to be held. "No" is true only at the moment of asking.
+    /// Whether the lock is known to be lost, or its lease has expired. `false` is true only at the
+    /// moment of the call.
     pub fn is_lost(&self) -> bool {
-        self.holding.as_ref().is_none_or(|holding| holding.is_lost())
+        self.held.as_ref().is_none_or(|held| held.is_lost())
     }
     // ANCHOR_END: lost
 
-    /// Ends when the lock is lost.
+    /// Completes when the lock is lost.
     pub async fn lost(&self) {
-        let Some(holding) = &self.holding else { return };
-        let mut until = holding.state.until.subscribe();
-        let _ = until.wait_for(Option::is_none).await;
+        let Some(held) = &self.held else { return };
+        let mut expires_at = held.state.expires_at.subscribe();
+        let _ = expires_at.wait_for(Option::is_none).await;
     }
 
-    /// Gives the lock back, and says whether it still was the owner's. It is given back even if nobody waits for the answer.
+    /// Releases the lock, also if the returned future is dropped before it completes.
     ///
     /// # Errors
-    /// Redis does not answer, or there is no runtime to ask it; the lock ends with its lease.
+    /// [`LockError::Redis`] if Redis does not answer, [`LockError::NoRuntime`] outside a runtime.
+    /// The lock then stays held until its lease expires.
     pub async fn release(mut self) -> Result<Released, LockError> {
-        let task = self.give_back().ok_or(LockError::NoRuntime)?;
-        // A task that does not come to its end is one whose runtime shuts down.
+        let task = self.spawn_release().ok_or(LockError::NoRuntime)?;
+        // The task does not finish if its runtime shuts down.
         Ok(task.await.map_err(|_| LockError::NoRuntime)??)
     }
 
     // ANCHOR: covers
-    /// Runs a commit under this lock to its end, in a task of its own: whoever awaits it may be cancelled.
+    /// Runs a commit under this lock to its end, in a task of its own: cancelling the caller does
+    /// not cancel the commit.
     ///
-    /// If it fails, nobody can say whether it was carried out, or still is: the connection may have broken with the commit on its way. The next
-    /// holder would read what was there before it. So the lock is then neither given back nor renewed, and ends with its lease. A commit
-    /// that takes longer than that is not covered.
+    /// The outcome of a failed commit is unknown: the connection may have broken while the commit
+    /// was in flight, and Postgres may carry it out later. The next holder would read the state
+    /// before it. So after an error the lock is neither released nor renewed, and expires with its
+    /// lease. A commit that takes longer than the lease is not covered.
     ///
     /// # Errors
-    /// Those of the commit.
-    pub async fn covers(
+    /// The error of the commit.
+    pub async fn commit_under_lock(
         &mut self,
         commit: impl Future<Output = sqlx::Result<()>> + Send + 'static,
     ) -> sqlx::Result<()> {
         let mut guard = Self {
-            holding: self.holding.take(),
-            hold: mem::take(&mut self.hold),
+            held: self.held.take(),
+            acquisition_id: mem::take(&mut self.acquisition_id),
             token: self.token,
         };
-        let covered = tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             let committed = commit.await;
             if committed.is_err() {
-                drop(guard.holding.take());
+                drop(guard.held.take());
             }
             committed.map(|()| guard)
         });
-        *self = covered.await.unwrap_or(Err(sqlx::Error::WorkerCrashed))?;
+        *self = task.await.unwrap_or(Err(sqlx::Error::WorkerCrashed))?;
         Ok(())
     }
     // ANCHOR_END: covers
 
-    /// In a task of its own: whoever awaits it may be cancelled.
-    fn give_back(&mut self) -> Option<JoinHandle<RedisResult<Released>>> {
-        let holding = self.holding.take()?;
-        let hold = mem::take(&mut self.hold);
+    /// Releases the lock in a task of its own: cancelling the caller does not cancel the release.
+    fn spawn_release(&mut self) -> Option<JoinHandle<RedisResult<Released>>> {
+        let held = self.held.take()?;
+        let acquisition_id = mem::take(&mut self.acquisition_id);
         let runtime = Handle::try_current().ok()?;
         Some(runtime.spawn(async move {
-            let is_last = Arc::strong_count(&holding) == 1;
+            let is_last = Arc::strong_count(&held) == 1;
             if is_last {
-                holding.ends();
+                held.close();
             }
-            let mut giving_back = pin!(holding.give_back(&hold));
-            let released = match poll!(&mut giving_back) {
+            let mut release = pin!(held.release(&acquisition_id));
+            let released = match poll!(&mut release) {
                 Poll::Ready(released) => released,
                 Poll::Pending => {
-                    // It is on its way, and Redis takes the commands of a connection in their order: the next one here need not wait for the
-                    // answer. Should it come too early after all, it finds the lock taken and waits for the message.
+                    // The release is in flight, and Redis runs the commands of a connection in
+                    // order, so the next waiter of this process need not wait for the answer. If it
+                    // is too early after all, it finds the lock held and waits for the message.
                     if is_last {
-                        holding.state.hand_on();
+                        held.state.hand_off();
                     }
-                    giving_back.await
+                    release.await
                 }
             };
             match &released {
                 Ok(Released::Free | Released::StillHeld(_)) => {}
                 Ok(Released::NotOwner) => {
-                    tracing::warn!(lock = holding.key, "a lock was lost before it was given back")
+                    tracing::warn!(lock = held.key, "a lock was lost before its release")
                 }
                 Err(why) => {
-                    tracing::warn!(lock = holding.key, %why, "a lock was not given back: it ends with its lease")
+                    tracing::warn!(lock = held.key, %why, "a lock was not released: it expires with its lease")
                 }
             }
             released
@@ -353,53 +372,55 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.give_back();
+        self.spawn_release();
     }
 }
 
-/// Waits for a lease to end, which begins again each time it is renewed or the owner takes the lock once more.
-async fn see_it_end(state: Arc<State>) {
-    let mut known = state.until.subscribe();
+/// Marks the lock as lost when its lease expires. A renewal or a reentrant acquisition moves that
+/// time.
+async fn watch_expiry(state: Arc<LeaseState>) {
+    let mut known = state.expires_at.subscribe();
     loop {
-        let Some(until) = *known.borrow_and_update() else {
+        let Some(expires_at) = *known.borrow_and_update() else {
             return;
         };
-        tokio::time::sleep_until(until.into()).await;
+        tokio::time::sleep_until(expires_at.into()).await;
         if known.has_changed().is_ok_and(|changed| !changed) {
-            return state.lose();
+            return state.mark_lost();
         }
     }
 }
 
 // ANCHOR: watchdog
-/// The watchdog: renews a lease every third of its time, until the lock is lost. It keeps no guard alive.
-async fn renew(terms: Terms, time: Duration, state: Arc<State>) {
+/// The watchdog: renews the lease every third of its duration, until the lock is lost. It keeps no
+/// guard alive.
+async fn renew(request: LockRequest, duration: Duration, state: Arc<LeaseState>) {
     let renewals = async {
-        let mut thirds = interval_at((Instant::now() + time / 3).into(), time / 3);
-        // Who stood still does not renew once for every third that has passed.
+        let mut thirds = interval_at((Instant::now() + duration / 3).into(), duration / 3);
+        // A process that was frozen does not make up for the renewals it missed.
         thirds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             thirds.tick().await;
-            let sent = Instant::now();
-            let mut renew = terms.scripts.renew.key(&terms.key);
-            renew.arg(terms.owner.as_str()).arg(terms.lease.millis());
-            let mut commands = terms.commands.clone();
-            // An answer that takes longer must not hold up the next renewal: it may be the last that comes in time.
-            match timeout(time / 3, renew.invoke_async::<i64>(&mut commands)).await {
+            let sent_at = Instant::now();
+            let mut renew = request.scripts.renew.key(&request.key);
+            renew.arg(request.owner.as_str()).arg(request.lease.millis());
+            let mut commands = request.commands.clone();
+            // A slow answer must not delay the next renewal, which may be the last one in time.
+            match timeout(duration / 3, renew.invoke_async::<i64>(&mut commands)).await {
                 Ok(Ok(1)) => {
-                    state.goes_on(sent + time);
+                    state.extend(sent_at + duration);
                 }
-                Ok(Ok(_)) => return tracing::warn!(lock = terms.key, "a lock was lost while it was held"),
-                // Once more at the next third, as long as the lease may still run.
-                Ok(Err(why)) => tracing::warn!(lock = terms.key, %why, "a lease could not be renewed"),
-                Err(_) => tracing::warn!(lock = terms.key, "a lease could not be renewed in time"),
+                Ok(Ok(_)) => return tracing::warn!(lock = request.key, "a lock was lost while it was held"),
+                // The next third tries again, as long as the lease may still run.
+                Ok(Err(why)) => tracing::warn!(lock = request.key, %why, "a lease could not be renewed"),
+                Err(_) => tracing::warn!(lock = request.key, "a lease could not be renewed in time"),
             }
         }
     };
-    // A Redis that does not answer can't hold up the notice that the lease is over.
+    // The expiry is noticed in time even if Redis does not answer.
     tokio::select! {
-        () = renewals => state.lose(),
-        () = see_it_end(state.clone()) => tracing::warn!(lock = terms.key, "a lease ended that could not be renewed"),
+        () = renewals => state.mark_lost(),
+        () = watch_expiry(state.clone()) => tracing::warn!(lock = request.key, "a lease expired that could not be renewed"),
     }
 }
 // ANCHOR_END: watchdog

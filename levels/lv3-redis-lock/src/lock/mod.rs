@@ -1,20 +1,23 @@
-//! The subject of this level: a lock that lives in Redis, so that every instance of a server can take it.
+//! A distributed lock in Redis, for all instances of a server.
 //!
-//! Two locks share one guard. [`SpinLock`] is a key that is set if it is not there, and asked for again and again. [`RLock`] is what
-//! Redisson's `RLock` is to Java: reentrant by owner, woken by a message when the lock is given back, and with a [`Lease`] that is renewed
-//! for as long as the holder lives. With [`Tokens::Growing`] it also hands out a fencing token.
+//! Two locks share one guard. [`SpinLock`] is a key that is set if it does not exist; its waiters
+//! poll.
+//! [`RLock`] corresponds to Redisson's `RLock`: reentrant by owner, its waiters are woken by a
+//! pub/sub message of the release, and a watchdog renews its [`Lease`] while the holder lives. With
+//! [`FencingTokens::Monotonic`] it also issues a fencing token.
 //!
-//! Every lock here ends with its lease, whether its holder knows or not. A process that stands still for longer than that, in a pause of
-//! its virtual machine or under SIGSTOP, goes on with a lock that somebody else has by then. No lock of this kind can prevent it; see
-//! [`Guard::token`] for what can.
+//! Every lock here expires with its lease, whether its holder notices or not. A process that is
+//! frozen for longer than the lease, by a pause of its virtual machine or by SIGSTOP, resumes with
+//! a lock that another process may hold. No lock with a lease can prevent that; a fencing token
+//! protects the resource instead, see [`Guard::token`].
 //!
-//! Sources: Redis documentation, "Distributed Locks with Redis"; Redisson reference, "Locks and synchronizers"; M. Kleppmann, "How to do
-//! distributed locking" (2016), for fencing.
+//! Sources: Redis documentation, "Distributed Locks with Redis"; Redisson reference, "Locks and
+//! synchronizers"; M. Kleppmann, "How to do distributed locking" (2016), for fencing.
 
 mod guard;
+mod notifier;
 mod rlock;
 mod spin;
-mod wakeup;
 
 use std::{fmt, time::Duration};
 
@@ -27,65 +30,66 @@ use redis::{
 use uuid::Uuid;
 
 pub use guard::{Guard, Released};
-pub use rlock::{HANDED_ON_AT_MOST, Probe, RLock, Tokens};
-pub use spin::{Pauses, SpinLock};
-pub use wakeup::Releases;
+pub use notifier::ReleaseSubscription;
+pub use rlock::{FencingTokens, LockInfo, MAX_LOCAL_HANDOFFS, RLock};
+pub use spin::{Backoff, SpinLock};
 
-/// How long a buyer waits for a lock before the answer is "undecided".
-pub const WAIT: Duration = Duration::from_secs(10);
+/// How long a reservation waits for the lock before its answer is [`Indeterminate::Overloaded`].
+pub const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long Redis may take for one command.
+/// The time limit of one Redis command.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long a lock outlives its holder.
+/// The lease of a lock: how long the lock outlives its holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
-    /// So long from the moment it is taken, and then it is gone.
+    /// Expires this long after the acquisition.
     Fixed(Duration),
-    /// A watchdog renews it every third of that time, for as long as the guard is there and its process runs.
+    /// Has this duration; a watchdog renews it every third of it while the guard exists and its
+    /// process runs.
     Renewed(Duration),
 }
 
 impl Lease {
-    /// The time-to-live that is set in Redis.
-    pub fn time(self) -> Duration {
-        let (Self::Fixed(time) | Self::Renewed(time)) = self;
-        time
+    /// The TTL that is set in Redis.
+    pub fn duration(self) -> Duration {
+        let (Self::Fixed(duration) | Self::Renewed(duration)) = self;
+        duration
     }
 
-    /// The lease, if Redis can count it.
-    fn checked(self) -> Result<Self, LockError> {
-        /// Redis adds it to its clock, and so does this process.
-        const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    /// Checks that Redis can represent the lease.
+    fn validated(self) -> Result<Self, LockError> {
+        /// Redis and this process add the lease to their clocks, which must not overflow.
+        const MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-        match self.time() {
-            time if time < Duration::from_millis(1) => Err(LockError::LeaseTooShort(time)),
-            time if time > LONGEST => Err(LockError::LeaseTooLong(time)),
+        match self.duration() {
+            duration if duration < Duration::from_millis(1) => Err(LockError::LeaseTooShort(duration)),
+            duration if duration > MAX => Err(LockError::LeaseTooLong(duration)),
             _ => Ok(self),
         }
     }
 
     fn millis(self) -> u64 {
-        u64::try_from(self.time().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.duration().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
-/// Who holds a lock. The same owner may take it again; everybody else waits.
+/// The identity of a lock holder. The same owner may acquire an [`RLock`] again; every other waits.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Owner(String);
 
 impl Owner {
-    /// The same owner, this once.
-    fn once(&self) -> Self {
+    /// This owner, made unique for one acquisition.
+    fn for_one_acquisition(&self) -> Self {
         Self(format!("{}:{}", self.0, Uuid::new_v4().simple()))
     }
 
-    /// One that nobody else is, on this machine or another.
+    /// A globally unique owner.
     pub fn fresh() -> Self {
         Self(Uuid::new_v4().simple().to_string())
     }
 
-    /// As it stands in Redis.
+    /// The value stored in Redis.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -97,28 +101,29 @@ impl fmt::Debug for Owner {
     }
 }
 
-/// Why there is no lock, or why nobody can say.
+/// The reasons why a lock was not acquired, or why its state is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// It stayed somebody else's until the wait was over.
-    #[error("the lock was not free within {0:?}")]
+    /// Another owner held the lock for the whole wait.
+    #[error("the lock was not acquired within {0:?}")]
     NotAcquired(Duration),
-    /// Redis can't be reached, or answered with an error. A lock may have been taken all the same: it ends with its lease.
-    #[error("Redis does not answer as it should")]
+    /// Redis is unreachable or answered with an error. The lock may have been acquired all the
+    /// same; it then expires with its lease.
+    #[error("the Redis command failed")]
     Redis(#[from] redis::RedisError),
-    /// Nobody is there to talk to Redis.
-    #[error("the asynchronous runtime is gone, so the lock was not given back: it ends with its lease")]
+    /// No asynchronous runtime is left to send the release.
+    #[error("no asynchronous runtime: the lock was not released and expires with its lease")]
     NoRuntime,
-    /// A lease that Redis can't count.
-    #[error("a lease of {0:?} is none: it takes at least a millisecond")]
+    /// Redis counts in whole milliseconds.
+    #[error("a lease of {0:?} is too short: the minimum is one millisecond")]
     LeaseTooShort(Duration),
-    /// Another one.
-    #[error("a lease of {0:?} is too long: it takes a hundred years at most")]
+    /// The lease would overflow a clock.
+    #[error("a lease of {0:?} is too long: the maximum is 100 years")]
     LeaseTooLong(Duration),
 }
 
 impl From<LockError> for ReserveError {
-    /// A lock never refuses anybody: without it, nobody has looked at the sale.
+    /// A lock error is never a refusal: without the lock, the sale has not been read.
     fn from(error: LockError) -> Self {
         Self::Indeterminate(match error {
             LockError::NotAcquired(_) => Indeterminate::Overloaded,
@@ -127,11 +132,13 @@ impl From<LockError> for ReserveError {
     }
 }
 
-/// A connection whose other end is gone without a word breaks when nothing was acknowledged for so long. Until then all that is sent on it is sent in
-/// vain, though a new connection might do.
+/// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long.
+/// Until then, commands sent to a peer that vanished are lost, although a new connection might
+/// work.
 ///
-/// `TCP_NODELAY` stays off: a thousand tasks share the connection, and while something is on its way their commands are better sent together.
-fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
+/// `TCP_NODELAY` stays off: many tasks share the connection, and Nagle's algorithm batches their
+/// commands.
+fn with_tcp_user_timeout(redis: ConnectionInfo) -> ConnectionInfo {
     #[cfg(target_os = "linux")]
     let redis = {
         let tcp = redis.tcp_settings().clone();
@@ -140,20 +147,20 @@ fn missed_soon(redis: ConnectionInfo) -> ConnectionInfo {
     redis
 }
 
-/// Connections to one Redis: one for commands, which all tasks share, and one for messages.
+/// The connections to one Redis: one for the commands of all tasks, one for pub/sub.
 #[derive(Clone)]
 pub struct Connections {
     commands: ConnectionManager,
-    wakeups: wakeup::Wakeups,
+    notifier: notifier::ReleaseNotifier,
     prefix: String,
 }
 
 impl Connections {
-    /// Connects to the Redis of a context. Tells the lease of its locks as well.
+    /// Connects to the Redis of a context. Also returns the configured lease.
     ///
     /// # Errors
-    /// There is none, or it does not answer.
-    pub async fn on(context: &StrategyContext) -> anyhow::Result<(Self, Duration)> {
+    /// No Redis is configured, or it does not answer.
+    pub async fn from_context(context: &StrategyContext) -> anyhow::Result<(Self, Duration)> {
         let redis = context.redis.as_ref().context("this strategy needs REDIS_URL")?;
         let connections = Self::open(redis.url.expose(), &redis.prefix)
             .await
@@ -161,21 +168,21 @@ impl Connections {
         Ok((connections, redis.lease))
     }
 
-    /// Connects. `prefix` stands before every key and every channel.
+    /// Connects. Every key and every channel starts with `prefix`.
     ///
     /// # Errors
-    /// The URL is none, or Redis does not answer.
+    /// The URL is invalid, or Redis does not answer.
     pub async fn open(url: &str, prefix: &str) -> redis::RedisResult<Self> {
-        let client = Client::open(missed_soon(url.into_connection_info()?))?;
+        let client = Client::open(with_tcp_user_timeout(url.into_connection_info()?))?;
         let config = ConnectionManagerConfig::new()
             .set_response_timeout(Some(COMMAND_TIMEOUT))
             .set_connection_timeout(Some(COMMAND_TIMEOUT))
-            // A command that can't be sent says so; whoever sent it decides whether to try again.
+            // A command that cannot be sent fails; its caller decides whether to retry.
             .set_number_of_retries(1)
             .set_max_delay(Duration::from_millis(100));
         Ok(Self {
             commands: ConnectionManager::new_with_config(client.clone(), config).await?,
-            wakeups: wakeup::Wakeups::new(client),
+            notifier: notifier::ReleaseNotifier::new(client),
             prefix: prefix.to_owned(),
         })
     }
@@ -183,18 +190,19 @@ impl Connections {
     /// Sends one command.
     ///
     /// # Errors
-    /// Redis does not answer, or not in the way that was asked for.
+    /// [`LockError::Redis`] if Redis does not answer, or its answer has another type.
     pub async fn send<T: FromRedisValue>(&self, command: Cmd) -> Result<T, LockError> {
         Ok(command.query_async(&mut self.commands.clone()).await?)
     }
 
-    /// The key of a lock. Braces keep all that belongs to one lock in one slot of a cluster; those that are there already count.
+    /// The key of a lock. The hash tag in braces keeps all keys of one lock in one slot of a
+    /// cluster; a name that has a hash tag keeps it.
     pub fn key(&self, name: &str) -> String {
         let prefix = &self.prefix;
-        let has_a_tag = name
+        let has_hash_tag = name
             .split_once('{')
             .is_some_and(|(_, rest)| rest.find('}').is_some_and(|at| at > 0));
-        match has_a_tag {
+        match has_hash_tag {
             true => format!("{prefix}lock:{name}"),
             false => format!("{prefix}lock:{{{name}}}"),
         }

@@ -1,6 +1,6 @@
--- Gives one hold of the lock back, if it still is one, and wakes whoever waits for the lock when that was the last.
---   KEYS[1] the lock    ARGV[1] the hold    ARGV[2] the channel of its releases
--- Answers how often the owner still holds it, or -1 for a hold that was lost.
+-- Releases one acquisition, if the lock still counts it. Frees the lock after the last one and notifies its waiters.
+--   KEYS[1] the lock    ARGV[1] the acquisition id    ARGV[2] the channel of its releases
+-- Returns the remaining hold count, or -1 for an acquisition that was lost.
 if redis.call('hdel', KEYS[1], ARGV[1]) == 0 then
     return -1
 end

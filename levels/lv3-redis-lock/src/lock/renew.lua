@@ -1,6 +1,6 @@
--- Starts the lease afresh, if the lock is still this owner's.
+-- Renews the lease, if this owner still holds the lock.
 --   KEYS[1] the lock    ARGV[1] the owner    ARGV[2] the lease in milliseconds
--- Answers 1, or 0 for an owner that has lost it.
+-- Returns 1, or 0 if the owner has lost the lock.
 if redis.call('hget', KEYS[1], 'owner') ~= ARGV[1] then
     return 0
 end

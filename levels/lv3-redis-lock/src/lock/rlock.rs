@@ -1,4 +1,4 @@
-//! A reentrant lock: woken by a message, renewed by a watchdog, counted by owner.
+//! A reentrant lock: a pub/sub message wakes its waiters, a watchdog renews its lease.
 
 use std::{
     collections::HashMap,
@@ -7,126 +7,131 @@ use std::{
 };
 
 use redis::{RedisResult, Script};
-use tokio::sync::Mutex as Queue;
+use tokio::sync::Mutex as LocalQueue;
 use uuid::Uuid;
 
 use super::{
     Connections, Guard, Lease, LockError, Owner,
-    guard::{Head, Holding, Scripts, Terms, Turn},
-    wakeup::Releases,
+    guard::{HeldLock, LocalQueuePermit, LocalQueueState, LockRequest, Scripts},
+    notifier::ReleaseSubscription,
 };
 
 /// How often in a row a lock goes from one task of this process to the next without a pause.
 ///
-/// The next one's question follows right behind the release, before any other process has heard of it. As long as somebody queues here, nobody
-/// elsewhere would ever get in.
-pub const HANDED_ON_AT_MOST: u32 = 100;
+/// The next task's command follows right behind the release, before any other process receives its
+/// message. Without a bound, a process whose queue never empties would starve all others.
+pub const MAX_LOCAL_HANDOFFS: u32 = 100;
 
-/// How long that pause is: others hear of the release in it, and ask.
-const OTHERS_TURN: Duration = Duration::from_millis(2);
+/// The pause after that many handoffs: other processes receive the message of the release and ask.
+const YIELD_TO_OTHERS: Duration = Duration::from_millis(2);
 
-/// Whether a lock hands out fencing tokens.
+/// Whether a lock issues fencing tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tokens {
-    /// It does not.
+pub enum FencingTokens {
+    /// It issues none.
     None,
-    /// Each acquisition gets a greater one than all before it, even if Redis lost its memory in between.
-    Growing,
+    /// Each acquisition gets a token greater than all before it, even if Redis lost its data in
+    /// between.
+    Monotonic,
 }
 
-/// A reentrant lock that any process can take.
+/// A reentrant lock for any number of processes.
 ///
-/// The tasks of this process queue here, and only the first of them asks Redis. So a thousand waiters cost Redis no more than one.
+/// The tasks of a process queue locally, and only the head of the queue asks Redis: 1,000 waiters
+/// of one process send Redis no more commands than one.
 pub struct RLock {
     connections: Connections,
     lease: Lease,
-    tokens: Tokens,
+    tokens: FencingTokens,
     acquire: Script,
     force: Script,
     scripts: Arc<Scripts>,
-    names: Mutex<HashMap<String, Name>>,
+    local: Mutex<HashMap<String, LocalLock>>,
 }
 
 /// What this process knows of one lock.
-struct Name {
-    queue: Arc<Queue<Turn>>,
-    holder: Weak<Holding>,
+struct LocalLock {
+    queue: Arc<LocalQueue<LocalQueueState>>,
+    holder: Weak<HeldLock>,
 }
 
-/// A lock as anybody can see it.
+/// The state of a lock in Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Probe {
-    /// Who holds it.
+pub struct LockInfo {
+    /// The owner that holds it.
     pub owner: String,
-    /// How often.
-    pub holds: u64,
-    /// How long it stays held at most, if it is not renewed.
-    pub left: Duration,
+    /// How often the owner has acquired it.
+    pub hold_count: u64,
+    /// The time until the lease expires, if it is not renewed.
+    pub ttl: Duration,
 }
 
-/// The answer to a look.
-enum Taken {
-    Yes(Hold),
-    ReserveError { left: Duration },
+/// The answer of Redis to one command that asks for the lock.
+enum AcquireReply {
+    Acquired(Acquisition),
+    HeldByOther { ttl: Duration },
 }
 
-/// The lock, taken once.
-struct Hold {
+/// One acquisition that Redis has granted.
+struct Acquisition {
     id: String,
-    /// How often its owner has it, this one included.
-    holds: i64,
+    /// How often the owner holds the lock, this acquisition included.
+    hold_count: i64,
     token: Option<i64>,
-    sent: Instant,
+    sent_at: Instant,
 }
 
 impl RLock {
-    /// Locks on this Redis, with this lease.
+    /// Creates a lock with this lease on this Redis.
     ///
     /// # Errors
-    /// The lease is shorter or longer than Redis can count.
-    pub fn new(connections: Connections, lease: Lease, tokens: Tokens) -> Result<Self, LockError> {
+    /// [`LockError::LeaseTooShort`] or [`LockError::LeaseTooLong`].
+    pub fn new(connections: Connections, lease: Lease, tokens: FencingTokens) -> Result<Self, LockError> {
         Ok(Self {
             connections,
-            lease: lease.checked()?,
+            lease: lease.validated()?,
             tokens,
             acquire: Script::new(match tokens {
-                Tokens::None => include_str!("acquire.lua"),
-                Tokens::Growing => include_str!("acquire_with_token.lua"),
+                FencingTokens::None => include_str!("acquire.lua"),
+                FencingTokens::Monotonic => include_str!("acquire_with_token.lua"),
             }),
             force: Script::new(include_str!("force.lua")),
             scripts: Arc::new(Scripts {
                 release: Script::new(include_str!("release.lua")),
                 renew: Script::new(include_str!("renew.lua")),
             }),
-            names: Mutex::default(),
+            local: Mutex::default(),
         })
     }
 
-    /// Takes the lock if it is free, or already this owner's.
+    /// Acquires the lock if it is free or already held by this owner. Never waits.
     ///
     /// # Errors
-    /// Redis does not answer.
+    /// [`LockError::Redis`] if Redis does not answer.
     pub async fn try_acquire(&self, name: &str, owner: &Owner) -> Result<Option<Guard>, LockError> {
-        if let Some(again) = self.once_more(name, owner).await? {
+        if let Some(again) = self.reacquire(name, owner).await? {
             return Ok(Some(again));
         }
-        // Somebody of this process has it, or is about to.
-        let Ok(mut head) = self.queue(name).try_lock_owned() else {
+        // Another task of this process holds the lock or is at the head of the queue.
+        let Ok(mut permit) = self.queue(name).try_lock_owned() else {
             return Ok(None);
         };
-        let terms = self.terms(name, owner);
-        Ok(match self.look_for_all(&terms, &mut head).await? {
-            Taken::Yes(hold) => Some(self.hold(name, terms, hold, head)),
-            Taken::ReserveError { .. } => None,
+        let request = self.request(name, owner);
+        Ok(match self.ask_at_head(&request, &mut permit).await? {
+            AcquireReply::Acquired(acquisition) => Some(self.guard(name, request, acquisition, permit)),
+            AcquireReply::HeldByOther { .. } => None,
         })
     }
 
-    /// Takes the lock, and waits for it so long at most. Nothing is left of a wait that is cancelled.
+    /// Acquires the lock, and waits for it at most this long. A cancelled wait leaves nothing
+    /// behind.
     ///
-    /// An owner may take again what it has. Of two first attempts of one owner at the same time, the second waits for the first to be given back.
+    /// The owner of a lock may acquire it again. Of two concurrent first acquisitions of one owner,
+    /// the second waits for the release of the first.
     ///
     /// # Errors
-    /// [`LockError::NotAcquired`] when the wait is over; or Redis does not answer, whoever of this process's queue asked it.
+    /// [`LockError::NotAcquired`] after the wait; [`LockError::Redis`] if Redis does not answer
+    /// this task or another one of this process's queue.
     pub async fn acquire(&self, name: &str, owner: &Owner, wait: Duration) -> Result<Guard, LockError> {
         if wait.is_zero() {
             let tried = self.try_acquire(name, owner).await?;
@@ -138,143 +143,154 @@ impl RLock {
         }
     }
 
-    /// Waits without end: first for its turn in this process, then for Redis.
+    /// Waits without a time limit: first in the queue of this process, then for Redis.
     async fn wait_for(&self, name: &str, owner: &Owner) -> Result<Guard, LockError> {
-        if let Some(again) = self.once_more(name, owner).await? {
+        if let Some(again) = self.reacquire(name, owner).await? {
             return Ok(again);
         }
-        let (queue, queued) = (self.queue(name), Instant::now());
-        let (mut head, mut released) = match queue.clone().try_lock_owned() {
-            Ok(head) => (head, None),
+        let (queue, queued_at) = (self.queue(name), Instant::now());
+        let (mut permit, mut released) = match queue.clone().try_lock_owned() {
+            Ok(permit) => (permit, None),
             Err(_) => {
-                // Whoever queues listens already, so that the subscription stays from one to the next.
-                let released = self.releases(name);
+                // Queued tasks subscribe at once, so that the subscription outlives each head of
+                // the queue.
+                let released = self.subscribe(name);
                 (queue.lock_owned().await, Some(released))
             }
         };
-        // What one of them has found out need not be found out by each that queued meanwhile, one time-out after another.
-        if let Some((at, why)) = &head.failed
-            && *at >= queued
+        // Tasks that were queued when Redis failed share that error: they do not run into one
+        // time-out each.
+        if let Some((failed_at, why)) = &permit.last_error
+            && *failed_at >= queued_at
         {
             return Err(why.clone().into());
         }
-        if head.handed_on >= HANDED_ON_AT_MOST {
-            head.handed_on = 0;
-            tokio::time::sleep(OTHERS_TURN).await;
+        if permit.consecutive_handoffs >= MAX_LOCAL_HANDOFFS {
+            permit.consecutive_handoffs = 0;
+            tokio::time::sleep(YIELD_TO_OTHERS).await;
         }
-        let terms = self.terms(name, owner);
+        let request = self.request(name, owner);
         // ANCHOR: wait
         loop {
-            let left = match self.look_for_all(&terms, &mut head).await? {
-                Taken::Yes(hold) => return Ok(self.hold(name, terms, hold, head)),
-                Taken::ReserveError { left } => left,
+            let ttl = match self.ask_at_head(&request, &mut permit).await? {
+                AcquireReply::Acquired(acquisition) => return Ok(self.guard(name, request, acquisition, permit)),
+                AcquireReply::HeldByOther { ttl } => ttl,
             };
             match &mut released {
-                // Listens before it looks again: a message that was sent in between would be lost.
-                None => released = Some(self.releases(name)),
-                // By then it is free at the latest, unless it was renewed, even if the message is lost.
+                // Subscribes before it asks again: a message published in between would be lost.
+                None => released = Some(self.subscribe(name)),
+                // The lease bounds the wait: after it the lock is free unless renewed, even if the
+                // message is lost.
                 Some(released) => {
-                    let _ = tokio::time::timeout(left, released.next()).await;
+                    let _ = tokio::time::timeout(ttl, released.notified()).await;
                 }
             }
         }
         // ANCHOR_END: wait
     }
 
-    /// Listens to the messages that tell of this lock's releases. To wait for such a message alone is a mistake: a holder that dies sends none,
-    /// and one that is sent while the connection is away is lost.
-    pub fn releases(&self, name: &str) -> Releases {
-        self.connections.wakeups.listen(self.channel(name))
+    /// Subscribes to the messages of this lock's releases.
+    ///
+    /// Waiting for a message alone is a mistake: a dead holder publishes none, and a message
+    /// published while the connection is down is lost.
+    pub fn subscribe(&self, name: &str) -> ReleaseSubscription {
+        self.connections.notifier.subscribe(self.channel(name))
     }
 
-    /// Takes a lock again that this owner has in this process, if there is one.
-    async fn once_more(&self, name: &str, owner: &Owner) -> RedisResult<Option<Guard>> {
-        let Some(holding) = self.own_holding(name, owner) else {
+    /// Acquires the lock again, if this owner holds it in this process.
+    async fn reacquire(&self, name: &str, owner: &Owner) -> RedisResult<Option<Guard>> {
+        let Some(held) = self.held_by(name, owner) else {
             return Ok(None);
         };
-        match self.look(&holding).await? {
-            Taken::Yes(again) if again.holds > 1 && holding.taken_again(again.sent) => {
-                return Ok(Some(Guard::new(holding, again.id, again.token)));
+        match self.ask(&held).await? {
+            AcquireReply::Acquired(again) if again.hold_count > 1 && held.reacquired(again.sent_at) => {
+                return Ok(Some(Guard::new(held, again.id, again.token)));
             }
-            // It was lost. To hold it anew under the old guard would hide that from whoever has it.
-            Taken::Yes(anew) => drop(holding.give_back(&anew.id).await?),
-            // It was lost, and is somebody else's by now.
-            Taken::ReserveError { .. } => {}
+            // The lock had been lost. Keeping it under the old guard would hide the loss from that
+            // guard's user.
+            AcquireReply::Acquired(anew) => drop(held.release(&anew.id).await?),
+            // The lock was lost, and another owner holds it.
+            AcquireReply::HeldByOther { .. } => {}
         }
-        holding.lose();
+        held.mark_lost();
         Ok(None)
     }
 
-    /// Asks Redis, as the first of this process's queue. What comes of it in vain, the others hear from this one.
-    async fn look_for_all(&self, terms: &Terms, head: &mut Head) -> RedisResult<Taken> {
-        let taken = self.look(terms).await;
-        taken.inspect_err(|why| head.failed = Some((Instant::now(), why.clone())))
+    /// Asks Redis from the head of the local queue. An error is recorded for the other tasks in the
+    /// queue.
+    async fn ask_at_head(&self, request: &LockRequest, permit: &mut LocalQueuePermit) -> RedisResult<AcquireReply> {
+        let reply = self.ask(request).await;
+        reply.inspect_err(|why| permit.last_error = Some((Instant::now(), why.clone())))
     }
 
-    /// Asks Redis. If this is cancelled, what it may have taken is given back.
-    async fn look(&self, terms: &Terms) -> RedisResult<Taken> {
-        let attempt = terms.attempt(Uuid::new_v4().simple().to_string());
+    /// Asks Redis for the lock. If this future is dropped, an acquisition that it may have made is
+    /// released.
+    async fn ask(&self, request: &LockRequest) -> RedisResult<AcquireReply> {
+        let pending = request.pending(Uuid::new_v4().simple().to_string());
         let mut acquire = self.acquire.prepare_invoke();
-        acquire.key(&terms.key);
-        if self.tokens == Tokens::Growing {
-            acquire.key(format!("{}:token", terms.key));
+        acquire.key(&request.key);
+        if self.tokens == FencingTokens::Monotonic {
+            acquire.key(format!("{}:token", request.key));
         }
         acquire
-            .arg(terms.owner.as_str())
-            .arg(terms.lease.millis())
-            .arg(attempt.hold());
-        let sent = Instant::now();
-        let (taken, value, token): (u8, i64, i64) = acquire.invoke_async(&mut terms.commands.clone()).await?;
-        let id = attempt.answered();
-        Ok(match taken {
-            1 => Taken::Yes(Hold {
+            .arg(request.owner.as_str())
+            .arg(request.lease.millis())
+            .arg(pending.acquisition_id());
+        let sent_at = Instant::now();
+        let (acquired, value, token): (u8, i64, i64) = acquire.invoke_async(&mut request.commands.clone()).await?;
+        let id = pending.answered();
+        Ok(match acquired {
+            1 => AcquireReply::Acquired(Acquisition {
                 id,
-                holds: value,
-                token: (self.tokens == Tokens::Growing).then_some(token),
-                sent,
+                hold_count: value,
+                token: (self.tokens == FencingTokens::Monotonic).then_some(token),
+                sent_at,
             }),
-            _ => Taken::ReserveError {
-                // One without an end is none of ours: somebody else has to delete it.
-                left: u64::try_from(value).map_or(terms.lease.time(), Duration::from_millis),
+            _ => AcquireReply::HeldByOther {
+                // A key without a TTL was not set by this lock: another client has to delete it.
+                ttl: u64::try_from(value).map_or(request.lease.duration(), Duration::from_millis),
             },
         })
     }
 
-    /// The connections that it uses.
+    /// The connections of this lock.
     pub fn connections(&self) -> &Connections {
         &self.connections
     }
 
-    /// Opens the lock, whoever holds it. Says whether there was something to open. A holder in this process learns of it at once, another
-    /// at its next renewal or release; who waits in that other process waits for it as well.
+    /// Releases the lock, whoever holds it. Returns whether it was held.
+    ///
+    /// A holder in this process is notified at once, one in another process at its next renewal or
+    /// release; the tasks queued behind that holder in its process wait for that as well.
     ///
     /// # Errors
-    /// Redis does not answer.
+    /// [`LockError::Redis`] if Redis does not answer.
     pub async fn force_release(&self, name: &str) -> Result<bool, LockError> {
-        // Whoever holds it before it is opened has lost it afterwards.
-        let holder = self.names().get(name).and_then(|name| name.holder.upgrade());
-        let opened: i64 = self
+        // Read before the script: this holder has lost the lock afterwards, a later one has not.
+        let holder = self.local_locks().get(name).and_then(|local| local.holder.upgrade());
+        let released: i64 = self
             .force
             .key(self.connections.key(name))
             .arg(self.channel(name))
             .invoke_async(&mut self.connections.commands.clone())
             .await?;
-        // A holder in this process need not wait for its next renewal to learn of it, nor the next one here for the end of a lease.
-        if opened == 1
+        // A local holder need not wait for its next renewal, nor the local queue for the end of the
+        // lease.
+        if released == 1
             && let Some(holder) = holder
         {
-            holder.lose();
+            holder.mark_lost();
         }
-        Ok(opened == 1)
+        Ok(released == 1)
     }
 
-    /// Who holds the lock, if anybody does.
+    /// Reads the state of the lock; `None` if it is free.
     ///
     /// # Errors
-    /// Redis does not answer.
-    pub async fn probe(&self, name: &str) -> Result<Option<Probe>, LockError> {
+    /// [`LockError::Redis`] if Redis does not answer.
+    pub async fn info(&self, name: &str) -> Result<Option<LockInfo>, LockError> {
         let key = self.connections.key(name);
-        let (owner, fields, left_ms): (Option<String>, u64, i64) = redis::pipe()
+        let (owner, fields, ttl_ms): (Option<String>, u64, i64) = redis::pipe()
             .atomic()
             .cmd("HGET")
             .arg(&key)
@@ -285,15 +301,15 @@ impl RLock {
             .arg(&key)
             .query_async(&mut self.connections.commands.clone())
             .await?;
-        Ok(owner.map(|owner| Probe {
+        Ok(owner.map(|owner| LockInfo {
             owner,
-            holds: fields - 1,
-            left: Duration::from_millis(u64::try_from(left_ms).unwrap_or(0)),
+            hold_count: fields - 1,
+            ttl: Duration::from_millis(u64::try_from(ttl_ms).unwrap_or(0)),
         }))
     }
 
-    fn terms(&self, name: &str, owner: &Owner) -> Terms {
-        Terms {
+    fn request(&self, name: &str, owner: &Owner) -> LockRequest {
+        LockRequest {
             key: self.connections.key(name),
             channel: self.channel(name),
             owner: owner.clone(),
@@ -303,40 +319,41 @@ impl RLock {
         }
     }
 
-    /// The lock is held from here on.
-    fn hold(&self, name: &str, terms: Terms, hold: Hold, head: Head) -> Guard {
-        let holding = Arc::new(terms.hold(hold.sent, Some(head)));
-        if let Some(name) = self.names().get_mut(name) {
-            name.holder = Arc::downgrade(&holding);
+    /// The guard of a new acquisition, recorded as the holder in this process.
+    fn guard(&self, name: &str, request: LockRequest, acquisition: Acquisition, permit: LocalQueuePermit) -> Guard {
+        let held = Arc::new(request.into_held(acquisition.sent_at, Some(permit)));
+        if let Some(local) = self.local_locks().get_mut(name) {
+            local.holder = Arc::downgrade(&held);
         }
-        Guard::new(holding, hold.id, hold.token)
+        Guard::new(held, acquisition.id, acquisition.token)
     }
 
     fn channel(&self, name: &str) -> String {
         format!("{}:released", self.connections.key(name))
     }
 
-    fn names(&self) -> MutexGuard<'_, HashMap<String, Name>> {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    fn local_locks(&self) -> MutexGuard<'_, HashMap<String, LocalLock>> {
+        self.local.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The queue of this process's tasks for a lock. Those that nobody uses are forgotten on the way.
-    fn queue(&self, name: &str) -> Arc<Queue<Turn>> {
-        const KEPT: usize = 1024;
+    /// The local queue of a lock. Drops the queues of unused locks once there are too many.
+    fn queue(&self, name: &str) -> Arc<LocalQueue<LocalQueueState>> {
+        const MAX_UNUSED: usize = 1024;
 
-        let mut names = self.names();
-        if names.len() >= KEPT {
-            names.retain(|_, name| Arc::strong_count(&name.queue) > 1 || name.holder.strong_count() > 0);
+        let mut local = self.local_locks();
+        if local.len() >= MAX_UNUSED {
+            local.retain(|_, lock| Arc::strong_count(&lock.queue) > 1 || lock.holder.strong_count() > 0);
         }
-        let name = names.entry(name.to_owned()).or_insert_with(|| Name {
+        let lock = local.entry(name.to_owned()).or_insert_with(|| LocalLock {
             queue: Arc::default(),
             holder: Weak::new(),
         });
-        name.queue.clone()
+        lock.queue.clone()
     }
 
-    fn own_holding(&self, name: &str, owner: &Owner) -> Option<Arc<Holding>> {
-        let holding = self.names().get(name)?.holder.upgrade()?;
-        (holding.owner == *owner && !holding.is_lost()).then_some(holding)
+    /// The lock as this owner holds it in this process, unless it is lost.
+    fn held_by(&self, name: &str, owner: &Owner) -> Option<Arc<HeldLock>> {
+        let held = self.local_locks().get(name)?.holder.upgrade()?;
+        (held.owner == *owner && !held.is_lost()).then_some(held)
     }
 }

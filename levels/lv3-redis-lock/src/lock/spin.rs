@@ -1,4 +1,4 @@
-//! The simplest lock that is one: a key that is set if it is not there, with an end, and a name in it.
+//! A spin lock: a key that is set only if it does not exist, with a TTL and its owner as the value.
 
 use std::{
     sync::Arc,
@@ -9,60 +9,61 @@ use redis::Script;
 
 use super::{
     Connections, Guard, Lease, LockError, Owner,
-    guard::{Scripts, Terms},
+    guard::{LockRequest, Scripts},
 };
 
-/// How long to pause between two attempts: twice as long each time, up to a bound, and by chance somewhere between nothing and that.
+/// Exponential backoff with full jitter between two attempts.
 ///
-/// Without chance, all who failed together would come again together (AWS Architecture Blog, "Exponential Backoff And Jitter", 2015).
+/// Without jitter, all waiters that failed together would retry together (AWS Architecture Blog,
+/// "Exponential Backoff And Jitter", 2015).
 #[derive(Clone, Copy, Debug)]
-pub struct Pauses {
-    /// The first one at most.
-    pub first: Duration,
-    /// Any one at most.
-    pub longest: Duration,
+pub struct Backoff {
+    /// The longest first pause.
+    pub initial: Duration,
+    /// The longest pause of all.
+    pub max: Duration,
 }
 
-impl Default for Pauses {
-    /// Those of Redisson's spin lock.
+impl Default for Backoff {
+    /// The values of Redisson's spin lock.
     fn default() -> Self {
         Self {
-            first: Duration::from_millis(1),
-            longest: Duration::from_millis(128),
+            initial: Duration::from_millis(1),
+            max: Duration::from_millis(128),
         }
     }
 }
 
-impl Pauses {
+impl Backoff {
     // ANCHOR: pauses
-    /// The pause after so many attempts that failed, for a number from 0 to 1 that chance has picked.
-    pub fn after(self, failures: u32, chance: f64) -> Duration {
+    /// The pause after this many failed attempts, for a random number `jitter` from 0 to 1.
+    pub fn pause(self, failures: u32, jitter: f64) -> Duration {
         let doubled = self
-            .first
+            .initial
             .saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
-        doubled.min(self.longest).mul_f64(chance)
+        doubled.min(self.max).mul_f64(jitter)
     }
     // ANCHOR_END: pauses
 }
 
-/// `SET key owner NX PX lease`, again and again.
+/// A lock that sends `SET key owner NX PX lease` until the key is set.
 pub struct SpinLock {
     connections: Connections,
     lease: Lease,
-    pauses: Pauses,
+    backoff: Backoff,
     scripts: Arc<Scripts>,
 }
 
 impl SpinLock {
-    /// Locks on this Redis, with this lease.
+    /// Creates a lock with this lease on this Redis.
     ///
     /// # Errors
-    /// The lease is shorter or longer than Redis can count.
-    pub fn new(connections: Connections, lease: Lease, pauses: Pauses) -> Result<Self, LockError> {
+    /// [`LockError::LeaseTooShort`] or [`LockError::LeaseTooLong`].
+    pub fn new(connections: Connections, lease: Lease, backoff: Backoff) -> Result<Self, LockError> {
         Ok(Self {
             connections,
-            lease: lease.checked()?,
-            pauses,
+            lease: lease.validated()?,
+            backoff,
             scripts: Arc::new(Scripts {
                 release: Script::new(include_str!("spin_release.lua")),
                 renew: Script::new(include_str!("spin_renew.lua")),
@@ -70,50 +71,52 @@ impl SpinLock {
         })
     }
 
-    /// The connections that it uses.
+    /// The connections of this lock.
     pub fn connections(&self) -> &Connections {
         &self.connections
     }
 
-    /// Takes the lock if it is free. It is not reentrant: its owner finds it taken as everybody else does.
+    /// Acquires the lock if it is free. The lock is not reentrant: its owner is rejected like any
+    /// other.
     ///
     /// # Errors
-    /// Redis does not answer.
+    /// [`LockError::Redis`] if Redis does not answer.
     pub async fn try_acquire(&self, name: &str, owner: &Owner) -> Result<Option<Guard>, LockError> {
-        let terms = Terms {
+        let request = LockRequest {
             key: self.connections.key(name),
-            // Nobody listens.
+            // Releases are not published.
             channel: String::new(),
-            // An attempt that is cancelled is given back, as it may have been the one that took the lock. It must not give back what the same
-            // owner has by another one.
-            owner: owner.once(),
+            // A cancelled attempt is released, as it may have acquired the lock. It must not
+            // release another acquisition of the same owner.
+            owner: owner.for_one_acquisition(),
             lease: self.lease,
             scripts: self.scripts.clone(),
             commands: self.connections.commands.clone(),
         };
         // ANCHOR: try-acquire
         let mut set = redis::cmd("SET");
-        // One command: a lock that was set and got its end by a second one would stay for ever if its owner died in between.
-        set.arg(&terms.key)
-            .arg(terms.owner.as_str())
+        // One command: with a second one for the TTL, an owner that dies in between would leave the
+        // lock for ever.
+        set.arg(&request.key)
+            .arg(request.owner.as_str())
             .arg("NX")
             .arg("PX")
             .arg(self.lease.millis());
 
-        let attempt = terms.attempt(terms.owner.as_str().to_owned());
-        let sent = Instant::now();
-        let answer: Option<String> = set.query_async(&mut terms.commands.clone()).await?;
-        let hold = attempt.answered();
-        Ok(answer.map(|_| Guard::new(Arc::new(terms.hold(sent, None)), hold, None)))
+        let pending = request.pending(request.owner.as_str().to_owned());
+        let sent_at = Instant::now();
+        let reply: Option<String> = set.query_async(&mut request.commands.clone()).await?;
+        let id = pending.answered();
+        Ok(reply.map(|_| Guard::new(Arc::new(request.into_held(sent_at, None)), id, None)))
         // ANCHOR_END: try-acquire
     }
 
-    /// Takes the lock, and asks for it so long at most.
+    /// Acquires the lock, and tries at most this long.
     ///
     /// # Errors
-    /// [`LockError::NotAcquired`] when the wait is over; or Redis does not answer.
+    /// [`LockError::NotAcquired`] after the wait; [`LockError::Redis`] if Redis does not answer.
     pub async fn acquire(&self, name: &str, owner: &Owner, wait: Duration) -> Result<Guard, LockError> {
-        // None is too far to be reckoned with.
+        // `None`: too far in the future for the clock.
         let deadline = Instant::now().checked_add(wait);
         let mut failures = 0;
         loop {
@@ -127,7 +130,7 @@ impl SpinLock {
             if left.is_zero() {
                 return Err(LockError::NotAcquired(wait));
             }
-            let pause = self.pauses.after(failures, rand::random());
+            let pause = self.backoff.pause(failures, rand::random());
             tokio::time::sleep(pause.min(left)).await;
         }
     }

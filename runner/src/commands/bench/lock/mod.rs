@@ -11,7 +11,7 @@ use std::{fs::File, sync::Arc, time::Duration};
 
 use anyhow::{bail, ensure};
 use harness::backends::{Private, Redis, Reply};
-use lv3_redis_lock::lock::{Connections, Guard, Lease, Owner, Pauses, RLock, SpinLock, Tokens};
+use lv3_redis_lock::lock::{Connections, Guard, Lease, Owner, Backoff, RLock, SpinLock, FencingTokens};
 use serde::Serialize;
 
 use super::{BenchArgs, ONLY_LV3, environment::print_void, redis_benchmark::RedisBenchmark, warn_of_debug_build};
@@ -40,9 +40,9 @@ impl Lock {
     async fn open(strategy: &str, url: &str) -> anyhow::Result<Self> {
         let connections = Connections::open(url, PREFIX).await?;
         Ok(match strategy {
-            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(LEASE), Pauses::default())?),
-            "rlock" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), Tokens::None)?),
-            "fenced" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), Tokens::Growing)?),
+            "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(LEASE), Backoff::default())?),
+            "rlock" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), FencingTokens::None)?),
+            "fenced" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), FencingTokens::Monotonic)?),
             other => bail!("{other} has no lock that is measured"),
         })
     }

@@ -1,0 +1,198 @@
+//! Faults: a database that is down, failed commits, a locked row, killed and restarted servers.
+
+use super::*;
+
+#[tokio::test]
+async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_time() {
+    /// The mutex's time limit, and then the pool's for the last one that gets the mutex.
+    const IN_TIME: Duration = Duration::from_secs(5 + 5);
+    /// The allowance for 50 answers beyond those waits.
+    const BESIDES: Duration = Duration::from_secs(5);
+
+    let postgres = Postgres::private(Durability::Fast).await.unwrap();
+    let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy("mutex"))
+        .await
+        .unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+
+    postgres.stop().await.unwrap();
+    let asking: JoinSet<_> = (1..=50).map(|buyer| status_of(talk.address(), buyer)).collect();
+    let answers = timeout(IN_TIME + BESIDES, asking.join_all())
+        .await
+        .expect("a request still waits for the mutex");
+    for answer in answers {
+        assert_eq!(answer.unwrap(), "503");
+    }
+
+    postgres.start().await.unwrap();
+    assert_eq!(talk.reserve(SALE, 1, Some("again")).await.unwrap().status, 201);
+    talk.stop().await.unwrap();
+}
+
+/// Postgres rejects a commit at the last moment. The buyer must not be told that it succeeded, and
+/// gets the ticket on a retry.
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    let held = DelayedCommits::on(&stand).await.unwrap();
+    let ledger = HistoryRecorder::new(strategy);
+
+    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+        until("the fault did not strike: no commit is in flight", async || {
+            held.have_struck().await.unwrap()
+        })
+        .await;
+        ledger.struck("a commit taken back");
+        assert_eq!(held.fail().await.unwrap(), 1, "the fault did not strike");
+        held.go_on().await.unwrap();
+        ledger.healed();
+    });
+    assert_eq!(ann, Answer::Indeterminate);
+    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
+    assert_eq!(ledger.ask(&talk, 2).await, Answer::Refused(Refused::SoldOut));
+    talk.stop().await.unwrap();
+    assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
+}
+
+/// The connection breaks with Ann's commit in flight, and her request releases the mutex. Bob reads
+/// the state before it, and Postgres carries out both commits.
+#[tokio::test]
+async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
+    let strategy = strategy("mutex");
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let postgres = backends::postgres().await.unwrap();
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let behind = program().variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
+    let talk = TestServer::with(&stand, &behind, &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    let held = DelayedCommits::on(&stand).await.unwrap();
+    let ledger = HistoryRecorder::new(strategy);
+
+    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+        until("the fault did not strike: no commit is in flight", async || {
+            held.have_struck().await.unwrap()
+        })
+        .await;
+        proxy.cuts(Cut::Everything);
+        until("the fault did not strike: no connection passed the proxy", async || {
+            proxy.has_struck()
+        })
+        .await;
+        ledger.struck("a commit has lost its connection");
+    });
+    assert_eq!(ann, Answer::Indeterminate);
+    proxy.cuts(Cut::Nothing);
+    ledger.healed();
+    let bob = async {
+        // He retries, as he may get a pooled connection that was cut as well.
+        loop {
+            match ledger.ask(&talk, 2).await {
+                Answer::Indeterminate => {}
+                told => break told,
+            }
+        }
+    };
+    let (bob, ()) = tokio::join!(bob, async {
+        until("Bob waits for the row", async || {
+            held.waiting("transactionid tuple").await.unwrap() > 0
+        })
+        .await;
+        held.go_on().await.unwrap();
+    });
+    assert!(matches!(bob, Answer::Confirmed { .. }), "{bob:?}");
+    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
+    talk.stop().await.unwrap();
+    assert_after_fault(
+        strategy,
+        &ledger.verdict(&stand).await.unwrap(),
+        &[NoOversell, Conservation],
+    );
+}
+
+/// "Sold out" is a statement about the sale: a request that could not read the sale must not answer
+/// it.
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.opens_a_sale(1).await.unwrap();
+    let observer = stand.database().pool(1).await.unwrap();
+    let mut other = observer.begin().await.unwrap();
+    sqlx::query("select from sale where id = $1 for update")
+        .bind(SALE)
+        .execute(&mut *other)
+        .await
+        .unwrap();
+
+    talk.reserve(SALE, 1, Some("a"))
+        .await
+        .unwrap()
+        .is(ProblemKind::Overloaded)
+        .unwrap();
+    other.rollback().await.unwrap();
+    let again = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+    talk.confirms(&again).await.unwrap();
+    talk.stop().await.unwrap();
+}
+
+/// Requests a ticket without a client time-out. Returns the status code.
+async fn status_of(address: SocketAddr, buyer: i64) -> std::io::Result<String> {
+    let body = format!("{{\"buyer_id\": {buyer}}}");
+    let request = format!(
+        "POST /api/sales/{SALE}/reservations HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(request.as_bytes()).await?;
+    let mut start = [0; 12]; // HTTP/1.1 503
+    stream.read_exact(&mut start).await?;
+    Ok(String::from_utf8_lossy(&start[9..]).into_owned())
+}
+
+#[tokio::test]
+async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
+    let strategy = strategy("pessimistic");
+    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+}
+
+#[tokio::test]
+async fn a_rolling_restart_leaves_nobody_undecided() {
+    let strategy = strategy("pessimistic");
+    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+}
+
+#[tokio::test]
+#[should_panic(expected = "somebody is undecided: an instance left before it had answered")]
+async fn a_rolling_restart_of_servers_that_do_not_drain_is_noticed() {
+    let program = restarts::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
+    let strategy = strategy("pessimistic");
+    restarts::a_rolling_restart_leaves_nobody_undecided(&program, &LEVEL, strategy, &Invariant::ALL).await;
+}
+
+#[tokio::test]
+#[should_panic(expected = "did not strike")]
+async fn a_rush_in_which_nobody_is_killed_says_nothing_of_kills() {
+    restarts::nobody_is_killed(&program(), &LEVEL, strategy("pessimistic")).await;
+}
+
+#[tokio::test]
+#[should_panic(expected = "did not strike")]
+async fn a_rush_in_which_nobody_is_replaced_says_nothing_of_restarts() {
+    restarts::nobody_is_replaced(&program(), &LEVEL, strategy("pessimistic")).await;
+}

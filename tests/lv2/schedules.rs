@@ -1,0 +1,208 @@
+//! Exact orders of steps: every feasible order of two requests, and single ones by hand.
+
+use super::*;
+
+// ANCHOR: orders
+/// Points without an effect that another request could see: pausing there would repeat the same
+/// order.
+const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
+
+/// Two buyers, every feasible order.
+const TWO_BUYERS: Scenario = Scenario {
+    capacity: 1,
+    clicks: &[1, 1],
+    passes: PASSES,
+    preemptions: None,
+};
+
+/// One buyer clicks twice, every feasible order.
+const TWO_CLICKS: Scenario = Scenario {
+    capacity: 2,
+    clicks: &[2],
+    passes: PASSES,
+    preemptions: None,
+};
+
+/// Three requests, two of them of one buyer, at most two preemptions.
+const THREE: Scenario = Scenario {
+    capacity: 2,
+    clicks: &[2, 1],
+    passes: PASSES,
+    preemptions: Some(2),
+};
+
+/// `at_least`: with fewer orders of two buyers, the strategy has lost a scheduling point.
+#[rstest]
+#[case::mutex("mutex", true, 26)]
+#[case::pessimistic("pessimistic", true, 8)]
+#[case::optimistic("optimistic", true, 50)]
+#[case::conditional_update("conditional-update", false, 2)]
+#[tokio::test]
+async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[case] at_least: usize) {
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    for scenario in [TWO_BUYERS, TWO_CLICKS, THREE] {
+        let explored = rehearsal.explore(scenario).await.unwrap();
+        println!(
+            "{name}, {scenario:?}: {} orders, {} with a wait",
+            explored.orders, explored.blocked
+        );
+        assert!(explored.orders >= at_least, "only {} orders", explored.orders);
+        assert_eq!(explored.blocked > 0, waits, "{} orders with a wait", explored.blocked);
+        none_broken(&explored);
+    }
+}
+// ANCHOR_END: orders
+
+fn none_broken(explored: &Explored) {
+    if let Some(broken) = explored.broken.first() {
+        panic!(
+            "{} of {} orders break it, such as\n{}\n{}",
+            explored.broken.len(),
+            explored.orders,
+            broken.trace,
+            broken.verdict
+        );
+    }
+}
+
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] name: &str) {
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+
+    let explored = rehearsal.explore_under_one_key(TWO_CLICKS).await.unwrap();
+    println!("{name}, one buyer: {} orders", explored.orders);
+    none_broken(&explored);
+    for answers in &explored.answers {
+        assert!(matches!(answers[0], Answer::Confirmed { .. }), "{answers:?}");
+        assert_eq!(answers[0], answers[1]);
+    }
+
+    let two_tickets = Scenario {
+        capacity: 2,
+        ..TWO_BUYERS
+    };
+    let explored = rehearsal.explore_under_one_key(two_tickets).await.unwrap();
+    println!("{name}, two buyers: {} orders", explored.orders);
+    none_broken(&explored);
+    for answers in &explored.answers {
+        let confirmed = answers
+            .iter()
+            .filter(|answer| matches!(answer, Answer::Confirmed { .. }));
+        assert_eq!(confirmed.count(), 1, "{answers:?}");
+        assert!(
+            answers.contains(&Answer::Refused(Refused::KeyOfAnotherBuyer)),
+            "{answers:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn some_order_of_two_requests_under_one_key_breaks_a_look_up_before_the_lock() {
+    let rehearsal = ScheduleRunner::of(strategy("mutants/look-up-before-lock"))
+        .await
+        .unwrap();
+    for scenario in [
+        TWO_CLICKS,
+        Scenario {
+            capacity: 2,
+            ..TWO_BUYERS
+        },
+    ] {
+        let explored = rehearsal.explore_under_one_key(scenario).await.unwrap();
+        let broken = explored.broken.iter().filter(|order| order.verdict.breaks(NoDuplicate));
+        assert!(broken.count() > 0, "none of {} orders breaks it", explored.orders);
+    }
+}
+
+#[rstest]
+#[case::mutex_does_nothing("mutants/mutex-does-nothing", TWO_BUYERS)]
+#[case::mutex_wrong_key("mutants/mutex-wrong-key", TWO_BUYERS)]
+#[case::guard_before_commit("mutants/guard-before-commit", TWO_BUYERS)]
+#[case::for_update_does_nothing("mutants/for-update-does-nothing", TWO_BUYERS)]
+#[case::for_update_wrong_key("mutants/for-update-wrong-key", TWO_BUYERS)]
+#[case::look_up_before_lock("mutants/look-up-before-lock", TWO_CLICKS)]
+#[case::version_not_compared("mutants/version-not-compared", TWO_BUYERS)]
+#[case::retry_reuses_the_read("mutants/retry-reuses-the-read", TWO_BUYERS)]
+#[tokio::test]
+async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str, #[case] scenario: Scenario) {
+    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let explored = rehearsal.explore(scenario).await.unwrap();
+    println!(
+        "{name}: {} of {} orders break it",
+        explored.broken.len(),
+        explored.orders
+    );
+    assert!(
+        !explored.broken.is_empty(),
+        "none of {} orders breaks it",
+        explored.orders
+    );
+}
+
+// ANCHOR: guard
+#[tokio::test]
+async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
+    let rehearsal = ScheduleRunner::of(strategy("mutants/guard-before-commit"))
+        .await
+        .unwrap();
+    let mut script = rehearsal.sale(1).await.unwrap();
+    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+
+    script.run_until(ann, "lock released").await.unwrap();
+    a_transaction_is_open(&rehearsal).await; // Ann's
+    script.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
+    script.run_to_its_answer(ann).await.unwrap();
+    script.run_to_its_answer(bob).await.unwrap();
+
+    let verdict = judge(&script.history().await.unwrap());
+    assert!(verdict.breaks(NoOversell), "{}\n{verdict}", script.trace());
+}
+// ANCHOR_END: guard
+
+/// Asserts that Postgres sees one open transaction, that of the paused request.
+async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
+    let pool = rehearsal.stand().database().pool(1).await.unwrap();
+    let open: i64 = sqlx::query_scalar(
+        "select count(*)
+           from pg_stat_activity
+          where datname = current_database()
+            and state = 'idle in transaction'",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(open, 1, "the fault did not strike: no transaction is open");
+}
+
+#[tokio::test]
+#[should_panic(expected = "did not strike")]
+async fn a_guard_dropped_after_the_commit_leaves_nothing_to_strike() {
+    let rehearsal = ScheduleRunner::of(strategy("mutex")).await.unwrap();
+    let mut script = rehearsal.sale(1).await.unwrap();
+    let ann = script.buyer("Ann");
+
+    script.run_until(ann, "lock released").await.unwrap();
+    a_transaction_is_open(&rehearsal).await;
+}
+
+// ANCHOR: guard-kept
+#[tokio::test]
+async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
+    let rehearsal = ScheduleRunner::of(strategy("mutex")).await.unwrap();
+    let mut script = rehearsal.sale(1).await.unwrap();
+    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+
+    script.run_until(ann, "stock written").await.unwrap();
+    script.run_until_blocked(bob).await.unwrap();
+    script.run_to_its_answer(ann).await.unwrap();
+    script.run_to_its_answer(bob).await.unwrap();
+
+    let verdict = judge(&script.history().await.unwrap());
+    assert!(verdict.findings.is_empty(), "{}\n{verdict}", script.trace());
+}
+// ANCHOR_END: guard-kept
