@@ -42,7 +42,7 @@ async fn a_transaction_begun_by_hand_is_left_open_when_its_request_is_cancelled(
 #[case::one_that_could_not_bear_to_be_cancelled("mutants/transaction-left-open")]
 #[tokio::test]
 async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
-    let points = hung_up_at_every_point(&program(), &LEVEL, strategy(name))
+    let points = disconnected_at_every_point(&program(), &LEVEL, strategy(name))
         .await
         .unwrap();
     println!("{name}: hung up at {points:?}");
@@ -52,7 +52,7 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str) {
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_server_that_never_pauses_says_nothing_about_buyers_who_hang_up() {
-    never_hung_up(&program(), &LEVEL, strategy("pessimistic"))
+    never_disconnected(&program(), &LEVEL, strategy("pessimistic"))
         .await
         .unwrap();
 }

@@ -11,10 +11,10 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
 
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
     let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy("mutex"))
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy("mutex"))
         .await
         .unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
 
     postgres.stop().await.unwrap();
     let asking: JoinSet<_> = (1..=50).map(|buyer| status_of(talk.address(), buyer)).collect();
@@ -41,24 +41,24 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
 async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let ledger = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&talk, 1), async {
         until("the fault did not strike: no commit is in flight", async || {
-            held.have_struck().await.unwrap()
+            held.has_struck().await.unwrap()
         })
         .await;
-        ledger.struck("a commit taken back");
+        ledger.record_fault("a commit taken back");
         assert_eq!(held.fail().await.unwrap(), 1, "the fault did not strike");
-        held.go_on().await.unwrap();
-        ledger.healed();
+        held.release().await.unwrap();
+        ledger.record_recovery();
     });
     assert_eq!(ann, Answer::Indeterminate);
-    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
-    assert_eq!(ledger.ask(&talk, 2).await, Answer::Refused(Refused::SoldOut));
+    assert!(matches!(ledger.reserve(&talk, 1).await, Answer::Confirmed { .. }));
+    assert_eq!(ledger.reserve(&talk, 2).await, Answer::Refused(Refused::SoldOut));
     talk.stop().await.unwrap();
     assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
 }
@@ -71,31 +71,31 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let stand = TestEnvironment::shared(strategy).await.unwrap();
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
-    let behind = program().variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
-    let talk = TestServer::with(&stand, &behind, &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let behind = program().variable("DATABASE_URL", proxy.url_through(&stand.database().url()));
+    let talk = TestServer::start(&stand, &behind, &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let ledger = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(ledger.ask(&talk, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&talk, 1), async {
         until("the fault did not strike: no commit is in flight", async || {
-            held.have_struck().await.unwrap()
+            held.has_struck().await.unwrap()
         })
         .await;
-        proxy.cuts(Cut::Everything);
+        proxy.inject(Fault::CloseAll);
         until("the fault did not strike: no connection passed the proxy", async || {
             proxy.has_struck()
         })
         .await;
-        ledger.struck("a commit has lost its connection");
+        ledger.record_fault("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
     let bob = async {
         // He retries, as he may get a pooled connection that was cut as well.
         loop {
-            match ledger.ask(&talk, 2).await {
+            match ledger.reserve(&talk, 2).await {
                 Answer::Indeterminate => {}
                 told => break told,
             }
@@ -106,10 +106,10 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
             held.waiting("transactionid tuple").await.unwrap() > 0
         })
         .await;
-        held.go_on().await.unwrap();
+        held.release().await.unwrap();
     });
     assert!(matches!(bob, Answer::Confirmed { .. }), "{bob:?}");
-    assert!(matches!(ledger.ask(&talk, 1).await, Answer::Confirmed { .. }));
+    assert!(matches!(ledger.reserve(&talk, 1).await, Answer::Confirmed { .. }));
     talk.stop().await.unwrap();
     assert_after_fault(
         strategy,
@@ -129,8 +129,8 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
 async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.opens_a_sale(1).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
     let observer = stand.database().pool(1).await.unwrap();
     let mut other = observer.begin().await.unwrap();
     sqlx::query("select from sale where id = $1 for update")
@@ -146,7 +146,7 @@ async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name
         .unwrap();
     other.rollback().await.unwrap();
     let again = talk.reserve(SALE, 1, Some("a")).await.unwrap();
-    talk.confirms(&again).await.unwrap();
+    talk.expect_confirmed(&again).await.unwrap();
     talk.stop().await.unwrap();
 }
 
@@ -168,31 +168,32 @@ async fn status_of(address: SocketAddr, buyer: i64) -> std::io::Result<String> {
 #[tokio::test]
 async fn an_instance_killed_in_mid_rush_leaves_only_what_was_in_flight_on_it_undecided() {
     let strategy = strategy("pessimistic");
-    restarts::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+    instance_faults::a_kill_leaves_only_what_was_in_flight_undecided(&program(), &LEVEL, strategy, &Invariant::ALL)
+        .await;
 }
 
 #[tokio::test]
 async fn a_rolling_restart_leaves_nobody_undecided() {
     let strategy = strategy("pessimistic");
-    restarts::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(&program(), &LEVEL, strategy, &Invariant::ALL).await;
 }
 
 #[tokio::test]
 #[should_panic(expected = "somebody is undecided: an instance left before it had answered")]
 async fn a_rolling_restart_of_servers_that_do_not_drain_is_noticed() {
-    let program = restarts::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
+    let program = instance_faults::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
     let strategy = strategy("pessimistic");
-    restarts::a_rolling_restart_leaves_nobody_undecided(&program, &LEVEL, strategy, &Invariant::ALL).await;
+    instance_faults::a_rolling_restart_leaves_nobody_undecided(&program, &LEVEL, strategy, &Invariant::ALL).await;
 }
 
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_rush_in_which_nobody_is_killed_says_nothing_of_kills() {
-    restarts::nobody_is_killed(&program(), &LEVEL, strategy("pessimistic")).await;
+    instance_faults::nobody_is_killed(&program(), &LEVEL, strategy("pessimistic")).await;
 }
 
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_rush_in_which_nobody_is_replaced_says_nothing_of_restarts() {
-    restarts::nobody_is_replaced(&program(), &LEVEL, strategy("pessimistic")).await;
+    instance_faults::nobody_is_replaced(&program(), &LEVEL, strategy("pessimistic")).await;
 }

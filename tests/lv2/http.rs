@@ -11,7 +11,7 @@ use super::*;
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
 
     sells_refuses_and_repeats(&talk).await.unwrap();
     refuses_bad_input(&talk).await.unwrap();
@@ -24,8 +24,8 @@ async fn the_http_contract_holds(#[case] name: &str) {
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("pessimistic");
     let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::with(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = bears_idle_and_slow_clients(&talk).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
     println!("they cost {kib} KiB");
     talk.stop().await.unwrap();
 }

@@ -22,7 +22,11 @@ use harness::{
 use lv2_db_lock::LEVEL;
 use rstest::rstest;
 
-use super::{DUPLICATES, KEEPS, OVERSELLS, TWO_BUYERS, TWO_CLICKS, program, strategy};
+use super::{
+    DUPLICATES, KEEPS, OVERSELLS, program,
+    schedules::{TWO_BUYERS, TWO_CLICKS},
+    strategy,
+};
 
 /// Buyers are refused while tickets are left.
 const REFUSES_FALSELY: Promises = Promises::ALL_KEPT.breaks(&[NoFalseRefusal, NoUndersell]);

@@ -12,7 +12,7 @@ const POOL_OF_EIGHT: Rush = Rush {
     work: Duration::ZERO,
     commit: Duration::from_millis(1),
     pool_size: Some(8),
-    patience: Duration::from_secs(20),
+    timeout: Duration::from_secs(20),
     traced: true,
     faults: vec![],
 };
@@ -136,7 +136,7 @@ async fn a_second_connection_taken_while_one_is_held_starves_the_pool() {
     let rush = Rush {
         buyers: 100,
         pool_size: Some(8),
-        patience: Duration::from_secs(6),
+        timeout: Duration::from_secs(6),
         ..Rush::default()
     };
     let strategy = strategy("mutants/second-connection");

@@ -11,7 +11,7 @@ const STORM: Rush = Rush {
     work: Duration::from_millis(1),
     commit: Duration::ZERO,
     pool_size: Some(64),
-    patience: Duration::from_secs(20),
+    timeout: Duration::from_secs(20),
     traced: true,
     faults: vec![],
 };
@@ -88,7 +88,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
 #[tokio::test]
 async fn a_request_overtaken_too_often_is_indeterminate_and_never_sold_out() {
     let rehearsal = ScheduleRunner::of(strategy("optimistic")).await.unwrap();
-    let pool = rehearsal.stand().database().pool(1).await.unwrap();
+    let pool = rehearsal.environment().database().pool(1).await.unwrap();
     let mut script = rehearsal.sale(1).await.unwrap();
     let ann = script.buyer("Ann");
 

@@ -8,7 +8,7 @@ use super::*;
 const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
 
 /// Two buyers, every feasible order.
-const TWO_BUYERS: Scenario = Scenario {
+pub(crate) const TWO_BUYERS: Scenario = Scenario {
     capacity: 1,
     clicks: &[1, 1],
     passes: PASSES,
@@ -16,7 +16,7 @@ const TWO_BUYERS: Scenario = Scenario {
 };
 
 /// One buyer clicks twice, every feasible order.
-const TWO_CLICKS: Scenario = Scenario {
+pub(crate) const TWO_CLICKS: Scenario = Scenario {
     capacity: 2,
     clicks: &[2],
     passes: PASSES,
@@ -53,7 +53,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[
 }
 // ANCHOR_END: orders
 
-fn none_broken(explored: &Explored) {
+fn none_broken(explored: &Exploration) {
     if let Some(broken) = explored.broken.first() {
         panic!(
             "{} of {} orders break it, such as\n{}\n{}",
@@ -156,8 +156,8 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
     script.run_until(ann, "lock released").await.unwrap();
     a_transaction_is_open(&rehearsal).await; // Ann's
     script.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
-    script.run_to_its_answer(ann).await.unwrap();
-    script.run_to_its_answer(bob).await.unwrap();
+    script.run_to_completion(ann).await.unwrap();
+    script.run_to_completion(bob).await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.breaks(NoOversell), "{}\n{verdict}", script.trace());
@@ -166,7 +166,7 @@ async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
 
 /// Asserts that Postgres sees one open transaction, that of the paused request.
 async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
-    let pool = rehearsal.stand().database().pool(1).await.unwrap();
+    let pool = rehearsal.environment().database().pool(1).await.unwrap();
     let open: i64 = sqlx::query_scalar(
         "select count(*)
            from pg_stat_activity
@@ -199,8 +199,8 @@ async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
 
     script.run_until(ann, "stock written").await.unwrap();
     script.run_until_blocked(bob).await.unwrap();
-    script.run_to_its_answer(ann).await.unwrap();
-    script.run_to_its_answer(bob).await.unwrap();
+    script.run_to_completion(ann).await.unwrap();
+    script.run_to_completion(bob).await.unwrap();
 
     let verdict = judge(&script.history().await.unwrap());
     assert!(verdict.findings.is_empty(), "{}\n{verdict}", script.trace());

@@ -14,10 +14,10 @@ use harness::{
     backends::TestEnvironment,
     contract,
     http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-    test_server::TestServer,
     instance_faults,
     rush::{Program, Rush, SALE},
     slow_clients::withstands_idle_and_slow_clients,
+    test_server::TestServer,
 };
 use lv4_kafka::{LEVEL, pipeline::lag};
 use rstest::rstest;

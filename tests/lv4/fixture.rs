@@ -15,9 +15,9 @@ use harness::{
     backends::{self, TestEnvironment},
     history::Answer,
     history_recorder::HistoryRecorder,
-    test_server::TestServer,
     judge::Verdict,
     rush::{Program, SALE},
+    test_server::TestServer,
     until,
 };
 use lv4_kafka::{
@@ -132,7 +132,10 @@ impl Fixture {
         let stopping = self
             .start_instance(&[("OVERSOLD_STOP_AT", &format!("{point}#1"))])
             .await;
-        stopping.wait_until_stopped(TIMEOUT).await.expect("the fault did not strike");
+        stopping
+            .wait_until_stopped(TIMEOUT)
+            .await
+            .expect("the fault did not strike");
         stopping
     }
 

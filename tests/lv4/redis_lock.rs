@@ -161,7 +161,10 @@ async fn a_consumer_frozen_past_its_lease_sells_a_ticket_again() {
         OrderMessage::new(id, &order(SALE, buyer)).to_bytes()
     });
     fixture.produce(of_first, &[&ann]).await.unwrap();
-    first.wait_until_stopped(TIMEOUT).await.expect("the fault did not strike");
+    first
+        .wait_until_stopped(TIMEOUT)
+        .await
+        .expect("the fault did not strike");
     let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
     until("the lease has expired", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)

@@ -151,7 +151,7 @@ impl Reserve for Optimistic {
             if attempt == ATTEMPTS || started.elapsed() > DEADLINE {
                 break;
             }
-            self.context.counts.retries.inc();
+            self.context.metrics.retries.inc();
             // Full jitter, so that conflicting attempts do not retry together. No connection is
             // held meanwhile.
             let pause = longest.mul_f64(rand::random_range(0.0..1.0));

@@ -76,7 +76,11 @@ impl Locked {
             config.set("enable.auto.commit", "false");
             // ANCHOR_END: consumer
             let consumer = OrderConsumer::subscribe(&self.pipeline.kafka, &config)?;
-            let steps = self.pipeline.context.instrumentation.steps(&format!("consumer {number}"));
+            let steps = self
+                .pipeline
+                .context
+                .instrumentation
+                .steps(&format!("consumer {number}"));
             self.pipeline
                 .spawn_consumer(consumer.joined(), self.clone().run_consumer(consumer, steps));
         }

@@ -94,7 +94,11 @@ impl SingleWriter {
             let mut config = consumer_config(&self.pipeline.kafka);
             config.set("enable.auto.commit", "false");
             let consumer = OrderConsumer::subscribe(&self.pipeline.kafka, &config)?;
-            let steps = self.pipeline.context.instrumentation.steps(&format!("consumer {number}"));
+            let steps = self
+                .pipeline
+                .context
+                .instrumentation
+                .steps(&format!("consumer {number}"));
             self.pipeline
                 .spawn_consumer(consumer.joined(), self.clone().run_consumer(consumer, steps));
         }

@@ -5,7 +5,9 @@ use std::time::Duration;
 use anyhow::Context;
 use box_office::{KafkaConfig, kafka_bootstrap_servers, kafka_prefix};
 use clap::{Args, Subcommand};
-use lv4_kafka::pipeline::{DeadLetter, Undelivered, dead_letter_topic, dead_letters, replay, replay_all, topic};
+use lv4_kafka::pipeline::{
+    DeadLetter, Undelivered, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all,
+};
 use rdkafka::error::KafkaError;
 
 use crate::exit::ExitKind;

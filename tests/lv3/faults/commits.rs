@@ -38,24 +38,24 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
         CarriedOut::InTime => LEASE * 2,
         CarriedOut::TooLate => LEASE,
     };
-    let behind = program(lease).variable("DATABASE_URL", proxy.instead_of(&stand.database().url()));
+    let behind = program(lease).variable("DATABASE_URL", proxy.url_through(&stand.database().url()));
     let (first, second) = tokio::join!(
         async {
-            let first = TestServer::with(&stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::start(&stand, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
         instance(&stand, name, lease)
     );
-    second.opens_a_sale(1).await.unwrap();
+    second.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
         wait_for_commit(&held).await;
-        inject(&proxy, Cut::Everything).await;
-        ledger.struck("a commit has lost its connection");
+        inject(&proxy, Fault::CloseAll).await;
+        ledger.record_fault("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
-    let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
+    let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
         let at_the_row = async || held.waiting("transactionid tuple").await.unwrap() > 0;
         if carried == CarriedOut::InTime && keeps && name != "fenced" {
             // The lock is neither renewed nor released.
@@ -71,16 +71,16 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
             // He acquires the lock, and waits for the row lock.
             until("Bob waits for the row", at_the_row).await;
         }
-        held.go_on().await.unwrap();
+        held.release().await.unwrap();
     });
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
     match keeps {
         true => assert_eq!(bob, SOLD_OUT),
         false => assert!(is_confirmed(&bob), "{bob:?}"),
     }
     assert!(
-        is_confirmed(&ledger.ask(&second, 1).await),
+        is_confirmed(&ledger.reserve(&second, 1).await),
         "her commit was carried out"
     );
     first.stop().await.unwrap();
@@ -99,18 +99,18 @@ async fn a_buyer_who_retries_while_her_commit_is_in_flight_has_one_reservation()
     let lock = Lock::of(SALE, &stand, &redis);
     let ledger = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(instance(&stand, name, LEASE), instance(&stand, name, LEASE));
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
 
-    let (once, again) = tokio::join!(ledger.ask(&first, 1), async {
+    let (once, again) = tokio::join!(ledger.reserve(&first, 1), async {
         wait_for_commit(&held).await;
         lock.expire().await;
-        let (again, ()) = tokio::join!(ledger.ask(&second, 1), async {
+        let (again, ()) = tokio::join!(ledger.reserve(&second, 1), async {
             until("she waits for the row", async || {
                 held.waiting("transactionid tuple").await.unwrap() > 0
             })
             .await;
-            held.go_on().await.unwrap();
+            held.release().await.unwrap();
         });
         again
     });
@@ -132,7 +132,7 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
     let redis = backends::redis().await.unwrap();
     let lock = Lock::of(SALE, &stand, &redis);
     let second = instance(&stand, name, LEASE * 10).await;
-    second.opens_a_sale(1).await.unwrap();
+    second.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let context = StrategyContext {
         database: StrategyContext::pool_options(1)
@@ -140,10 +140,10 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
             .await
             .unwrap(),
         work: Duration::ZERO,
-        counts: StrategyMetrics::default(),
+        metrics: StrategyMetrics::default(),
         redis: stand.redis(LEASE * 10).unwrap(),
         kafka: None,
-        watch: Instrumentation::default(),
+        instrumentation: Instrumentation::default(),
     };
     let here = (strategy.open)(context).await.unwrap();
     let order = Order {
@@ -161,12 +161,12 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
         }
     }
     let ledger = HistoryRecorder::new(strategy);
-    let (bob, ()) = tokio::join!(ledger.ask(&second, 2), async {
+    let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
         // Far longer than he needs to reach the row, if the lock does not stop him.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let at_the_row = held.waiting("transactionid tuple").await.unwrap();
         assert!(lock.is_held().await && at_the_row == 0, "her lock is not hers any more");
-        held.go_on().await.unwrap();
+        held.release().await.unwrap();
     });
     assert_eq!(bob, SOLD_OUT);
     second.stop().await.unwrap();

@@ -32,22 +32,22 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
         instance_frozen_at(DECIDED, &stand, name, lease),
         instance(&stand, name, lease)
     );
-    first.opens_a_sale(1).await.unwrap();
+    first.create_rush_sale(1).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
         wait_until_frozen(&first, PATIENCE).await;
-        ledger.struck("the first instance frozen");
+        ledger.record_fault("the first instance frozen");
         until("the lease has ended", async || !lock.is_held().await).await;
-        let bob = ledger.ask(&second, 2).await;
+        let bob = ledger.reserve(&second, 2).await;
         assert!(is_confirmed(&bob), "the lock is free, and Bob gets {bob:?}");
-        first.goes_on().await.unwrap();
-        ledger.healed();
+        first.resume().await.unwrap();
+        ledger.record_recovery();
     });
     match late {
         StaleHolder::Oversells => assert!(is_confirmed(&ann), "{ann:?}"),
         StaleHolder::IsRejected => {
             assert_eq!(ann, Answer::Indeterminate);
-            assert_eq!(ledger.ask(&first, 1).await, SOLD_OUT);
+            assert_eq!(ledger.reserve(&first, 1).await, SOLD_OUT);
         }
     }
     first.stop().await.unwrap();
@@ -76,25 +76,25 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
         instance_frozen_at(DECIDED, &stand, name, lease),
         instance(&stand, name, lease)
     );
-    first.opens_a_sale(3).await.unwrap();
+    first.create_rush_sale(3).await.unwrap();
     // The surviving instance has acquired and released the lock before.
-    assert!(is_confirmed(&ledger.ask(&second, 1).await));
+    assert!(is_confirmed(&ledger.reserve(&second, 1).await));
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 2), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 2), async {
         wait_until_frozen(&first, PATIENCE).await;
         assert!(lock.is_held().await, "the fault did not strike: the lock was free");
         kill_frozen(&first).await;
-        ledger.struck("the first instance killed");
+        ledger.record_fault("the first instance killed");
         assert!(
             lock.is_held().await,
             "the fault did not strike: the lock went before its holder did"
         );
-        ledger.healed();
+        ledger.record_recovery();
     });
     assert_eq!(ann, Answer::Indeterminate);
 
     // A correct strategy waits for the end of the lease, long before a buyer gives up.
-    let bob = timeout(lease + Duration::from_secs(5), ledger.ask(&second, 3)).await;
+    let bob = timeout(lease + Duration::from_secs(5), ledger.reserve(&second, 3)).await;
     if !others_get_in {
         assert!(bob.is_err(), "Bob gets {bob:?}, though the lock's holder is dead");
         if name != "mutants/message-alone" {
@@ -108,10 +108,10 @@ async fn a_killed_holder_is_outlived_by_its_lock_for_one_lease(#[case] name: &st
     let bob = bob.expect("the lock outlived its holder by more than a lease");
     assert!(is_confirmed(&bob), "{bob:?}");
     assert!(
-        is_confirmed(&ledger.ask(&second, 2).await),
+        is_confirmed(&ledger.reserve(&second, 2).await),
         "nothing was sold to her before"
     );
-    assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
+    assert_eq!(ledger.reserve(&second, 4).await, SOLD_OUT);
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
     assert_after_fault(strategy(name), &verdict, &[]);
@@ -137,17 +137,17 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     };
     let (program, strategy) = (program(lease), strategy(name));
     let slow = async || {
-        TestServer::during(&rush, &stand, &program, &LEVEL, strategy)
+        TestServer::start_for(&rush, &stand, &program, &LEVEL, strategy)
             .await
             .unwrap()
     };
     let (first, second) = tokio::join!(slow(), slow());
-    first.opens_a_sale(1).await.unwrap();
+    first.create_rush_sale(1).await.unwrap();
 
     let began = Instant::now();
-    let (ann, bob) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, bob) = tokio::join!(ledger.reserve(&first, 1), async {
         until("Ann has the lock", async || lock.is_held().await).await;
-        ledger.ask(&second, 2).await
+        ledger.reserve(&second, 2).await
     });
     assert!(began.elapsed() > lease * 2, "the fault did not strike: she was quick");
     assert!(is_confirmed(&ann));
@@ -210,27 +210,27 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(
         work: LEASE * 3,
         ..Rush::default()
     };
-    let behind = program(LEASE).variable("REDIS_URL", proxy.instead_of(redis.url()));
+    let behind = program(LEASE).variable("REDIS_URL", proxy.url_through(redis.url()));
     let (first, second) = tokio::join!(
         async {
-            let first = TestServer::during(&slow, &stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::start_for(&slow, &stand, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
         instance(&stand, name, LEASE)
     );
-    second.opens_a_sale(1).await.unwrap();
+    second.create_rush_sale(1).await.unwrap();
 
     let began = Instant::now();
     let ann = async {
-        let ann = ledger.ask(&first, 1).await;
+        let ann = ledger.reserve(&first, 1).await;
         (ann, began.elapsed())
     };
     let bob = async {
         lock.wait_for_renewal().await;
-        inject(&proxy, Cut::Everything).await;
-        ledger.struck("the holder is cut off from Redis");
+        inject(&proxy, Fault::CloseAll).await;
+        ledger.record_fault("the holder is cut off from Redis");
         until("the lease has ended", async || !lock.is_held().await).await;
-        let bob = ledger.ask(&second, 2).await;
+        let bob = ledger.reserve(&second, 2).await;
         (bob, began.elapsed())
     };
     let ((ann, worked), (bob, by)) = tokio::join!(ann, bob);
@@ -240,10 +240,10 @@ async fn a_live_holder_that_cannot_renew_sells_unless_the_row_checks_its_token(
     );
     assert!(is_confirmed(&bob), "{bob:?}");
     assert_stale_answer(&ann, late);
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
     if late == StaleHolder::IsRejected {
-        assert_eq!(ledger.ask(&second, 1).await, SOLD_OUT);
+        assert_eq!(ledger.reserve(&second, 1).await, SOLD_OUT);
     }
     first.stop().await.unwrap();
     second.stop().await.unwrap();
@@ -268,21 +268,21 @@ async fn a_fence_is_not_lowered_by_a_stale_holder() {
         instance_frozen_at("lock taken", &stand, name, lease),
         instance(&stand, name, lease)
     );
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
 
-    let (ann, raised) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, raised) = tokio::join!(ledger.reserve(&first, 1), async {
         wait_until_frozen(&first, PATIENCE).await;
-        ledger.struck("the first instance frozen");
+        ledger.record_fault("the first instance frozen");
         until("the lease has ended", async || !lock.is_held().await).await;
-        assert!(is_confirmed(&ledger.ask(&second, 2).await));
+        assert!(is_confirmed(&ledger.reserve(&second, 2).await));
         let raised = fence().await;
-        first.goes_on().await.unwrap();
-        ledger.healed();
+        first.resume().await.unwrap();
+        ledger.record_recovery();
         raised
     });
     assert_eq!(ann, Answer::Indeterminate);
     assert_eq!(fence().await, raised);
-    assert!(is_confirmed(&ledger.ask(&first, 1).await));
+    assert!(is_confirmed(&ledger.reserve(&first, 1).await));
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     database.close().await;

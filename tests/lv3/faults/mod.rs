@@ -25,9 +25,9 @@ use harness::{
     backends::{self, Private, Redis, Reply, TestEnvironment},
     history::{Answer, Refused},
     history_recorder::HistoryRecorder,
-    http_contract::TestServer,
-    proxy::{Cut, Proxy},
+    proxy::{Fault, Proxy},
     rush::{Program, Rush, SALE},
+    test_server::TestServer,
 };
 
 use lv3_redis_lock::{
@@ -60,7 +60,7 @@ fn program(lease: Duration) -> Program {
 
 /// Starts one instance.
 async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
-    TestServer::with(stand, &program(lease), &LEVEL, strategy(name))
+    TestServer::start(stand, &program(lease), &LEVEL, strategy(name))
         .await
         .unwrap()
 }
@@ -68,7 +68,9 @@ async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestS
 /// Starts an instance that freezes when the first reservation reaches this point.
 async fn instance_frozen_at(point: &str, stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
     let program = program(lease).variable("OVERSOLD_STOP_AT", format!("{point}#1"));
-    TestServer::with(stand, &program, &LEVEL, strategy(name)).await.unwrap()
+    TestServer::start(stand, &program, &LEVEL, strategy(name))
+        .await
+        .unwrap()
 }
 
 /// The lock of a sale, read from Redis directly.
@@ -131,7 +133,7 @@ impl<'a> Lock<'a> {
 
 /// Waits until the process is frozen at its point.
 async fn wait_until_frozen(talk: &TestServer, patience: Duration) {
-    let frozen = talk.stands_still(patience).await;
+    let frozen = talk.wait_until_stopped(patience).await;
     frozen.expect("the fault did not strike: the process runs on");
 }
 
@@ -142,8 +144,8 @@ async fn kill_frozen(talk: &TestServer) {
 }
 
 /// Injects a fault at the proxy, and waits until it has affected a connection.
-async fn inject(proxy: &Proxy, cut: Cut) {
-    proxy.cuts(cut);
+async fn inject(proxy: &Proxy, cut: Fault) {
+    proxy.inject(cut);
     until("the fault did not strike: no connection passed the proxy", async || {
         proxy.has_struck()
     })
@@ -153,7 +155,7 @@ async fn inject(proxy: &Proxy, cut: Cut) {
 /// Waits until a commit is in flight.
 async fn wait_for_commit(held: &DelayedCommits) {
     until("the fault did not strike: no commit is in flight", async || {
-        held.have_struck().await.unwrap()
+        held.has_struck().await.unwrap()
     })
     .await;
 }
@@ -171,13 +173,13 @@ async fn a_fault_that_does_not_strike_is_noticed() {
         panic_of(lock.expire()),
         panic_of(lock.wait_for_renewal()),
         panic_of(wait_until_frozen(&talk, PATIENCE)),
-        panic_of(inject(&proxy, Cut::Everything)),
+        panic_of(inject(&proxy, Fault::CloseAll)),
         panic_of(wait_for_commit(&held)),
     );
     for panic in <[String; 5]>::from(does_not) {
         assert!(panic.contains("did not strike"), "{panic}");
     }
-    held.go_on().await.unwrap();
+    held.release().await.unwrap();
     talk.stop().await.unwrap();
 }
 

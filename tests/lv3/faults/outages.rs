@@ -12,36 +12,36 @@ async fn an_unreachable_redis_sells_nothing_twice_and_sales_resume_by_themselves
     let redis = backends::redis().await.unwrap();
     let ledger = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redis_at(proxy.port()).unwrap();
+    stand.redirect_redis(proxy.port()).unwrap();
     let (first, second) = tokio::join!(
         instance_frozen_at(DECIDED, &stand, name, LEASE),
         instance(&stand, name, LEASE)
     );
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 1), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
         wait_until_frozen(&first, PATIENCE).await;
-        inject(&proxy, Cut::Everything).await;
-        ledger.struck("Redis is cut");
+        inject(&proxy, Fault::CloseAll).await;
+        ledger.record_fault("Redis is cut");
         let sent = proxy.bytes_to_server();
-        let bob = ledger.ask(&second, 2).await;
+        let bob = ledger.reserve(&second, 2).await;
         assert_eq!(bob, Answer::Indeterminate);
         assert_eq!(proxy.bytes_to_server(), sent, "the fault did not strike");
-        first.goes_on().await.unwrap();
+        first.resume().await.unwrap();
     });
     assert!(is_confirmed(&ann) || ann == Answer::Indeterminate, "{ann:?}");
-    assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
-    proxy.cuts(Cut::Nothing);
-    ledger.healed();
+    assert_eq!(ledger.reserve(&second, 3).await, Answer::Indeterminate);
+    proxy.inject(Fault::None);
+    ledger.record_recovery();
 
     for (talk, what) in [(&first, "the first is ready"), (&second, "the second is ready")] {
         until(what, async || talk.get("/readyz").await.unwrap().status.is_success()).await;
     }
     for (talk, buyer) in [(&first, 1), (&second, 2)] {
-        let told = ledger.ask(talk, buyer).await;
+        let told = ledger.reserve(talk, buyer).await;
         assert!(is_confirmed(&told), "buyer {buyer} gets {told:?}");
     }
-    assert_eq!(ledger.ask(&second, 3).await, SOLD_OUT);
+    assert_eq!(ledger.reserve(&second, 3).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();
@@ -67,16 +67,16 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
         instance_frozen_at(DECIDED, &stand, name, LEASE),
         instance(&stand, name, LEASE)
     );
-    second.opens_a_sale(BEFORE + 1).await.unwrap();
+    second.create_rush_sale(BEFORE + 1).await.unwrap();
     for buyer in 1..=BEFORE {
-        assert!(is_confirmed(&ledger.ask(&second, buyer.into()).await));
+        assert!(is_confirmed(&ledger.reserve(&second, buyer.into()).await));
     }
 
     let (late, early) = (100, 101);
-    let (told_late, ()) = tokio::join!(ledger.ask(&first, late), async {
+    let (told_late, ()) = tokio::join!(ledger.reserve(&first, late), async {
         wait_until_frozen(&first, PATIENCE).await;
         let before = fence().await;
-        ledger.struck("Redis has lost its memory");
+        ledger.record_fault("Redis has lost its memory");
         let pid = redis.pid().await.unwrap();
         redis.kill().await.unwrap();
         redis.start().await.unwrap();
@@ -86,13 +86,13 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
             Reply::Int(0),
             "the fault did not strike"
         );
-        ledger.healed();
+        ledger.record_recovery();
         until("the second is ready", async || {
             second.get("/readyz").await.unwrap().status.is_success()
         })
         .await;
 
-        let told = ledger.ask(&second, early).await;
+        let told = ledger.reserve(&second, early).await;
         let after = fence().await;
         if grow {
             assert!(is_confirmed(&told), "{told:?}");
@@ -100,14 +100,14 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
         } else {
             // The tokens restart at 1, and the row has seen greater ones.
             assert_eq!(told, Answer::Indeterminate);
-            assert_eq!(ledger.ask(&second, early).await, Answer::Indeterminate);
+            assert_eq!(ledger.reserve(&second, early).await, Answer::Indeterminate);
             assert_eq!(after, before);
         }
-        first.goes_on().await.unwrap();
+        first.resume().await.unwrap();
     });
     if grow {
         assert_eq!(told_late, Answer::Indeterminate, "the late holder's write");
-        assert_eq!(ledger.ask(&second, late).await, SOLD_OUT);
+        assert_eq!(ledger.reserve(&second, late).await, SOLD_OUT);
     } else {
         assert!(is_confirmed(&told_late), "{told_late:?}");
     }
@@ -134,8 +134,8 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
         instance_frozen_at(DECIDED, &stand, name, lease),
         instance(&stand, name, lease)
     );
-    first.opens_a_sale(3).await.unwrap();
-    assert!(is_confirmed(&ledger.ask(&second, 1).await));
+    first.create_rush_sale(3).await.unwrap();
+    assert!(is_confirmed(&ledger.reserve(&second, 1).await));
     let release = Script::new(release);
     let bare = ["EVALSHA", release.get_hash(), "1", "nothing", "nobody"];
     let flush = async || {
@@ -148,10 +148,10 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     };
 
     flush().await;
-    assert!(is_confirmed(&ledger.ask(&second, 2).await));
+    assert!(is_confirmed(&ledger.reserve(&second, 2).await));
     if name == "mutants/bare-evalsha" {
         assert!(lock.is_held().await, "the lock was released");
-        assert_eq!(ledger.ask(&second, 3).await, Answer::Indeterminate);
+        assert_eq!(ledger.reserve(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
         second.stop().await.unwrap();
         let verdict = ledger.verdict(&stand).await.unwrap();
@@ -159,15 +159,15 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
         return;
     }
     // And while the lock is held.
-    let (ann, ()) = tokio::join!(ledger.ask(&first, 3), async {
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 3), async {
         wait_until_frozen(&first, PATIENCE).await;
         flush().await;
         assert!(lock.is_held().await);
-        first.goes_on().await.unwrap();
+        first.resume().await.unwrap();
     });
     assert!(is_confirmed(&ann));
     until("the lock is released", async || !lock.is_held().await).await;
-    assert_eq!(ledger.ask(&second, 4).await, SOLD_OUT);
+    assert_eq!(ledger.reserve(&second, 4).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     let verdict = ledger.verdict(&stand).await.unwrap();

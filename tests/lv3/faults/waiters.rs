@@ -63,27 +63,27 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
     let ledger = HistoryRecorder::new(strategy(name));
     let first = instance_frozen_at(DECIDED, &stand, name, lease).await;
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redis_at(proxy.port()).unwrap();
+    stand.redirect_redis(proxy.port()).unwrap();
     let second = instance(&stand, name, lease).await;
-    first.opens_a_sale(2).await.unwrap();
+    first.create_rush_sale(2).await.unwrap();
 
     let holds = async {
-        let ann = ledger.ask(&first, 1).await;
+        let ann = ledger.reserve(&first, 1).await;
         assert!(is_confirmed(&ann), "{ann:?}");
     };
     let waits = async {
         wait_until_frozen(&first, PATIENCE).await;
-        let mut bob = Box::pin(ledger.ask(&second, 2));
+        let mut bob = Box::pin(ledger.reserve(&second, 2));
         let strikes = async {
             until("Bob listens", async || lock.listeners().await == 1).await;
-            inject(&proxy, Cut::Saying("SUBSCRIBE")).await;
-            ledger.struck("the messages of releases are lost");
+            inject(&proxy, Fault::CloseOn("SUBSCRIBE")).await;
+            ledger.record_fault("the messages of releases are lost");
             until("there are no subscribers", async || lock.listeners().await == 0).await;
             assert!(
                 lock.is_held().await,
                 "the fault did not strike: the lease expired before the release"
             );
-            first.goes_on().await.unwrap();
+            first.resume().await.unwrap();
             until("the lock is released", async || !lock.is_held().await).await;
             assert_eq!(
                 lock.listeners().await,
@@ -102,13 +102,13 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
             Err(_) => {
                 assert!(!lock.is_held().await, "the lock is held");
                 // He waits for the message alone.
-                proxy.cuts(Cut::Nothing);
+                proxy.inject(Fault::None);
                 timeout(PATIENCE, bob).await.expect("he still waits")
             }
         };
         assert!(is_confirmed(&told));
-        proxy.cuts(Cut::Nothing);
-        ledger.healed();
+        proxy.inject(Fault::None);
+        ledger.record_recovery();
     };
     tokio::join!(holds, waits);
     first.stop().await.unwrap();

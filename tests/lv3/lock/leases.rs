@@ -199,9 +199,9 @@ async fn one_renewal_may_fail_and_the_next_still_comes_in_time(#[case] kind: Kin
     // for the next renewal.
     let lock = env.lock(kind, Lease::Renewed(ms(1_500))).await;
     let held = lock.take("sale").await;
-    proxy.cuts(Cut::Silence(""));
+    proxy.inject(Fault::Blackhole(""));
     held.lost().await;
-    assert!(proxy.connections_silenced() > 0, "the fault did not strike");
-    let renewals = proxy.said_in_vain();
+    assert!(proxy.connections_blackholed() > 0, "the fault did not strike");
+    let renewals = proxy.chunks_discarded();
     assert!(renewals >= 2, "{renewals} within one lease");
 }

@@ -54,8 +54,8 @@ use std::{
 use futures_util::StreamExt;
 
 use harness::{
-    backends::{self, Prefix, Redis, keeper},
-    proxy::{Cut, Proxy},
+    backends::{self, Prefix, Redis, reaper},
+    proxy::{Fault, Proxy},
 };
 
 use lv3_redis_lock::lock::{

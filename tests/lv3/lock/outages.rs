@@ -134,13 +134,13 @@ async fn all_tasks_in_a_local_queue_fail_together_when_redis_does_not_answer(#[c
     let _: i64 = env.command(&["PEXPIRE", &key, "3000"]).await;
     let waiters: Vec<_> = (0..WAITERS).map(|_| lock.spawn_waiter("sale", LONG_WAIT)).collect();
     eventually("they listen", async || env.listeners(&key).await == 1).await;
-    proxy.cuts(Cut::Silence(""));
+    proxy.inject(Fault::Blackhole(""));
     for waiter in waiters {
         let told = waiter.await.unwrap();
         assert!(matches!(told, Err(LockError::Redis(_))), "{:?}", told.err());
     }
-    assert!(proxy.connections_silenced() > 0, "the fault did not strike");
-    let asked = proxy.said_in_vain();
+    assert!(proxy.connections_blackholed() > 0, "the fault did not strike");
+    let asked = proxy.chunks_discarded();
     assert!(asked < WAITERS as u64, "Redis was asked {asked} times");
 }
 
@@ -156,13 +156,13 @@ async fn after_an_error_later_waiters_of_the_process_wait_again(#[case] kind: Ki
         behind.lock(kind, LONG).await,
         LockEnvironment::on(&server).await.lock(kind, LONG).await,
     );
-    proxy.cuts(Cut::Everything);
+    proxy.inject(Fault::CloseAll);
     let failed = lock.acquire("sale", &Owner::fresh(), LONG_WAIT).await.err();
     assert!(
         matches!(failed, Some(LockError::Redis(_))),
         "the fault did not strike: {failed:?}"
     );
-    proxy.cuts(Cut::Nothing);
+    proxy.inject(Fault::None);
     answers_again(&lock).await;
 
     let held = other.take("sale").await;

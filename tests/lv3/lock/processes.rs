@@ -6,7 +6,7 @@ const ROLE: &str = "LV3_LOCK_ROLE";
 
 /// Starts this program again as another process with a role.
 fn process(role: &str, kind: Kind, env: &LockEnvironment) -> tokio::process::Command {
-    let command = keeper::command(std::env::current_exe().unwrap()).unwrap();
+    let command = reaper::command(std::env::current_exe().unwrap()).unwrap();
     let mut command = tokio::process::Command::from(command);
     command
         .args([

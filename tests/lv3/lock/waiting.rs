@@ -314,14 +314,14 @@ async fn a_dead_subscription_is_detected_and_replaced(#[case] kind: Kind) {
         env.listeners(&here.key("sale")).await == 1
     })
     .await;
-    proxy.cuts(Cut::Silence("SUBSCRIBE"));
-    eventually("it went silent", async || proxy.connections_silenced() == 1).await;
+    proxy.inject(Fault::Blackhole("SUBSCRIBE"));
+    eventually("it went silent", async || proxy.connections_blackholed() == 1).await;
     assert_eq!(held.release().await.unwrap(), Released::Free);
-    proxy.cuts(Cut::Nothing);
+    proxy.inject(Fault::None);
     // Without a reconnect it would wait for the end of the lease, which is longer than its time
     // limit.
     let (_next, _at) = waiter.await.unwrap().unwrap();
-    assert!(proxy.said_in_vain() > 0, "the connection was never pinged");
+    assert!(proxy.chunks_discarded() > 0, "the connection was never pinged");
 }
 
 /// The next local task asks right behind the release. Without a bound, an endless local queue would
@@ -339,7 +339,7 @@ async fn a_process_with_an_endless_queue_does_not_starve_others(#[case] kind: Ki
     let (env, proxy) = behind_a_proxy(&server).await;
     let (crowd, elsewhere) = (env.lock(kind, LONG).await, direct.lock(kind, LONG).await);
     // On a network with other traffic, a release and the command behind it arrive together.
-    proxy.cuts(Cut::Slow(ms(1)));
+    proxy.inject(Fault::Delay(ms(1)));
     let others: Vec<_> = (0..4)
         .map(|_| {
             let redis = crowd.connections().clone();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use box_office::{KafkaConfig, Order, RequestKey, Strategy};
 use harness::rush::{Program, SALE};
-use lv4_kafka::pipeline::{OrderMessage, PARTITIONS, topic};
+use lv4_kafka::pipeline::{OrderMessage, PARTITIONS, orders_topic};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},

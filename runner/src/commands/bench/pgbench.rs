@@ -1,10 +1,6 @@
 //! The ceiling of a strategy: the same statements, sent to the database by `pgbench` without a server in between.
 
-use std::{
-    path::PathBuf,
-    thread::available_parallelism,
-    time::Duration,
-};
+use std::{path::PathBuf, thread::available_parallelism, time::Duration};
 
 use crate::{levels::SelectedStrategy, repository::root};
 use anyhow::Context;
@@ -129,7 +125,6 @@ fn parse(output: &str) -> anyhow::Result<PgbenchReport> {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-
 
     use super::*;
 

@@ -11,7 +11,7 @@ use std::{fs::File, sync::Arc, time::Duration};
 
 use anyhow::{bail, ensure};
 use harness::backends::{Private, Redis, Reply};
-use lv3_redis_lock::lock::{Connections, Guard, Lease, Owner, Backoff, RLock, SpinLock, FencingTokens};
+use lv3_redis_lock::lock::{Backoff, Connections, FencingTokens, Guard, Lease, Owner, RLock, SpinLock};
 use serde::Serialize;
 
 use super::{BenchArgs, ONLY_LV3, environment::print_void, redis_benchmark::RedisBenchmark, warn_of_debug_build};
@@ -42,7 +42,11 @@ impl Lock {
         Ok(match strategy {
             "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(LEASE), Backoff::default())?),
             "rlock" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), FencingTokens::None)?),
-            "fenced" => Self::RLock(RLock::new(connections, Lease::Renewed(LEASE), FencingTokens::Monotonic)?),
+            "fenced" => Self::RLock(RLock::new(
+                connections,
+                Lease::Renewed(LEASE),
+                FencingTokens::Monotonic,
+            )?),
             other => bail!("{other} has no lock that is measured"),
         })
     }
