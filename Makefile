@@ -51,23 +51,30 @@ endif
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
+# Said before the first build: cargo shows its own progress, and not how long it takes.
+define announce_build
+@[ -e target/$(1) ] || echo "building for the first time: $(2) on two cores, seconds from then on"
+endef
+
 rush: ## Sell 100 tickets to 1,000 buyers at once, and judge what came of it
 	@infra/setup.sh $(services)
-	cargo run --quiet --package oversold $(features) -- rush $(chosen) $(ARGS)
+	$(call announce_build,debug/oversold,about $(if $(LEVEL),four,six) minutes)
+	cargo run --package oversold $(features) -- rush $(chosen) $(ARGS)
 
 test: ## Run the suite, of all levels or of one
 	@infra/setup.sh $(services)
+	$(call announce_build,debug/deps,four to ten minutes)
 	cargo test $(if $(LEVEL),--package $(package)) $(ARGS)
 
 red: ## Show the contract test as it fails: make red LEVEL=lv1 [STRATEGY=read-then-write]
 	@test -n "$(LEVEL)" || { echo "make red takes a level: make red LEVEL=lv1"; exit 2; }
 	@infra/setup.sh $(services)
-	@cargo run --quiet --package oversold $(features) -- red $(chosen) $(ARGS)
+	@cargo run --package oversold $(features) -- red $(chosen) $(ARGS)
 
 trace: ## Show one exact interleaving: make trace LEVEL=lv1 [STRATEGY=check-then-decrement]
 	@test -n "$(LEVEL)" || { echo "make trace takes a level: make trace LEVEL=lv1"; exit 2; }
 	@infra/setup.sh $(services)
-	cargo run --quiet --package oversold $(features) -- trace $(chosen) $(ARGS)
+	cargo run --package oversold $(features) -- trace $(chosen) $(ARGS)
 
 book: $(mdbook) ## Read the book at http://localhost:3000
 	$(mdbook) serve book $(ARGS)
@@ -106,7 +113,7 @@ bench: ## Measure one strategy beside the database's own ceiling: make bench LEV
 	@test -n "$(LEVEL)" || { echo "make bench takes a level: make bench LEVEL=lv2 STRATEGY=pessimistic"; exit 2; }
 	@infra/setup.sh $(services)
 	@infra/bench-tools.sh
-	cargo run --release --quiet --package oversold $(features) -- bench $(chosen) $(ARGS)
+	cargo run --release --package oversold $(features) -- bench $(chosen) $(ARGS)
 
 benchmarks: ## Hold the suite's own costs to their bounds: a rush against a server that does nothing, and the judge
 	@infra/setup.sh postgres

@@ -118,10 +118,19 @@ install_packages() {
     note=". No server is left running"
     [ "$1" != tools ] || note=
     say "installing $name with apt-get${sudo:+, with sudo}: $apt, about $megabytes MB to download$note"
-    "without_a_server_$1" &&
-        $sudo apt-get update -qq >&2 &&
-        # shellcheck disable=SC2086 # one word for each package
-        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $apt >&2 || return 1
+    # What apt says is shown only if it fails.
+    apt_log=$(mktemp)
+    if ! {
+        "without_a_server_$1" &&
+            $sudo apt-get update -qq &&
+            # shellcheck disable=SC2086 # one word for each package
+            $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $apt
+    } >"$apt_log" 2>&1; then
+        cat "$apt_log" >&2
+        rm -f "$apt_log"
+        return 1
+    fi
+    rm -f "$apt_log"
     "afterwards_$1"
     $sudo rm -f ${rule:+"$rule"}
     trap - EXIT

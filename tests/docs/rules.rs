@@ -127,7 +127,14 @@ fn includes_of_nothing(pages: &[Page], read: impl Fn(&Path) -> Option<String>) -
                 ));
                 continue;
             }
-            for mark in ["ANCHOR", "ANCHOR_END"] {
+            // A patch is included from its anchor to its end.
+            let is_patch = file.extension().is_some_and(|extension| extension == "patch");
+            let marks: &[&str] = if is_patch {
+                &["ANCHOR"]
+            } else {
+                &["ANCHOR", "ANCHOR_END"]
+            };
+            for mark in marks {
                 let mark = format!("{mark}: {anchor}");
                 if !text.lines().any(|line| line.trim_end().ends_with(&mark)) {
                     problems.push(Problem::new(

@@ -179,7 +179,7 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 }
 
 #[tokio::test]
-#[should_panic(expected = "somebody is undecided: an instance left before it had answered")]
+#[should_panic(expected = "a request has an unknown outcome: an instance left before it had answered")]
 async fn a_rolling_restart_of_servers_that_do_not_drain_is_noticed() {
     let program = instance_faults::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
     let strategy = strategy("pessimistic");

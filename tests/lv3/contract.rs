@@ -24,7 +24,7 @@ use lv3_redis_lock::{LEVEL, lock::Connections};
 use redis::Cmd;
 use rstest::rstest;
 
-fn program() -> Program {
+pub(crate) fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv3-redis-lock"))
 }
 
@@ -34,14 +34,14 @@ fn program_with_short_leases() -> Program {
     program().variable("LOCK_LEASE_MS", "2000")
 }
 
-fn strategy(name: &str) -> &'static Strategy {
+pub(crate) fn strategy(name: &str) -> &'static Strategy {
     LEVEL
         .strategy(name)
         .unwrap_or_else(|| panic!("LV.3 has no strategy {name}"))
 }
 
-const KEEPS: Promises = Promises::ALL_KEPT;
-const OVERSELLS: Promises = Promises::ALL_KEPT
+pub(crate) const KEEPS: Promises = Promises::ALL_KEPT;
+pub(crate) const OVERSELLS: Promises = Promises::ALL_KEPT
     .breaks(&[NoOversell, Conservation])
     .leaves_open(&[NoDuplicate, OneAnswer]);
 

@@ -5,3 +5,4 @@
 mod contract;
 mod faults;
 mod lock;
+mod mutants;

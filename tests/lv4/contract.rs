@@ -22,7 +22,7 @@ use harness::{
 use lv4_kafka::{LEVEL, pipeline::lag};
 use rstest::rstest;
 
-fn program() -> Program {
+pub(crate) fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
 }
 
@@ -46,14 +46,14 @@ fn program_for_instance_faults(name: &str) -> Program {
     }
 }
 
-fn strategy(name: &str) -> &'static Strategy {
+pub(crate) fn strategy(name: &str) -> &'static Strategy {
     LEVEL
         .strategy(name)
         .unwrap_or_else(|| panic!("LV.4 has no strategy {name}"))
 }
 
-const KEEPS: Promises = Promises::ALL_KEPT;
-const OVERSELLS: Promises = Promises::ALL_KEPT
+pub(crate) const KEEPS: Promises = Promises::ALL_KEPT;
+pub(crate) const OVERSELLS: Promises = Promises::ALL_KEPT
     .breaks(&[NoOversell, Conservation])
     .leaves_open(&[NoDuplicate, OneAnswer]);
 

@@ -14,6 +14,7 @@ mod database;
 mod dead_letters;
 mod fencing;
 mod lifecycle;
+mod mutants;
 mod offsets;
 mod outages;
 mod outbox_events;

@@ -48,6 +48,10 @@ const OVERSELLS: Guarantee = Guarantee::uniform(
         .leaves_open(&[Invariant::NoDuplicate, Invariant::OneAnswer]),
 );
 
+/// Buyers are refused while tickets are left.
+const REFUSES_FALSELY: Guarantee =
+    Guarantee::uniform(Promises::ALL_KEPT.breaks(&[Invariant::NoFalseRefusal, Invariant::NoUndersell]));
+
 /// The level, for the server, the tests and the runner.
 pub static LEVEL: Level = Level {
     name: "lv3",
@@ -111,6 +115,11 @@ pub static LEVEL: Level = Level {
                 violates: STUCK,
             }]))
             .schema(FENCED),
+        mutant(mutants::SET_WITHOUT_NX).guarantee(OVERSELLS),
+        mutant(mutants::SECONDS_FOR_MILLISECONDS).guarantee(OVERSELLS),
+        mutant(mutants::RELEASED_BEFORE_COMMIT).guarantee(OVERSELLS),
+        mutant(mutants::LOCK_BUSY_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
+        mutant(mutants::LOCK_TIME_OUT_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
     ],
 };
 

@@ -139,6 +139,10 @@ pub static LEVEL: Level = Level {
         mutant(mutants::PRODUCE_NOTHING)
             .guarantee(KEEPS_NOTHING)
             .needs(&[Service::Kafka]),
+        mutant(mutants::STOCK_IGNORED).guarantee(OVERSELLS),
+        mutant(mutants::REFUSALS_STORED_AS_CONFIRMED).guarantee(OVERSELLS),
+        mutant(mutants::DEDUPE_BY_BUYER).guarantee(KEEPS_NOTHING),
+        mutant(mutants::ACCEPTED_IS_UNKNOWN).guarantee(KEEPS_NOTHING),
     ],
 };
 
