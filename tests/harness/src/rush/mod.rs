@@ -269,7 +269,7 @@ async fn wait_for_zero_lag(level: &Level, environment: &TestEnvironment, timeout
         if gave_up <= Instant::now() {
             let waiting = waiting.context("the consumer lag is unknown")?;
             bail!(
-                "{timeout:?} after the last answer {waiting} messages are still not decided, so the number of tickets sold is unknown"
+                "{timeout:?} after the last answer the consumer lag is still {waiting} messages, so the number of tickets sold is unknown"
             );
         }
         sleep(POLL_INTERVAL).await;
