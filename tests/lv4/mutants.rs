@@ -1,16 +1,19 @@
-//! Mutants of LV.4 that a rush under the contract catches.
+//! Mutants of LV.4 and what catches each.
 
 use std::time::Duration;
 
 use box_office::{
     Invariant::{NothingLost, Progress},
-    Promises,
+    ProblemKind, Promises,
 };
-use harness::{contract, rush::Rush};
+use harness::{assert_failure_mode, contract, rush::Rush};
 use lv4_kafka::LEVEL;
 use rstest::rstest;
 
-use super::contract::{OVERSELLS, program, strategy};
+use super::{
+    contract::{OVERSELLS, program, strategy},
+    fixture::{Fixture, kill_instance},
+};
 
 /// Orders that never get a final answer.
 const NEVER_ANSWERED: Promises = Promises::ALL_KEPT.breaks(&[NothingLost, Progress]);
@@ -37,9 +40,21 @@ fn short() -> Rush {
 #[case::stock_ignored("mutants/stock-ignored", rush(), OVERSELLS)]
 #[case::refusals_stored_as_confirmed("mutants/refusals-stored-as-confirmed", rush(), OVERSELLS)]
 #[case::dedupe_by_buyer("mutants/dedupe-by-buyer", short(), NEVER_ANSWERED)]
-#[case::accepted_is_unknown("mutants/accepted-is-unknown", short(), NEVER_ANSWERED)]
 #[tokio::test]
 async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expected: Promises) {
     assert_eq!(strategy(name).guarantee.multi_instance, expected, "{name}");
     contract(&program(), &LEVEL, name, rush, expected).await;
+}
+
+/// An accepted order has an answer before it has a row.
+#[tokio::test]
+async fn an_order_that_is_not_yet_decided_catches_a_status_that_is_read_from_rows_only() {
+    let strategy = strategy("mutants/accepted-is-unknown");
+    let fixture = Fixture::new(strategy.name).await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let order = fixture.accept(&acceptor, 1).await;
+    let answer = acceptor.get(&format!("/api/reservations/{order}")).await.unwrap();
+    answer.is(ProblemKind::UnknownReservation).unwrap();
+    assert_failure_mode(strategy, &[NothingLost]);
+    kill_instance(&acceptor).await;
 }

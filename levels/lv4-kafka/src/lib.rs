@@ -142,7 +142,10 @@ pub static LEVEL: Level = Level {
         mutant(mutants::STOCK_IGNORED).guarantee(OVERSELLS),
         mutant(mutants::REFUSALS_STORED_AS_CONFIRMED).guarantee(OVERSELLS),
         mutant(mutants::DEDUPE_BY_BUYER).guarantee(KEEPS_NOTHING),
-        mutant(mutants::ACCEPTED_IS_UNKNOWN).guarantee(KEEPS_NOTHING),
+        mutant(mutants::ACCEPTED_IS_UNKNOWN).guarantee(ANYWHERE.except(&[FailureMode {
+            trigger: "a buyer asks about an order that is not yet decided",
+            violates: &[Invariant::NothingLost],
+        }])),
     ],
 };
 
