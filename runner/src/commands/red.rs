@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The contract test of every level. A variant, such as one in an exact order of steps, continues the name.
-const CONTRACT_TEST: &str = "a_sale_keeps_its_guarantee";
+pub(crate) const CONTRACT_TEST: &str = "a_sale_keeps_its_guarantee";
 
 /// Runs the contract test of a level or of one of its strategies, and prints how it fails.
 pub(crate) fn run(name: &str) -> anyhow::Result<ExitKind> {
@@ -58,19 +58,24 @@ pub(crate) fn run(name: &str) -> anyhow::Result<ExitKind> {
 /// A case of the contract test.
 pub(crate) struct ContractTest<'a> {
     /// The full name: `contract::a_sale_keeps_its_guarantee::case_01_read_then_write`.
-    name: &'a str,
+    pub(crate) name: &'a str,
     /// The name of the case: `read_then_write`.
-    case: &'a str,
+    pub(crate) case: &'a str,
 }
 
 /// The cases of the contract test, out of a list of all tests.
-pub(crate) fn contract_tests(listed: &str) -> Vec<ContractTest<'_>> {
+fn contract_tests(listed: &str) -> Vec<ContractTest<'_>> {
+    tests_of(CONTRACT_TEST, listed)
+}
+
+/// The cases of the test functions whose names begin so, out of a list of all tests.
+pub(crate) fn tests_of<'a>(function_prefix: &str, listed: &'a str) -> Vec<ContractTest<'a>> {
     let tests = listed.lines().filter_map(|line| line.strip_suffix(": test"));
     tests
         .filter_map(|name| {
             let (function, case) = name.rsplit_once("::case_")?;
             let function = function.rsplit("::").next()?;
-            function.starts_with(CONTRACT_TEST).then_some(())?;
+            function.starts_with(function_prefix).then_some(())?;
             // `01_read_then_write`
             let (_, case) = case.split_once('_')?;
             Some(ContractTest { name, case })
@@ -79,7 +84,7 @@ pub(crate) fn contract_tests(listed: &str) -> Vec<ContractTest<'_>> {
 }
 
 /// The tests of a strategy, by the first name of a case that names it: the same case on another number of instances adds nothing to see.
-pub(crate) fn cases_of<'a>(strategy: &str, tests: &[ContractTest<'a>]) -> Vec<&'a str> {
+fn cases_of<'a>(strategy: &str, tests: &[ContractTest<'a>]) -> Vec<&'a str> {
     // Mutants are in a folder of their own, which the case leaves out.
     let strategy = strategy.rsplit('/').next().unwrap_or(strategy).replace('-', "_");
     let variant = format!("{strategy}_");

@@ -5,7 +5,7 @@
 //! one, `In Spring:`. A unified diff follows, with paths from the root of the repository, so `git apply`
 //! takes the file as it is.
 //!
-//! The level's build script calls [`build`], which compiles every mutant into the level as a module.
+//! The level's build script calls [`build()`], which compiles every mutant into the level as a module.
 
 mod build;
 mod refresh;

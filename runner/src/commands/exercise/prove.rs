@@ -4,16 +4,19 @@
 use std::{collections::BTreeSet, env, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, bail, ensure};
-use box_office::Invariant;
+use box_office::{Invariant, Level};
 use harness::RED;
 use mutants::Mutant;
 
 use super::{Exercise, Start, names, read_from};
 use crate::{
-    commands::red::{cases_of, contract_tests},
+    commands::red::{CONTRACT_TEST, tests_of},
     exit::ExitKind,
     repository::{cargo_test, git, root},
 };
+
+/// The test that runs a strategy through every order of steps, where a level has one.
+const ORDERS_TEST: &str = "no_order_of_steps_breaks_it";
 
 pub(super) fn run(selected: &[String]) -> anyhow::Result<ExitKind> {
     let copy = Copy::new()?;
@@ -145,7 +148,7 @@ impl Copy {
         Ok(())
     }
 
-    /// Runs the contract tests of a strategy, as they are or as `make red` does, and returns the invariants that they are red about.
+    /// Runs the contract tests of a strategy and its orders of steps, as they are or as `make red` does, and returns the invariants that they are red about.
     fn contract(&self, exercise: &Exercise, strategy: &str, red: bool) -> anyhow::Result<BTreeSet<Invariant>> {
         let listed = self
             .cargo_test(exercise)
@@ -157,8 +160,7 @@ impl Copy {
             String::from_utf8_lossy(&listed.stderr)
         );
         let listed = String::from_utf8(listed.stdout)?;
-        let tests = contract_tests(&listed);
-        let cases = cases_of(strategy, &tests);
+        let cases = cases(exercise.selected.level, strategy, &listed);
         ensure!(!cases.is_empty(), "no contract test is of {strategy}");
         let mut tested = self.cargo_test(exercise);
         if red {
@@ -194,6 +196,23 @@ impl Drop for Copy {
         // What is left is overwritten by the next run.
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// The cases of a strategy, on any number of instances, in the contract tests and in that of all orders.
+fn cases<'a>(level: &Level, strategy: &str, listed: &'a str) -> Vec<&'a str> {
+    let is_of = |case: &str, name: &str| {
+        let name = name.replace('-', "_");
+        case == name || case.starts_with(&format!("{name}_"))
+    };
+    let is_of_a_mutant = |case: &str| {
+        let mut mutants = level.mutants.iter().filter_map(|mutant| mutant.name.split_once('/'));
+        mutants.any(|(_, name)| is_of(case, name))
+    };
+    let tests = [CONTRACT_TEST, ORDERS_TEST]
+        .into_iter()
+        .flat_map(|function| tests_of(function, listed));
+    let of_strategy = tests.filter(|test| is_of(test.case, strategy) && !is_of_a_mutant(test.case));
+    of_strategy.map(|test| test.name).collect()
 }
 
 impl Exercise {
