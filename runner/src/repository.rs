@@ -1,17 +1,27 @@
-//! The checkout that this command was built in, and the programs that it runs there.
+//! The checkout that a command works on, and the programs that it runs there.
 
 use std::{
     env,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::LazyLock,
 };
 
 use anyhow::{Context, bail};
 use box_office::Level;
 
-/// The root of the repository.
+/// The root of the checkout that the current folder is in; if it is in none, of the one that this
+/// command was built from.
 pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let here = env::current_dir().unwrap_or_default();
+        let around = here
+            .ancestors()
+            .find(|folder| folder.join("levels/box-office").is_dir());
+        let built_from = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+        around.or(built_from).unwrap_or(&here).to_owned()
+    });
+    &ROOT
 }
 
 /// `cargo test` of a level's test target in a checkout, with the environment of a shell: cargo sets variables for what it runs, and this

@@ -4,6 +4,7 @@
 
 mod dead_letters;
 mod doctor;
+mod exercise;
 mod judge;
 mod list;
 mod missing;

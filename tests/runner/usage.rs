@@ -9,6 +9,11 @@ use crate::{command, err, out, oversold};
 #[case::no_such_strategy(&["trace", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"; it has read-then-write, check-then-decrement, check-then-insert")]
 #[case::no_such_level_of_a_contract(&["red", "lv9"], "oversold: there is no level \"lv9\"")]
 #[case::no_such_strategy_of_a_contract(&["red", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"")]
+#[case::no_such_exercise(&["exercise", "lv9-luck"], "oversold: there is no exercise \"lv9-luck\"; there is lv1-one-statement")]
+#[case::two_exercises(&["exercise", "lv2-read-again", "lv1-unique-index"], "oversold: one exercise at a time")]
+#[case::nothing_to_take_back(&["exercise", "lv1-one-statement", "--reset"], "oversold: lv1-one-statement changes nothing by itself")]
+#[case::no_diff(&["source", "lv2/pessimistic", "--diff"], "oversold: lv2/pessimistic is not a mutant: it has no diff")]
+#[case::source_of_nothing(&["source"], "<LEVEL/STRATEGY> is missing")]
 #[case::no_tickets(&["rush", "--capacity", "0"], "a number, 1 to 1000000")]
 #[case::too_many_buyers(&["rush", "--buyers", "1e9"], "a number, 1 to 20000")]
 #[case::too_many_at_once(&["rush", "lv3/spin", "--buyers", "2000", "--clicks", "10"], "20000 connections at once; 1 instance(s) take 8184")]
@@ -64,6 +69,8 @@ fn without_a_command_it_shows_its_help() {
         "serve",
         "trace",
         "red",
+        "exercise",
+        "source",
         "judge",
         "list",
         "dead-letters",

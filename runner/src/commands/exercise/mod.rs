@@ -135,8 +135,8 @@ impl Exercise {
                     let changed = git(root(), &["status", "--porcelain", "--", &change.path])?;
                     ensure!(
                         changed.is_empty(),
-                        "{} has changes that are not committed: commit them, or `oversold exercise {} --reset` keeps a copy and \
-                         takes them back",
+                        "{} has changes that are not committed: commit them, or `make exercise NAME={} ARGS=--reset` keeps a \
+                         copy and takes them back",
                         change.path,
                         self.name
                     );
@@ -155,11 +155,11 @@ impl Exercise {
         let red: Vec<&str> = self.description.red.iter().map(|invariant| invariant.code()).collect();
         println!();
         println!(
-            "  make test LEVEL={level:24} red about {}; you are done when all is green",
+            "  make test LEVEL={level}   red about {}; you are done when all is green",
             red.join(", ")
         );
-        println!("  oversold exercise {} --solution", self.name);
-        println!("  oversold exercise {} --reset", self.name);
+        println!("  make exercise NAME={} ARGS=--solution", self.name);
+        println!("  make exercise NAME={} ARGS=--reset", self.name);
         Ok(())
     }
 
