@@ -67,12 +67,25 @@ fn an_exercise_puts_its_mistake_in_and_is_taken_back_with_a_copy_of_the_work() {
     let reset = exercise(checkout.path(), &["--reset"]);
     assert_eq!(reset.status.code(), Some(0), "{}", err(&reset));
     assert_eq!(fs::read_to_string(&source).unwrap(), right);
-    let kept = checkout
-        .path()
-        .join("target/exercises")
-        .join(NAME)
-        .join("optimistic.rs");
+    let kept = checkout.path().join("target/exercises").join(NAME).join(SOURCE);
     assert_eq!(fs::read_to_string(kept).unwrap(), edited);
+}
+
+/// It changes nothing by itself; what its solution touches is taken back.
+#[test]
+fn an_exercise_that_redesigns_is_taken_back_too() {
+    let checkout = clone();
+    let source = checkout
+        .path()
+        .join("levels/lv1-race-condition/src/check_then_decrement.rs");
+    let right = fs::read_to_string(&source).unwrap();
+    fs::write(&source, format!("{right}// mine\n")).unwrap();
+    let reset = command(&["exercise", "lv1-one-statement", "--reset"])
+        .current_dir(checkout.path())
+        .output()
+        .unwrap();
+    assert_eq!(reset.status.code(), Some(0), "{}", err(&reset));
+    assert_eq!(fs::read_to_string(&source).unwrap(), right);
 }
 
 #[test]

@@ -11,7 +11,6 @@ use crate::{command, err, out, oversold};
 #[case::no_such_strategy_of_a_contract(&["red", "lv1/luck"], "oversold: lv1 has no strategy \"luck\"")]
 #[case::no_such_exercise(&["exercise", "lv9-luck"], "oversold: there is no exercise \"lv9-luck\"; there is lv1-one-statement")]
 #[case::two_exercises(&["exercise", "lv2-read-again", "lv1-unique-index"], "oversold: one exercise at a time")]
-#[case::nothing_to_take_back(&["exercise", "lv1-one-statement", "--reset"], "oversold: lv1-one-statement changes nothing by itself")]
 #[case::no_diff(&["source", "lv2/pessimistic", "--diff"], "oversold: lv2/pessimistic is not a mutant: it has no diff")]
 #[case::source_of_nothing(&["source"], "<LEVEL/STRATEGY> is missing")]
 #[case::no_tickets(&["rush", "--capacity", "0"], "a number, 1 to 1000000")]

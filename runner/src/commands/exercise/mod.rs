@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use box_office::Invariant;
 use clap::Args;
 use mutants::Mutant;
@@ -184,31 +184,32 @@ impl Exercise {
     }
 
     fn reset(&self) -> anyhow::Result<()> {
-        let Start::Mistake(mutant) = self.start()? else {
-            bail!(
-                "{} changes nothing by itself: take your changes back with `git checkout`, or keep them on a branch",
-                self.name
-            );
+        let paths: Vec<String> = match self.start()? {
+            Start::Mistake(mutant) => {
+                mutant.apply(read_from_head).context(
+                    "the last commit is not what the exercise began with: take it back with `git checkout COMMIT -- FILE`",
+                )?;
+                mutant.changes.into_iter().map(|change| change.path).collect()
+            }
+            // What the solution changes is what a reader changes.
+            Start::AsItIs => {
+                let solution = fs::read_to_string(self.folder.join("solution.patch"))?;
+                let paths = solution.lines().filter_map(|line| line.strip_prefix("+++ b/"));
+                paths.map(str::to_owned).collect()
+            }
         };
-        mutant.apply(read_from_head).context(
-            "the last commit is not what the exercise began with: take it back with `git checkout COMMIT -- FILE`",
-        )?;
-        for change in &mutant.changes {
-            let (file, right) = (root().join(&change.path), read_from_head(&change.path)?);
+        for path in paths {
+            let (file, right) = (root().join(&path), read_from_head(&path)?);
             let current = fs::read_to_string(&file)?;
             if current == right {
                 continue;
             }
-            let kept = root()
-                .join("target/exercises")
-                .join(&self.name)
-                .join(file.file_name().unwrap_or_default());
+            let kept = root().join("target/exercises").join(&self.name).join(&path);
             fs::create_dir_all(kept.parent().unwrap_or(root()))?;
             fs::write(&kept, current)?;
             fs::write(&file, right)?;
             println!(
-                "{} is as in the last commit; your version is kept in {}",
-                change.path,
+                "{path} is as in the last commit; your version is kept in {}",
                 kept.display()
             );
         }
