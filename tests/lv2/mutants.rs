@@ -42,25 +42,12 @@ fn rush() -> Rush {
     }
 }
 
-/// As many tickets as buyers: every "sold out" is false.
-fn one_each() -> Rush {
-    Rush {
-        capacity: 64,
-        buyers: 64,
-        clicks: 1,
-        work: Duration::from_millis(1),
-        ..Rush::default()
-    }
-}
-
-/// The same, and the critical section takes so long that some wait beyond every time-out.
+/// As many tickets as buyers, and the critical section takes so long that some wait beyond every time-out.
 fn slow() -> Rush {
     Rush {
-        capacity: 24,
-        buyers: 24,
         work: Duration::from_millis(500),
         pool_size: Some(8),
-        ..one_each()
+        ..Rush::one_ticket_each(24)
     }
 }
 
@@ -88,9 +75,9 @@ fn a_ticket_for_each_click() -> Rush {
 #[case::stock_not_checked("mutants/stock-not-checked", rush(), OVERSELLS)]
 #[case::version_not_raised("mutants/version-not-raised", rush(), OVERSELLS)]
 #[case::buyer_ignored("mutants/buyer-ignored", rush(), DUPLICATES)]
-#[case::skip_locked("mutants/skip-locked", one_each(), REFUSES_FALSELY)]
-#[case::mutex_busy_is_sold_out("mutants/mutex-busy-is-sold-out", one_each(), REFUSES_FALSELY)]
-#[case::overtaken_is_sold_out("mutants/overtaken-is-sold-out", one_each(), REFUSES_FALSELY)]
+#[case::skip_locked("mutants/skip-locked", Rush::one_ticket_each(64), REFUSES_FALSELY)]
+#[case::mutex_busy_is_sold_out("mutants/mutex-busy-is-sold-out", Rush::one_ticket_each(64), REFUSES_FALSELY)]
+#[case::overtaken_is_sold_out("mutants/overtaken-is-sold-out", Rush::one_ticket_each(64), REFUSES_FALSELY)]
 #[case::pool_time_out_is_sold_out("mutants/pool-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
 #[case::mutex_time_out_is_sold_out("mutants/mutex-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
 #[case::condition_missing("mutants/condition-missing", impatient(), NEVER_FINAL)]

@@ -24,24 +24,11 @@ fn rush() -> Rush {
     }
 }
 
-/// As many tickets as buyers: every "sold out" is false.
-fn one_each() -> Rush {
-    Rush {
-        capacity: 64,
-        buyers: 64,
-        clicks: 1,
-        work: Duration::from_millis(1),
-        ..Rush::default()
-    }
-}
-
-/// The same, and the critical section takes so long that some wait beyond the time-out of the lock.
+/// As many tickets as buyers, and the critical section takes so long that some wait beyond the time-out of the lock.
 fn slow() -> Rush {
     Rush {
-        capacity: 24,
-        buyers: 24,
         work: Duration::from_secs(1),
-        ..one_each()
+        ..Rush::one_ticket_each(24)
     }
 }
 
@@ -51,7 +38,7 @@ fn longer_than_its_lease() -> Rush {
         capacity: 4,
         buyers: 32,
         work: Duration::from_millis(100),
-        ..one_each()
+        ..Rush::one_ticket_each(64)
     }
 }
 
@@ -59,7 +46,7 @@ fn longer_than_its_lease() -> Rush {
 #[case::set_without_nx("mutants/set-without-nx", rush(), OVERSELLS)]
 #[case::seconds_for_milliseconds("mutants/seconds-for-milliseconds", longer_than_its_lease(), OVERSELLS)]
 #[case::released_before_commit("mutants/released-before-commit", rush(), OVERSELLS)]
-#[case::lock_busy_is_sold_out("mutants/lock-busy-is-sold-out", one_each(), REFUSES_FALSELY)]
+#[case::lock_busy_is_sold_out("mutants/lock-busy-is-sold-out", Rush::one_ticket_each(64), REFUSES_FALSELY)]
 #[case::lock_time_out_is_sold_out("mutants/lock-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
 #[tokio::test]
 async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expected: Promises) {

@@ -137,6 +137,20 @@ pub struct Strategy {
 impl Strategy {
     /// Describes the strategy `S`.
     pub const fn new<S: Open>(name: &'static str, summary: &'static str, schema: Schema) -> Self {
+        Self::opened_by(name, summary, schema, open::<S>)
+    }
+
+    /// Describes a mutant.
+    pub const fn mutant(mutant: Mutant, schema: Schema) -> Self {
+        Self::opened_by(mutant.name, mutant.summary, schema, mutant.open)
+    }
+
+    const fn opened_by(
+        name: &'static str,
+        summary: &'static str,
+        schema: Schema,
+        open: fn(StrategyContext) -> Opening,
+    ) -> Self {
         Self {
             name,
             summary,
@@ -144,20 +158,7 @@ impl Strategy {
             clicks: 2,
             schema,
             needs: &[],
-            open: |context| Box::pin(async { Ok(Box::new(S::open(context).await?) as _) }),
-        }
-    }
-
-    /// Describes a mutant.
-    pub const fn mutant(mutant: Mutant, schema: Schema) -> Self {
-        Self {
-            name: mutant.name,
-            summary: mutant.summary,
-            guarantee: Guarantee::uniform(Promises::ALL_KEPT),
-            clicks: 2,
-            schema,
-            needs: &[],
-            open: mutant.open,
+            open,
         }
     }
 
@@ -204,7 +205,7 @@ impl Mutant {
         Self {
             name,
             summary,
-            open: |context| Box::pin(async { Ok(Box::new(S::open(context).await?) as _) }),
+            open: open::<S>,
         }
     }
 
@@ -222,6 +223,11 @@ impl Mutant {
             },
         }
     }
+}
+
+/// Creates the strategy `S` behind its trait.
+fn open<S: Open>(context: StrategyContext) -> Opening {
+    Box::pin(async { Ok(Box::new(S::open(context).await?) as Box<dyn Reserve>) })
 }
 
 /// The strategy, once it is created.

@@ -113,6 +113,17 @@ pub enum FaultKind {
 }
 
 impl Rush {
+    /// One click each for as many tickets as there are buyers: every "sold out" is false.
+    pub fn one_ticket_each(buyers: u32) -> Self {
+        Self {
+            capacity: buyers,
+            buyers,
+            clicks: 1,
+            work: Duration::from_millis(1),
+            ..Self::default()
+        }
+    }
+
     /// The rush that tests a strategy's guarantee: the defaults, with the strategy's number of
     /// clicks.
     pub fn for_strategy(strategy: &Strategy) -> Self {
