@@ -23,8 +23,10 @@ use lv2_db_lock::LEVEL;
 use rstest::rstest;
 
 use super::{
-    DUPLICATES, KEEPS, OVERSELLS, program,
-    schedules::{TWO_BUYERS, TWO_CLICKS},
+    DUPLICATES, KEEPS, OVERSELLS,
+    contract::fifty_clicks,
+    program,
+    schedules::{TWO_BUYERS, TWO_CLICKS, a_transaction_is_open},
     strategy,
 };
 
@@ -33,9 +35,12 @@ const REFUSES_FALSELY: Promises = Promises::ALL_KEPT.breaks(&[NoFalseRefusal, No
 const NEVER_FINAL: Promises = Promises::ALL_KEPT.breaks(&[Progress]);
 const CALLS_A_DUPLICATE_SOLD_OUT: Promises = Promises::ALL_KEPT.breaks(&[NoFalseRefusal]);
 
-/// 1,000 buyers, 100 tickets, two clicks each.
+/// Ten times as many buyers as tickets, two clicks each. Smaller than the rush that a strategy has to
+/// survive: the pool of connections decides how many transactions overlap, not the number of buyers.
 fn rush() -> Rush {
     Rush {
+        capacity: 20,
+        buyers: 200,
         clicks: 2,
         commit: Duration::from_millis(1),
         ..Rush::default()
@@ -71,6 +76,14 @@ fn a_ticket_for_each_click() -> Rush {
 }
 
 #[rstest]
+#[case::mutex_does_nothing("mutants/mutex-does-nothing", rush(), OVERSELLS)]
+#[case::mutex_wrong_key("mutants/mutex-wrong-key", rush(), OVERSELLS)]
+#[case::guard_before_commit("mutants/guard-before-commit", rush(), OVERSELLS)]
+#[case::for_update_does_nothing("mutants/for-update-does-nothing", rush(), OVERSELLS)]
+#[case::for_update_wrong_key("mutants/for-update-wrong-key", rush(), OVERSELLS)]
+#[case::look_up_before_lock("mutants/look-up-before-lock", rush(), DUPLICATES)]
+#[case::version_not_compared("mutants/version-not-compared", rush(), OVERSELLS)]
+#[case::retry_reuses_the_read("mutants/retry-reuses-the-read", rush(), OVERSELLS)]
 #[case::read_and_write_apart("mutants/read-and-write-apart", rush(), OVERSELLS)]
 #[case::stock_not_checked("mutants/stock-not-checked", rush(), OVERSELLS)]
 #[case::version_not_raised("mutants/version-not-raised", rush(), OVERSELLS)]
@@ -99,6 +112,14 @@ async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expec
 }
 
 #[rstest]
+#[case::mutex_does_nothing("mutants/mutex-does-nothing", TWO_BUYERS, NoOversell)]
+#[case::mutex_wrong_key("mutants/mutex-wrong-key", TWO_BUYERS, NoOversell)]
+#[case::guard_before_commit("mutants/guard-before-commit", TWO_BUYERS, NoOversell)]
+#[case::for_update_does_nothing("mutants/for-update-does-nothing", TWO_BUYERS, NoOversell)]
+#[case::for_update_wrong_key("mutants/for-update-wrong-key", TWO_BUYERS, NoOversell)]
+#[case::look_up_before_lock("mutants/look-up-before-lock", TWO_CLICKS, NoDuplicate)]
+#[case::version_not_compared("mutants/version-not-compared", TWO_BUYERS, NoOversell)]
+#[case::retry_reuses_the_read("mutants/retry-reuses-the-read", TWO_BUYERS, NoOversell)]
 #[case::read_and_write_apart("mutants/read-and-write-apart", TWO_BUYERS, NoOversell)]
 #[case::stock_not_checked("mutants/stock-not-checked", TWO_BUYERS, NoOversell)]
 #[case::version_not_raised("mutants/version-not-raised", TWO_BUYERS, NoOversell)]
@@ -135,6 +156,53 @@ async fn two_requests_under_one_key_catch_it(
         explored.orders
     );
 }
+
+#[tokio::test]
+async fn two_requests_under_one_key_catch_a_look_up_before_the_lock() {
+    let rehearsal = ScheduleRunner::of(strategy("mutants/look-up-before-lock"))
+        .await
+        .unwrap();
+    for scenario in [
+        TWO_CLICKS,
+        Scenario {
+            capacity: 2,
+            ..TWO_BUYERS
+        },
+    ] {
+        let explored = rehearsal.explore_under_one_key(scenario).await.unwrap();
+        let broken = explored.broken.iter().filter(|order| order.verdict.breaks(NoDuplicate));
+        assert!(broken.count() > 0, "none of {} orders breaks it", explored.orders);
+    }
+}
+
+#[rstest]
+#[case::on_one(1)]
+#[case::on_three(3)]
+#[tokio::test]
+async fn fifty_clicks_at_once_catch_a_look_up_before_the_lock(#[case] instances: usize) {
+    let rush = fifty_clicks(instances);
+    contract(&program(), &LEVEL, "mutants/look-up-before-lock", rush, DUPLICATES).await;
+}
+
+// ANCHOR: guard
+#[tokio::test]
+async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
+    let rehearsal = ScheduleRunner::of(strategy("mutants/guard-before-commit"))
+        .await
+        .unwrap();
+    let mut script = rehearsal.sale(1).await.unwrap();
+    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+
+    script.run_until(ann, "lock released").await.unwrap();
+    a_transaction_is_open(&rehearsal).await; // Ann's
+    script.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
+    script.run_to_completion(ann).await.unwrap();
+    script.run_to_completion(bob).await.unwrap();
+
+    let verdict = judge(&script.history().await.unwrap());
+    assert!(verdict.breaks(NoOversell), "{}\n{verdict}", script.trace());
+}
+// ANCHOR_END: guard
 
 #[tokio::test]
 async fn a_commit_that_fails_catches_a_commit_whose_error_is_ignored() {

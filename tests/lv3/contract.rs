@@ -11,13 +11,13 @@ use harness::{
     assert_failure_mode,
     backends::{self, Redis, TestEnvironment},
     contract,
-    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-    instance_faults,
     judge::{Conclusion, judge},
     required,
     rush::{Program, Rush, SALE},
     schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point},
-    slow_clients::withstands_idle_and_slow_clients,
+    shared_tests::http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    shared_tests::instance_faults,
+    shared_tests::slow_clients::withstands_idle_and_slow_clients,
     test_server::TestServer,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};
@@ -59,10 +59,6 @@ pub(crate) const OVERSELLS: Promises = Promises::ALL_KEPT
 #[case::fenced("fenced", 1, KEEPS)]
 #[case::fenced_on_three("fenced", 3, KEEPS)]
 // ANCHOR_END: fenced-cases
-#[case::does_nothing("mutants/does-nothing", 1, OVERSELLS)]
-#[case::does_nothing_on_three("mutants/does-nothing", 3, OVERSELLS)]
-#[case::wrong_key("mutants/wrong-key", 1, OVERSELLS)]
-#[case::wrong_key_on_three("mutants/wrong-key", 3, OVERSELLS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush {
@@ -79,7 +75,7 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 const PASSES: &[&str] = &["lock taken", "transaction begun", "reservation written", "committed"];
 
 /// Two buyers, every feasible order.
-const TWO_BUYERS: Scenario = Scenario {
+pub(crate) const TWO_BUYERS: Scenario = Scenario {
     capacity: 1,
     clicks: &[1, 1],
     passes: PASSES,
@@ -126,25 +122,6 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
     }
 }
 // ANCHOR_END: orders
-
-#[rstest]
-#[case::does_nothing("mutants/does-nothing")]
-#[case::wrong_key("mutants/wrong-key")]
-#[tokio::test]
-async fn some_order_of_steps_breaks_its_broken_twin(#[case] name: &str) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
-    let explored = rehearsal.explore(TWO_BUYERS).await.unwrap();
-    println!(
-        "{name}: {} of {} orders break it",
-        explored.broken.len(),
-        explored.orders
-    );
-    assert!(
-        !explored.broken.is_empty(),
-        "none of {} orders breaks it",
-        explored.orders
-    );
-}
 
 // ANCHOR: late-release
 /// Ann releases the lock after her lease, while Bob holds it; then Carl tries to acquire it.
@@ -197,16 +174,7 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
     assert_eq!(report.verdict.tally.sold, 4);
 }
 
-#[tokio::test]
-async fn fifty_clicks_at_once_are_too_many_for_a_lock_that_does_nothing() {
-    let report = fifty_clicks()
-        .run_alone(&program(), &LEVEL, strategy("mutants/does-nothing"))
-        .await
-        .unwrap();
-    assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
-}
-
-fn fifty_clicks() -> Rush {
+pub(crate) fn fifty_clicks() -> Rush {
     Rush {
         buyers: 4,
         clicks: 50,

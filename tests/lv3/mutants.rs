@@ -1,23 +1,27 @@
-//! Mutants of LV.3 that a rush under the contract catches.
+//! Mutants of LV.3 that a rush under the contract or an exact order of steps catches.
 
 use std::time::Duration;
 
 use box_office::{
-    Invariant::{NoFalseRefusal, NoUndersell},
+    Invariant::{NoDuplicate, NoFalseRefusal, NoUndersell},
     Promises,
 };
-use harness::{contract, rush::Rush};
+use harness::{contract, rush::Rush, schedule::ScheduleRunner};
 use lv3_redis_lock::LEVEL;
 use rstest::rstest;
 
-use super::contract::{OVERSELLS, program, strategy};
+use super::contract::{OVERSELLS, TWO_BUYERS, fifty_clicks, program, strategy};
 
 /// Buyers are refused while tickets are left.
 const REFUSES_FALSELY: Promises = Promises::ALL_KEPT.breaks(&[NoFalseRefusal, NoUndersell]);
 
-/// 1,000 buyers, 100 tickets, two clicks each, and commits as slow as to a disk.
+/// Ten times as many buyers as tickets, two clicks each, and commits as slow as to a disk. Smaller than
+/// the rush that a strategy has to survive: the pool of connections decides how many transactions
+/// overlap, not the number of buyers.
 fn rush() -> Rush {
     Rush {
+        capacity: 20,
+        buyers: 200,
         clicks: 2,
         commit: Duration::from_millis(1),
         ..Rush::default()
@@ -43,6 +47,10 @@ fn longer_than_its_lease() -> Rush {
 }
 
 #[rstest]
+#[case::lock_per_request("mutants/lock-per-request", rush(), OVERSELLS)]
+#[case::lock_per_request_on_three("mutants/lock-per-request", rush().instances(3), OVERSELLS)]
+#[case::lock_by_buyer("mutants/lock-by-buyer", rush(), OVERSELLS)]
+#[case::lock_by_buyer_on_three("mutants/lock-by-buyer", rush().instances(3), OVERSELLS)]
 #[case::set_without_nx("mutants/set-without-nx", rush(), OVERSELLS)]
 #[case::seconds_for_milliseconds("mutants/seconds-for-milliseconds", longer_than_its_lease(), OVERSELLS)]
 #[case::released_before_commit("mutants/released-before-commit", rush(), OVERSELLS)]
@@ -52,4 +60,32 @@ fn longer_than_its_lease() -> Rush {
 async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expected: Promises) {
     assert_eq!(strategy(name).guarantee.multi_instance, expected, "{name}");
     contract(&program(), &LEVEL, name, rush, expected).await;
+}
+
+#[rstest]
+#[case::lock_per_request("mutants/lock-per-request")]
+#[case::lock_by_buyer("mutants/lock-by-buyer")]
+#[tokio::test]
+async fn an_order_of_steps_catches_it(#[case] name: &str) {
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let explored = runner.explore(TWO_BUYERS).await.unwrap();
+    println!(
+        "{name}: {} of {} orders break it",
+        explored.broken.len(),
+        explored.orders
+    );
+    assert!(
+        !explored.broken.is_empty(),
+        "none of {} orders breaks it",
+        explored.orders
+    );
+}
+
+#[tokio::test]
+async fn fifty_clicks_at_once_catch_a_lock_per_request() {
+    let report = fifty_clicks()
+        .run_alone(&program(), &LEVEL, strategy("mutants/lock-per-request"))
+        .await
+        .unwrap();
+    assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
 }

@@ -13,10 +13,10 @@ use box_office::{
 use harness::{
     backends::TestEnvironment,
     contract,
-    http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-    instance_faults,
     rush::{Program, Rush, SALE},
-    slow_clients::withstands_idle_and_slow_clients,
+    shared_tests::http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+    shared_tests::instance_faults,
+    shared_tests::slow_clients::withstands_idle_and_slow_clients,
     test_server::TestServer,
 };
 use lv4_kafka::{LEVEL, pipeline::lag};
@@ -69,10 +69,6 @@ const SEVERAL_WRITERS: Promises = Promises::ALL_KEPT.breaks(&[NoOversell, Conser
 #[case::single_writer("single-writer", 1, KEEPS)]
 #[case::single_writer_on_three("single-writer", 3, KEEPS)]
 // ANCHOR_END: single-writer-cases
-#[case::lock_does_nothing("mutants/lock-does-nothing", 1, OVERSELLS)]
-#[case::lock_does_nothing_on_three("mutants/lock-does-nothing", 3, OVERSELLS)]
-#[case::lock_wrong_key("mutants/lock-wrong-key", 1, OVERSELLS)]
-#[case::lock_wrong_key_on_three("mutants/lock-wrong-key", 3, OVERSELLS)]
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush::for_strategy(strategy(name)).instances(instances);
@@ -122,16 +118,7 @@ async fn fifty_clicks_at_once_are_one_reservation(#[case] name: &str) {
     assert_eq!(report.verdict.tally.sold, 4);
 }
 
-#[tokio::test]
-async fn fifty_clicks_at_once_are_too_many_for_a_lock_that_does_nothing() {
-    let report = fifty_clicks()
-        .run_alone(&program(), &LEVEL, strategy("mutants/lock-does-nothing"))
-        .await
-        .unwrap();
-    assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
-}
-
-fn fifty_clicks() -> Rush {
+pub(crate) fn fifty_clicks() -> Rush {
     Rush {
         buyers: 4,
         clicks: 50,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use box_office::{
-    Invariant::{NothingLost, Progress},
+    Invariant::{NoDuplicate, NothingLost, Progress},
     ProblemKind, Promises,
 };
 use harness::{assert_failure_mode, contract, rush::Rush};
@@ -11,7 +11,7 @@ use lv4_kafka::LEVEL;
 use rstest::rstest;
 
 use super::{
-    contract::{OVERSELLS, program, strategy},
+    contract::{OVERSELLS, fifty_clicks, program, strategy},
     fixture::{Fixture, kill_instance},
 };
 
@@ -37,6 +37,10 @@ fn short() -> Rush {
 }
 
 #[rstest]
+#[case::lock_per_message("mutants/lock-per-message", rush(), OVERSELLS)]
+#[case::lock_per_message_on_three("mutants/lock-per-message", rush().instances(3), OVERSELLS)]
+#[case::lock_per_buyer("mutants/lock-per-buyer", rush(), OVERSELLS)]
+#[case::lock_per_buyer_on_three("mutants/lock-per-buyer", rush().instances(3), OVERSELLS)]
 #[case::stock_ignored("mutants/stock-ignored", rush(), OVERSELLS)]
 #[case::refusals_stored_as_confirmed("mutants/refusals-stored-as-confirmed", rush(), OVERSELLS)]
 #[case::dedupe_by_buyer("mutants/dedupe-by-buyer", short(), NEVER_ANSWERED)]
@@ -44,6 +48,15 @@ fn short() -> Rush {
 async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expected: Promises) {
     assert_eq!(strategy(name).guarantee.multi_instance, expected, "{name}");
     contract(&program(), &LEVEL, name, rush, expected).await;
+}
+
+#[tokio::test]
+async fn fifty_clicks_at_once_catch_a_lock_per_message() {
+    let report = fifty_clicks()
+        .run_alone(&program(), &LEVEL, strategy("mutants/lock-per-message"))
+        .await
+        .unwrap();
+    assert!(report.verdict.breaks(NoDuplicate), "{}", report.verdict);
 }
 
 /// An accepted order has an answer before it has a row.

@@ -96,7 +96,7 @@ async fn event_clients_are_disconnected_when_the_database_cannot_be_read() {
 #[rstest]
 #[case::single_writer("single-writer", Kept)]
 #[case::locked("locked", Kept)]
-#[case::notify_outside("mutants/notify-outside", LOST)]
+#[case::outbox_after_commit("mutants/outbox-after-commit", LOST)]
 #[tokio::test]
 async fn the_news_goes_out_although_who_decided_is_killed_before_telling(
     #[case] name: &str,

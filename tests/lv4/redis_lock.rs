@@ -19,7 +19,7 @@ use crate::fixture::{
 /// next consumer must not decide on the state from before that commit.
 #[rstest]
 #[case::locked("locked", Kept)]
-#[case::commit_not_covered("mutants/commit-not-covered", OVERSOLD)]
+#[case::unlock_after_unknown_commit("mutants/unlock-after-unknown-commit", OVERSOLD)]
 #[tokio::test]
 async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] name: &str, #[case] expected: Expected) {
     let fixture = Fixture::new(name).await.with_short_session();

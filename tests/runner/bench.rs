@@ -149,7 +149,10 @@ fn rate() {
 fn accept() {
     let (results, out) = bench(&["lv4/single-writer", "--clients", "20", "--seconds", "1"]);
     let other = &results["without_produce"];
-    assert_eq!(other["strategy"], "lv4/mutants/produce-nothing");
+    assert!(
+        other["strategy"].as_str().unwrap().starts_with("lv4/mutants/"),
+        "{other}"
+    );
     assert_positive(
         &[
             &results["orders_a_second"],

@@ -12,7 +12,7 @@ fn list_names_every_strategy_with_its_promises() {
     for name in [
         "lv1/read-then-write",
         "lv2/mutex",
-        "lv2/mutants/guard-before-commit",
+        "lv2/mutants/mutex-wrong-key",
         "lv4/locked",
         "lv4/single-writer",
     ] {

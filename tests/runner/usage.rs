@@ -30,7 +30,7 @@ use crate::{command, err, out, oversold};
 #[case::bench_without_clients(&["bench", "lv2", "--clients", "0"], "a number, 1 to 4000")]
 #[case::bench_of_no_pools(&["bench", "lv2", "--pools", "1,none"], "a number, 1 to 400")]
 #[case::waiters_without_a_lock(&["bench", "lv2/mutex", "--waiters", "1000"], "only LV.3 has one: lv3/spin, lv3/rlock, lv3/fenced")]
-#[case::waiters_for_a_broken_lock(&["bench", "lv3/mutants/wrong-key", "--waiters", "9"], "lv3/mutants/wrong-key is none of them")]
+#[case::waiters_for_a_broken_lock(&["bench", "lv3/mutants/lock-by-buyer", "--waiters", "9"], "lv3/mutants/lock-by-buyer is none of them")]
 #[case::a_lock_on_its_own_without_one(&["bench", "lv1", "--lock"], "only LV.3 has one")]
 #[case::no_waiters(&["bench", "lv3/rlock", "--waiters", "0"], "a number, 1 to 20000")]
 #[case::alone_and_in_a_crowd(&["bench", "lv3/rlock", "--lock", "--waiters", "9"], "'--lock' cannot be used with '--waiters <N>'")]

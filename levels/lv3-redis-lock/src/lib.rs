@@ -73,8 +73,8 @@ pub static LEVEL: Level = Level {
         .schema(FENCED),
     ],
     mutants: &[
-        mutant(mutants::DOES_NOTHING).guarantee(OVERSELLS),
-        mutant(mutants::WRONG_KEY).guarantee(OVERSELLS),
+        mutant(mutants::LOCK_PER_REQUEST).guarantee(OVERSELLS),
+        mutant(mutants::LOCK_BY_BUYER).guarantee(OVERSELLS),
         mutant(mutants::NO_LEASE).guarantee(ANYWHERE.except(&[FailureMode {
             trigger: "a holder is killed",
             violates: STUCK,
@@ -91,7 +91,7 @@ pub static LEVEL: Level = Level {
             trigger: "Redis loses its script cache",
             violates: STUCK,
         }])),
-        mutant(mutants::COMMIT_NOT_COVERED).guarantee(ANYWHERE.except(&[FailureMode {
+        mutant(mutants::UNLOCK_ON_UNKNOWN_COMMIT).guarantee(ANYWHERE.except(&[FailureMode {
             trigger: "a connection breaks with a commit in flight",
             violates: OVERSOLD,
         }])),

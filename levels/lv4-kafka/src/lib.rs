@@ -2,10 +2,10 @@
 //!
 //! [`pipeline`] is what both strategies share; its documentation has the map.
 
-mod decision;
-pub mod lock;
+mod decision_row;
 pub mod locked;
 pub mod pipeline;
+pub mod redis_lock;
 pub mod single_writer;
 
 pub mod mutants {
@@ -81,9 +81,9 @@ pub static LEVEL: Level = Level {
         .needs(&[Service::Kafka]),
     ],
     mutants: &[
-        mutant(mutants::LOCK_DOES_NOTHING).guarantee(OVERSELLS),
-        mutant(mutants::LOCK_WRONG_KEY).guarantee(OVERSELLS),
-        mutant(mutants::COMMIT_NOT_COVERED).guarantee(ANYWHERE.except(&[FailureMode {
+        mutant(mutants::LOCK_PER_MESSAGE).guarantee(OVERSELLS),
+        mutant(mutants::LOCK_PER_BUYER).guarantee(OVERSELLS),
+        mutant(mutants::UNLOCK_AFTER_UNKNOWN_COMMIT).guarantee(ANYWHERE.except(&[FailureMode {
             trigger: "a connection breaks with a commit on its way",
             violates: OVERSOLD,
         }])),
@@ -130,7 +130,7 @@ pub static LEVEL: Level = Level {
                 violates: TWICE,
             }]))
             .needs(&[Service::Kafka]),
-        mutant(mutants::NOTIFY_OUTSIDE)
+        mutant(mutants::OUTBOX_AFTER_COMMIT)
             .guarantee(ANYWHERE.except(&[FailureMode {
                 trigger: "a consumer is killed between its commit and the event",
                 violates: LOST,

@@ -33,12 +33,12 @@ use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::{
-    decision::DecisionRow,
-    lock::LockClient,
+    decision_row::DecisionRow,
     pipeline::{
         Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
         Undelivered, consumer_config,
     },
+    redis_lock::LockClient,
 };
 
 /// The maximum number of messages of a batch.

@@ -40,7 +40,7 @@ use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::{
-    decision::DecisionRow,
+    decision_row::DecisionRow,
     pipeline::{
         Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
         Undelivered, consumer_config, notify_payloads,

@@ -16,6 +16,9 @@ use crate::{
 /// The contract test of every level. A variant, such as one in an exact order of steps, continues the name.
 pub(crate) const CONTRACT_TEST: &str = "a_sale_keeps_its_guarantee";
 
+/// The same contract for the mutants that a rush catches.
+const MUTANT_TEST: &str = "a_rush_catches_it";
+
 /// Runs the contract test of a level or of one of its strategies, and prints how it fails.
 pub(crate) fn run(name: &str) -> anyhow::Result<ExitKind> {
     let (level, strategy) = levels::parse(name)?;
@@ -65,7 +68,9 @@ pub(crate) struct ContractTest<'a> {
 
 /// The cases of the contract test, out of a list of all tests.
 fn contract_tests(listed: &str) -> Vec<ContractTest<'_>> {
-    tests_of(CONTRACT_TEST, listed)
+    let mut tests = tests_of(CONTRACT_TEST, listed);
+    tests.extend(tests_of(MUTANT_TEST, listed));
+    tests
 }
 
 /// The cases of the test functions whose names begin so, out of a list of all tests.
@@ -160,6 +165,7 @@ contract::a_sale_keeps_its_guarantee::case_04_left_open_if_nobody_cancels: test
 contract::a_sale_keeps_its_guarantee_when_batches_overlap::case_1_mutex: test
 contract::a_sale_keeps_its_guarantee_when_batches_overlap::case_2_left_open_if_nobody_cancels: test
 contract::a_reservation_can_be_cancelled_anywhere::case_1_mutex: test
+mutants::a_rush_catches_it::case_01_skip_locked: test
 no_order_of_steps_breaks_it: test
 ";
 
@@ -181,6 +187,7 @@ no_order_of_steps_breaks_it: test
             "contract::a_sale_keeps_its_guarantee::case_04_left_open_if_nobody_cancels \
              contract::a_sale_keeps_its_guarantee_when_batches_overlap::case_2_left_open_if_nobody_cancels"
         );
+        assert_eq!(cases("mutants/skip-locked"), "mutants::a_rush_catches_it::case_01_skip_locked");
         assert_eq!(cases("conditional"), cases("conditional-update"));
         assert_eq!(cases("optimistic"), "");
     }

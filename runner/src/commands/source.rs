@@ -14,7 +14,7 @@ use crate::{
 
 #[derive(Args)]
 pub(crate) struct SourceArgs {
-    /// A strategy or a mutant, as LEVEL/STRATEGY: lv2/pessimistic, lv2/mutants/for-update-does-nothing.
+    /// A strategy or a mutant, as LEVEL/STRATEGY: lv2/pessimistic, lv2/mutants/second-connection.
     #[arg(value_name = "LEVEL/STRATEGY", required_unless_present = "refresh")]
     strategy: Option<String>,
     /// Print the patch of the mutant: what is wrong, and the diff against the correct source.

@@ -144,7 +144,7 @@ pub(super) fn all_levels(runs: &[RushResults]) -> String {
     }
     table += "
 *Within the lease*: as long as no holder of the lock is paused for longer than its lease. The lines are those of the strategy's own file, \
-without comments, and without the modules that it may use: `lock/`, `lock.rs` and `path/`.
+without comments, and without the modules that it may use: `lock/`, `redis_lock.rs` and `pipeline/`.
 ";
     table + &rounds_note(runs)
 }

@@ -17,7 +17,7 @@ enum CarriedOut {
 #[case::spin("spin", CarriedOut::InTime, true)]
 #[case::rlock("rlock", CarriedOut::InTime, true)]
 #[case::fenced("fenced", CarriedOut::InTime, true)]
-#[case::commit_not_covered("mutants/commit-not-covered", CarriedOut::InTime, false)]
+#[case::unlock_on_unknown_commit("mutants/unlock-on-unknown-commit", CarriedOut::InTime, false)]
 #[case::spin_and_too_late("spin", CarriedOut::TooLate, false)]
 #[case::rlock_and_too_late("rlock", CarriedOut::TooLate, false)]
 #[case::fenced_and_too_late("fenced", CarriedOut::TooLate, true)]

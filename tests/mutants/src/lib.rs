@@ -21,7 +21,7 @@ pub use refresh::{Refreshed, refresh};
 /// A strategy with one planted mistake, as its patch describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mutant {
-    /// The name of the patch, without its extension: `for-update-does-nothing`.
+    /// The name of the patch, without its extension: `overtaken-is-sold-out`.
     pub name: String,
     /// The mistake, in one line.
     pub summary: String,

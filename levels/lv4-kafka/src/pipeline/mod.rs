@@ -3,7 +3,7 @@
 //!
 //! **Accept**: `POST` to 202.
 //! 1. [`OrderPipeline::ensure_sale`] rejects an order for an unknown sale.
-//! 2. `ids.rs` derives the reservation's id from the order.
+//! 2. `reservation_ids.rs` derives the reservation's id from the order.
 //! 3. `message.rs` encodes the order.
 //! 4. `producer.rs` sends it to the orders topic (`topics.rs`). The buyer gets 202 once the broker
 //!    has acknowledged the message.
@@ -17,7 +17,7 @@
 //!    and seeks back.
 //!
 //! **Observe**: stored state to the buyer and the operator.
-//! 9. `outbox.rs` reads the outbox and delivers events to the clients that wait for them.
+//! 9. `outbox_reader.rs` reads the outbox and delivers events to the clients that wait for them.
 //! 10. `dead_letters.rs` lists dead letters and replays them.
 //! 11. `lag.rs` reports the consumer lag.
 //!
@@ -30,12 +30,12 @@
 mod backoff;
 mod consumer;
 mod dead_letters;
-mod ids;
 mod lag;
 mod message;
-mod outbox;
+mod outbox_reader;
 mod producer;
 mod rebalance;
+mod reservation_ids;
 mod topics;
 
 use std::{
@@ -59,11 +59,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use backoff::Backoff;
 pub use consumer::{OrderConsumer, consumer_config};
 pub use dead_letters::{DeadLetter, DeadLetters, list_dead_letters, replay, replay_all};
-pub use ids::Ids;
 pub use lag::lag;
 pub use message::{ConsumedMessage, OrderMessage, PoisonMessage};
-pub use outbox::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
+pub use outbox_reader::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
 pub use producer::{Undelivered, producer};
+pub use reservation_ids::Ids;
 pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, orders_topic};
 
 /// The timeout of a metadata request of a readiness check.

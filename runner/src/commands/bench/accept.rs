@@ -31,7 +31,7 @@ use crate::{
 /// Clients, unless told otherwise.
 const CLIENTS: u32 = 1000;
 /// The mutant with the same route that produces nothing.
-const WITHOUT_PRODUCE: &str = "mutants/produce-nothing";
+const WITHOUT_PRODUCE: &str = lv4_kafka::mutants::PRODUCE_NOTHING.name;
 /// Records that Kafka's own producer sends for each second of a round.
 const RECORDS_A_SECOND: u64 = 50_000;
 /// Time-out of a query for the number of messages.

@@ -37,7 +37,7 @@ impl Pgbench {
     /// The same for the batches of a consumer, and the number of orders in a batch.
     #[cfg(feature = "lv4")]
     pub(super) fn find_batches(selected: SelectedStrategy) -> anyhow::Result<Option<(Self, u32)>> {
-        let file = statements(selected, "batch.sql");
+        let file = statements(selected, "batch.pgbench.sql");
         let Some(path) = file.clone() else { return Ok(None) };
         let text = std::fs::read_to_string(&path)?;
         let batch = text.lines().find_map(|line| line.strip_prefix("\\set batch "));

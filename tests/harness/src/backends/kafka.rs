@@ -12,7 +12,7 @@ use anyhow::Context;
 use super::{
     Missing, Private, Report, Source,
     managed_server::{ManagedServer, NotReady, ReadinessProbe},
-    search::{Candidate, Service, search},
+    source_selection::{Candidate, Service, search},
 };
 pub use native::programs;
 pub use prefix::Prefix;

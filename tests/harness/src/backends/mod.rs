@@ -16,14 +16,14 @@
 //! this process started, however this process ends.
 
 mod docker;
-mod environment;
 mod kafka;
 mod managed_server;
 mod native;
 mod postgres;
 pub mod reaper;
 mod redis;
-mod search;
+mod source_selection;
+mod test_environment;
 
 use std::{
     collections::BTreeMap,
@@ -37,12 +37,12 @@ use std::{
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
-pub use environment::{Services, TestEnvironment};
 pub use kafka::{Kafka, Prefix as KafkaPrefix, programs as kafka_programs};
 pub use managed_server::Private;
 pub use native::on_path;
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
 pub use redis::{Prefix, Redis, Reply};
+pub use test_environment::{Services, TestEnvironment};
 
 /// The Postgres of this process: found or started once, and shared by all its tests. It runs with
 /// [`Durability::Fast`].

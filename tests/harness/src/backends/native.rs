@@ -228,15 +228,25 @@ impl Process {
         // Stopped first, so that no child is created or reaped between listing the children and
         // killing them.
         self.send(Signal::STOP)?;
-        self.send_to_children(Signal::KILL)?;
+        let children = self.send_to_children(Signal::KILL)?;
         self.send(Signal::KILL)?;
-        self.ended().await
+        self.ended().await?;
+        // Postgres does not start again while a child still holds the shared memory.
+        let began = Instant::now();
+        while any_running(&children)? {
+            if began.elapsed() > SHUTDOWN_TIMEOUT {
+                bail!("a child of {} did not end within {SHUTDOWN_TIMEOUT:?}", self.name());
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+        Ok(())
     }
 
     /// Freezes the process and its children (SIGSTOP) unless it is down.
     pub(super) fn freeze(&self) -> anyhow::Result<()> {
         self.send(Signal::STOP)?;
-        self.send_to_children(Signal::STOP)
+        self.send_to_children(Signal::STOP)?;
+        Ok(())
     }
 
     /// Resumes the process and its children (SIGCONT).
@@ -245,14 +255,17 @@ impl Process {
         self.send(Signal::CONT)
     }
 
-    fn send_to_children(&self, signal: Signal) -> anyhow::Result<()> {
-        if let Some(first) = self.pid() {
-            for pid in children(first)? {
-                // It may have exited in the meantime.
-                let _ = kill_process(pid, signal);
-            }
+    /// Signals the child processes, and returns them.
+    fn send_to_children(&self, signal: Signal) -> anyhow::Result<Vec<Pid>> {
+        let Some(parent) = self.pid() else {
+            return Ok(Vec::new());
+        };
+        let children = children(parent)?;
+        for pid in &children {
+            // It may have exited in the meantime.
+            let _ = kill_process(*pid, signal);
         }
-        Ok(())
+        Ok(children)
     }
 
     /// Its pid, while it is running.
@@ -327,6 +340,17 @@ fn children(parent: u32) -> anyhow::Result<Vec<Pid>> {
         (ppid.parse() == Ok(parent)).then_some(pid)
     };
     Ok(table.lines().filter_map(child).collect())
+}
+
+/// Whether any of these processes has not exited. One that only waits to be reaped has.
+fn any_running(pids: &[Pid]) -> anyhow::Result<bool> {
+    if pids.is_empty() {
+        return Ok(false);
+    }
+    let pids: Vec<_> = pids.iter().map(|pid| pid.as_raw_nonzero().to_string()).collect();
+    let states = Command::new("ps").args(["-o", "stat=", "-p", &pids.join(",")]).output()?;
+    let states = String::from_utf8_lossy(&states.stdout).into_owned();
+    Ok(states.lines().any(|state| !state.trim_start().starts_with('Z')))
 }
 
 /// The folder that contains all these programs: the one that `variable` names, else the first of

@@ -22,7 +22,7 @@ use super::{
     Missing, Private, Report, Source,
     managed_server::{ManagedServer, NotReady, ReadinessProbe},
     root,
-    search::{Candidate, Service, search},
+    source_selection::{Candidate, Service, search},
 };
 pub use database::Database;
 use database::ExternalOwner;

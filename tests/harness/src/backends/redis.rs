@@ -13,7 +13,7 @@ use rand::distr::{Alphanumeric, SampleString};
 use super::{
     Missing, Private, Report, Source,
     managed_server::{ManagedServer, NotReady, ReadinessProbe},
-    search::{Candidate, Service, search},
+    source_selection::{Candidate, Service, search},
 };
 use prefix::ExternalOwner;
 pub use prefix::Prefix;

@@ -16,7 +16,7 @@ use box_office::{
 use sqlx::PgPool;
 use tokio::sync::Notify;
 
-use super::{blocked::Holders, state::Shared, stepping::Schedule};
+use super::{Schedule, blocked::Holders, state::Shared};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, Refused},

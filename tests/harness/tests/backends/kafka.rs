@@ -14,8 +14,8 @@ use harness::backends::{self, Kafka, Source};
 use crate::{
     Test,
     child::{Role, TIMEOUT, temp},
+    child_roles::break_private,
     of_one,
-    roles::break_private,
     service::Service,
 };
 

@@ -7,15 +7,15 @@
 #![allow(clippy::unwrap_used)]
 
 mod child;
+mod child_roles;
 mod external;
 mod kafka;
+mod managed_servers;
 mod postgres;
 mod reaper;
 mod redis;
-mod roles;
-mod servers;
 mod service;
-mod setup;
+mod setup_script;
 mod sources;
 
 use std::{env, path::Path};
@@ -30,7 +30,7 @@ use crate::{
 
 fn main() {
     if let Ok(role) = env::var(ROLE) {
-        return roles::play(&role);
+        return child_roles::play(&role);
     }
     let required = match required() {
         Ok(required) => required,
@@ -118,10 +118,10 @@ fn tests() -> Vec<Test> {
     [
         sources::tests(),
         external::tests(),
-        servers::tests(),
+        managed_servers::tests(),
         kafka::tests(),
         reaper::tests(),
-        setup::tests(),
+        setup_script::tests(),
     ]
     .into_iter()
     .flatten()

@@ -9,7 +9,7 @@ use sqlx::{
     migrate::{Migration, MigrationType, Migrator},
 };
 
-use crate::{child::TIMEOUT, roles::break_private};
+use crate::{child::TIMEOUT, child_roles::break_private};
 
 /// A schema with one table.
 pub(crate) fn schema(name: &'static str) -> Schema {

@@ -9,7 +9,7 @@ use std::{
 
 use harness::backends::{self, Redis, Reply};
 
-use crate::{child::TIMEOUT, roles::break_private};
+use crate::{child::TIMEOUT, child_roles::break_private};
 
 pub(crate) async fn serve() {
     let redis = backends::redis().await.unwrap();

@@ -2,20 +2,20 @@
 
 mod contradictions;
 mod duplicates;
+mod lost_and_invented;
 mod progress;
 mod refusals;
-mod reservations;
-mod tickets;
+mod ticket_count;
 
 use box_office::{BuyerId, Invariant};
 
 use self::{
     contradictions::contradictions,
     duplicates::duplicates,
+    lost_and_invented::{invented, lost},
     progress::unfinished,
     refusals::false_refusals,
-    reservations::{invented, lost},
-    tickets::{conservation, oversell, undersell},
+    ticket_count::{conservation, oversell, undersell},
 };
 use super::{
     Evidence,

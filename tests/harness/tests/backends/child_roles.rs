@@ -1,4 +1,4 @@
-//! The roles of child processes. Each test of [`crate::servers`] is one role.
+//! The roles of child processes. Each test of [`crate::managed_servers`] is one role.
 
 use std::{
     any::Any,

@@ -6,10 +6,10 @@ use anyhow::{Context, anyhow};
 use box_office::{Steps, trace::now_monotonic_us};
 
 use super::{
+    Schedule,
     blocked::{Blocked, CURRENT_REQUEST, Holder},
     runner::answer_of,
     state::{HoldingObserver, RequestStatus, StepOutcome},
-    stepping::Schedule,
     trace::{Event, EventKind},
 };
 use crate::judge::in_words;
