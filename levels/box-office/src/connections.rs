@@ -56,7 +56,7 @@ pub(crate) async fn accept(listener: TcpListener, app: Arc<App>, stop: Cancellat
     const RETRY_DELAY: Duration = Duration::from_millis(50);
 
     let permits = Arc::new(Semaphore::new(max_connections(app.limits)));
-    let (limits, routes) = (app.limits, http::routes(app));
+    let (limits, routes) = (app.limits, http::router(app));
     let spawn = |stream: TcpStream, permit: OwnedSemaphorePermit| {
         let serving = serve_connection(stream, routes.clone(), limits, stop.clone(), permit);
         connections.spawn(serving.in_current_span());

@@ -187,7 +187,10 @@ no_order_of_steps_breaks_it: test
             "contract::a_sale_keeps_its_guarantee::case_04_left_open_if_nobody_cancels \
              contract::a_sale_keeps_its_guarantee_when_batches_overlap::case_2_left_open_if_nobody_cancels"
         );
-        assert_eq!(cases("mutants/skip-locked"), "mutants::a_rush_catches_it::case_01_skip_locked");
+        assert_eq!(
+            cases("mutants/skip-locked"),
+            "mutants::a_rush_catches_it::case_01_skip_locked"
+        );
         assert_eq!(cases("conditional"), cases("conditional-update"));
         assert_eq!(cases("optimistic"), "");
     }

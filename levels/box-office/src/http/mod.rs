@@ -14,12 +14,12 @@ use axum::{
     Router,
     middleware::from_fn_with_state,
     response::{IntoResponse, Response},
-    routing::{MethodRouter, get, post},
 };
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     AdminToken, Instrumentation, Limits, Reserve,
@@ -44,26 +44,24 @@ pub(crate) struct App {
     pub(crate) stop: CancellationToken,
 }
 
-/// All paths and their handlers.
-fn route_table() -> [(&'static str, MethodRouter<Arc<App>>); 9] {
-    [
-        ("/api/sales/{id}/reservations", post(reservations::reserve)),
-        ("/api/reservations/{id}", get(reservations::look_up)),
-        ("/api/reservations/{id}/events", get(events::follow)),
-        ("/api/sales/{id}", get(sales::look_up).put(sales::open)),
-        ("/livez", get(operations::alive)),
-        ("/readyz", get(operations::ready)),
-        ("/metrics", get(operations::metrics)),
-        ("/problems/{name}", get(operations::explain_problem)),
-        ("/openapi.json", get(openapi::document)),
-    ]
+/// All operations, each with its documentation.
+fn documented_routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(reservations::reserve))
+        .routes(routes!(reservations::look_up))
+        .routes(routes!(events::follow))
+        .routes(routes!(sales::look_up, sales::open))
+        .routes(routes!(operations::alive))
+        .routes(routes!(operations::ready))
+        .routes(routes!(operations::metrics))
+        .routes(routes!(operations::explain_problem))
+        .routes(routes!(openapi::document))
 }
 
 /// The router with its middleware.
-pub(crate) fn routes(app: Arc<App>) -> Router {
-    route_table()
-        .into_iter()
-        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let (router, _) = documented_routes().split_for_parts();
+    router
         .fallback(async || Problem::from(ProblemKind::NotFound))
         .method_not_allowed_fallback(async || Problem::from(ProblemKind::MethodNotAllowed))
         .layer(CatchPanicLayer::custom(|_| -> Response {

@@ -348,7 +348,9 @@ fn any_running(pids: &[Pid]) -> anyhow::Result<bool> {
         return Ok(false);
     }
     let pids: Vec<_> = pids.iter().map(|pid| pid.as_raw_nonzero().to_string()).collect();
-    let states = Command::new("ps").args(["-o", "stat=", "-p", &pids.join(",")]).output()?;
+    let states = Command::new("ps")
+        .args(["-o", "stat=", "-p", &pids.join(",")])
+        .output()?;
     let states = String::from_utf8_lossy(&states.stdout).into_owned();
     Ok(states.lines().any(|state| !state.trim_start().starts_with('Z')))
 }
