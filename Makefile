@@ -22,8 +22,6 @@ services_lv4 := redis kafka
 services := postgres $(if $(LEVEL),$(services_$(LEVEL)),$(sort $(foreach level,$(levels),$(services_$(level)))))
 # One strategy, or the level, or nothing: the whole trail.
 chosen := $(LEVEL)$(if $(STRATEGY),/$(STRATEGY))
-# Figures are measured in release. One after another: nothing else may run beside them.
-measure := cargo run --quiet --release --package oversold --
 # A single level is built without the others.
 features := $(if $(LEVEL),--no-default-features --features $(LEVEL))
 
@@ -134,39 +132,10 @@ check: ## Everything that must be clean besides the tests
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 
-results: ## Measure again what the book says in figures
+results: ## Measure again what the book says in figures: about 12 minutes, and nothing else may run beside it
 	@infra/setup.sh $(services)
-	@mkdir -p results
-	$(measure) rush lv1 --rounds 5 --json results/lv1-rush.json
-	$(measure) rush lv2 --rounds 5 --json results/lv2-rush.json
-	$(measure) rush lv2 --instances 3 --rounds 5 --json results/lv2-rush-3.json
-	$(measure) rush lv2 --clicks 1 --rounds 5 --json results/lv2-rush-once.json
 	@infra/bench-tools.sh
-	for strategy in mutex pessimistic optimistic conditional-update; do \
-		$(measure) bench lv2/$$strategy --seconds 5 --json results/lv2-bench-$$strategy.json || exit; \
-	done
-	for strategy in pessimistic conditional-update; do \
-		$(measure) bench lv2/$$strategy --pools 1,2,4,8,16,64 --seconds 3 --rounds 3 --json results/lv2-pools-$$strategy.json || exit; \
-	done
-	$(measure) rush lv3 --rounds 5 --json results/lv3-rush.json
-	$(measure) rush lv3 --instances 3 --rounds 5 --json results/lv3-rush-3.json
-	$(measure) rush lv3 --instances 3 --clicks 1 --rounds 5 --json results/lv3-rush-3-once.json
-	$(measure) rush lv2 lv3 --rounds 5 --json results/lv2-and-lv3-rush.json
-	$(measure) rush lv2 lv3 --instances 3 --rounds 5 --json results/lv2-and-lv3-rush-3.json
-	for strategy in spin rlock fenced; do \
-		$(measure) bench lv3/$$strategy --seconds 5 --json results/lv3-bench-$$strategy.json || exit; \
-		$(measure) bench lv3/$$strategy --waiters 1000 --json results/lv3-waiters-$$strategy.json || exit; \
-	done
-	$(measure) bench lv3/rlock --lock --seconds 5 --json results/lv3-lock.json
-	$(measure) rush lv4 --rounds 5 --json results/lv4-rush.json
-	$(measure) rush lv4 --instances 3 --rounds 5 --json results/lv4-rush-3.json
-	$(measure) rush lv4 --clicks 1 --rounds 5 --json results/lv4-rush-once.json
-	for strategy in locked single-writer; do \
-		$(measure) bench lv4/$$strategy --seconds 5 --json results/lv4-accept-$$strategy.json || exit; \
-		$(measure) bench lv4/$$strategy --drain --json results/lv4-drain-$$strategy.json || exit; \
-	done
-	$(measure) rush --rounds 5 --json results/road.json
-	$(measure) rush --instances 3 --rounds 5 --json results/road-3.json
+	infra/results.sh
 	$(MAKE) generated
 
 soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20 [LEVEL=lv1]

@@ -67,6 +67,10 @@ enum Command {
     /// List, show and replay the dead letters of LV.4: messages that its consumers gave up on.
     #[cfg(feature = "lv4")]
     DeadLetters(dead_letters::DeadLettersArgs),
+    /// One process of `bench --waiters --instances`, which starts it.
+    #[cfg(feature = "lv3")]
+    #[command(hide = true)]
+    BenchWaiters(bench::WaitersArgs),
     /// Report which backends are available, where they come from, and what is missing.
     Doctor,
 }
@@ -112,6 +116,8 @@ pub fn run() -> ExitCode {
         Command::Rush(args) => block_on(rush::run(&args)),
         Command::Trace(args) => block_on(trace::run(&args)),
         Command::Bench(args) => block_on(bench::run(&args)),
+        #[cfg(feature = "lv3")]
+        Command::BenchWaiters(args) => block_on(bench::run_waiters(&args)),
         #[cfg(feature = "lv4")]
         Command::DeadLetters(args) => block_on(dead_letters::run(&args)),
         Command::Doctor => block_on(doctor::run()),

@@ -7,6 +7,7 @@
 mod commands;
 mod exercises;
 mod html;
+mod names;
 mod pages;
 mod readme;
 mod rules;

@@ -32,6 +32,8 @@ use crate::{command, err, out, oversold};
 #[case::waiters_without_a_lock(&["bench", "lv2/mutex", "--waiters", "1000"], "only LV.3 has one: lv3/spin, lv3/rlock, lv3/fenced")]
 #[case::waiters_for_a_broken_lock(&["bench", "lv3/mutants/lock-by-buyer", "--waiters", "9"], "lv3/mutants/lock-by-buyer is none of them")]
 #[case::a_lock_on_its_own_without_one(&["bench", "lv1", "--lock"], "only LV.3 has one")]
+#[case::processes_without_waiters(&["bench", "lv3/rlock", "--instances", "3"], "--waiters <N>")]
+#[case::more_processes_than_waiters(&["bench", "lv3/rlock", "--waiters", "2", "--instances", "3"], "each of the --instances needs at least one of the --waiters")]
 #[case::no_waiters(&["bench", "lv3/rlock", "--waiters", "0"], "a number, 1 to 20000")]
 #[case::alone_and_in_a_crowd(&["bench", "lv3/rlock", "--lock", "--waiters", "9"], "'--lock' cannot be used with '--waiters <N>'")]
 #[case::a_session_that_kafka_does_not_take(&["serve", "lv4", "--kafka-session-ms", "300001"], "KAFKA_SESSION_MS (--kafka-session-ms) holds \"300001\"; expected a number of milliseconds, 500 to 300000")]
@@ -104,6 +106,7 @@ fn bench_says_what_it_takes() {
         "--pools",
         "--lock",
         "--waiters",
+        "--instances",
         "--drain",
         "--json",
     ] {

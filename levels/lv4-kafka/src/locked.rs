@@ -2,7 +2,7 @@
 //!
 //! Orders are spread over the partitions, so all instances process orders of the same sale
 //! concurrently. A lock in Redis, acquired for each message, serialises them; under it runs LV.1's
-//! `read_then_write`. It is the answer of many tutorials: a queue in front, a lock behind.
+//! `read_then_write`. It is LV.3 behind a queue: a queue in front, a lock behind.
 //!
 //! Guarantee: keeps every invariant except the order of arrival, on any number of instances, as
 //! long as no holder keeps the lock beyond its lease.

@@ -154,9 +154,13 @@ pub struct DrainThroughput {
     pub orders_a_second: MedianRange,
     /// From the start of the server's process to the last decision, in milliseconds.
     pub took_ms: MedianRange,
-    /// The database's ceiling; `None` where there are no statements for pgbench.
+    /// The same transactions sent by pgbench; `None` where there are no statements for it. Its rows are generated in SQL, which can take
+    /// longer than sending them: no ceiling.
+    #[serde(default, alias = "ceiling", skip_serializing_if = "Option::is_none")]
+    pub pgbench: Option<BatchRate>,
+    /// The ceiling: the same rows in one `COPY`; `None` in files that do not record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ceiling: Option<BatchCeiling>,
+    pub copy: Option<CopyCeiling>,
     /// From the start of the server's process until it was ready, in milliseconds.
     pub ready_ms: MedianRange,
     /// Peak resident memory of the server, in MiB.
@@ -167,9 +171,18 @@ pub struct DrainThroughput {
     pub rounds: Vec<DrainRound>,
 }
 
+/// The rows of the backlog's orders, copied into empty tables in one transaction.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CopyCeiling {
+    /// Orders per second, each a row in each table.
+    pub orders_a_second: MedianRange,
+    /// Orders decided per second divided by it, of rounds that took turns.
+    pub ratio: MedianRange,
+}
+
 /// The same batches sent by pgbench.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct BatchCeiling {
+pub struct BatchRate {
     /// Orders in a transaction.
     pub orders_in_a_transaction: u32,
     /// Orders per second.
@@ -226,6 +239,9 @@ pub struct LockCeiling {
 pub struct ContendedLock {
     /// Tasks that wait for the same lock at once.
     pub waiters: u32,
+    /// Processes that share them.
+    #[serde(default = "one")]
+    pub instances: u32,
     /// Until the last of them released it, in milliseconds.
     pub took_ms: MedianRange,
     /// Commands sent to Redis, for each waiter.
@@ -234,6 +250,11 @@ pub struct ContendedLock {
     pub commands_in_scripts_each: MedianRange,
     /// Each round.
     pub rounds: Vec<ContendedRound>,
+}
+
+/// In files that do not say it.
+fn one() -> u32 {
+    1
 }
 
 /// One round of waiters.

@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeMap, env, fs, process::Command, thread::available_parallelism};
 
-use harness::backends::{Report, Services};
+use harness::backends::{Report, Services, Source};
 use serde::{Deserialize, Serialize};
+
+use super::disk;
 
 /// How and where a result was measured. Every result file begins with it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,8 +27,8 @@ pub struct RunMetadata {
     /// The Kafka, if one took part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kafka: Option<Backend>,
-    /// Median duration of an `fdatasync` of 4 KiB on the disk of Postgres, in milliseconds. `None` where that disk is not on this machine,
-    /// or nothing was committed.
+    /// Median duration of an `fdatasync` on the disk of Postgres before the run, in milliseconds. `None` where that disk can't be measured,
+    /// as Postgres was not started by this command, where there was no Postgres, and in files that do not record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fdatasync_ms: Option<f64>,
     /// Why the results are void: each check that failed after a round.
@@ -50,14 +52,36 @@ impl RunMetadata {
         }
     }
 
-    /// With these services.
-    pub(crate) fn with_services(self, services: &Services) -> Self {
-        Self {
-            postgres: Some(services.postgres.report().into()),
+    /// With these services, and the disk of their Postgres, which is measured now: call it before the load.
+    ///
+    /// # Errors
+    /// The disk could not be written to.
+    pub(crate) fn with_services(self, services: &Services) -> anyhow::Result<Self> {
+        let postgres = services.postgres.report();
+        Ok(Self {
+            fdatasync_ms: match postgres.source {
+                Source::Native => Some(disk::fdatasync()?.as_secs_f64() * 1e3),
+                // Their disks are elsewhere.
+                Source::Docker | Source::External => None,
+            },
+            postgres: Some(postgres.into()),
             redis: services.redis.as_ref().map(|redis| redis.report().into()),
             kafka: services.kafka.as_ref().map(|kafka| kafka.report().into()),
             ..self
-        }
+        })
+    }
+
+    /// What every measurement depends on besides the code: build, processors and disk, in one line.
+    pub(crate) fn conditions(&self) -> String {
+        let Machine { processor, cores, .. } = &self.machine;
+        let build = if self.release { "release" } else { "debug" };
+        let processor = processor.as_ref().map_or_else(String::new, |name| format!(" ({name})"));
+        let disk = match self.fdatasync_ms {
+            Some(ms) => format!("one `fdatasync` takes {ms:.2} ms"),
+            None if self.postgres.is_none() => "nothing waits for a disk".to_owned(),
+            None => "the `fdatasync` of Postgres's disk is not measured: it was not started here".to_owned(),
+        };
+        format!("{build} build, {cores} cores{processor} that clients, servers and services share; {disk}")
     }
 }
 
@@ -151,4 +175,56 @@ fn command_line() -> String {
     env::args()
         .skip(1)
         .fold("oversold".to_owned(), |command, word| command + " " + &word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_conditions_name_build_processors_and_disk() {
+        let metadata = |release, fdatasync_ms, postgres: bool| RunMetadata {
+            command: String::new(),
+            commit: None,
+            release,
+            machine: Machine {
+                system: "linux x86_64".to_owned(),
+                processor: Some("Z80".to_owned()),
+                cores: 2,
+                memory_mib: None,
+            },
+            postgres: postgres.then(|| Backend {
+                service: "postgres".to_owned(),
+                source: "docker".to_owned(),
+                reason: String::new(),
+                version: "17.2".to_owned(),
+                address: String::new(),
+                start_up_ms: 1,
+                durability: BTreeMap::new(),
+            }),
+            redis: None,
+            kafka: None,
+            fdatasync_ms,
+            void: vec![],
+        };
+        let shared = "2 cores (Z80) that clients, servers and services share";
+        for (metadata, expected) in [
+            (
+                metadata(true, Some(0.084), true),
+                format!("release build, {shared}; one `fdatasync` takes 0.08 ms"),
+            ),
+            (
+                metadata(false, None, true),
+                format!(
+                    "debug build, {shared}; the `fdatasync` of Postgres's disk is not measured: it was not started here"
+                ),
+            ),
+            (
+                metadata(false, None, false),
+                format!("debug build, {shared}; nothing waits for a disk"),
+            ),
+        ] {
+            assert_eq!(metadata.conditions(), expected);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Result files: what `--json` writes, the folder `results` keeps, and the tables of the book are made of. The names of the fields are stable.
 
 pub mod bench;
+mod disk;
 mod metadata;
 pub mod rush;
 

@@ -48,10 +48,8 @@ pub struct StrategyResult {
     pub duplicates: u64,
     /// How many requests got which answer.
     pub answers: Answers,
-    /// Answers per second until every buyer had one.
+    /// Answers per second until every buyer had one, most of which are refusals.
     pub requests_a_second: f64,
-    /// Tickets sold per second until no order was pending.
-    pub sales_a_second: f64,
     /// From the opening of the gate until the last buyer left, in milliseconds.
     pub took_ms: f64,
     /// Latency from a buyer's first click to the last answer to it.
@@ -65,6 +63,10 @@ pub struct StrategyResult {
     pub completed: Option<Latency>,
     /// From the opening of the gate to the last final state, in milliseconds; `None` where the answer is final.
     pub all_completed_ms: Option<f64>,
+    /// From the opening of the gate until the last buyer with a ticket knew of it, in milliseconds; `None` in files that do not record it,
+    /// and where nothing was sold. If the sale was oversold, the last of the buyers who were told "confirmed".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_sale_ms: Option<f64>,
     /// The most requests that were in flight at once.
     pub greatest_overlap: u64,
     /// Retries of reservations on the server, after a conflict with others.
@@ -96,6 +98,16 @@ pub struct Rounds {
     pub all_answered_ms: MedianRange,
     /// From the opening of the gate to the last final state, in milliseconds; `None` where the answer is final.
     pub all_completed_ms: Option<MedianRange>,
+    /// From the opening of the gate until the last buyer with a ticket knew of it, in milliseconds; `None` as in [`StrategyResult`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_sale_ms: Option<MedianRange>,
+}
+
+impl StrategyResult {
+    /// From the opening of the gate until every buyer knew the result, in milliseconds.
+    pub fn all_known_ms(&self) -> f64 {
+        self.all_completed_ms.unwrap_or_default().max(self.all_answered_ms)
+    }
 }
 
 impl Rounds {
@@ -110,6 +122,7 @@ impl Rounds {
             p99_ms: of(|result| result.answered.p99_ms)?,
             all_answered_ms: of(|result| result.all_answered_ms)?,
             all_completed_ms: MedianRange::of(results.iter().filter_map(|result| result.all_completed_ms)),
+            last_sale_ms: MedianRange::of(results.iter().filter_map(|result| result.last_sale_ms)),
         })
     }
 }

@@ -2,6 +2,7 @@
 
 mod measurements;
 mod red;
+mod road;
 mod tables;
 mod traces;
 

@@ -1,70 +1,99 @@
 //! The tables of measurements in Markdown.
 
-use box_office::{Promise, Promises, Strategy};
-use harness::rush::{Answers, Latency};
+use harness::rush::Latency;
 use oversold::{
     results::{
         bench::{
             AcceptThroughput, BenchResults, ContendedLock, DrainThroughput, PoolCurve, Throughput, UncontendedLock,
         },
-        rush::{Rounds, RushResults, StrategyResult},
+        rush::{RushResults, StrategyResult},
     },
     statistics::MedianRange,
 };
 
-use serde_json::{Value, json};
-
-use super::source;
-use crate::strategies;
-
-/// A figure of the round that is shown; or of all rounds with their range, if there were several.
-fn with_range(result: &StrategyResult, of_this_one: f64, of_all: fn(&Rounds) -> Option<&MedianRange>) -> String {
-    let of_all = result.rounds.as_ref().and_then(of_all);
-    of_all.map_or_else(|| format!("{of_this_one:.0}"), MedianRange::to_string)
+/// A figure of the round that is shown, and the range of all rounds if there were several.
+fn with_range(of_this_one: f64, of_all: Option<&MedianRange>) -> String {
+    of_all.map_or_else(
+        || format!("{of_this_one:.0}"),
+        |all| format!("{of_this_one:.0} ({:.0} to {:.0})", all.least, all.most),
+    )
 }
 
 fn requests_a_second(result: &StrategyResult) -> String {
-    with_range(result, result.requests_a_second, |rounds| {
-        Some(&rounds.requests_a_second)
-    })
+    let of_all = result.rounds.as_ref().map(|rounds| &rounds.requests_a_second);
+    with_range(result.requests_a_second, of_all)
 }
 
 fn all_answered_ms(result: &StrategyResult) -> String {
-    with_range(result, result.all_answered_ms, |rounds| Some(&rounds.all_answered_ms))
+    let of_all = result.rounds.as_ref().map(|rounds| &rounds.all_answered_ms);
+    with_range(result.all_answered_ms, of_all)
 }
 
 fn all_completed_ms(result: &StrategyResult) -> String {
-    with_range(result, result.all_completed_ms.unwrap_or_default(), |rounds| {
-        rounds.all_completed_ms.as_ref()
-    })
+    let of_all = result
+        .rounds
+        .as_ref()
+        .and_then(|rounds| rounds.all_completed_ms.as_ref());
+    with_range(result.all_completed_ms.unwrap_or_default(), of_all)
 }
 
-/// What a table says about the rounds behind it.
-fn rounds_note(runs: &[RushResults]) -> String {
-    let mut all = runs.iter().flat_map(|run| &run.strategies);
-    all.find_map(|it| it.rounds.as_ref())
-        .map_or_else(String::new, |rounds| {
-            format!(
-                "\nWith a range: the median of {} rounds. Without: the round in the middle.\n",
-                rounds.times
-            )
-        })
+/// Until every buyer knew the result: where the answer is final, that is the last answer.
+pub(super) fn all_known_ms(result: &StrategyResult) -> String {
+    match result.all_completed_ms {
+        Some(_) => all_completed_ms(result),
+        None => all_answered_ms(result),
+    }
+}
+
+pub(super) fn last_sale_ms(result: &StrategyResult) -> String {
+    let of_all = result.rounds.as_ref().and_then(|rounds| rounds.last_sale_ms.as_ref());
+    result
+        .last_sale_ms
+        .map_or_else(|| "not recorded".to_owned(), |last| with_range(last, of_all))
+}
+
+/// What a table says about its rows: the rounds behind them, and whether their times can be compared.
+pub(super) fn note<'a>(rows: impl Iterator<Item = &'a StrategyResult>) -> String {
+    let rows: Vec<_> = rows.collect();
+    let mut note = String::new();
+    if rows.iter().any(|row| row.clicks != rows[0].clicks) {
+        note += "\nThe rows differ in their number of requests, so their times and rates can't be compared with one another.\n";
+    }
+    if let Some(rounds) = rows.iter().find_map(|row| row.rounds.as_ref()) {
+        let times = rounds.times;
+        note += &format!(
+            "\nEach row is one of {times} rounds, the one in the middle; in brackets is the range of all {times}.\n"
+        );
+    }
+    note
+}
+
+/// The strategies of some levels, of rushes through more.
+pub(super) fn of_levels(runs: &[RushResults], levels: &[&str]) -> Vec<RushResults> {
+    let mut runs = runs.to_vec();
+    for run in &mut runs {
+        run.strategies
+            .retain(|it| levels.iter().any(|&level| it.strategy.split('/').next() == Some(level)));
+    }
+    runs
 }
 
 pub(super) fn rush(runs: &[RushResults]) -> String {
     let mut table = "\
-| strategy | sold | oversold by | duplicates | stock | req/s | p50 ms | p95 ms | p99 ms | all answered after ms | verdict |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
+| strategy | requests | sold | oversold by | duplicates | stock | req/s | p50 ms | p95 ms | p99 ms | all answered after ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
 "
     .to_owned();
-    for it in runs.iter().flat_map(|run| &run.strategies) {
+    let rows = || runs.iter().flat_map(|run| &run.strategies);
+    for it in rows() {
         let stock = it.stock.map_or_else(|| "?".to_owned(), |stock| stock.to_string());
         let Latency {
             p50_ms, p95_ms, p99_ms, ..
         } = it.answered;
         table += &format!(
-            "| `{}` | {} | {} | {} | {stock} | {} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} | {} |\n",
+            "| `{}` | {} | {} | {} | {} | {stock} | {} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} | {} |\n",
             it.strategy,
+            it.requests,
             it.sold,
             it.oversold_by,
             it.duplicates,
@@ -73,115 +102,53 @@ pub(super) fn rush(runs: &[RushResults]) -> String {
             it.verdict
         );
     }
-    table + &rounds_note(runs)
+    table + &note(rows())
 }
 
 /// Every strategy, once for each number of instances that it ran on.
 pub(super) fn side_by_side(runs: &[RushResults]) -> String {
     let mut table = "\
-| strategy | instances | sold | req/s | p50 ms | p95 ms | p99 ms | all answered after ms | verdict |
-|---|--:|--:|--:|--:|--:|--:|--:|---|
+| strategy | instances | requests | sold | req/s | p50 ms | p95 ms | p99 ms | all answered after ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|---|
 "
     .to_owned();
-    let rows = runs
-        .iter()
-        .flat_map(|run| run.strategies.iter().map(|it| (run.instances, it)));
-    for (instances, it) in rows {
+    let rows = || {
+        runs.iter()
+            .flat_map(|run| run.strategies.iter().map(|it| (run.instances, it)))
+    };
+    for (instances, it) in rows() {
         let Latency {
             p50_ms, p95_ms, p99_ms, ..
         } = it.answered;
         table += &format!(
-            "| `{}` | {instances} | {} | {} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} | {} |\n",
+            "| `{}` | {instances} | {} | {} | {} | {p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0} | {} | {} |\n",
             it.strategy,
+            it.requests,
             it.sold,
             requests_a_second(it),
             all_answered_ms(it),
             it.verdict
         );
     }
-    table + &rounds_note(runs)
-}
-
-/// All levels: latency, sales, oversell, scope of the guarantee, and size of the code.
-///
-/// The figures are those of the run on one instance; runs on several only add by how much they oversold.
-pub(super) fn all_levels(runs: &[RushResults]) -> String {
-    let mut table = "\
-| strategy | answered p50 ms | answered p95 ms | completed p95 ms | sales/s | oversold by | holds on | lines of its own file |
-|---|--:|--:|--:|--:|--:|---|--:|
-"
-    .to_owned();
-    let Some(single) = runs.iter().find(|run| run.instances == 1) else {
-        return table;
-    };
-    for it in &single.strategies {
-        let (level, name) = it.strategy.split_once('/').expect("a name is LEVEL/STRATEGY");
-        let (level, strategy) = strategies()
-            .find(|(other, strategy)| other.name == level && strategy.name == name)
-            .unwrap_or_else(|| panic!("{} is no main strategy: `make results`", it.strategy));
-        let oversold = runs.iter().filter_map(|run| {
-            let here = run.strategies.iter().find(|other| other.strategy == it.strategy)?;
-            Some(match run.instances {
-                1 => here.oversold_by.to_string(),
-                instances => format!("{} on {instances}", here.oversold_by),
-            })
-        });
-        // Where the answer is final, both clocks are one.
-        let completed = it.completed.as_ref().map_or_else(
-            || "as answered".to_owned(),
-            |completed| format!("{:.0}", completed.p95_ms),
-        );
-        table += &format!(
-            "| `{}` | {:.0} | {:.0} | {completed} | {:.0} | {} | {} | {} |\n",
-            it.strategy,
-            it.answered.p50_ms,
-            it.answered.p95_ms,
-            it.sales_a_second,
-            oversold.collect::<Vec<_>>().join(", "),
-            holds_on(strategy),
-            lines_of_code(&source(&level.source(strategy))),
-        );
-    }
-    table += "
-*Within the lease*: as long as no holder of the lock is paused for longer than its lease. The lines are those of the strategy's own file, \
-without comments, and without the modules that it may use: `lock/`, `redis_lock.rs` and `pipeline/`.
-";
-    table + &rounds_note(runs)
-}
-
-/// The number of instances on which a strategy breaks no guarantee.
-fn holds_on(strategy: &Strategy) -> &'static str {
-    let breaks = |promises: Promises| promises.those(Promise::Breaks).count() > 0;
-    let guarantee = strategy.guarantee;
-    match (breaks(guarantee.single_instance), breaks(guarantee.multi_instance)) {
-        (true, _) => "none",
-        (false, true) => "one instance",
-        // The failure modes of the main strategies are all ends of a lease.
-        (false, false) if !guarantee.failure_modes.is_empty() => "any number, within the lease",
-        (false, false) => "any number",
-    }
-}
-
-/// Lines of a file that are neither empty nor a comment.
-fn lines_of_code(source: &str) -> usize {
-    let is_code = |line: &&str| !line.is_empty() && !line.starts_with("//");
-    source.lines().map(str::trim).filter(is_code).count()
+    table + &note(rows().map(|(_, it)| it))
 }
 
 /// A rush whose orders are accepted first and decided later.
 pub(super) fn two_clocks(runs: &[RushResults]) -> String {
     let mut table = "\
-| strategy | sold | answered p50 ms | p95 ms | p99 ms | all answered after ms | completed p50 ms | p95 ms | p99 ms | all completed after ms | verdict |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
+| strategy | requests | sold | answered p50 ms | p95 ms | p99 ms | all answered after ms | completed p50 ms | p95 ms | p99 ms | all completed after ms | verdict |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
 "
     .to_owned();
-    for it in runs.iter().flat_map(|run| &run.strategies) {
+    let rows = || runs.iter().flat_map(|run| &run.strategies);
+    for it in rows() {
         let three = |Latency {
                          p50_ms, p95_ms, p99_ms, ..
                      }: &Latency| format!("{p50_ms:.0} | {p95_ms:.0} | {p99_ms:.0}");
         table += &format!(
-            "| `{}` | {} | {} | {} | {} | {} | {} |\n",
+            "| `{}` | {} | {} | {} | {} | {} | {} | {} |\n",
             it.strategy,
+            it.requests,
             it.sold,
             three(&it.answered),
             all_answered_ms(it),
@@ -190,7 +157,7 @@ pub(super) fn two_clocks(runs: &[RushResults]) -> String {
             it.verdict
         );
     }
-    table + &rounds_note(runs)
+    table + &note(rows())
 }
 
 pub(super) fn accept(runs: &[BenchResults<AcceptThroughput>]) -> String {
@@ -218,22 +185,22 @@ pub(super) fn accept(runs: &[BenchResults<AcceptThroughput>]) -> String {
 
 pub(super) fn drain(runs: &[BenchResults<DrainThroughput>]) -> String {
     let mut table = "\
-| strategy | orders in the backlog | decided/s: median (range) | pgbench, orders/s | orders in a transaction | ratio | peak memory, MiB |
-|---|--:|--:|--:|--:|--:|--:|
+| strategy | orders in the backlog | decided/s: median (range) | `pgbench`, orders/s | orders in a transaction of both | `COPY` of the same rows, orders/s | ratio to `COPY` | peak memory, MiB |
+|---|--:|--:|--:|--:|--:|--:|--:|
 "
     .to_owned();
     for it in runs {
         let measured = &it.measured;
-        let (ceiling, batch, ratio) = match &measured.ceiling {
-            Some(it) => (
-                it.orders_a_second.to_string(),
-                it.orders_in_a_transaction.to_string(),
-                format!("{:.2}", it.ratio),
-            ),
-            None => ("not measured".to_owned(), String::new(), String::new()),
+        let (pgbench, batch) = match &measured.pgbench {
+            Some(it) => (it.orders_a_second.to_string(), it.orders_in_a_transaction.to_string()),
+            None => ("not measured".to_owned(), String::new()),
+        };
+        let (copy, ratio) = match &measured.copy {
+            Some(it) => (it.orders_a_second.to_string(), format!("{:.3}", it.ratio)),
+            None => ("not recorded".to_owned(), String::new()),
         };
         table += &format!(
-            "| `{}` | {} | {} | {ceiling} | {batch} | {ratio} | {:.0} |\n",
+            "| `{}` | {} | {} | {pgbench} | {batch} | {copy} | {ratio} | {:.0} |\n",
             it.strategy, measured.orders, measured.orders_a_second, measured.most_mib
         );
     }
@@ -282,16 +249,17 @@ pub(super) fn rates(runs: &[BenchResults<Throughput>]) -> String {
 
 pub(super) fn waiters(runs: &[BenchResults<ContendedLock>]) -> String {
     let mut table = "\
-| the lock of | waiters | all had it after, ms: median (range) | commands sent, each | commands in scripts, each |
-|---|--:|--:|--:|--:|
+| the lock of | waiters | processes | all had it after, ms: median (range) | commands sent, each | commands in scripts, each |
+|---|--:|--:|--:|--:|--:|
 "
     .to_owned();
     for it in runs {
         let measured = &it.measured;
         table += &format!(
-            "| `{}` | {} | {} | {:.2} | {:.2} |\n",
+            "| `{}` | {} | {} | {} | {:.2} | {:.2} |\n",
             it.strategy,
             measured.waiters,
+            measured.instances,
             measured.took_ms,
             measured.commands_sent_each,
             measured.commands_in_scripts_each
@@ -345,45 +313,4 @@ pub(super) fn pools(runs: &[BenchResults<PoolCurve>]) -> String {
         }
     }
     table
-}
-
-#[test]
-fn the_table_of_all_levels_has_both_clocks_and_says_where_each_strategy_holds() {
-    let run = |instances: u32, oversold_by: u64| -> RushResults {
-        let latency = |ms: f64| json!({ "p50_ms": ms, "p95_ms": ms + 0.4, "p99_ms": ms, "max_ms": ms });
-        let strategy = |name: &str, completed: Value| {
-            json!({
-                "strategy": name, "promises": "", "clicks": 1, "requests": 1000, "sold": 100, "stock": 0, "oversold_by": oversold_by,
-                "duplicates": 0, "answers": Answers::default(), "requests_a_second": 1.0, "sales_a_second": 250.0, "took_ms": 30.0,
-                "answered": latency(20.0), "all_answered_ms": 30.0, "completed": completed, "all_completed_ms": null,
-                "greatest_overlap": 1, "client_share": 0.1, "broken": [], "seen": "", "verdict": "as promised",
-            })
-        };
-        let json = json!({
-            "command": "oversold rush", "commit": "4b825dc642cb", "release": true,
-            "machine": { "system": "linux x86_64", "processor": null, "cores": 2, "memory_mib": 4000 },
-            "capacity": 100, "buyers": 1000, "instances": instances, "work_ms": 0,
-            "strategies": [
-                strategy("lv2/mutex", Value::Null),
-                strategy("lv3/spin", Value::Null),
-                strategy("lv3/rlock", Value::Null),
-                strategy("lv3/fenced", Value::Null),
-                strategy("lv4/locked", latency(300.0)),
-                strategy("lv4/single-writer", latency(300.0)),
-            ],
-        });
-        serde_json::from_value(json).unwrap()
-    };
-    let table = all_levels(&[run(1, 0), run(3, 7)]);
-    for row in [
-        "| `lv2/mutex` | 20 | 20 | as answered | 250 | 0, 7 on 3 | one instance | ",
-        "| `lv3/spin` | 20 | 20 | as answered | 250 | 0, 7 on 3 | any number, within the lease | ",
-        "| `lv3/rlock` | 20 | 20 | as answered | 250 | 0, 7 on 3 | any number, within the lease | ",
-        "| `lv3/fenced` | 20 | 20 | as answered | 250 | 0, 7 on 3 | any number | ",
-        "| `lv4/locked` | 20 | 20 | 300 | 250 | 0, 7 on 3 | any number, within the lease | ",
-        "| `lv4/single-writer` | 20 | 20 | 300 | 250 | 0, 7 on 3 | any number | ",
-    ] {
-        assert!(table.contains(row), "{table}");
-    }
-    assert_eq!(lines_of_code("//! Docs.\n\nuse a;\n    // why\n    sell();\n"), 2);
 }

@@ -1,5 +1,5 @@
 //! `oversold bench lv4/… --drain`: how fast one consumer of LV.4 processes a backlog. A server without consumers accepts the orders, then one
-//! with a consumer processes them. Next to it, `pgbench` sends the database the same batches.
+//! with a consumer processes them. Next to it, `pgbench` sends the database the same batches, and one `COPY` the rows that they leave.
 
 use std::{
     collections::HashSet,
@@ -22,6 +22,7 @@ use tokio::time::sleep;
 use super::{
     BenchArgs, MeasurementTable,
     accept::without_consumers,
+    copy::{self, TableRows},
     environment::{BenchEnvironment, STOCK},
     pgbench::{Length, Pgbench},
     progress, resources,
@@ -31,7 +32,7 @@ use crate::{
     levels::SelectedStrategy,
     results::{
         self,
-        bench::{BatchCeiling, DrainRound, DrainThroughput},
+        bench::{BatchRate, CopyCeiling, DrainRound, DrainThroughput},
     },
     statistics::MedianRange,
 };
@@ -58,19 +59,22 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Op
     // No client sends anything while the backlog is processed.
     bench.clients = 0;
 
-    let (mut ours, mut ceiling, mut void) = (vec![], vec![], vec![]);
+    let (mut ours, mut batches, mut copies, mut void) = (vec![], vec![], vec![], vec![]);
     let rounds = args.rounds.unwrap_or(3);
     for number in 1..=rounds {
         progress(&format!(
             "round {number} of {rounds}: {}, {orders} orders",
             selected.name()
         ));
-        ours.push(bench.drain_round(args.pool, orders, &mut void).await?);
+        let (round, written) = bench.drain_round(args.pool, orders, &mut void).await?;
+        ours.push(round);
         if let Some((pgbench, batch)) = &pgbench {
-            progress(&format!("round {number} of {rounds}: the ceiling"));
+            progress(&format!("round {number} of {rounds}: pgbench"));
             let round = bench.batch_round(pgbench, *batch, args.pool, orders, &mut void);
-            ceiling.push(round.await?);
+            batches.push(round.await?);
         }
+        progress(&format!("round {number} of {rounds}: COPY"));
+        copies.push(bench.copy_round(&written, orders).await?);
     }
     progress("");
 
@@ -81,7 +85,8 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Op
         consumers: 1,
         orders_a_second: MedianRange::over(&ours, a_second)?,
         took_ms: MedianRange::over(&ours, |round| round.took_ms)?,
-        ceiling: batch_ceiling(pgbench.map(|(_, batch)| batch), ours.iter().map(a_second), &ceiling),
+        pgbench: batch_rate(pgbench.map(|(_, batch)| batch), ours.iter().map(a_second), &batches),
+        copy: copy_ceiling(ours.iter().map(a_second), &copies),
         ready_ms: MedianRange::over(&ours, |round| round.ready_ms)?,
         most_mib: MedianRange::over(&ours, |round| round.most_mib)?,
         rows_judged: ours.iter().map(|round| round.rows).sum(),
@@ -93,17 +98,29 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Op
 }
 
 /// `None` without statements for pgbench.
-fn batch_ceiling(batch: Option<u32>, ours: impl Iterator<Item = f64>, ceiling: &[f64]) -> Option<BatchCeiling> {
-    Some(BatchCeiling {
+fn batch_rate(batch: Option<u32>, ours: impl Iterator<Item = f64>, theirs: &[f64]) -> Option<BatchRate> {
+    Some(BatchRate {
         orders_in_a_transaction: batch?,
-        orders_a_second: MedianRange::of(ceiling.iter().copied())?,
-        ratio: MedianRange::of_ratios(ours, ceiling.iter().copied())?,
+        orders_a_second: MedianRange::of(theirs.iter().copied())?,
+        ratio: MedianRange::of_ratios(ours, theirs.iter().copied())?,
+    })
+}
+
+fn copy_ceiling(ours: impl Iterator<Item = f64>, theirs: &[f64]) -> Option<CopyCeiling> {
+    Some(CopyCeiling {
+        orders_a_second: MedianRange::of(theirs.iter().copied())?,
+        ratio: MedianRange::of_ratios(ours, theirs.iter().copied())?,
     })
 }
 
 impl BenchEnvironment {
-    /// Fills a backlog, and lets one consumer process it.
-    async fn drain_round(&self, pool: u32, orders: u32, void: &mut Vec<String>) -> anyhow::Result<DrainRound> {
+    /// Fills a backlog, and lets one consumer process it. Returns what it has written as well.
+    async fn drain_round(
+        &self,
+        pool: u32,
+        orders: u32,
+        void: &mut Vec<String>,
+    ) -> anyhow::Result<(DrainRound, Vec<TableRows>)> {
         let environment = self.test_environment().await?;
         let with_consumer = self.program.clone().variable("KAFKA_CONSUMERS", "1");
         // Topics and consumer group exist before it starts, as they do in production.
@@ -123,13 +140,15 @@ impl BenchEnvironment {
         let most_mib = resources::peak_mib(servers.pid(0).await?)?;
         servers.stop().await?;
         let rows = self.check_decided(&environment, &database, orders, void).await?;
+        let written = copy::rows(&database).await?;
         database.close().await;
-        Ok(DrainRound {
+        let round = DrainRound {
             took_ms: took.as_secs_f64() * 1e3,
             ready_ms: ready.as_secs_f64() * 1e3,
             most_mib,
             rows,
-        })
+        };
+        Ok((round, written))
     }
 
     async fn started(
@@ -164,8 +183,17 @@ impl BenchEnvironment {
         self.check_decided(&environment, &database, transactions * batch, &mut broken)
             .await?;
         database.close().await;
-        void.extend(broken.into_iter().map(|reason| format!("the ceiling: {reason}")));
+        void.extend(broken.into_iter().map(|reason| format!("pgbench: {reason}")));
         Ok(report.a_second * f64::from(batch))
+    }
+
+    /// Copies the rows of the orders into a fresh database. Returns orders per second.
+    async fn copy_round(&self, written: &[TableRows], orders: u32) -> anyhow::Result<f64> {
+        let environment = self.test_environment().await?;
+        let database = environment.database().pool(1).await?;
+        let took = copy::copy_in(&database, written, orders).await?;
+        database.close().await;
+        Ok(f64::from(orders) / took.as_secs_f64())
     }
 
     /// Checks that there is one row and one event for each order. Returns the number of rows.
@@ -208,16 +236,20 @@ fn print(strategy: &str, throughput: &DrainThroughput, rounds: u32) {
         throughput.orders_a_second.to_string(),
     );
     table.row("all decided after", format!("{:.0} ms", throughput.took_ms));
-    match &throughput.ceiling {
-        Some(ceiling) => {
-            let what = match ceiling.orders_in_a_transaction {
-                1 => "ceiling: pgbench, one order a transaction".to_owned(),
-                many => format!("ceiling: pgbench, {many} orders a transaction"),
+    match &throughput.pgbench {
+        Some(pgbench) => {
+            let what = match pgbench.orders_in_a_transaction {
+                1 => "pgbench, one order a transaction".to_owned(),
+                many => format!("pgbench, {many} orders a transaction"),
             };
-            table.row(what, ceiling.orders_a_second.to_string());
-            table.row("ratio to the ceiling", format!("{:.2}", ceiling.ratio));
+            table.row(what, pgbench.orders_a_second.to_string());
+            table.row("ratio to it", format!("{:.2}", pgbench.ratio));
         }
-        None => table.row("ceiling", "not known: there are no statements for pgbench"),
+        None => table.row("pgbench", "not known: there are no statements for it"),
+    }
+    if let Some(copy) = &throughput.copy {
+        table.row("ceiling: COPY of the same rows", copy.orders_a_second.to_string());
+        table.row("ratio to the ceiling", format!("{:.3}", copy.ratio));
     }
     table.row("ready after, with a backlog", format!("{:.0} ms", throughput.ready_ms));
     table.row("memory, peak", format!("{:.1} MiB", throughput.most_mib));

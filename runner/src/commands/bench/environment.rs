@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use box_office::{Invariant, Strategy};
 use harness::{
-    backends::{Database, Durability, Services, Source, TestEnvironment},
+    backends::{Database, Durability, Services, TestEnvironment},
     history::{FORMAT_VERSION, Header, History},
     judge::judge,
     rows,
@@ -40,7 +40,7 @@ pub(super) struct BenchEnvironment {
     pub(super) selected: SelectedStrategy,
     pub(super) program: Program,
     pub(super) services: Services,
-    fdatasync_ms: Option<f64>,
+    metadata: RunMetadata,
     pub(super) clients: u32,
     /// Duration of a round.
     pub(super) duration: Duration,
@@ -65,15 +65,11 @@ impl BenchEnvironment {
         warn_of_debug_build();
         let services = Services::find(Durability::Durable, selected.strategy.needs).await?;
         Ok(Self {
+            metadata: RunMetadata::of_this_run().with_services(&services)?,
             selected,
             program: Program::new(env::current_exe()?)
                 .argument("serve")
                 .argument(selected.level.name),
-            fdatasync_ms: match services.postgres.report().source {
-                Source::Native => Some(resources::fdatasync()?.as_secs_f64() * 1e3),
-                // Their disks are elsewhere.
-                Source::Docker | Source::External => None,
-            },
             services,
             clients: args.clients.unwrap_or(default_clients),
             duration: Duration::from_secs(args.seconds.into()),
@@ -193,15 +189,12 @@ impl BenchEnvironment {
         let report = self.services.postgres.report();
         let setting = |name| report.durability.get(name).map_or("unknown", String::as_str);
         println!(
-            "postgres {} ({}), fsync {}, synchronous_commit {}; fdatasync {}",
+            "{}\npostgres {} ({}), fsync {}, synchronous_commit {}",
+            self.metadata.conditions(),
             report.version,
             report.source,
             setting("fsync"),
             setting("synchronous_commit"),
-            self.fdatasync_ms
-                .map_or("not measured: its disk is elsewhere".to_owned(), |ms| format!(
-                    "{ms:.2} ms"
-                )),
         );
         let exit = print_void(&void);
         if void.is_empty() {
@@ -211,9 +204,8 @@ impl BenchEnvironment {
             let has_clients = self.clients > 0;
             let results = BenchResults {
                 metadata: RunMetadata {
-                    fdatasync_ms: self.fdatasync_ms,
                     void,
-                    ..RunMetadata::of_this_run().with_services(&self.services)
+                    ..self.metadata.clone()
                 },
                 strategy: self.selected.name(),
                 clients: has_clients.then_some(self.clients),

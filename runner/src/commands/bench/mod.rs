@@ -7,6 +7,8 @@
 #[cfg(feature = "lv4")]
 mod accept;
 #[cfg(feature = "lv4")]
+mod copy;
+#[cfg(feature = "lv4")]
 mod drain;
 mod environment;
 #[cfg(feature = "lv3")]
@@ -33,6 +35,8 @@ use clap::Args;
 use comfy_table::{Table, presets};
 
 use crate::{cli::number, exit::ExitKind, levels::SelectedStrategy};
+#[cfg(feature = "lv3")]
+pub(crate) use lock::waiters::{WaitersArgs, run as run_waiters};
 pub(crate) use tool::ToolMissing;
 
 #[derive(Args)]
@@ -66,6 +70,10 @@ pub(crate) struct BenchArgs {
     /// Measure only LV.3's lock under contention: this many tasks wait for one lock, and the critical section is empty.
     #[arg(long, value_name = "N", conflicts_with = "pools", value_parser = number(1..=20_000))]
     waiters: Option<u32>,
+    /// Processes that share the waiters of --waiters. The waiters of one process queue in it; only between processes are they woken by
+    /// Redis's messages.
+    #[arg(long, default_value_t = 1, requires = "waiters", value_parser = number(1..=16))]
+    instances: u32,
     /// Measure how fast one consumer of LV.4 processes a backlog of this many orders [default: 100000; for lv4/locked 5000].
     #[arg(long, value_name = "ORDERS", num_args = 0..=1, conflicts_with_all = ["pools", "lock", "waiters"], value_parser = number(1..=500_000))]
     drain: Option<Option<u32>>,
@@ -77,6 +85,10 @@ pub(crate) struct BenchArgs {
 /// Measures one strategy.
 pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<ExitKind> {
     let selected = SelectedStrategy::one(&args.strategy)?;
+    ensure!(
+        args.waiters.is_none_or(|waiters| waiters >= args.instances),
+        "each of the --instances needs at least one of the --waiters"
+    );
     if args.lock || args.waiters.is_some() {
         return bench_lock(selected, args).await;
     }

@@ -1,40 +1,9 @@
-//! What is measured besides the throughput: the disk, and the memory of a server.
+//! What is measured besides the throughput: the memory of a server.
 
-use std::{
-    fs::File,
-    net::SocketAddr,
-    os::unix::fs::FileExt,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, process::Command};
 
 use anyhow::{Context, ensure};
-use harness::{backends::reaper, rush::Connection};
-
-use crate::statistics::MedianRange;
-
-/// Duration of an `fdatasync` of 4 KiB, which bounds the rate of durable commits: the median of a few hundred writes, each with its own
-/// `fdatasync`, in the folder where a native Postgres has its data.
-pub(super) fn fdatasync() -> anyhow::Result<Duration> {
-    const TIMES: u64 = 300;
-    const PAGE_BYTES: u64 = 4096;
-
-    let folder = reaper::folder("fdatasync")?;
-    let file = File::create_new(folder.join("pages"))?;
-    let page = [b'x'; PAGE_BYTES as usize];
-    // Preallocated, as the segments of a write-ahead log are.
-    file.set_len(16 * PAGE_BYTES)?;
-    let mut took = vec![];
-    for number in 0..TIMES {
-        let began = Instant::now();
-        file.write_all_at(&page, number % 16 * PAGE_BYTES)?;
-        file.sync_data()?;
-        took.push(began.elapsed().as_secs_f64());
-    }
-    std::fs::remove_dir_all(folder)?;
-    let median = MedianRange::of(took).context("nothing was measured")?.median;
-    Ok(Duration::from_secs_f64(median))
-}
+use harness::rush::Connection;
 
 /// Resident memory of a process, in MiB.
 pub(super) fn resident_mib(pid: u32) -> anyhow::Result<f64> {

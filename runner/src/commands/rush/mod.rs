@@ -81,6 +81,7 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     let json = args.json.as_deref().map(results::create).transpose()?;
     let needs = selected.iter().flat_map(|it| it.strategy.needs).copied();
     let services = Services::find(Durability::Durable, &needs.collect::<Vec<Service>>()).await?;
+    let metadata = metadata.with_services(&services)?;
 
     println!(
         "{} buyers, {} tickets, {} instance{}",
@@ -89,6 +90,7 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
         args.instances,
         if args.instances == 1 { "" } else { "s" }
     );
+    println!("{}", metadata.conditions());
     // In each round one strategy after another: other load on the machine affects them alike.
     let mut rounds: Vec<Vec<JudgedRound>> = selected.iter().map(|_| vec![]).collect();
     for number in 1..=args.rounds {
@@ -108,7 +110,7 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     table::print_verdicts(&strategies);
     if let Some(json) = json {
         let results = RushResults {
-            metadata: metadata.with_services(&services),
+            metadata,
             capacity: args.capacity,
             buyers: args.buyers,
             instances: args.instances,
@@ -150,12 +152,12 @@ struct JudgedRound {
     exit: ExitKind,
 }
 
-/// Of several rounds, the one to show: the middle one by its last answer, among those with the worst end.
+/// Of several rounds, the one to show: the middle one by when every buyer knew the result, among those with the worst end.
 fn middle_round(mut judged: Vec<JudgedRound>) -> Option<JudgedRound> {
     let rounds = Rounds::of(judged.iter().map(|round| &round.result));
     let worst = judged.iter().map(|round| round.exit).max()?;
     judged.retain(|round| round.exit == worst);
-    judged.sort_by(|a, b| a.result.all_answered_ms.total_cmp(&b.result.all_answered_ms));
+    judged.sort_by(|a, b| a.result.all_known_ms().total_cmp(&b.result.all_known_ms()));
     let mut middle = judged.swap_remove((judged.len() - 1) / 2);
     middle.result.rounds = rounds;
     Some(middle)
@@ -228,13 +230,13 @@ impl JudgedRound {
             duplicates: verdict.tally.duplicates,
             answers: report.answers,
             requests_a_second: report.requests_a_second().round(),
-            sales_a_second: (report.sales_a_second() * 10.0).round() / 10.0,
             took_ms: in_ms(report.took),
             answered: report.answered,
             unanswered: report.unanswered as u64,
             all_answered_ms: in_ms(report.all_answered),
             completed: report.completed,
             all_completed_ms: report.all_completed.map(in_ms),
+            last_sale_ms: report.last_sale.map(in_ms),
             greatest_overlap: verdict.coverage.greatest_overlap,
             retries: report.retries,
             client_share: (report.client_share * 1000.0).round() / 1000.0,

@@ -35,6 +35,9 @@ pub struct Report {
     /// Time from the opening of the gate until the last order reached its final state, if orders
     /// are accepted first.
     pub all_completed: Option<Duration>,
+    /// Time from the opening of the gate until the last buyer who got a ticket knew it. `None`: no
+    /// buyer was told so.
+    pub last_sale: Option<Duration>,
     /// Time from the opening of the gate until the last buyer had finished.
     pub took: Duration,
     /// The clients' share of this machine's processor time during the rush, from 0 to 1.
@@ -129,6 +132,7 @@ impl Report {
         Self {
             all_answered: last(history.requests.iter().filter_map(|request| request.answered_us)).unwrap_or(clock.wall),
             all_completed: last(history.requests.iter().filter_map(ended_us)),
+            last_sale: last(history.requests.iter().filter_map(confirmed_us)),
             verdict: judge(&history),
             answers: Answers::count(&history),
             answered: Latency::of(&answered),
@@ -148,12 +152,6 @@ impl Report {
     /// Requests per second, from the opening of the gate to the last answer.
     pub fn requests_a_second(&self) -> f64 {
         self.history.requests.len() as f64 / self.all_answered.as_secs_f64()
-    }
-
-    /// Tickets sold per second, from the opening of the gate until no buyer was waiting.
-    pub fn sales_a_second(&self) -> f64 {
-        let all = self.all_completed.unwrap_or_default().max(self.all_answered);
-        self.verdict.tally.sold as f64 / all.as_secs_f64()
     }
 }
 
@@ -181,12 +179,14 @@ impl Latency {
         for &wait_us in waits_us {
             histogram.record(wait_us).expect("the histogram grows by itself");
         }
-        let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1000.0;
+        // A histogram of three digits rounds up: no percentile may come after the last answer.
+        let max_us = waits_us.iter().copied().max().unwrap_or_default();
+        let at = |quantile| histogram.value_at_quantile(quantile).min(max_us) as f64 / 1000.0;
         Self {
             p50_ms: at(0.50),
             p95_ms: at(0.95),
             p99_ms: at(0.99),
-            max_ms: histogram.max() as f64 / 1000.0,
+            max_ms: max_us as f64 / 1000.0,
         }
     }
 }
@@ -199,6 +199,17 @@ fn last(moments: impl Iterator<Item = Micros>) -> Option<Duration> {
 fn ended_us(request: &Request) -> Option<Micros> {
     match &request.answer {
         Answer::Accepted { ending, .. } => ending.as_ref().map(|ending| ending.at_us),
+        _ => None,
+    }
+}
+
+/// When a buyer knew of a ticket: by a 201, or by the final state of an accepted order.
+fn confirmed_us(request: &Request) -> Option<Micros> {
+    match &request.answer {
+        Answer::Confirmed { .. } => request.answered_us,
+        Answer::Accepted {
+            ending: Some(ending), ..
+        } if ending.refused.is_none() => Some(ending.at_us),
         _ => None,
     }
 }
@@ -245,30 +256,13 @@ impl Waits {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::history::{FORMAT_VERSION, Header};
+    use uuid::Uuid;
 
-    #[test]
-    fn a_click_that_never_got_an_answer_is_counted_beside_the_latency() {
-        let mut requests = vec![];
-        for (key, sent_us, answered_us) in [
-            ("answered", 0, Some(2_000)),
-            ("repeated", 1_000, None),
-            ("repeated", 3_000, Some(9_000)),
-            ("given up", 0, None),
-            ("given up", 5_000, None),
-        ] {
-            requests.push(Request {
-                request: requests.len() as u64,
-                buyer: 1,
-                key: key.to_owned(),
-                sent_us,
-                answered_us,
-                answer: Answer::Indeterminate,
-                steps: vec![],
-            });
-        }
-        let history = History {
+    use super::*;
+    use crate::history::{Ending, FORMAT_VERSION, Header};
+
+    fn history(requests: Vec<Request>) -> History {
+        History {
             header: Header {
                 version: FORMAT_VERSION,
                 strategy: "lv0/nothing".to_owned(),
@@ -281,9 +275,68 @@ mod tests {
             requests,
             rows: None,
             faults: vec![],
-        };
-        let report = Report::new(1, history, 0, &Clock::start().stop());
+        }
+    }
+
+    fn request(number: u64, key: &str, sent_us: Micros, answered_us: Option<Micros>, answer: Answer) -> Request {
+        Request {
+            request: number,
+            buyer: 1,
+            key: key.to_owned(),
+            sent_us,
+            answered_us,
+            answer,
+            steps: vec![],
+        }
+    }
+
+    #[test]
+    fn a_click_that_never_got_an_answer_is_counted_beside_the_latency() {
+        let requests = [
+            ("answered", 0, Some(2_000)),
+            ("repeated", 1_000, None),
+            ("repeated", 3_000, Some(9_000)),
+            ("given up", 0, None),
+            ("given up", 5_000, None),
+        ];
+        let requests = (0..).zip(requests).map(|(number, (key, sent_us, answered_us))| {
+            request(number, key, sent_us, answered_us, Answer::Indeterminate)
+        });
+        let report = Report::new(1, history(requests.collect()), 0, &Clock::start().stop());
         assert_eq!(report.unanswered, 1);
-        assert!((8.0..8.1).contains(&report.answered.max_ms), "{:?}", report.answered);
+        assert_eq!(report.answered.max_ms, 8.0);
+    }
+
+    #[test]
+    fn the_last_sale_is_the_last_buyer_who_learns_of_a_ticket_and_no_refusal() {
+        let reservation = Uuid::nil();
+        let accepted = |at_us, refused| Answer::Accepted {
+            reservation,
+            ending: Some(Ending {
+                at_us,
+                refused,
+                changed_to: None,
+            }),
+        };
+        let requests = [
+            (1_000, Answer::Confirmed { reservation }),
+            (2_000, accepted(7_000, None)),
+            (3_000, accepted(8_000, Some(Refused::SoldOut))),
+            (9_000, Answer::Refused(Refused::SoldOut)),
+        ];
+        let requests = (0..)
+            .zip(requests)
+            .map(|(number, (answered_us, answer))| request(number, &number.to_string(), 0, Some(answered_us), answer));
+        let report = Report::new(1, history(requests.collect()), 0, &Clock::start().stop());
+        assert_eq!(report.last_sale, Some(Duration::from_millis(7)));
+    }
+
+    #[test]
+    fn no_percentile_comes_after_the_last_answer() {
+        // Three digits round this up to 1,000,447.
+        let latency = Latency::of(&[1_000_001]);
+        for at in [latency.p50_ms, latency.p95_ms, latency.p99_ms, latency.max_ms] {
+            assert_eq!(at, 1000.001);
+        }
     }
 }

@@ -1,23 +1,15 @@
-//! `oversold bench lv3/… --waiters 1000`: many tasks wait for the same lock, and the critical section is empty.
+//! `oversold bench lv3/… --waiters 1000`: many tasks, in one process or several, wait for the same lock, and the critical section is empty.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-    },
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fs::File};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
+use box_office::trace::now_monotonic_us;
 use harness::backends::{Redis, Reply};
-use lv3_redis_lock::lock::Released;
-use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{
     super::{BenchArgs, MeasurementTable, progress},
-    Lock, LockBench,
+    LockBench,
+    waiters::WaiterProcess,
 };
 use crate::{
     exit::ExitKind,
@@ -41,18 +33,24 @@ pub(super) async fn run(
     json: Option<File>,
 ) -> anyhow::Result<ExitKind> {
     let rounds = args.rounds.unwrap_or(5);
+    let mut processes = (0..args.instances)
+        .map(|number| {
+            let share = waiters / args.instances + u32::from(number < waiters % args.instances);
+            WaiterProcess::start(bench.strategy, share, bench.redis.url())
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let mut void = vec![];
     let mut measured = vec![];
-    // Round 0 warms up Redis and this process.
+    // Round 0 warms up Redis and the processes.
     for number in 0..=rounds {
         progress(&format!("round {number} of {rounds}"));
-        let (round, met) = contended_round(bench, waiters).await?;
+        let (round, met) = contended_round(bench, &mut processes).await?;
         if number == 0 {
             continue;
         }
         if met > 0 {
             void.push(format!(
-                "round {number}: {met} waiters were inside at the same time as another"
+                "round {number}: {met} waiters came in while another was inside"
             ));
         }
         measured.push(round);
@@ -68,6 +66,7 @@ pub(super) async fn run(
     };
     let result = ContendedLock {
         waiters,
+        instances: args.instances,
         took_ms: MedianRange::over(&measured, |round| round.took_ms)?,
         commands_sent_each: each(false)?,
         commands_in_scripts_each: each(true)?,
@@ -77,10 +76,25 @@ pub(super) async fn run(
     bench.finish(None, result, void, json)
 }
 
-/// One round, and how many waiters met another one inside the critical section.
-async fn contended_round(bench: &LockBench<'_>, waiters: u32) -> anyhow::Result<(ContendedRound, usize)> {
+/// One round, and how many waiters came into the critical section while another one was inside.
+async fn contended_round(
+    bench: &LockBench<'_>,
+    processes: &mut [WaiterProcess],
+) -> anyhow::Result<(ContendedRound, usize)> {
+    for process in &mut *processes {
+        process.ready().await?;
+    }
     let (before, again) = (command_counts(&bench.redis).await?, command_counts(&bench.redis).await?);
-    let (took, met) = all_at_once(&bench.lock, waiters).await?;
+    let began_us = now_monotonic_us();
+    for process in &mut *processes {
+        process.go().await?;
+    }
+    let (mut holds_us, mut ended_us) = (vec![], began_us);
+    for process in processes {
+        let round = process.round().await?;
+        holds_us.extend(round.holds_us);
+        ended_us = ended_us.max(round.ended_us);
+    }
     // Connections and subscriptions come and go on their own: those of this round have by now, or count in the next.
     let after = command_counts(&bench.redis).await?;
     let count = |counts: &CommandCounts, name: &str| counts.get(name).copied().unwrap_or(0);
@@ -90,43 +104,27 @@ async fn contended_round(bench: &LockBench<'_>, waiters: u32) -> anyhow::Result<
         (name.clone(), (total - count(&again, name)).saturating_sub(queries))
     });
     let round = ContendedRound {
-        took_ms: took.as_secs_f64() * 1e3,
+        took_ms: (ended_us - began_us) as f64 / 1e3,
         commands: commands.filter(|(_, count)| *count > 0).collect(),
     };
-    Ok((round, met))
+    Ok((round, met_another(holds_us)))
+}
+
+/// How many of these stays, each from when to when, began while another one lasted.
+fn met_another(mut stays: Vec<(u64, u64)>) -> usize {
+    stays.sort_unstable();
+    let mut free_from = 0;
+    let met = stays.iter().filter(|&&(from, to)| {
+        let met = from < free_from;
+        free_from = free_from.max(to);
+        met
+    });
+    met.count()
 }
 
 /// Whether a strategy's lock runs this command inside its scripts, and sends it in no other way. `spin` acquires by a plain `set`.
 fn is_in_a_script(strategy: &str, command: &str) -> bool {
     IN_SCRIPTS.contains(&command) && !(strategy == "spin" && command == "set")
-}
-
-/// Lets all waiters acquire and release one lock. Returns the time until the last release, and how many waiters met another one inside.
-async fn all_at_once(lock: &Arc<Lock>, waiters: u32) -> anyhow::Result<(Duration, usize)> {
-    let ready = Arc::new(Barrier::new(waiters as usize + 1));
-    let inside = Arc::new(AtomicUsize::new(0));
-    let mut tasks = JoinSet::new();
-    for _ in 0..waiters {
-        let (lock, ready, inside) = (lock.clone(), ready.clone(), inside.clone());
-        tasks.spawn(async move {
-            ready.wait().await;
-            let guard = lock.acquire("sale:1").await?;
-            let met = inside.fetch_add(1, SeqCst);
-            inside.fetch_sub(1, SeqCst);
-            ensure!(
-                guard.release().await? == Released::Free,
-                "a lock was lost while it was held"
-            );
-            Ok(met)
-        });
-    }
-    ready.wait().await;
-    let began = Instant::now();
-    let mut met = 0;
-    while let Some(waiter) = tasks.join_next().await {
-        met += waiter??;
-    }
-    Ok((began.elapsed(), met))
 }
 
 async fn command_counts(redis: &Redis) -> anyhow::Result<CommandCounts> {
@@ -154,7 +152,12 @@ fn parse(text: &str) -> anyhow::Result<CommandCounts> {
 
 fn print(strategy: &str, result: &ContendedLock, rounds: u32) {
     let mut table = MeasurementTable::new(
-        format!("the lock of lv3/{strategy}, {} waiters", result.waiters),
+        format!(
+            "the lock of lv3/{strategy}, {} waiters in {} process{}",
+            result.waiters,
+            result.instances,
+            if result.instances == 1 { "" } else { "es" }
+        ),
         format!("median (range) of {rounds} rounds"),
     );
     table.row("all had it after", format!("{:.0} ms", result.took_ms));
@@ -165,7 +168,8 @@ fn print(strategy: &str, result: &ContendedLock, rounds: u32) {
     );
     table.print();
     println!(
-        "One process, whose tasks share one connection; the critical section is empty. Counted by Redis: INFO commandstats."
+        "The tasks of a process share one connection, and the critical section is empty. Of a lock with a local queue, one task in each \
+         process asks Redis: in one process this measures that queue. Counted by Redis: INFO commandstats."
     );
 }
 
@@ -181,6 +185,12 @@ mod tests {
         let expected = [("client|setinfo".to_owned(), 2), ("evalsha".to_owned(), 12)];
         assert_eq!(counts, BTreeMap::from(expected));
         parse("cmdstat_get:calls=none,usec=1\r\n").expect_err("that is no number");
+    }
+
+    #[test]
+    fn waiters_that_were_inside_together_are_counted() {
+        assert_eq!(met_another(vec![(5, 9), (0, 5), (9, 9)]), 0);
+        assert_eq!(met_another(vec![(4, 6), (0, 5), (7, 8), (1, 2)]), 2);
     }
 
     #[test]

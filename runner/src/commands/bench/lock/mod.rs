@@ -6,8 +6,9 @@
 mod commands;
 mod contended;
 mod uncontended;
+pub(crate) mod waiters;
 
-use std::{fs::File, sync::Arc, time::Duration};
+use std::{fs::File, time::Duration};
 
 use anyhow::{bail, ensure};
 use harness::backends::{Private, Redis, Reply};
@@ -74,11 +75,10 @@ pub(super) async fn run(strategy: &str, args: &BenchArgs) -> anyhow::Result<Exit
     };
     let json = args.json.as_deref().map(results::create).transpose()?;
     warn_of_debug_build();
-    let redis = Redis::private().await?;
     let bench = LockBench {
         strategy,
-        lock: Arc::new(Lock::open(strategy, redis.url()).await?),
-        redis,
+        metadata: RunMetadata::of_this_run(),
+        redis: Redis::private().await?,
     };
     match (benchmark, args.waiters) {
         (Some(benchmark), _) => uncontended::run(&bench, &benchmark, args, json).await,
@@ -90,7 +90,7 @@ pub(super) async fn run(strategy: &str, args: &BenchArgs) -> anyhow::Result<Exit
 struct LockBench<'a> {
     /// The name within the level.
     strategy: &'a str,
-    lock: Arc<Lock>,
+    metadata: RunMetadata,
     redis: Private<Redis>,
 }
 
@@ -104,14 +104,19 @@ impl LockBench<'_> {
         json: Option<File>,
     ) -> anyhow::Result<ExitKind> {
         let report = self.redis.report();
-        println!("redis {} ({}), without persistence", report.version, report.source);
+        println!(
+            "{}\nredis {} ({}), without persistence",
+            self.metadata.conditions(),
+            report.version,
+            report.source
+        );
         let exit = print_void(&void);
         if let Some(json) = json {
             let results = BenchResults {
                 metadata: RunMetadata {
                     redis: Some(report.into()),
                     void,
-                    ..RunMetadata::of_this_run()
+                    ..self.metadata.clone()
                 },
                 strategy: format!("lv3/{}", self.strategy),
                 clients,

@@ -41,12 +41,13 @@ pub(super) async fn run(
     let duration = Duration::from_secs(args.seconds.into());
     let rounds = args.rounds.unwrap_or(5);
 
+    let lock = Arc::new(Lock::open(strategy, bench.redis.url()).await?);
     let mut ours = vec![];
     let mut ceilings = [vec![], vec![]];
-    pairs_a_second(&bench.lock, WARM_UP).await?;
+    pairs_a_second(&lock, WARM_UP).await?;
     for number in 1..=rounds {
         progress(&format!("round {number} of {rounds}: lv3/{strategy}"));
-        ours.push(pairs_a_second(&bench.lock, duration).await?);
+        ours.push(pairs_a_second(&lock, duration).await?);
         for (shape, rates) in SHAPES.into_iter().zip(&mut ceilings) {
             progress(&format!("round {number} of {rounds}: redis-benchmark"));
             rates.push(commands.measure(&bench.redis, benchmark, shape).await?);
