@@ -115,6 +115,8 @@ pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
             }
             (None, None, 4..8) => accepted(sold(Status::Confirmed), None),
             (None, None, 8) => accepted(sold(Status::Released), Some(Declined)),
+            // Declined before it held a ticket.
+            (None, None, 9) => accepted(id(100 + u8::try_from(number).expect("few requests")), Some(Declined)),
             (None, None, _) => Answer::Confirmed {
                 reservation: sold(Status::Confirmed),
             },
