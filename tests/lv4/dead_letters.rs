@@ -3,7 +3,8 @@
 use box_office::SaleId;
 use harness::{assert_failure_mode, backends, rush::SALE, until};
 use lv4_kafka::pipeline::{
-    DeadLetter, Ids, OrderMessage, PARTITIONS, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all, skip,
+    DeadLetter, Ids, OrderMessage, PARTITIONS, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all,
+    skip,
 };
 use rdkafka::{
     ClientConfig,
@@ -51,9 +52,7 @@ impl Foreign<'_> {
                 value: Some(value),
             })
         });
-        let mut record = FutureRecord::to(self.topic)
-            .partition(self.partition)
-            .headers(headers);
+        let mut record = FutureRecord::to(self.topic).partition(self.partition).headers(headers);
         record.key = self.key;
         record.payload = self.payload;
         sender.send(record, TIMEOUT).await.unwrap();
@@ -73,7 +72,15 @@ async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
         (&[("attempts", b"\xff\xfe")], 1),
         (&[("attempts", b"-3")], 1),
         (&[("attempts", b"2"), ("attempts", b"7")], 3),
-        (&[("", b""), ("reason", b"\x1b[2J"), ("replayed", b"true"), ("origin-offset", b"0")], 1),
+        (
+            &[
+                ("", b""),
+                ("reason", b"\x1b[2J"),
+                ("replayed", b"true"),
+                ("origin-offset", b"0"),
+            ],
+            1,
+        ),
     ];
     let fixture = Fixture::new(name).await;
     let acceptor = fixture.start_acceptor(5).await;
@@ -99,14 +106,24 @@ async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
     assert_eq!(dead_letters.len(), PARTITIONS as usize * attempts.len());
     for (offset, (headers, expected)) in attempts.iter().enumerate() {
         let of = format!("{topic}/0/{offset}");
-        let dead_letter = dead_letters.iter().find(|dead_letter| dead_letter.origin == of).unwrap();
+        let dead_letter = dead_letters
+            .iter()
+            .find(|dead_letter| dead_letter.origin == of)
+            .unwrap();
         assert_eq!(dead_letter.attempts, *expected, "{:?}", headers[0].0);
         assert!(dead_letter.reason.starts_with("not an order"), "{}", dead_letter.reason);
     }
     // Their replay counts no further.
-    assert_eq!(replay_all(&fixture.kafka(), TIMEOUT).await.unwrap().replayed, dead_letters.len());
+    assert_eq!(
+        replay_all(&fixture.kafka(), TIMEOUT).await.unwrap().replayed,
+        dead_letters.len()
+    );
     fixture.wait_until_processed().await;
-    let most = list(&fixture).await.into_iter().map(|dead_letter| dead_letter.attempts).max();
+    let most = list(&fixture)
+        .await
+        .into_iter()
+        .map(|dead_letter| dead_letter.attempts)
+        .max();
     assert_eq!(most, Some(u32::MAX));
     acceptor.stop().await.unwrap();
     decider.stop().await.unwrap();
@@ -121,7 +138,14 @@ async fn foreign_records_are_replayed_and_skipped_one_by_one_and_never_twice() {
     let (kafka, large) = (fixture.kafka(), [b'x'; LARGE]);
     let (orders, dead) = (orders_topic(&kafka), dead_letter_topic(&kafka));
     let sent = async || -> i64 { fixture.offsets().await.values().map(|(_, end)| end).sum() };
-    let payloads: [Option<&[u8]>; 6] = [Some(b"first"), Some(&large), None, Some(b"last"), Some(b""), Some(&[b'y'; 70_000])];
+    let payloads: [Option<&[u8]>; 6] = [
+        Some(b"first"),
+        Some(&large),
+        None,
+        Some(b"last"),
+        Some(b""),
+        Some(&[b'y'; 70_000]),
+    ];
     for payload in payloads {
         let record = Foreign {
             topic: &dead,
@@ -147,7 +171,10 @@ async fn foreign_records_are_replayed_and_skipped_one_by_one_and_never_twice() {
         changed.unwrap().remove(0).unwrap();
     };
     limit("1000").await;
-    until("the topic rejects large messages", async || fixture.produce(0, &[&large]).await.is_err()).await;
+    until("the topic rejects large messages", async || {
+        fixture.produce(0, &[&large]).await.is_err()
+    })
+    .await;
     let before = sent().await;
     let report = replay_all(&kafka, TIMEOUT).await.unwrap();
     assert_eq!((report.replayed, report.not_tried), (2, 0), "{report:?}");

@@ -111,7 +111,11 @@ async fn what_another_program_wrote_is_listed_by_its_place_and_does_not_control_
         .await
         .unwrap();
     let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
-    let (orders, dead, sender) = (orders_topic(&place), dead_letter_topic(&place), producer(&place).unwrap());
+    let (orders, dead, sender) = (
+        orders_topic(&place),
+        dead_letter_topic(&place),
+        producer(&place).unwrap(),
+    );
     let reason = OwnedHeaders::new().insert(Header {
         key: "reason",
         value: Some("\x1b[2J\u{9b}1m"),
@@ -128,9 +132,15 @@ async fn what_another_program_wrote_is_listed_by_its_place_and_does_not_control_
     let listed = letters(&[]);
     let origins: Vec<&str> = listed.lines().map(|line| line.split(' ').next().unwrap()).collect();
     assert_eq!(origins, [origin(0), origin(1), origin(2)]);
-    assert!(listed.contains("\\u{1b}[2J\\u{9b}1m (not tried)") && !controls(&listed), "{listed}");
+    assert!(
+        listed.contains("\\u{1b}[2J\\u{9b}1m (not tried)") && !controls(&listed),
+        "{listed}"
+    );
     let shown = letters(&["show", &origin(0)]);
-    assert!(shown.len() < 6_000 && !controls(&shown) && !shown.contains('\u{202e}'), "{shown}");
+    assert!(
+        shown.len() < 6_000 && !controls(&shown) && !shown.contains('\u{202e}'),
+        "{shown}"
+    );
     let json = letters(&["list", "--json"]);
     assert!(json.is_ascii() && !controls(&json), "{json}");
     let parsed: Vec<Value> = serde_json::from_str(&json).unwrap();

@@ -139,7 +139,12 @@ fn list(letters: &[DeadLetter], kafka: &KafkaConfig, json: bool) -> anyhow::Resu
         println!("no dead letters in {}", dead_letter_topic(kafka));
     }
     for letter in letters {
-        println!("{}  {} ({})", letter.origin, printable(&letter.reason), attempts(letter));
+        println!(
+            "{}  {} ({})",
+            letter.origin,
+            printable(&letter.reason),
+            attempts(letter)
+        );
     }
     Ok(())
 }
@@ -202,7 +207,10 @@ mod tests {
     #[test]
     fn what_is_printed_stays_readable() {
         assert_eq!(printable("expected `,` or \"é\" at 1"), "expected `,` or \"é\" at 1");
-        assert_eq!(printable("\u{1b}[2J\u{9b}1m\n\u{202e}"), "\\u{1b}[2J\\u{9b}1m\\n\\u{202e}");
+        assert_eq!(
+            printable("\u{1b}[2J\u{9b}1m\n\u{202e}"),
+            "\\u{1b}[2J\\u{9b}1m\\n\\u{202e}"
+        );
     }
 
     proptest! {

@@ -83,7 +83,12 @@ impl DeadLetters {
             .map_err(|(why, _)| Undelivered(why))?;
         self.written().insert(origin);
         self.counts.dead_letters.inc();
-        tracing::warn!(partition = message.partition, offset = message.offset, why = reason, "dead-lettered");
+        tracing::warn!(
+            partition = message.partition,
+            offset = message.offset,
+            why = reason,
+            "dead-lettered"
+        );
         Ok(())
     }
     // ANCHOR_END: dead_letter

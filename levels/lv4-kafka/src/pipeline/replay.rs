@@ -407,10 +407,7 @@ mod tests {
             message(3, Some(b"b"), &of("8")),
         ];
         let orders = |offset| format!("{ORDERS}/3/{offset}");
-        assert_eq!(
-            origins(messages.clone()),
-            [format!("{DEAD}/0/1"), orders(7), orders(8)]
-        );
+        assert_eq!(origins(messages.clone()), [format!("{DEAD}/0/1"), orders(7), orders(8)]);
         let tombstones = vec![tombstone(own, 4), tombstone(of("7").to_vec(), 5)];
         let with_tombstones = [messages.clone(), tombstones].concat();
         assert_eq!(origins(with_tombstones), [orders(8)]);
