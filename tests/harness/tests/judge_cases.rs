@@ -134,6 +134,14 @@ impl Sale {
             .row(buyer, &buyer.to_string(), number)
     }
 
+    /// Adds an accepted order, whose ticket is released when the payment is declined.
+    fn declines(self, buyer: BuyerId) -> Self {
+        let number = u128::try_from(buyer).expect("buyers are positive");
+        self.ask(buyer, &buyer.to_string(), 0, 5, ends(number, 50, Some(Declined)))
+            .row(buyer, &buyer.to_string(), number)
+            .released(10, 20)
+    }
+
     /// Releases the ticket of the last row.
     fn released(mut self, taken_us: Micros, released_us: Micros) -> Self {
         let row = self.last_row();
@@ -177,6 +185,11 @@ impl Sale {
         self.with_row(|row| row.status = status)
     }
 
+    /// Removes the last row, which has released its ticket.
+    fn never_had_a_row(self) -> Self {
+        self.without_row().back(-1)
+    }
+
     /// Removes the last row, and returns its ticket to the stock.
     fn without_row(mut self) -> Self {
         self.0.rows.as_mut().and_then(Vec::pop).expect("a row");
@@ -212,6 +225,14 @@ impl Sale {
         self
     }
 
+    /// Leaves the buyer's first request without an answer.
+    fn first_never_answered(mut self, buyer: BuyerId) -> Self {
+        let first = self.0.requests.iter_mut().find(|request| request.buyer == buyer);
+        let first = first.expect("a request");
+        (first.answered_us, first.answer) = (None, Indeterminate);
+        self
+    }
+
     fn fault(mut self, struck_us: Micros, healed_us: Option<Micros>) -> Self {
         self.0.faults.clear();
         self.and_fault(struck_us, healed_us)
@@ -232,14 +253,14 @@ impl Sale {
     }
 }
 
+/// One ticket, held and released at 20.
+fn declined() -> Sale {
+    sale(1).declines(1)
+}
+
 /// One ticket, held and released at 20, then sold to another buyer.
 fn sold_again() -> Sale {
-    sale(1)
-        .ask(1, "1", 0, 5, ends(1, 50, Some(Declined)))
-        .row(1, "1", 1)
-        .released(10, 20)
-        .takes(2, 60, 70)
-        .with_row(|row| row.taken_us = 20)
+    declined().takes(2, 60, 70).with_row(|row| row.taken_us = 20)
 }
 
 /// Two tickets, two buyers who have them, and a third buyer who is refused.
@@ -273,9 +294,7 @@ fn undecided() -> Sale {
 #[case::a_ticket_went_nowhere(sale(3).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.stock(0), &[Conservation])]
 #[case::less_than_nothing_left(sale(1).takes(1, 0, 9), |s: Sale| s.stock(-1), &[Conservation])]
 #[case::still_held(sale(1).takes(1, 0, 9), |s: Sale| s.status(Held), &[Conservation])]
-#[case::given_back_to_nobody(
-    sale(1).ask(1, "1", 0, 9, ends(1, 50, Some(Declined))).row(1, "1", 1).released(10, 20),
-    |s: Sale| s.stock(0), &[Conservation])]
+#[case::given_back_to_nobody(declined(), |s: Sale| s.stock(0), &[Conservation])]
 #[case::held_where_the_stock_is_unknown(sale(1).takes(1, 0, 9).no_stock(), |s: Sale| s.status(Held), &[Conservation])]
 #[case::one_left_of_those_a_foreign_server_sold(
     sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).stock(0), |s: Sale| s.stock(1), &[Conservation])]
@@ -366,6 +385,30 @@ fn undecided() -> Sale {
 #[case::a_repeat_expires_with_its_order(
     sale(1).ask(1, "1", 0, 9, Indeterminate).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, ReserveError(Expired)),
     |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal])]
+#[case::an_accepted_order_that_never_had_a_ticket_took_nothing(
+    declined().ask(2, "2", 0, 9, ReserveError(SoldOut)), |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
+#[case::and_the_ticket_is_sold_later(
+    sale(1).takes(3, 60, 70).with_row(|row| row.taken_us = 20).declines(1)
+        .ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    |s: Sale| s.never_had_a_row(), &[NoFalseRefusal])]
+#[case::an_accepted_order_that_expired_and_never_had_a_ticket(
+    declined().answer(ends(1, EXPIRY_US, Some(Expired))).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
+#[case::an_order_that_expired_at_once_and_never_had_a_ticket(
+    declined().answer(ReserveError(Expired)).answered(EXPIRY_US).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
+#[case::an_accepted_order_told_sold_out_by_one_that_never_had_a_ticket(
+    declined().ask(2, "2", 0, 9, ends(2, 50, Some(SoldOut))),
+    |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
+#[case::an_accepted_order_confirmed_without_ever_having_a_ticket(
+    sale(1).takes(1, 0, 9).answer(ends(1, 50, None)).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    |s: Sale| s.without_row(), &[NothingLost, NoFalseRefusal, NoUndersell])]
+#[case::an_accepted_order_never_decided_took_nothing(
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    |s: Sale| s.first_answer(accepted(1)).without_row(), &[NothingLost, NoFalseRefusal, Progress])]
+#[case::confirmed_and_lost_may_have_had_its_ticket(
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
 #[case::no_such_sale(sold_out(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal])]
 // I7. Without releases, a remaining ticket also makes "sold out" or a confirmation false.
 #[case::one_left_and_one_refused(
@@ -380,6 +423,9 @@ fn undecided() -> Sale {
 #[case::who_used_anothers_key_did_not_come_for_a_ticket(
     sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, ReserveError(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+#[case::who_was_declined_before_holding_a_ticket_may_go_without(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(Declined))),
+    |s: Sale| s.answer(ends(2, 50, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
 #[case::another_key_of_the_buyer_is_still_undecided(
     sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Indeterminate).ask(2, "b", 0, 9, ReserveError(SoldOut)).row(2, "a", 2),
     |s: Sale| s.without_row().sent(1), &[NoFalseRefusal, NoUndersell])]
@@ -426,6 +472,17 @@ fn undecided() -> Sale {
     undecided().fault(5, None).sent(10), |s: Sale| s.fault(5, Some(9)), &[Progress])]
 #[case::no_answer_and_nothing_to_excuse_it(
     undecided().never_answered().fault(5, None), |s: Sale| s.no_fault(), &[Progress])]
+#[case::no_answer_and_its_repeat_is_confirmed(
+    undecided().ask(2, "2", 10, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.first_never_answered(2), &[Progress])]
+#[case::no_answer_and_its_repeat_is_refused(
+    sold_out().ask(3, "3", 10, 20, ReserveError(SoldOut)),
+    |s: Sale| s.first_never_answered(3), &[Progress])]
+#[case::accepted_and_never_decided_and_its_repeat_is_confirmed(
+    sale(1).takes(1, 0, 9).answer(ends(1, 50, None)).ask(1, "1", 60, 70, confirmed(1)),
+    |s: Sale| s.first_answer(accepted(1)), &[NothingLost, Progress])]
+#[case::no_answer_after_the_healing_and_its_repeat_is_confirmed(
+    undecided().never_answered().fault(5, Some(10)).sent(10).ask(2, "2", 30, 40, confirmed(2)).row(2, "2", 2),
+    |s: Sale| s.fault(5, Some(9)), &[Progress])]
 fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> Sale, #[case] broken: &[Invariant]) {
     let changed = plant(right.clone());
 
@@ -520,6 +577,8 @@ fn the_order_of_the_lines_does_not_matter() {
         .with_row(|row| row.released_us = None),
     &["I8", "I7", "I6", "I1", "I3"])]
 #[case::a_buyer_who_can_not_know(undecided(), &["I8", "I7"])]
+#[case::declined_without_ever_holding_a_ticket(declined().never_had_a_row(), &["I8"])]
+#[case::declined_by_a_foreign_server(declined().foreign(), &["I8", "I4", "I5", "I2", "I7", "I6"])]
 fn what_was_not_checked_is_said(#[case] sale: Sale, #[case] not_checked: &[&str]) {
     let verdict = judge(&sale.0);
     assert!(verdict.findings.is_empty(), "{verdict}");

@@ -141,23 +141,27 @@ impl Request {
         }
     }
 
+    /// Whether its order was accepted first (202), and decided later.
+    fn is_accepted(&self) -> bool {
+        matches!(self.answer, Answer::Accepted { .. })
+    }
+
     /// Whether it was refused after it may have held a ticket.
     fn may_have_released(&self) -> bool {
         matches!(self.refused(), Some(Refused::Expired | Refused::Declined))
     }
 
     /// Whether it may have taken a ticket. A refused request has not; but if tickets are released,
-    /// an order that was accepted first may have held one until its refusal.
+    /// an order that was decided later may have held one until its refusal.
     fn may_have_taken(&self, has_releases: bool) -> bool {
-        let accepted = matches!(self.answer, Answer::Accepted { .. });
-        self.refused().is_none() || self.may_have_released() || (accepted && has_releases)
+        let decided_late = self.is_accepted() || self.may_have_released();
+        self.refused().is_none() || (decided_late && has_releases)
     }
 
     /// Whether it may have created this row. A refused request has not, unless its order was
     /// decided later and the row is released.
     pub(super) fn may_have_made(&self, row: &Row) -> bool {
-        let decided_late = matches!(self.answer, Answer::Accepted { .. }) || self.may_have_released();
-        self.refused().is_none() || (decided_late && !row.is_live())
+        self.may_have_taken(!row.is_live())
     }
 }
 
@@ -216,8 +220,11 @@ impl<'a> Index<'a> {
         let of_key = buyer_and_key_of_order.iter().enumerate();
         let of_key = of_key.map(|(order, &(_, key))| (key, order)).collect();
         let by_first_sent = |order: &usize| by_sent(&requests_of_order.of(*order)[0]);
-        let has_releases =
-            rows.iter().any(|row| !row.is_live()) || history.requests.iter().any(Request::may_have_released);
+        let has_releases = match &history.rows {
+            // A reservation that released its ticket has a row.
+            Some(rows) => rows.iter().any(|row| !row.is_live()),
+            None => history.requests.iter().any(Request::may_have_released),
+        };
         let took_us = |requests: &[&Request]| {
             let mut requests = requests.iter();
             let first = requests.find(|request| request.may_have_taken(has_releases));
@@ -290,28 +297,20 @@ impl<'a> Index<'a> {
     /// first sent.
     ///
     /// An order takes its ticket at its first sending, which is the earliest possible time. A
-    /// refused request takes none.
+    /// refused request takes none. With rows, neither does an accepted order that has no row.
     pub(super) fn takers_us(&self) -> Vec<Micros> {
         let mut takers = vec![];
         for order in self.orders() {
             if let Some(first_us) = self.took_us[order.number] {
-                let rows = self.rows_of(&order);
                 let mut told: Vec<Uuid> = order
                     .requests
                     .iter()
-                    .filter_map(|request| match request.end() {
-                        End::Confirmed(reservation) => Some(reservation),
-                        _ => None,
-                    })
-                    .filter(|told| {
-                        let rows = self.rows_of_reservation(*told);
-                        rows.iter().all(|(asked, _)| *asked != Some(order.number))
-                    })
+                    .filter_map(|request| self.told_without_own_row(&order, request))
                     .collect();
                 told.sort_unstable();
                 told.dedup();
-                let mut taken = rows.len() + told.len();
-                if taken == 0 {
+                let mut taken = self.rows_of(&order).len() + told.len();
+                if taken == 0 && !self.has_rows() {
                     taken = usize::from(order.requests.iter().any(|request| request.may_have_released()));
                 }
                 takers.extend(std::iter::repeat_n(first_us, taken));
@@ -324,6 +323,19 @@ impl<'a> Index<'a> {
         }
         takers.sort_unstable();
         takers
+    }
+
+    /// The reservation that a request of this order was confirmed with, if the order has no row of
+    /// it and it may have held a ticket all the same: its row may name another order, or, after a
+    /// 201, be lost (I4).
+    fn told_without_own_row(&self, order: &Order<'_>, request: &Request) -> Option<Uuid> {
+        let End::Confirmed(reservation) = request.end() else {
+            return None;
+        };
+        let rows = self.rows_of_reservation(reservation);
+        let is_own = rows.iter().any(|(asked, _)| *asked == Some(order.number));
+        let never_was = rows.is_empty() && self.has_rows() && request.is_accepted();
+        (!is_own && !never_was).then_some(reservation)
     }
 }
 

@@ -13,16 +13,19 @@
 //! - A 202 that is decided after its deadline breaks I4 and I10. Two equal observations of a final
 //!   state count as one.
 //! - Only an order that was accepted first, expired or declined may have held a ticket and have a
-//!   released row. Other refused orders have no row (I5).
+//!   released row. Other refused orders have no row (I5). With rows, an order of either kind that
+//!   has no row has never held a ticket (I6, I7). Only a 201 without a row may have had one, which
+//!   was lost (I4).
 //! - "Expired" counts from the first sending of the order. "Already reserved" is false once an
 //!   answer has reported the reservation as over.
-//! - Buyers who only used another buyer's key do not count for I7. A rate-limited answer is not
-//!   final, neither for I7 nor for I9.
+//! - Buyers who only used another buyer's key, or whose orders only expired or were declined, do not
+//!   count for I7. A rate-limited answer is not final, neither for I7 nor for I9.
 //! - A refused order with a live row breaks I9, unless a request with unknown outcome was sent at
 //!   the same time or later, or tickets were released. A confirmed order without a row breaks I4.
-//! - An answer outside the HTTP contract breaks I10, and may have taken a ticket. Without faults,
-//!   I10 is also broken by a repeat with unknown outcome or an unanswered request that no final
-//!   answer follows. With faults, only requests sent after the last healing count.
+//! - An answer outside the HTTP contract breaks I10, and may have taken a ticket. So does a request
+//!   that never ends, also if a repeat of it got a final answer, and a repeat with unknown outcome
+//!   that no final answer follows. With faults, of these two only requests sent after the last
+//!   healing count.
 
 mod evidence;
 mod index;

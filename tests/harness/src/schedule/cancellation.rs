@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use super::runner::{answer_of, open_sale};
 use crate::{
     backends::TestEnvironment,
-    history::{Answer, FORMAT_VERSION, Header, History, Micros, Request},
+    history::{Answer, FORMAT_VERSION, Fault, Header, History, Micros, Request},
     judge::judge,
     rows,
 };
@@ -145,6 +145,7 @@ async fn all_are_served(
     sale: SaleId,
     mut requests: Vec<Request>,
 ) -> anyhow::Result<()> {
+    let fault = abandoned("the reservation was cancelled");
     let whole = try_join_all((0..CONNECTIONS).map(|_| pool.acquire()));
     drop(whole.await.context("a connection is leaked")?);
     for buyer in [1, 2] {
@@ -172,7 +173,7 @@ async fn all_are_served(
         },
         requests,
         rows: Some(sold.rows),
-        faults: vec![],
+        faults: vec![fault],
     };
     let verdict = judge(&history);
     ensure!(verdict.findings.is_empty(), "{verdict}");
@@ -222,5 +223,15 @@ pub(super) fn request(order: &Order) -> Request {
         answered_us: None,
         answer: Answer::Indeterminate,
         steps: vec![],
+    }
+}
+
+/// The fault that a request was abandoned by its client, and so has no answer.
+pub(super) fn abandoned(fault: &str) -> Fault {
+    let now_us = now_monotonic_us();
+    Fault {
+        fault: fault.to_owned(),
+        struck_us: now_us,
+        healed_us: Some(now_us),
     }
 }

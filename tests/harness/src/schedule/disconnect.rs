@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::cancellation::{nothing_left_open, order, request};
+use super::cancellation::{abandoned, nothing_left_open, order, request};
 use crate::{
     backends::TestEnvironment,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
@@ -121,6 +121,7 @@ async fn hang_up(
         buyer.set_zero_linger()?;
     }
     drop(buyer);
+    let fault = abandoned("the buyer disconnected");
     server.resume().await?;
 
     let made = async {
@@ -161,7 +162,7 @@ async fn hang_up(
         },
         requests,
         rows: Some(sold.rows),
-        faults: vec![],
+        faults: vec![fault],
     };
     let verdict = judge(&history);
     ensure!(verdict.findings.is_empty(), "{verdict}");

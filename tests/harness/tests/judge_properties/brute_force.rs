@@ -128,12 +128,26 @@ fn moments(history: &History) -> RangeInclusive<Micros> {
     0..=rows(history).iter().map(|row| row.taken_us).max().unwrap_or(0)
 }
 
+/// Refused after it may have held a ticket.
+fn ran_out(request: &Request) -> bool {
+    only_no(request) && matches!(no(request), Some(Expired | Declined))
+}
+
+/// Whether a ticket was released; without rows, whether one may have been.
 fn releases(history: &History) -> bool {
-    rows(history).iter().any(|row| !live(row))
-        || history
-            .requests
-            .iter()
-            .any(|request| only_no(request) && matches!(no(request), Some(Expired | Declined)))
+    match &history.rows {
+        Some(rows) => rows.iter().any(|row| !live(row)),
+        None => history.requests.iter().any(ran_out),
+    }
+}
+
+fn accepted(request: &Request) -> bool {
+    matches!(request.answer, Answer::Accepted { .. })
+}
+
+/// Whether a request may have taken a ticket, and released it if it was refused.
+fn may_have_taken(history: &History, request: &Request) -> bool {
+    !only_no(request) || (releases(history) && (accepted(request) || ran_out(request)))
 }
 
 /// The stable confirmations, one for each reservation.
@@ -204,8 +218,7 @@ fn lost(history: &History) -> bool {
             history.rows.is_some() && rows(history).iter().filter(|row| row.reservation == id).count() != 1
         });
         let by_us = request.sent_us + history.header.deadline_us;
-        let accepted = matches!(request.answer, Answer::Accepted { .. });
-        no_single_row || changed(request) || (accepted && end_us(request).is_none_or(|end_us| end_us > by_us))
+        no_single_row || changed(request) || (accepted(request) && end_us(request).is_none_or(|end_us| end_us > by_us))
     })
 }
 
@@ -217,16 +230,13 @@ fn invented(history: &History) -> bool {
             .filter(|request| own_id(request) == Some(row.reservation));
         let of_another = of_another.any(|request| !asks_for(request, row));
         let mut asked = history.requests.iter().filter(|request| asks_for(request, row));
-        let rightly = asked.any(|request| {
-            let decided_late =
-                matches!(request.answer, Answer::Accepted { .. }) || matches!(no(request), Some(Expired | Declined));
-            !only_no(request) || (decided_late && !live(row))
-        });
+        let rightly = asked.any(|request| !only_no(request) || ((accepted(request) || ran_out(request)) && !live(row)));
         of_another || !rightly
     })
 }
 
-/// The earliest time at which each ticket can have been taken. A refused request takes none.
+/// The earliest time at which each ticket can have been taken. A refused request takes none. With
+/// rows, an accepted order whose reservation has none takes none.
 fn takers(history: &History) -> Vec<Micros> {
     let mut takers = vec![];
     let requests = &history.requests;
@@ -238,18 +248,24 @@ fn takers(history: &History) -> Vec<Micros> {
             continue;
         }
         let order: Vec<&Request> = requests.iter().filter(|other| same_order(request, other)).collect();
-        let not_refused = order.iter().filter(|request| !only_no(request));
-        let Some(first_us) = not_refused.map(|request| request.sent_us).min() else {
+        let takes = order.iter().filter(|request| may_have_taken(history, request));
+        let Some(first_us) = takes.map(|request| request.sent_us).min() else {
             continue;
         };
         let own = rows(history).iter().filter(|row| asks_for(request, row));
         let mut taken: Vec<Uuid> = own.map(|row| row.reservation).collect();
-        for id in order.iter().filter_map(|request| yes(request)) {
-            if !taken.contains(&id) {
+        for &request in &order {
+            let Some(id) = yes(request) else { continue };
+            let has_row = rows(history).iter().any(|row| row.reservation == id);
+            let may_have_held = history.rows.is_none() || has_row || !accepted(request);
+            if may_have_held && !taken.contains(&id) {
                 taken.push(id);
             }
         }
         takers.extend(taken.iter().map(|_| first_us));
+        if history.rows.is_none() && taken.is_empty() && order.iter().any(|request| ran_out(request)) {
+            takers.push(first_us);
+        }
     }
     takers
 }
@@ -300,9 +316,7 @@ fn had(history: &History, buyer: BuyerId, id: Uuid, at_us: Micros) -> bool {
             .any(|request| told_of_it(request) && same_order(request, maker))
             || own.iter().any(|row| asks_for(maker, row));
         let unsure = history.rows.is_none() && maker.buyer == buyer && cannot_say(maker);
-        let gave_back = releases(history)
-            && (matches!(maker.answer, Answer::Accepted { .. }) || matches!(no(maker), Some(Expired | Declined)));
-        (named && (!only_no(maker) || gave_back)) || unsure
+        (named && may_have_taken(history, maker)) || unsure
     };
     let mut makers = history
         .requests
@@ -336,7 +350,7 @@ fn undersold(history: &History) -> bool {
         }
         if own
             .iter()
-            .any(|request| is_final(request) && no(request) != Some(&KeyOfAnotherBuyer))
+            .any(|request| is_final(request) && !matches!(no(request), Some(KeyOfAnotherBuyer | Expired | Declined)))
         {
             came += 1;
         }
@@ -415,7 +429,7 @@ fn unfinished(history: &History) -> bool {
     requests.iter().any(|request| {
         let late = end_us(request).is_some_and(|end_us| end_us > request.sent_us + history.header.deadline_us);
         let meaningless = matches!(request.answer, Answer::Unexpected { .. });
-        let undecided_for_good = matches!(request.answer, Answer::Accepted { .. }) && end_us(request).is_none();
+        let undecided_for_good = accepted(request) && end_us(request).is_none();
         let told = requests.iter().any(|other| {
             let settled = yes(other).is_some() || no(other).is_some();
             same_order(request, other) && settled && end_us(other).is_none_or(|end_us| end_us >= request.sent_us)
@@ -423,13 +437,11 @@ fn unfinished(history: &History) -> bool {
         let repeats = requests
             .iter()
             .any(|other| same_order(request, other) && later(other, request));
-        let must_be_told = if faults.is_empty() {
-            repeats || end_us(request).is_none()
-        } else {
-            faults
-                .iter()
-                .all(|fault| fault.healed_us.is_some_and(|healed_us| request.sent_us > healed_us))
-        };
-        late || meaningless || undecided_for_good || (cannot_say(request) && must_be_told && !told)
+        let after_all_faults = faults
+            .iter()
+            .all(|fault| fault.healed_us.is_some_and(|healed_us| request.sent_us > healed_us));
+        let never_ends = end_us(request).is_none() && after_all_faults;
+        let must_be_told = if faults.is_empty() { repeats } else { after_all_faults };
+        late || meaningless || undecided_for_good || (cannot_say(request) && (never_ends || (must_be_told && !told)))
     })
 }

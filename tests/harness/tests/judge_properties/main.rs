@@ -13,11 +13,7 @@ use std::{
 };
 
 use harness::{
-    history::{
-        Answer, History,
-        Refused::{Declined, Expired},
-        Status,
-    },
+    history::{Answer, History, Status},
     judge::{Verdict, judge},
 };
 use proptest::{
@@ -34,15 +30,7 @@ use crate::{
 const CASES: u32 = 4000;
 
 fn has_releases(history: &History) -> bool {
-    let in_rows = history.rows.iter().flatten().any(|row| row.status == Status::Released);
-    let in_answers = history.requests.iter().any(|request| match &request.answer {
-        Answer::Refused(refused) => matches!(refused, Expired | Declined),
-        Answer::Accepted {
-            ending: Some(ending), ..
-        } => matches!(ending.refused, Some(Expired | Declined)),
-        _ => false,
-    });
-    in_rows || in_answers
+    history.rows.iter().flatten().any(|row| row.status == Status::Released)
 }
 
 fn found(verdict: &Verdict) -> BTreeSet<&'static str> {
@@ -65,7 +53,7 @@ fn runner() -> TestRunner {
 
 #[test]
 fn it_finds_what_a_search_of_everything_finds() {
-    let (broken, whole, exact) = (Cell::new(0), Cell::new(0), Cell::new(0));
+    let (broken, whole, released) = (Cell::new(0), Cell::new(0), Cell::new(0));
     let times: RefCell<BTreeMap<&str, u32>> = RefCell::default();
     let mistakes = prop_oneof![
         1 => Just(vec![]),
@@ -85,34 +73,22 @@ fn it_finds_what_a_search_of_everything_finds() {
             for code in &expected {
                 *times.borrow_mut().entry(code).or_default() += 1;
             }
-            prop_assert!(
-                found.is_subset(&expected),
-                "false alarm: {found:?}, not {expected:?}\n{verdict}"
-            );
-            if has_releases(&history) {
-                // With releases, only the necessary condition for "sold out" is checked.
-                prop_assert!(
-                    expected.difference(&found).all(|code| *code == "I6"),
-                    "missed: {found:?}, not {expected:?}"
-                );
-            } else {
-                exact.set(exact.get() + 1);
-                prop_assert_eq!(&found, &expected, "missed:\n{}", verdict);
-            }
+            released.set(released.get() + u32::from(has_releases(&history)));
+            prop_assert_eq!(&found, &expected, "found and expected differ:\n{}", verdict);
             Ok(())
         })
         .expect("every case holds");
-    let (broken, whole, exact) = (broken.get(), whole.get(), exact.get());
+    let (broken, whole, released) = (broken.get(), whole.get(), released.get());
     let times = times.into_inner();
-    println!("{broken} of {CASES} histories broke something, {exact} gave no ticket back; broken: {times:?}");
+    println!("{broken} of {CASES} histories broke something, {released} gave a ticket back; broken: {times:?}");
     assert!(
         broken * 3 >= CASES,
         "only {broken} of {CASES} histories broke something"
     );
     assert!(whole * 3 >= CASES, "only {whole} of {CASES} histories broke nothing");
     assert!(
-        exact * 2 >= CASES,
-        "only {exact} of {CASES} histories gave no ticket back"
+        (CASES / 10..=CASES / 2).contains(&released),
+        "{released} of {CASES} histories gave a ticket back"
     );
     assert!(
         times.len() == 9 && times.values().all(|&times| times >= 50),

@@ -24,18 +24,17 @@ pub(super) fn unfinished(index: &Index<'_>) -> Option<Found> {
             let sent_us = request.sent_us;
             let is_repeat = first_ended_us.is_some_and(|ended_us| ended_us < sent_us);
             let was_told = told_us.is_some_and(|told_us| sent_us <= told_us);
-            let must_be_told = match healed_us {
-                None => false,
-                // Without faults, nothing excuses a missing answer.
-                Some(_) if faults.is_empty() => is_repeat || request.ended_us().is_none(),
-                Some(healed_us) => healed_us < sent_us,
-            };
+            // A fault excuses every request that was sent before it was healed.
+            let is_excused = healed_us.is_none_or(|healed_us| !faults.is_empty() && sent_us <= healed_us);
+            let must_be_told = !is_excused && (is_repeat || !faults.is_empty());
             let what = if is_late(index, request) {
                 "was answered after the deadline"
             } else if request.end() == End::Unexpected {
                 "got an answer that means nothing"
             } else if request.end() == End::Open {
                 "was accepted and never told how it ended"
+            } else if request.is_uncertain() && request.ended_us().is_none() && !is_excused {
+                "never got an answer"
             } else if request.is_uncertain() && must_be_told && !was_told {
                 "never got a final answer"
             } else {

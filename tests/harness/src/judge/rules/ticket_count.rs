@@ -62,10 +62,13 @@ pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     if index.has_releases || !all_last_answers_final(index) {
         return None;
     }
-    // A buyer who only used another buyer's key did not compete for the tickets.
+    // A buyer who only used another buyer's key, or could not pay in time, may go without.
     let came = |requests: &&[&Request]| {
         let mut finals = requests.iter().filter(|request| request.is_final());
-        finals.any(|request| request.end() != End::Refused(&Refused::KeyOfAnotherBuyer))
+        finals.any(|request| {
+            use Refused::{Declined, Expired, KeyOfAnotherBuyer};
+            !matches!(request.end(), End::Refused(KeyOfAnotherBuyer | Expired | Declined))
+        })
     };
     let buyers = index.requests_of_buyer.all().filter(came).count() as u64;
     let requests = || index.history.requests.iter();
