@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -16,12 +15,16 @@ use lv3_redis_lock::lock::Released;
 use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{
-    super::{BenchArgs, MeasurementTable, progress},
+    super::{BenchArgs, MeasurementTable, environment::Rounds, progress},
     Lock, LockBench,
 };
 use crate::{
     exit::ExitKind,
-    results::bench::{ContendedLock, ContendedRound},
+    interrupt::Signals,
+    results::{
+        ResultFile,
+        bench::{ContendedLock, ContendedRound},
+    },
     statistics::MedianRange,
 };
 
@@ -38,26 +41,33 @@ pub(super) async fn run(
     bench: &LockBench<'_>,
     waiters: u32,
     args: &BenchArgs,
-    json: Option<File>,
+    mut signals: Signals,
+    json: Option<ResultFile>,
 ) -> anyhow::Result<ExitKind> {
     let rounds = args.rounds.unwrap_or(5);
     let mut void = vec![];
     let mut measured = vec![];
-    // Round 0 warms up Redis and this process.
-    for number in 0..=rounds {
-        progress(&format!("round {number} of {rounds}"));
-        let (round, met) = contended_round(bench, waiters).await?;
-        if number == 0 {
-            continue;
-        }
-        if met > 0 {
-            void.push(format!(
-                "round {number}: {met} waiters were inside at the same time as another"
-            ));
-        }
-        measured.push(round);
-    }
+    let ended = signals
+        .or_end(async {
+            // Round 0 warms up Redis and this process.
+            for number in 0..=rounds {
+                progress(&format!("round {number} of {rounds}"));
+                let (round, met) = contended_round(bench, waiters).await?;
+                if number == 0 {
+                    continue;
+                }
+                if met > 0 {
+                    void.push(format!(
+                        "round {number}: {met} waiters were inside at the same time as another"
+                    ));
+                }
+                measured.push(round);
+            }
+            Ok(())
+        })
+        .await;
     progress("");
+    let rounds = Rounds::of(rounds, measured.len(), ended)?;
 
     let each = |in_scripts: bool| {
         MedianRange::over(&measured, |round: &ContendedRound| {
@@ -73,8 +83,8 @@ pub(super) async fn run(
         commands_in_scripts_each: each(true)?,
         rounds: measured,
     };
-    print(bench.strategy, &result, rounds);
-    bench.finish(None, result, void, json)
+    print(bench.strategy, &result, rounds.measured);
+    bench.finish(None, result, rounds, void, json)
 }
 
 /// One round, and how many waiters met another one inside the critical section.
@@ -152,7 +162,7 @@ fn parse(text: &str) -> anyhow::Result<CommandCounts> {
         .collect()
 }
 
-fn print(strategy: &str, result: &ContendedLock, rounds: u32) {
+fn print(strategy: &str, result: &ContendedLock, rounds: usize) {
     let mut table = MeasurementTable::new(
         format!("the lock of lv3/{strategy}, {} waiters", result.waiters),
         format!("median (range) of {rounds} rounds"),

@@ -7,17 +7,23 @@ mod commands;
 mod contended;
 mod uncontended;
 
-use std::{fs::File, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{bail, ensure};
 use harness::backends::{Private, Redis, Reply};
 use lv3_redis_lock::lock::{Backoff, Connections, FencingTokens, Guard, Lease, Owner, RLock, SpinLock};
 use serde::Serialize;
 
-use super::{BenchArgs, ONLY_LV3, environment::print_void, redis_benchmark::RedisBenchmark, warn_of_debug_build};
+use super::{
+    BenchArgs, ONLY_LV3,
+    environment::{Rounds, print_void},
+    redis_benchmark::RedisBenchmark,
+    warn_of_debug_build,
+};
 use crate::{
     exit::ExitKind,
-    results::{self, RunMetadata, bench::BenchResults},
+    interrupt::Signals,
+    results::{ResultFile, RunMetadata, bench::BenchResults},
 };
 
 /// The default lease of a server.
@@ -72,17 +78,18 @@ pub(super) async fn run(strategy: &str, args: &BenchArgs) -> anyhow::Result<Exit
         None => Some(RedisBenchmark::find()?),
         Some(_) => None,
     };
-    let json = args.json.as_deref().map(results::create).transpose()?;
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
     warn_of_debug_build();
-    let redis = Redis::private().await?;
+    let redis = signals.or_end(async { Ok(Redis::private().await?) }).await?;
     let bench = LockBench {
         strategy,
         lock: Arc::new(Lock::open(strategy, redis.url()).await?),
         redis,
     };
     match (benchmark, args.waiters) {
-        (Some(benchmark), _) => uncontended::run(&bench, &benchmark, args, json).await,
-        (None, waiters) => contended::run(&bench, waiters.unwrap_or_default(), args, json).await,
+        (Some(benchmark), _) => uncontended::run(&bench, &benchmark, args, signals, json).await,
+        (None, waiters) => contended::run(&bench, waiters.unwrap_or_default(), args, signals, json).await,
     }
 }
 
@@ -100,12 +107,14 @@ impl LockBench<'_> {
         &self,
         clients: Option<u32>,
         measured: impl Serialize,
+        rounds: Rounds,
         void: Vec<String>,
-        json: Option<File>,
+        json: Option<ResultFile>,
     ) -> anyhow::Result<ExitKind> {
         let report = self.redis.report();
         println!("redis {} ({}), without persistence", report.version, report.source);
         let exit = print_void(&void);
+        rounds.check_complete()?;
         if let Some(json) = json {
             let results = BenchResults {
                 metadata: RunMetadata {
@@ -118,7 +127,7 @@ impl LockBench<'_> {
                 seconds: None,
                 measured,
             };
-            results::write(json, &results)?;
+            json.write(&results)?;
         }
         Ok(exit)
     }
