@@ -1,5 +1,5 @@
-//! The Docker engine: set-up and suite find the same one, and a container whose port was taken in
-//! the meantime gets another.
+//! The Docker engine: set-up and suite find the same one. And ports: a server whose port was taken in
+//! the meantime gets another, in a container or as a process.
 //!
 //! The engine is a fake one that serves a socket, and remembers what it was asked.
 
@@ -7,7 +7,10 @@ use std::{
     collections::VecDeque,
     fs,
     io::{self, BufRead, BufReader, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, Mutex},
@@ -26,12 +29,20 @@ use crate::{
 };
 
 pub(crate) fn tests() -> Vec<Test> {
-    let mut tests = vec![of_one(
-        "a_port_that_was_taken_in_the_meantime_is_replaced_by_another",
-        Service::Redis,
-        &[],
-        a_port_that_was_taken_is_replaced,
-    )];
+    let mut tests = vec![
+        of_one(
+            "a_port_that_was_taken_in_the_meantime_is_replaced::docker",
+            Service::Redis,
+            &[],
+            a_port_that_was_taken_is_replaced,
+        ),
+        of_one(
+            "a_port_that_was_taken_in_the_meantime_is_replaced::native",
+            Service::Redis,
+            &[Source::Native],
+            a_port_of_a_process_that_was_taken_is_replaced,
+        ),
+    ];
     // The docker CLI keeps the contexts.
     if on_path("docker").is_some() {
         tests.push(of_one(
@@ -118,6 +129,36 @@ fn a_port_that_was_taken_is_replaced() {
     assert_eq!(ports.len(), 3, "{ports:?}");
     ports.dedup();
     assert_eq!(ports.len(), 3, "{ports:?}");
+}
+
+/// Its first process finds its port taken, and says more than that.
+fn a_port_of_a_process_that_was_taken_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let tried = folder.path().join("tried");
+    let script = format!(
+        "#!/bin/sh\n\
+         echo \"$@\" >>'{tried}'\n\
+         [ \"$(wc -l <'{tried}')\" -eq 1 ] || exec '{program}' \"$@\"\n\
+         echo '# Warning: Could not create server TCP listening socket 127.0.0.1:17001: bind: Address already in use'\n\
+         for line in 1 2 3 4 5 6 7 8 9 10 11 12; do echo \"line $line after it\"; done\n\
+         exit 1\n",
+        tried = tried.display(),
+        program = on_path("redis-server").unwrap().display(),
+    );
+    let program = folder.path().join("redis-server");
+    fs::write(&program, script).unwrap();
+    // A server runs as another user if this one is root.
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+
+    let temp = temp();
+    let role = Role::new(Service::Redis, "find", temp.path()).forced(Source::Native);
+    let said = role.set("OVERSOLD_REDIS_BIN", folder.path()).said();
+    assert_eq!(said["source"], "native", "{said}");
+    let tried = fs::read_to_string(tried).unwrap();
+    let ports: Vec<&str> = tried.lines().filter_map(|words| words.rsplit(' ').next()).collect();
+    assert_eq!(ports.len(), 2, "{tried}");
+    assert_ne!(ports[0], ports[1], "{tried}");
 }
 
 /// An engine that has every image, and starts no container.
