@@ -8,6 +8,7 @@
 
 mod child;
 mod child_roles;
+mod engine;
 mod external;
 mod kafka;
 mod managed_servers;
@@ -117,6 +118,7 @@ pub(crate) fn of_one(name: &str, service: Service, needs: &[Source], run: fn()) 
 fn tests() -> Vec<Test> {
     [
         sources::tests(),
+        engine::tests(),
         external::tests(),
         managed_servers::tests(),
         kafka::tests(),
