@@ -51,7 +51,7 @@ help: ## What there is
 
 # Said before the first build: cargo shows its own progress, and not how long it takes.
 define announce_build
-@[ -e target/$(1) ] || echo "building for the first time: $(2) on two cores, seconds from then on"
+@[ -e "$${CARGO_TARGET_DIR:-target}/$(1)" ] || echo "building for the first time: $(2) on two cores, seconds from then on"
 endef
 
 rush: ## Sell 100 tickets to 1,000 buyers at once, and judge what came of it
@@ -86,6 +86,7 @@ generated: ## Write the book's generated snippets anew
 	OVERSOLD_BLESS=1 cargo test --quiet --package oversold --test docs the_generated_snippets
 
 exercise: ## Begin an exercise of the book: make exercise NAME=lv2-read-again [ARGS=--solution|--reset]
+	@infra/target-folder.sh
 	@cargo run --quiet --package oversold -- exercise $(NAME) $(ARGS)
 
 exercises: ## Prove the book's exercises: red with the mistake and with wrong fixes, green with the solution
@@ -105,7 +106,7 @@ $(k6):
 		echo "k6 is built with go, and there is none. Install it: apt-get install golang-go (as root), brew install go, or https://go.dev/dl"; \
 		exit 1; }
 	@echo "building k6 $(k6_version) with go into $(tools); this takes two minutes, once"
-	GOBIN=$(abspath $(tools)/bin) go install go.k6.io/k6@$(k6_version)
+	GOBIN="$(CURDIR)/$(tools)/bin" go install go.k6.io/k6@$(k6_version)
 
 bench: ## Measure one strategy beside the database's own ceiling: make bench LEVEL=lv2 STRATEGY=pessimistic
 	@test -n "$(LEVEL)" || { echo "make bench takes a level: make bench LEVEL=lv2 STRATEGY=pessimistic"; exit 2; }
@@ -128,6 +129,7 @@ down: ## Stop them
 	docker compose down 2>/dev/null || docker-compose down
 
 check: ## Everything that must be clean besides the tests
+	@infra/target-folder.sh
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items

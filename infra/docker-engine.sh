@@ -25,7 +25,7 @@ engine_pid() {
 }
 
 start() {
-    if answers ""; then
+    if answers "$("${0%/*}/docker-host.sh")"; then
         say "an engine answers already"
         return
     fi

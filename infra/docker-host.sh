@@ -3,7 +3,7 @@
 # DOCKER_HOST; else the address of the docker CLI's current context (`docker context use`, DOCKER_CONTEXT); else, as the default context is
 # no choice, the first socket that is there of Docker, rootless Docker, Docker Desktop, and Podman.
 #
-# infra/setup.sh runs it, and so does the harness, which contains it: tests/harness/src/backends/docker/engine.rs.
+# The scripts of infra/ run it, and so does the harness, which contains it: tests/harness/src/backends/docker/engine.rs.
 set -u
 
 if [ -n "${DOCKER_HOST:-}" ]; then

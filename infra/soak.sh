@@ -13,7 +13,7 @@ logs=$(mktemp -d)
 # By their arguments: the reapers (oversold-run-…), Postgres and Kafka (their data is in a folder oversold-…), Redis, and servers of a level.
 processes() { ps -eo pid=,args= | awk '/oversold[- ]|redis-server|lv[0-9]-[a-z-]+/ && !/awk|infra\/soak\.sh/ { print "process " $0 }'; }
 folders() { find "${TMPDIR:-/tmp}" /dev/shm -maxdepth 1 -name 'oversold-*' ! -name 'oversold-pull-failed-*' 2>/dev/null | sed 's/^/folder /'; }
-containers() { docker ps --all --filter 'name=^/?oversold-' --format 'container {{.Names}}' 2>/dev/null || true; }
+containers() { DOCKER_HOST=$("${0%/*}/docker-host.sh") docker ps --all --filter 'name=^/?oversold-' --format 'container {{.Names}}' 2>/dev/null || true; }
 traces() { { processes; folders; containers; } | LC_ALL=C sort; }
 left_behind() { LC_ALL=C comm -13 "$logs/before" "$logs/after"; }
 sum() { grep -oE "[0-9]+ $1" "$2" | awk '{ n += $1 } END { print n + 0 }'; }

@@ -5,8 +5,9 @@ set -eu
 cd "$(dirname "$0")/.."
 
 [ $# -gt 0 ] || { echo "load/run.sh takes a level or a strategy: load/run.sh lv1/read-then-write"; exit 2; }
+infra/target-folder.sh
 [ -x target/tools/bin/k6 ] || make --no-print-directory target/tools/bin/k6
 cargo build --quiet --package oversold
 cargo build --quiet --package load
 # What it starts goes with it, however it ends.
-exec target/debug/load rush "$@"
+exec "${CARGO_TARGET_DIR:-target}/debug/load" rush "$@"

@@ -68,6 +68,8 @@ build() {
     echo "export OVERSOLD_$(echo "$1" | tr '[:lower:]' '[:upper:]')_IMAGE=$image"
 }
 
+DOCKER_HOST=$(../docker-host.sh)
+export DOCKER_HOST
 docker version >/dev/null 2>&1 || fail "no Docker engine answers"
 [ $# -gt 0 ] || set -- $all
 for name; do

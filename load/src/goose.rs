@@ -6,11 +6,13 @@
 //! the percentiles. Goose's mitigation is off here. `k6` with `SCENARIO=arrivals` is an open loop.
 
 use std::{
+    error::Error,
+    io, iter,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{anyhow, bail, ensure};
@@ -58,6 +60,8 @@ struct SharedRush {
     clicks: Vec<(BuyerId, u32)>,
     /// The index of the next click without a user.
     next: AtomicUsize,
+    /// Requests that failed in this process, before they reached the network.
+    unsent: AtomicUsize,
     gathered: Barrier,
     connected: Barrier,
     /// When the gate opened; `None` before.
@@ -82,6 +86,7 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         patience: rush.size.patience(),
         clicks,
         next: AtomicUsize::new(0),
+        unsent: AtomicUsize::new(0),
         gathered: Barrier::new(users),
         connected: Barrier::new(users + 1),
         opened,
@@ -114,7 +119,14 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
 
     requests.sort_by_key(|request| (request.sent_us, request.request));
     recheck(&mut requests, rush.host.address().await?, opened_us).await;
-    let sale = rush.host.sale(rush.sale).await?;
+    let ended = Instant::now();
+    let sale = loop {
+        match rush.host.sale(rush.sale).await {
+            // Goose's connections are still closing, and hold every file that this process may open.
+            Err(error) if is_unsent(&*error) && ended.elapsed() < rush.size.patience() => sleep(REPEAT_PAUSE).await,
+            read => break read?,
+        }
+    };
     let history = History {
         header: Header {
             version: FORMAT_VERSION,
@@ -130,11 +142,14 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         rows: None,
         faults: vec![],
     };
-    Ok(Outcome::of_goose(
-        rush,
-        &Report::new(1, history, UNKNOWN_RETRIES, &clock),
-        &sale,
-    ))
+    let void = match shared.unsent.load(Ordering::Relaxed) {
+        0 => vec![],
+        unsent => vec![format!(
+            "{unsent} requests never left this process, which had no socket for them: fewer --buyers, or a higher limit (ulimit -n)"
+        )],
+    };
+    let report = Report::new(1, history, UNKNOWN_RETRIES, &clock);
+    Ok(Outcome::of_goose(rush, &report, &sale, void))
 }
 
 fn attack(host: &str, users: usize, shared: &Arc<SharedRush>) -> anyhow::Result<GooseAttack> {
@@ -231,7 +246,7 @@ impl SharedRush {
                 .name("follow")
                 .path(path)
                 .build();
-            let state = send(user, ready).await;
+            let state = self.send(user, ready).await;
             if state.as_ref().is_some_and(|answered| !is_event_stream(answered)) {
                 path = location;
             }
@@ -263,16 +278,35 @@ impl SharedRush {
             .name("reserve")
             .set_request_builder(builder)
             .build();
-        send(user, ready).await
+        self.send(user, ready).await
+    }
+
+    /// Sends a request through Goose. `None` without an answer.
+    async fn send(&self, user: &mut GooseUser, request: GooseRequest<'_>) -> Option<HttpResponse> {
+        let response = user.request(request).await.ok()?.response;
+        let response = response
+            .inspect_err(|error| {
+                self.unsent.fetch_add(usize::from(is_unsent(error)), Ordering::Relaxed);
+            })
+            .ok()?;
+        Some(HttpResponse {
+            status: response.status(),
+            headers: response.headers().clone(),
+            body: response.bytes().await.ok()?,
+        })
     }
 }
 
-/// Sends a request through Goose. `None` without an answer.
-async fn send(user: &mut GooseUser, request: GooseRequest<'_>) -> Option<HttpResponse> {
-    let response = user.request(request).await.ok()?.response.ok()?;
-    Some(HttpResponse {
-        status: response.status(),
-        headers: response.headers().clone(),
-        body: response.bytes().await.ok()?,
+/// Whether this process had no file or no port left for a socket: the server never heard of the request.
+fn is_unsent(error: &(dyn Error + 'static)) -> bool {
+    /// Too many open files in the system, and in this process.
+    const NO_FILE: [i32; 2] = [23, 24];
+
+    let mut causes = iter::successors(Some(error), |&error| error.source());
+    causes.any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|cause| {
+            let no_file = cause.raw_os_error().is_some_and(|code| NO_FILE.contains(&code));
+            no_file || cause.kind() == io::ErrorKind::AddrNotAvailable
+        })
     })
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::Stdio};
 
 use anyhow::{bail, ensure};
 use box_office::{Invariant, Promise};
-use harness::{backends::reaper, judge::Conclusion};
+use harness::backends::reaper;
 
 use crate::{Rush, RushArgs, outcome::Outcome};
 
@@ -48,9 +48,8 @@ pub(crate) async fn run(args: &RushArgs, rush: &Rush) -> anyhow::Result<Outcome>
         _ => bail!("it exited with {}\n{}", output.status, printed()),
     }
     let outcome = Outcome::of_k6(rush, &summary)?;
-    let kept = outcome.conclusion() == Conclusion::AsPromised;
     ensure!(
-        kept == output.status.success(),
+        outcome.passes() == output.status.success(),
         "its thresholds and its summary disagree\n{}",
         printed()
     );

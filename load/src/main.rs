@@ -2,6 +2,9 @@
 //!
 //! It depends on no level: to it, a level is a server with an address. Goose runs in this process; k6 runs `load/k6/rush.js`.
 
+#[macro_use(print, println, eprintln)]
+extern crate harness;
+
 mod goose;
 mod k6;
 mod outcome;
@@ -19,7 +22,7 @@ use outcome::{ExitKind, Outcome};
 /// The rush as a Goose scenario and as a k6 script. Both fail when a guarantee is broken.
 ///
 /// Exit code: 0 every guarantee held, and every expected break was observed; 1 a guarantee was broken; 2 usage, or no server answers;
-/// 3 a backend is missing; 4 inconclusive: an expected break was not observed.
+/// 3 a backend is missing; 4 inconclusive: an expected break was not observed, or the run is void, as requests could not be sent.
 #[derive(Parser)]
 #[command(name = "load", max_term_width = 100, arg_required_else_help = true)]
 struct Cli {
@@ -66,9 +69,9 @@ struct RushArgs {
     levels: Vec<String>,
     #[command(flatten)]
     size: RushSize,
-    /// The command `oversold`, which serves the strategies.
-    #[arg(long, value_name = "FILE", default_value = "target/debug/oversold")]
-    oversold: PathBuf,
+    /// The command `oversold`, which serves the strategies [default: the one beside this program].
+    #[arg(long, value_name = "FILE")]
+    oversold: Option<PathBuf>,
     /// The command `k6`.
     #[arg(long, value_name = "FILE", default_value = "target/tools/bin/k6")]
     k6: PathBuf,

@@ -21,7 +21,7 @@ pub(crate) enum ExitKind {
     AsPromised = 0,
     /// A guarantee was broken.
     Broken = 1,
-    /// An expected break was not observed.
+    /// An expected break was not observed, or the run is void.
     Inconclusive = 4,
 }
 
@@ -58,6 +58,8 @@ struct Summary {
     /// From the first click to the final state, where orders are accepted first and decided later.
     completed: Option<Completed>,
     broken: Vec<Broken>,
+    /// Why the run says nothing about the server: what the client could not send. Empty if it sent everything.
+    void: Vec<String>,
 }
 
 /// The second clock.
@@ -77,7 +79,7 @@ struct Broken {
 
 impl Outcome {
     /// Of a rush by Goose: the harness's judge checks its history.
-    pub(crate) fn of_goose(rush: &Rush, report: &Report, sale: &Sale) -> Self {
+    pub(crate) fn of_goose(rush: &Rush, report: &Report, sale: &Sale, void: Vec<String>) -> Self {
         let mut verdict = report.verdict.clone();
         check_sale(sale, &report.history, &mut verdict);
         let Answers {
@@ -118,6 +120,7 @@ impl Outcome {
                     .into_iter()
                     .map(|Finding { invariant, summary, .. }| Broken { invariant, summary })
                     .collect(),
+                void,
             },
             promises: rush.promises,
         }
@@ -134,8 +137,17 @@ impl Outcome {
         })
     }
 
+    /// Whether every guarantee held and every expected break was observed, in a run that says something about the server.
+    pub(crate) fn passes(&self) -> bool {
+        !self.is_void() && self.conclusion() == Conclusion::AsPromised
+    }
+
+    fn is_void(&self) -> bool {
+        !self.summary.void.is_empty()
+    }
+
     /// The verdict.
-    pub(crate) fn conclusion(&self) -> Conclusion {
+    fn conclusion(&self) -> Conclusion {
         Conclusion::of(&self.promises, |invariant| self.breaks(invariant))
     }
 
@@ -157,15 +169,19 @@ impl Outcome {
             for Broken { invariant, summary } in &outcome.summary.broken {
                 println!("    {} ({}): {summary}", invariant.code(), invariant.title());
             }
+            for reason in &outcome.summary.void {
+                println!("    VOID: {reason}");
+            }
         }
         println!("{CLOSED_LOOP}");
-        let conclusions: Vec<Conclusion> = outcomes.iter().map(Self::conclusion).collect();
-        if conclusions.iter().any(|it| matches!(it, Conclusion::Broken(_))) {
+        // What a void run broke may be its own doing.
+        let mut valid = outcomes.iter().filter(|outcome| !outcome.is_void());
+        if valid.any(|outcome| matches!(outcome.conclusion(), Conclusion::Broken(_))) {
             ExitKind::Broken
-        } else if conclusions.iter().any(|it| matches!(it, Conclusion::Inconclusive(_))) {
-            ExitKind::Inconclusive
-        } else {
+        } else if outcomes.iter().all(Self::passes) {
             ExitKind::AsPromised
+        } else {
+            ExitKind::Inconclusive
         }
     }
 
@@ -201,7 +217,10 @@ impl Outcome {
                 None if *accepted == 0 => "as answered".to_owned(),
                 None => "never".to_owned(),
             },
-            self.conclusion().to_string(),
+            match self.is_void() {
+                true => "void".to_owned(),
+                false => self.conclusion().to_string(),
+            },
         ]
     }
 
@@ -216,6 +235,7 @@ impl Outcome {
             .collect();
         let codes = codes.join(", ");
         match self.conclusion() {
+            _ if self.is_void() => format!("{reserved} sold of {capacity}; void"),
             Conclusion::AsPromised if codes.is_empty() => format!("{reserved} sold of {capacity}, nothing broken"),
             Conclusion::AsPromised => format!("BROKEN ({codes}), as {} exists to show", self.name),
             other if codes.is_empty() => format!("{reserved} sold of {capacity}; {other}"),

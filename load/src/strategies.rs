@@ -46,14 +46,18 @@ struct Promised {
 
 /// Runs Goose and k6 against every selected strategy, and prints the results.
 pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
+    let oversold = match &args.oversold {
+        Some(named) => std::path::absolute(named)?,
+        None => env::current_exe()?.with_file_name("oversold"),
+    };
     for (file, what) in [
-        (&args.oversold, "`cargo build -p oversold` builds it"),
+        (&oversold, "`cargo build -p oversold` builds it"),
         (&args.k6, "`make target/tools/bin/k6` builds it"),
         (&args.script, "run this at the root of the repository"),
     ] {
         ensure!(file.exists(), "there is no {}: {what}", file.display());
     }
-    let selected = select(list(&args.oversold)?, &args.levels)?;
+    let selected = select(list(&oversold)?, &args.levels)?;
     let needed = |service: &Service| {
         let mut names = selected.iter().flat_map(|strategy| &strategy.needs);
         names.any(|name| name == service.name())
@@ -65,7 +69,7 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
         let name = &strategy.name;
         eprintln!("{name}: Goose, then k6");
         outcomes.extend(
-            run_strategy(args, strategy, &services)
+            run_strategy(args, &oversold, strategy, &services)
                 .await
                 .with_context(|| name.clone())?,
         );
@@ -102,11 +106,14 @@ fn select(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strateg
     Ok(selected.collect())
 }
 
-async fn run_strategy(args: &RushArgs, strategy: &Strategy, services: &Services) -> anyhow::Result<Vec<Outcome>> {
+async fn run_strategy(
+    args: &RushArgs,
+    oversold: &Path,
+    strategy: &Strategy,
+    services: &Services,
+) -> anyhow::Result<Vec<Outcome>> {
     let (level, name) = strategy.name.split_once('/').context("a name is LEVEL/STRATEGY")?;
-    let program = Program::new(std::path::absolute(&args.oversold)?)
-        .argument("serve")
-        .argument(level);
+    let program = Program::new(oversold).argument("serve").argument(level);
     let stand = services.environment(EMPTY).await?;
     let servers = Servers::start_named(&settings(strategy), &stand, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;

@@ -4,7 +4,11 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     process::{Output, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use axum::{
@@ -16,11 +20,13 @@ use axum::{
 };
 use rstest::rstest;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, process::Command, task::JoinHandle};
+use tokio::{net::TcpListener, process::Command, task::JoinHandle, time::sleep};
 use uuid::Uuid;
 
 const CAPACITY: usize = 5;
 const TOKEN: &str = "the token";
+/// The answering time of a slow server.
+const SLOW: Duration = Duration::from_millis(500);
 
 /// How a fake server violates the contract.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,6 +56,8 @@ enum Lie {
     StaysPending,
     /// Accepts orders, and reports another final state once a first one was read.
     ChangesItsMind,
+    /// Tells the truth, and takes its time.
+    IsSlow,
 }
 
 impl Lie {
@@ -63,6 +71,8 @@ impl Lie {
 
 struct FakeServer {
     lie: Lie,
+    /// Of the sale that was opened.
+    capacity: AtomicUsize,
     sold: Mutex<Vec<(i64, String, Uuid)>>,
     answered_503_once: Mutex<HashSet<String>>,
     accepted: Mutex<HashMap<Uuid, Accepted>>,
@@ -77,10 +87,14 @@ struct Accepted {
 }
 
 impl FakeServer {
+    fn capacity(&self) -> usize {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
     fn accept(&self, sale: i64, buyer: i64, key: String) -> Response {
         let id = Uuid::new_v4();
         let mut sold = self.sold.lock().expect("nobody panicked");
-        let confirmed = sold.len() < CAPACITY && sold.iter().all(|(owner, ..)| *owner != buyer);
+        let confirmed = sold.len() < self.capacity() && sold.iter().all(|(owner, ..)| *owner != buyer);
         if confirmed {
             sold.push((buyer, key, id));
         }
@@ -129,6 +143,9 @@ async fn reserve(
     headers: HeaderMap,
     Json(body): Json<Value>,
 ) -> Response {
+    if server.lie == Lie::IsSlow {
+        sleep(SLOW).await;
+    }
     let key = headers["idempotency-key"].to_str().expect("it is text").to_owned();
     let buyer = body["buyer_id"].as_i64().expect("it is a number");
     let problem = |status: StatusCode, kind: &str, reservation: Option<Uuid>| {
@@ -163,9 +180,9 @@ async fn reserve(
         return problem(StatusCode::CONFLICT, "already-reserved", Some(id));
     }
     let tickets = match server.lie {
-        Lie::Oversells => CAPACITY + 1,
-        Lie::Undersells => CAPACITY - 1,
-        _ => CAPACITY,
+        Lie::Oversells => server.capacity() + 1,
+        Lie::Undersells => server.capacity() - 1,
+        _ => server.capacity(),
     };
     if sold.len() >= tickets {
         return problem(StatusCode::CONFLICT, "sold-out", None);
@@ -180,7 +197,7 @@ async fn reserve(
 }
 
 async fn read_sale(State(server): State<Arc<FakeServer>>, Path(sale): Path<i64>) -> Json<Value> {
-    let (sold, capacity) = (server.sold.lock().expect("nobody panicked").len(), CAPACITY);
+    let (sold, capacity) = (server.sold.lock().expect("nobody panicked").len(), server.capacity());
     let (stock, reserved) = match server.lie {
         Lie::Oversells => (0, capacity),
         Lie::ForgetsAnUpdate => (1, sold),
@@ -191,8 +208,11 @@ async fn read_sale(State(server): State<Arc<FakeServer>>, Path(sale): Path<i64>)
     Json(json!({"id": sale, "name": "x", "capacity": capacity, "stock": stock, "reserved": reserved}))
 }
 
-async fn open(headers: HeaderMap, Json(body): Json<Value>) -> StatusCode {
-    assert_eq!(body["capacity"], CAPACITY);
+async fn open(State(server): State<Arc<FakeServer>>, headers: HeaderMap, Json(body): Json<Value>) -> StatusCode {
+    let capacity = body["capacity"].as_u64().expect("it is a number");
+    server
+        .capacity
+        .store(usize::try_from(capacity).expect("it is small"), Ordering::Relaxed);
     if headers["authorization"] == format!("Bearer {TOKEN}") {
         StatusCode::CREATED
     } else {
@@ -204,6 +224,7 @@ async fn open(headers: HeaderMap, Json(body): Json<Value>) -> StatusCode {
 async fn serve(lie: Lie) -> (String, JoinHandle<io::Result<()>>) {
     let server = Arc::new(FakeServer {
         lie,
+        capacity: AtomicUsize::new(0),
         sold: Mutex::default(),
         answered_503_once: Mutex::default(),
         accepted: Mutex::default(),
@@ -233,30 +254,46 @@ async fn load(lie: Lie, arguments: &[&str]) -> (Option<i32>, String) {
     output
 }
 
+const K6: &str = "target/tools/bin/k6";
+const K6_ARGUMENTS: [&str; 6] = [
+    "run",
+    "--quiet",
+    "--no-usage-report",
+    "--address",
+    "",
+    "load/k6/rush.js",
+];
+
 /// Runs the script of k6 against a server with this lie.
 async fn k6(lie: Lie, breaks: &str) -> (Option<i32>, String) {
-    let (host, serving) = serve(lie).await;
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-    let mut command = Command::new("target/tools/bin/k6");
+    let mut command = Command::new(K6);
     command
-        .current_dir(root)
-        .args([
-            "run",
-            "--quiet",
-            "--no-usage-report",
-            "--address",
-            "",
-            "load/k6/rush.js",
-        ])
-        .env("BASE_URL", host)
+        .args(K6_ARGUMENTS)
         .env("BUYERS", buyers(lie))
-        .env("CAPACITY", CAPACITY.to_string())
         .env("CLICKS", "2")
         .env("PATIENCE", "1")
         .env("BREAKS", breaks);
+    k6_as(lie, command).await
+}
+
+async fn k6_as(lie: Lie, mut command: Command) -> (Option<i32>, String) {
+    let (host, serving) = serve(lie).await;
+    command
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .env("BASE_URL", host)
+        .env("CAPACITY", CAPACITY.to_string());
     let output = finish(command).await;
     serving.abort();
     output
+}
+
+/// A command in a shell that allows it so many open files, and no more.
+fn with_open_files(files: u32, program: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\""), program])
+        .args(arguments);
+    command
 }
 
 async fn run(arguments: &[&str]) -> (Option<i32>, String) {
@@ -342,6 +379,48 @@ async fn what_can_not_be_done_is_one_clear_line(#[case] arguments: &[&str], #[ca
     assert_eq!(said.lines().count(), 1, "{said}");
 }
 
+/// As in `load goose … | head -1`.
+#[tokio::test]
+async fn a_reader_of_the_results_may_leave_before_their_end() {
+    let (host, serving) = serve(Lie::None).await;
+    let (reader, writer) = io::pipe().expect("a pipe");
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_load"));
+    command
+        .args(["goose", "--host", &host, "--buyers", "10", "--capacity", "5"])
+        .env("OVERSOLD_ADMIN_TOKEN", TOKEN)
+        .stdout(writer);
+    let output = command.output().await.expect("it runs");
+    serving.abort();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+#[tokio::test]
+async fn what_goose_could_not_send_makes_the_run_void() {
+    let (host, serving) = serve(Lie::None).await;
+    let arguments = [
+        "goose",
+        "--host",
+        &host,
+        "--buyers",
+        "100",
+        "--capacity",
+        "5",
+        "--patience",
+        "1",
+    ];
+    let (code, said) = finish(with_open_files(60, env!("CARGO_BIN_EXE_load"), &arguments)).await;
+    serving.abort();
+    assert_eq!(code, Some(4), "{said}");
+    assert!(said.contains("5; void\n"), "{said}");
+    assert!(
+        said.contains("VOID: ") && said.contains("requests never left this process"),
+        "{said}"
+    );
+}
+
 /// k6 sees what Goose's judge sees, but for the truth of each refusal.
 #[rstest]
 #[case(Lie::Oversells, "I1, I4")]
@@ -376,4 +455,37 @@ async fn k6_passes_on_an_honest_server_and_where_the_break_is_expected() {
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = k6(Lie::None, "I2").await;
     assert_eq!(code, Some(99), "{said}");
+}
+
+/// At a server that takes half a second, five virtual users play at most ten buyers a second, and not a hundred.
+#[ignore = "needs k6: make target/tools/bin/k6"]
+#[tokio::test]
+async fn buyers_for_whom_k6_had_nobody_make_the_run_void() {
+    for (virtual_users, void) in [("5", true), ("300", false)] {
+        let mut command = Command::new(K6);
+        command
+            .args(K6_ARGUMENTS)
+            .env("SCENARIO", "arrivals")
+            .env("RATE", "100")
+            .env("SECONDS", "1")
+            .env("VUS", virtual_users);
+        let (code, said) = k6_as(Lie::IsSlow, command).await;
+        assert_eq!(code, Some(if void { 99 } else { 0 }), "{said}");
+        assert_eq!(said.contains("buyers could not be sent: "), void, "{said}");
+        assert_eq!(said.contains("VOID: "), void, "{said}");
+        assert!(!said.contains("BROKEN"), "{said}");
+    }
+}
+
+#[ignore = "needs k6: make target/tools/bin/k6"]
+#[tokio::test]
+async fn what_k6_could_not_send_makes_the_run_void() {
+    let mut command = with_open_files(60, K6, &K6_ARGUMENTS);
+    command.env("BUYERS", "200").env("VUS", "200").env("PATIENCE", "1");
+    let (code, said) = k6_as(Lie::IsSlow, command).await;
+    assert_eq!(code, Some(99), "{said}");
+    assert!(
+        said.contains("VOID: ") && said.contains("requests never left this process"),
+        "{said}"
+    );
 }

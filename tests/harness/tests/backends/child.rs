@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::service::Service;
+use crate::{repository, service::Service};
 
 /// The environment variable that names the role of a child.
 pub(crate) const ROLE: &str = "OVERSOLD_TEST_ROLE";
@@ -288,7 +288,11 @@ pub(crate) fn names_in(folder: &Path) -> Vec<String> {
 /// Whether a container of this name exists, running or not.
 pub(crate) fn container_exists(name: &str) -> bool {
     let filter = format!("name=^/{name}$");
+    let engine = Command::new(repository().join("infra/docker-host.sh"))
+        .output()
+        .unwrap();
     let listed = Command::new("docker")
+        .env("DOCKER_HOST", String::from_utf8_lossy(&engine.stdout).trim())
         .args(["container", "ls", "--all", "--quiet", "--filter", &filter])
         .output()
         .unwrap();
