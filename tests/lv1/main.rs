@@ -13,10 +13,7 @@ use harness::{
     history::{Answer, Refused},
     judge::judge,
     rush::{Program, Rush, SALE},
-    schedule::ScheduleRunner,
-    shared_tests::http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-    shared_tests::instance_faults,
-    shared_tests::slow_clients::withstands_idle_and_slow_clients,
+    schedule::{Scenario, ScheduleRunner},
     test_server::TestServer,
     until,
 };
@@ -188,6 +185,103 @@ async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &st
     assert!(verdict.findings.is_empty(), "{verdict}\n{}", script.trace());
 }
 // ANCHOR_END: alone
+
+/// Points without an effect that another request could see.
+const PASSES: &[&str] = &[
+    "transaction begun",
+    "decided to sell",
+    "reservation written",
+    "committed",
+];
+
+/// Two buyers of the last ticket.
+const TWO_BUYERS: Scenario = Scenario {
+    capacity: 1,
+    clicks: &[1, 1],
+    passes: PASSES,
+    preemptions: None,
+};
+
+/// Two clicks of one buyer, and a ticket for each.
+const TWO_CLICKS: Scenario = Scenario {
+    capacity: 2,
+    clicks: &[2],
+    ..TWO_BUYERS
+};
+
+/// The second of two writers of the sale's row is ended with an error, in `check-then-insert` as
+/// well: both of its clicks write that row.
+#[rstest]
+#[case::read_then_write("read-then-write", TWO_BUYERS)]
+#[case::check_then_decrement("check-then-decrement", TWO_BUYERS)]
+#[case::check_then_insert("check-then-insert", TWO_CLICKS)]
+#[tokio::test]
+async fn a_stricter_isolation_level_breaks_nothing_and_ends_transactions_with_an_error(
+    #[case] name: &str,
+    #[case] scenario: Scenario,
+    #[values("read committed", "repeatable read", "serializable")] level: &str,
+) {
+    let settings = [("default_transaction_isolation", level)];
+    let runner = ScheduleRunner::with_settings(strategy(name), &settings).await.unwrap();
+    let explored = runner.explore(scenario).await.unwrap();
+    let undecided = explored
+        .answers
+        .iter()
+        .filter(|answers| answers.contains(&Answer::Indeterminate));
+    let (broken, undecided) = (explored.broken.len(), undecided.count());
+    println!(
+        "{name}, {level}: of {} orders, {broken} break it and {undecided} end with an error",
+        explored.orders
+    );
+    if level == "read committed" {
+        assert!(broken > 0 && undecided == 0, "{broken} break it, {undecided} errors");
+    } else {
+        assert!(broken == 0 && undecided > 0, "{broken} break it, {undecided} errors");
+    }
+}
+
+/// Write skew: the row that each of two transactions has looked for is one that the other inserts.
+#[rstest]
+#[case::repeatable_read("repeatable read", 2)]
+#[case::serializable("serializable", 1)]
+#[tokio::test]
+async fn two_inserts_after_two_looks_are_two_rows_below_serializable(#[case] level: &str, #[case] rows: usize) {
+    /// SQLSTATE `serialization_failure`.
+    const SERIALIZATION_FAILURE: &str = "40001";
+
+    let environment = TestEnvironment::shared(strategy("check-then-insert")).await.unwrap();
+    let pool = environment.database().pool(2).await.unwrap();
+    let begin = format!("begin isolation level {level}");
+    let mut clicks = vec![];
+    for _ in 0..2 {
+        let mut click = pool.begin_with(sqlx::AssertSqlSafe(begin.clone())).await.unwrap();
+        let found = sqlx::query("select from reservation where sale_id = 1 and buyer_id = 1")
+            .fetch_all(&mut *click)
+            .await
+            .unwrap();
+        assert!(found.is_empty());
+        clicks.push(click);
+    }
+    let mut committed = 0;
+    for (number, mut click) in clicks.into_iter().enumerate() {
+        let inserted = sqlx::query(
+            "insert into reservation (id, sale_id, buyer_id, request_key)
+             values (gen_random_uuid(), 1, 1, $1)",
+        )
+        .bind(number.to_string())
+        .execute(&mut *click)
+        .await;
+        let ended = match inserted {
+            Ok(_) => click.commit().await,
+            Err(why) => Err(why),
+        };
+        match ended {
+            Ok(()) => committed += 1,
+            Err(why) => assert_eq!(why.as_database_error().unwrap().code().unwrap(), SERIALIZATION_FAILURE),
+        }
+    }
+    assert_eq!(committed, rows);
+}
 
 #[rstest]
 #[case::read_then_write("read-then-write")]

@@ -541,6 +541,31 @@ fn a_verdict_counts_right(
     assert_eq!(counted, found, "{verdict}");
 }
 
+/// How hard the system was stressed: requests, the most of them in flight at once, faults.
+#[rstest]
+#[case::nobody_came(sale(1), (0, 0, 0))]
+#[case::one(sale(1).takes(1, 0, 9), (1, 1, 0))]
+#[case::one_after_another(sale(3).takes(1, 0, 9).takes(2, 10, 19).takes(3, 20, 29), (3, 1, 0))]
+#[case::one_begins_where_another_ends(sale(2).takes(1, 0, 9).takes(2, 9, 19), (2, 2, 0))]
+#[case::two_and_then_one(sale(3).takes(1, 0, 9).takes(2, 5, 15).takes(3, 12, 20), (3, 2, 0))]
+#[case::two_inside_a_third_and_apart(sale(3).takes(1, 0, 99).takes(2, 5, 9).takes(3, 12, 20), (3, 2, 0))]
+#[case::all_at_once(sale(4).takes(1, 0, 9).takes(2, 1, 8).takes(3, 2, 7).takes(4, 3, 6), (4, 4, 0))]
+#[case::sent_and_answered_in_one_microsecond(sale(2).takes(1, 3, 3).takes(2, 3, 3), (2, 2, 0))]
+#[case::one_without_an_answer_overlaps_all_after_it(
+    sale(3).ask(1, "1", 0, 9, Indeterminate).never_answered().takes(2, 5_000, 5_001).takes(3, 6_000, 6_001),
+    (3, 2, 0))]
+#[case::faults(undecided().fault(5, Some(10)).and_fault(2, None), (2, 2, 2))]
+fn a_verdict_grades_how_hard_the_system_was_stressed(
+    #[case] sale: Sale,
+    #[case] (requests, greatest_overlap, faults): (u64, u64, u64),
+) {
+    let coverage = judge(&sale.0).coverage;
+    assert_eq!(
+        (coverage.requests, coverage.greatest_overlap, coverage.faults),
+        (requests, greatest_overlap, faults)
+    );
+}
+
 /// Findings and evidence do not depend on the order of the lines.
 #[test]
 fn the_order_of_the_lines_does_not_matter() {
