@@ -6,6 +6,7 @@ mod cancellation;
 mod contract;
 mod faults;
 mod http;
+mod isolation;
 mod mutants;
 mod pool;
 mod retries;
@@ -15,7 +16,7 @@ use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NoUndersell, OneAnswer, Progress},
-    ProblemKind, Promises, Strategy,
+    ProblemKind, Promises, SaleId, Strategy,
 };
 
 use harness::{
@@ -41,6 +42,7 @@ use harness::{
 
 use lv2_db_lock::{BARE, LEVEL};
 use rstest::rstest;
+use sqlx::{PgPool, postgres::PgTransaction};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

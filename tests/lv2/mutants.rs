@@ -103,6 +103,7 @@ async fn a_rush_catches_it(#[case] name: &str, #[case] rush: Rush, #[case] expec
 #[case::stock_not_checked("mutants/stock-not-checked", TWO_BUYERS, NoOversell)]
 #[case::version_not_raised("mutants/version-not-raised", TWO_BUYERS, NoOversell)]
 #[case::buyer_ignored("mutants/buyer-ignored", TWO_CLICKS, NoDuplicate)]
+#[case::look_up_before_version("mutants/look-up-before-version", TWO_CLICKS, NoDuplicate)]
 #[tokio::test]
 async fn an_order_of_steps_catches_it(#[case] name: &str, #[case] scenario: Scenario, #[case] breaks: Invariant) {
     let runner = ScheduleRunner::of(strategy(name)).await.unwrap();

@@ -5,7 +5,13 @@ use super::*;
 // ANCHOR: orders
 /// Points without an effect that another request could see: pausing there would repeat the same
 /// order.
-const PASSES: &[&str] = &["mutex taken", "transaction begun", "reservation written", "committed"];
+const PASSES: &[&str] = &[
+    "mutex taken",
+    "transaction begun",
+    "decided to sell",
+    "reservation written",
+    "committed",
+];
 
 /// Two buyers, every feasible order.
 pub(crate) const TWO_BUYERS: Scenario = Scenario {
@@ -33,7 +39,7 @@ const THREE: Scenario = Scenario {
 
 /// `at_least`: with fewer orders of two buyers, the strategy has lost a scheduling point.
 #[rstest]
-#[case::mutex("mutex", true, 26)]
+#[case::mutex("mutex", true, 34)]
 #[case::pessimistic("pessimistic", true, 8)]
 #[case::optimistic("optimistic", true, 50)]
 #[case::conditional_update("conditional-update", false, 2)]
@@ -53,7 +59,7 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[
 }
 // ANCHOR_END: orders
 
-fn none_broken(explored: &Exploration) {
+pub(crate) fn none_broken(explored: &Exploration) {
     if let Some(broken) = explored.broken.first() {
         panic!(
             "{} of {} orders break it, such as\n{}\n{}",
@@ -206,3 +212,74 @@ async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
     assert!(verdict.findings.is_empty(), "{}\n{verdict}", script.trace());
 }
 // ANCHOR_END: guard-kept
+
+/// Locks the row of this sale, as the administration's or a colleague's transaction could.
+async fn lock_row(pool: &PgPool, sale: SaleId) -> PgTransaction<'static> {
+    let mut holder = pool.begin().await.unwrap();
+    sqlx::query("select from sale where id = $1 for update")
+        .bind(sale)
+        .execute(&mut *holder)
+        .await
+        .unwrap();
+    holder
+}
+
+/// Both clicks of a buyer have begun, and wait for the row, before either can write.
+#[rstest]
+#[case::pessimistic("pessimistic", 1, KEEPS)]
+#[case::optimistic("optimistic", 1, KEEPS)]
+#[case::conditional_update("conditional-update", 1, KEEPS)]
+#[case::look_up_before_lock("mutants/look-up-before-lock", 1, DUPLICATES)]
+#[case::not_exists("mutants/not-exists", 1, DUPLICATES)]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee_if_two_clicks_wait_for_the_row(
+    #[case] name: &str,
+    #[case] _instances: usize,
+    #[case] expected: Promises,
+) {
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let pool = runner.environment().database().pool(1).await.unwrap();
+    let mut schedule = runner.sale(2).await.unwrap();
+    let first = schedule.buyer("Ann");
+    let second = schedule.click(first);
+
+    let holder = lock_row(&pool, schedule.sale()).await;
+    schedule.run_until_blocked(first).await.unwrap();
+    schedule.run_until_blocked(second).await.unwrap();
+    holder.commit().await.unwrap();
+    schedule.step(first).await.unwrap(); // goes on, with the row
+    schedule.run_all_to_completion().await.unwrap();
+
+    let verdict = judge(&schedule.history().await.unwrap());
+    let conclusion = verdict.conclude(&required(expected));
+    let kept = matches!(conclusion, Conclusion::AsPromised);
+    assert!(kept, "lv2/{name}: {conclusion}\n\n{}\n{verdict}", schedule.trace());
+    assert_eq!(strategy(name).guarantee.single_instance, expected);
+}
+
+/// The buyer of one sale waits; the buyer of another does not notice.
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn the_buyers_of_one_sale_do_not_wait_for_those_of_another(#[case] name: &str) {
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let pool = runner.environment().database().pool(1).await.unwrap();
+    let (mut one, mut other) = (runner.sale(1).await.unwrap(), runner.sale(1).await.unwrap());
+    let (ann, bob) = (one.buyer("Ann"), other.buyer("Bob"));
+
+    let holder = lock_row(&pool, one.sale()).await;
+    one.run_until_blocked(ann).await.unwrap();
+    other.run_to_completion(bob).await.unwrap();
+    holder.commit().await.unwrap();
+    one.run_to_completion(ann).await.unwrap();
+
+    for schedule in [one, other] {
+        let history = schedule.history().await.unwrap();
+        let verdict = judge(&history);
+        assert!(verdict.findings.is_empty(), "{}\n{verdict}", schedule.trace());
+        assert_eq!(verdict.tally.sold, 1);
+    }
+}

@@ -76,7 +76,13 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 
 /// Points without an effect that another request could see: pausing there would repeat the same
 /// order.
-const PASSES: &[&str] = &["lock taken", "transaction begun", "reservation written", "committed"];
+const PASSES: &[&str] = &[
+    "lock taken",
+    "transaction begun",
+    "decided to sell",
+    "reservation written",
+    "committed",
+];
 
 /// Two buyers, every feasible order.
 const TWO_BUYERS: Scenario = Scenario {

@@ -6,3 +6,4 @@ mod contract;
 mod faults;
 mod lock;
 mod mutants;
+mod schedules;

@@ -8,19 +8,24 @@ use std::{
 
 use box_office::{
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, OneAnswer, Progress},
-    KafkaConfig, Level, Promises, Strategy,
+    KafkaConfig, Level, Promises, Strategy, points,
 };
 use harness::{
     backends::TestEnvironment,
     contract,
     http_contract::{refuses_bad_input, sells_refuses_and_repeats},
     instance_faults,
+    judge::Conclusion,
+    required,
     rush::{Program, Rush, SALE},
     slow_clients::withstands_idle_and_slow_clients,
     test_server::TestServer,
+    until,
 };
 use lv4_kafka::{LEVEL, pipeline::lag};
 use rstest::rstest;
+
+use super::fixture::{Expected::Kept, Fixture, TIMEOUT};
 
 pub(crate) fn program() -> Program {
     Program::new(env!("CARGO_BIN_EXE_lv4-kafka"))
@@ -80,8 +85,8 @@ async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize
 }
 // ANCHOR_END: contract
 
-/// Each batch takes a while between its read and its write, so that other consumers of the sale
-/// overlap with it.
+/// Every instance that has orders of the sale is stopped when it has decided its first batch: each
+/// has read the stock before any has written it. Then they go on.
 #[rstest]
 #[case::partition_by_buyer("mutants/partition-by-buyer", 3, SEVERAL_WRITERS)]
 #[case::partition_by_buyer_alone("mutants/partition-by-buyer", 1, KEEPS)]
@@ -92,11 +97,91 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
     #[case] instances: usize,
     #[case] expected: Promises,
 ) {
-    let rush = Rush {
-        work: Duration::from_millis(100),
-        ..Rush::for_strategy(strategy(name)).instances(instances)
-    };
-    contract(&program(), &LEVEL, name, rush, expected).await;
+    /// So many that with any key but the sale's the orders are spread over all instances.
+    const BUYERS: i64 = 24;
+
+    assert_eq!(strategy(name).guarantee.on(instances), expected);
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let stop = format!("{}#1", points::BATCH_DECIDED);
+    let mut deciders = vec![];
+    for _ in 0..instances {
+        deciders.push(fixture.start_instance(&[("OVERSOLD_STOP_AT", &stop)]).await);
+    }
+    fixture.wait_until_shared_by(instances).await;
+    let members = fixture.group_members().await;
+    let orders = fixture.accept_all(&acceptor, 1..=BUYERS).await;
+    let offsets = fixture.offsets().await;
+    let has_orders = |partitions: &&Vec<i32>| partitions.iter().any(|partition| offsets[partition].1 > 0);
+    let writers = members.values().filter(has_orders).count();
+    until("every instance that has orders has decided a batch", async || {
+        let mut stopped = 0;
+        for decider in &deciders {
+            stopped += usize::from(decider.wait_until_stopped(Duration::ZERO).await.is_ok());
+        }
+        stopped == writers
+    })
+    .await;
+    assert_eq!(
+        fixture.rows().await,
+        0,
+        "the fault did not strike: a batch is committed"
+    );
+    for decider in &deciders {
+        decider.resume().await.unwrap();
+    }
+    fixture.wait_until_processed().await;
+
+    let wrong = fixture.deviations(&orders).await;
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let verdict = fixture.verdict(&acceptor, TIMEOUT).await;
+    let conclusion = verdict.conclude(&required(expected));
+    let kept = matches!(conclusion, Conclusion::AsPromised);
+    assert!(
+        kept,
+        "lv4/{name} on {instances} instance(s), {writers} of them with orders: {conclusion}\n\n{verdict}"
+    );
+    for decider in deciders {
+        decider.stop().await.unwrap();
+    }
+    acceptor.stop().await.unwrap();
+}
+
+/// The orders of several sales, some in one partition and some not: each sale has its own stock.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn several_sales_at_a_time_are_each_sold_by_their_own_stock(#[case] name: &str) {
+    /// More than there are partitions.
+    const SALES: std::ops::RangeInclusive<i64> = 2..=9;
+    const BUYERS: i64 = 5;
+
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(2).await;
+    let mut orders = vec![];
+    for sale in SALES {
+        acceptor.create_sale(sale, 2).await.unwrap();
+    }
+    for buyer in 1..=BUYERS {
+        orders.push(fixture.accept(&acceptor, buyer).await);
+        for sale in SALES {
+            let answered = acceptor.reserve(sale, buyer, None).await.unwrap();
+            orders.push(answered.json::<box_office::api::Reservation>().unwrap().id);
+        }
+    }
+    let deciders = [fixture.start_instance(&[]).await, fixture.start_instance(&[]).await];
+    fixture.wait_until_processed().await;
+
+    fixture.assert_outcome(&acceptor, &orders, Kept).await;
+    for sale in SALES {
+        let sale = acceptor.sale(sale).await.unwrap();
+        assert_eq!((sale.stock, sale.reserved), (0, 2), "sale {}", sale.id);
+    }
+    for decider in deciders {
+        decider.stop().await.unwrap();
+    }
+    acceptor.stop().await.unwrap();
 }
 
 /// Few buyers with a short timeout: they wait in vain until it ends.

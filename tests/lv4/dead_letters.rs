@@ -2,7 +2,9 @@
 
 use box_office::SaleId;
 use harness::{assert_failure_mode, backends, rush::SALE, until};
-use lv4_kafka::pipeline::{Ids, OrderMessage, PARTITIONS, list_dead_letters, orders_topic, replay, replay_all};
+use lv4_kafka::pipeline::{
+    Ids, OrderMessage, PARTITIONS, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all,
+};
 use rdkafka::{
     ClientConfig,
     error::RDKafkaErrorCode,
@@ -217,5 +219,68 @@ async fn poison_behind_a_retried_order_is_dead_lettered_once() {
     assert_eq!(fixture.dead_letter_topic_size().await, 1);
     assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(1));
     acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
+/// The dead-letter topic accepts nothing for a while. Each poison message is alone in its
+/// partition.
+#[rstest]
+#[case::locked("locked", Kept)]
+#[case::single_writer("single-writer", Kept)]
+#[case::dead_letter_error_logged("mutants/dead-letter-error-logged", Breaks(&[]))]
+#[tokio::test]
+async fn an_offset_does_not_pass_poison_that_could_not_be_dead_lettered(
+    #[case] name: &str,
+    #[case] expected: Expected,
+) {
+    const LATER: SaleId = 77;
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(5).await;
+    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let of_no_sale = order(LATER, 9);
+    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let of_no_sale = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
+    let offsets = fixture.offsets().await;
+    let mut empty = offsets.iter().filter(|(_, (_, end))| *end == 0);
+    let poisoned = [&b"not an order"[..], &of_no_sale].map(|payload| (*empty.next().unwrap().0, payload));
+    for (partition, payload) in poisoned {
+        fixture.produce(partition, &[payload]).await.unwrap();
+    }
+    fixture.limit_dead_letters(Some("1")).await;
+    let dead_letter_topic = dead_letter_topic(&fixture.kafka());
+    until("the dead-letter topic accepts nothing", async || {
+        let refused = fixture.produce_to(&dead_letter_topic, 0, &[b"x"]).await.err();
+        refused.and_then(|why| why.rdkafka_error_code()) == Some(RDKafkaErrorCode::MessageSizeTooLarge)
+    })
+    .await;
+    let before = fixture.dead_letter_topic_size().await;
+
+    let decider = fixture.start_instance(&[]).await;
+    until("the order is decided", async || fixture.rows().await == 1).await;
+    let passed = async |times: usize| {
+        let offsets = fixture.offsets().await;
+        poisoned
+            .iter()
+            .filter(|(partition, _)| offsets[partition].0 > 0)
+            .count()
+            >= times
+    };
+    match expected {
+        // Only time can show this.
+        Kept => assert!(!happens_within(OBSERVATION_TIME, async || passed(1).await).await),
+        Breaks(_) => until("the offsets pass them", async || passed(2).await).await,
+    }
+    fixture.limit_dead_letters(None).await;
+    fixture.wait_until_processed().await;
+
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+    let written = fixture.dead_letter_topic_size().await - before;
+    match expected {
+        Kept => assert_eq!(written, 2, "each is dead-lettered once"),
+        Breaks(_) => {
+            assert_eq!(written, 0, "the mistake of {name} was not seen");
+            assert_failure_mode(fixture.strategy, &[]);
+        }
+    }
     decider.stop().await.unwrap();
 }

@@ -7,8 +7,9 @@ use std::{
 };
 
 use box_office::{
+    Instrumentation,
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, Progress},
-    KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy,
+    KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics,
 };
 use harness::{
     assert_after_fault, assert_failure_mode,
@@ -26,7 +27,7 @@ use lv4_kafka::{
 };
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
-    admin::AdminClient,
+    admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
@@ -145,6 +146,18 @@ impl Fixture {
             .expect("a strategy of this level is configured for Kafka")
     }
 
+    /// What the pipeline of an instance without consumers is opened with.
+    pub(crate) async fn context(&self) -> StrategyContext {
+        StrategyContext {
+            database: self.stand.database().pool(2).await.unwrap(),
+            work: Duration::ZERO,
+            metrics: StrategyMetrics::default(),
+            redis: None,
+            kafka: Some(self.kafka()),
+            instrumentation: Instrumentation::default(),
+        }
+    }
+
     /// Runs a blocking query of the broker on a thread of its own.
     pub(crate) async fn query_broker<A: Send + 'static>(
         &self,
@@ -238,17 +251,31 @@ impl Fixture {
 
     /// Produces messages to a partition, as any client of the broker could.
     pub(crate) async fn produce(&self, partition: i32, payloads: &[&[u8]]) -> Result<(), KafkaError> {
-        let kafka = self.kafka();
+        self.produce_to(&orders_topic(&self.kafka()), partition, payloads).await
+    }
+
+    /// Produces messages to a partition of any topic.
+    pub(crate) async fn produce_to(&self, topic: &str, partition: i32, payloads: &[&[u8]]) -> Result<(), KafkaError> {
         let sender: FutureProducer = ClientConfig::new()
-            .set("bootstrap.servers", &kafka.bootstrap_servers)
+            .set("bootstrap.servers", self.kafka().bootstrap_servers)
             .set("message.max.bytes", "2000000")
             .create()?;
-        let topic = orders_topic(&kafka);
         for payload in payloads {
-            let record = FutureRecord::to(&topic).partition(partition).key("").payload(*payload);
+            let record = FutureRecord::to(topic).partition(partition).key("").payload(*payload);
             sender.send(record, TIMEOUT).await.map_err(|(why, _)| why)?;
         }
         Ok(())
+    }
+
+    /// Sets the maximum size of a message of the dead-letter topic; `None` is the broker's default.
+    pub(crate) async fn limit_dead_letters(&self, max_bytes: Option<&str>) {
+        let topic = dead_letter_topic(&self.kafka());
+        let mut config = AlterConfig::new(ResourceSpecifier::Topic(&topic));
+        if let Some(max_bytes) = max_bytes {
+            config = config.set("max.message.bytes", max_bytes);
+        }
+        let altered = self.admin().alter_configs([&config], &AdminOptions::new()).await;
+        altered.unwrap()[0].as_ref().unwrap();
     }
 
     /// The number of messages in the dead-letter topic, tombstones of replays included.
@@ -275,6 +302,17 @@ impl Fixture {
         .await
         .unwrap();
         open.into_iter().collect()
+    }
+
+    /// The number of statements that wait for a lock.
+    pub(crate) async fn lock_waits(&self) -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from pg_stat_activity
+              where datname = current_database() and wait_event_type = 'Lock'",
+        )
+        .fetch_one(&self.pool)
+        .await
+        .unwrap()
     }
 
     /// The transactions of orders in flight: those between two statements.

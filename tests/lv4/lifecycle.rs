@@ -1,14 +1,15 @@
 //! The consumers of a server: graceful shutdown, readiness, and the lag that it reports.
 
-use std::time::Duration;
-
-use box_office::{Instrumentation, StrategyContext, StrategyMetrics};
 use harness::{test_server::TestServer, until};
-use lv4_kafka::pipeline::OrderPipeline;
+use lv4_kafka::pipeline::{OrderPipeline, PARTITIONS, orders_topic};
+use rdkafka::{
+    admin::{AdminOptions, NewTopic, TopicReplication},
+    consumer::Consumer,
+};
 use rstest::rstest;
 use tokio::sync::{oneshot, watch};
 
-use crate::fixture::{Expected::Kept, Fixture, metric};
+use crate::fixture::{Expected::Kept, Fixture, TIMEOUT, metric};
 
 #[rstest]
 #[case::locked("locked")]
@@ -35,19 +36,37 @@ async fn graceful_shutdown_finishes_the_orders_in_flight(#[case] name: &str) {
     assert_eq!(fixture.lag().await, 0, "its offset is not committed");
 }
 
+/// The partition of a sale follows from the number of partitions.
+#[rstest]
+#[case::fewer(1)]
+#[case::more(PARTITIONS + 1)]
+#[tokio::test]
+async fn a_server_does_not_start_on_a_topic_with_another_number_of_partitions(#[case] partitions: i32) {
+    let fixture = Fixture::new("single-writer").await;
+    let topic = orders_topic(&fixture.kafka());
+    let other = NewTopic::new(&topic, partitions, TopicReplication::Fixed(1));
+    let created = fixture.admin().create_topics([&other], &AdminOptions::new()).await;
+    created.unwrap()[0].as_ref().unwrap();
+
+    until("the topic has its partitions", async || {
+        let topic = topic.clone();
+        let asked = fixture.query_broker(move |client| client.fetch_metadata(Some(&topic), TIMEOUT));
+        let metadata = asked.await.unwrap();
+        i32::try_from(metadata.topics()[0].partitions().len()) == Ok(partitions)
+    })
+    .await;
+
+    let opened = OrderPipeline::open(fixture.context().await).await;
+    let why = format!("{:#}", opened.err().expect("it does not open"));
+    let expected = format!("{partitions} partitions, not {PARTITIONS}");
+    assert!(why.contains(&expected), "{why}");
+}
+
 /// A consumer that has ended, after a panic, comes back only with a restart of the process.
 #[tokio::test]
 async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
     let fixture = Fixture::new("single-writer").await;
-    let context = StrategyContext {
-        database: fixture.stand.database().pool(2).await.unwrap(),
-        work: Duration::ZERO,
-        metrics: StrategyMetrics::default(),
-        redis: None,
-        kafka: Some(fixture.kafka()),
-        instrumentation: Instrumentation::default(),
-    };
-    let path = OrderPipeline::open(context).await.unwrap();
+    let path = OrderPipeline::open(fixture.context().await).await.unwrap();
     let (_joins, joined) = watch::channel(true);
     let (ends, end) = oneshot::channel::<()>();
     path.spawn_consumer(joined, async move { drop(end.await) });

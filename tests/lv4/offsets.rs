@@ -1,7 +1,7 @@
 //! Consumer offsets: redelivery after a crash, duplicates, reused offsets, and commits that must
 //! wait.
 
-use box_office::SaleId;
+use box_office::{SaleId, points};
 use harness::{backends, rush::SALE, until};
 use lv4_kafka::pipeline::{OrderMessage, orders_topic};
 use rdkafka::admin::AdminOptions;
@@ -73,7 +73,7 @@ async fn a_duplicated_message_is_decided_once(#[case] name: &str, #[case] expect
 
 #[rstest]
 #[case::locked("locked", "decided to sell")]
-#[case::single_writer("single-writer", "rows written")]
+#[case::single_writer("single-writer", points::ROWS_WRITTEN)]
 #[tokio::test]
 async fn orders_in_flight_on_a_killed_consumer_are_decided_by_another(#[case] name: &str, #[case] point: &str) {
     let fixture = Fixture::new(name).await.with_short_session();

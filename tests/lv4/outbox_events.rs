@@ -61,6 +61,50 @@ async fn the_listener_reconnects_while_new_clients_arrive() {
     stop.cancel();
 }
 
+/// A notification is lost with its connection, for example. The order is decided after the first
+/// look, so only a later one can find its event.
+#[tokio::test]
+async fn an_event_without_a_notification_is_delivered() {
+    let fixture = Fixture::new("single-writer").await;
+    let pool = fixture.stand.database().pool(2).await.unwrap();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
+    let order = Uuid::new_v4();
+    let waiting = tokio::spawn({
+        let events = Arc::clone(&events);
+        async move { events.events_after(order, 0, 2 * TIMEOUT).await }
+    });
+    until("the first look is over", async || {
+        let looks: i64 = sqlx::query_scalar(
+            "select count(*) from pg_stat_activity
+              where datname = current_database() and query like 'select outbox.number%' and state = 'idle'",
+        )
+        .fetch_one(&fixture.pool)
+        .await
+        .unwrap();
+        looks > 0
+    })
+    .await;
+    sqlx::query(
+        "with decided as (
+             insert into reservation (id, sale_id, buyer_id, request_key)
+             values ($1, 1, 1, 'a')
+             returning id
+         )
+         insert into outbox (reservation_id)
+         select id
+           from decided",
+    )
+    .bind(order)
+    .execute(&fixture.pool)
+    .await
+    .unwrap();
+
+    let events = timeout(TIMEOUT, waiting).await.expect("a later look finds it");
+    assert_eq!(events.unwrap().unwrap().len(), 1);
+    stop.cancel();
+}
+
 /// This instance cannot read the outcome. It must disconnect its clients, so that they reconnect to
 /// another instance.
 #[tokio::test]

@@ -26,5 +26,7 @@ pub const LOCK_RELEASED: &str = "lock released";
 pub const OVERTAKEN: &str = "overtaken";
 /// A consumer has decided every order of its batch; nothing is committed yet.
 pub const BATCH_DECIDED: &str = "batch decided";
+/// A consumer has written the rows of its batch; the transaction is still open.
+pub const ROWS_WRITTEN: &str = "rows written";
 /// A consumer has taken a message from its batch.
 pub const MESSAGE_TAKEN: &str = "message taken";

@@ -58,6 +58,10 @@ impl Reserve for ReadThenWrite {
         .bind(order.key.as_str())
         .fetch_optional(&mut *tx)
         .await?;
+        steps
+            .at("earlier reservation looked up")
+            .saw(if earlier.is_some() { "one" } else { "none" })
+            .await;
         if let Some(earlier) = earlier {
             return Ok(earlier.resolve(order)?);
         }

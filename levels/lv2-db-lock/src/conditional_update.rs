@@ -33,7 +33,7 @@ impl ConditionalUpdate {
     // ANCHOR: refusal
     /// The reason why the statement took no ticket. A conflicting reservation is committed by now:
     /// the statement has waited for it.
-    async fn refusal(&self, order: &Order) -> Result<Outcome, ReserveError> {
+    async fn refusal(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let earlier: Option<ExistingReservation> = sqlx::query_as(
             "select id, buyer_id, request_key
                from reservation
@@ -47,6 +47,10 @@ impl ConditionalUpdate {
         .bind(order.key.as_str())
         .fetch_optional(&self.context.database)
         .await?;
+        steps
+            .at("earlier reservation looked up")
+            .saw(if earlier.is_some() { "one" } else { "none" })
+            .await;
         if let Some(earlier) = earlier {
             return Ok(earlier.resolve(order)?);
         }
@@ -91,11 +95,11 @@ impl Reserve for ConditionalUpdate {
             }
             Ok(None) => {
                 steps.at("no ticket taken").await;
-                self.refusal(order).await
+                self.refusal(order, steps).await
             }
             Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
                 steps.at("a reservation was there first").await;
-                self.refusal(order).await
+                self.refusal(order, steps).await
             }
             Err(error) => Err(error.into()),
         }

@@ -96,6 +96,8 @@ pub static LEVEL: Level = Level {
         mutant(mutants::FOR_UPDATE_DOES_NOTHING).guarantee(OVERSELLS),
         mutant(mutants::FOR_UPDATE_WRONG_KEY).guarantee(OVERSELLS),
         mutant(mutants::LOOK_UP_BEFORE_LOCK).guarantee(DUPLICATES),
+        mutant(mutants::LOOK_UP_BEFORE_VERSION).guarantee(DUPLICATES),
+        mutant(mutants::NOT_EXISTS).guarantee(DUPLICATES),
         mutant(mutants::SECOND_CONNECTION).guarantee(STARVES),
         mutant(mutants::TRANSACTION_LEFT_OPEN).guarantee(ONE_INSTANCE.except(&[FailureMode {
             trigger: "a request is cancelled in mid-transaction, and the transaction stays open with its locks",

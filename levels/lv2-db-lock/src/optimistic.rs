@@ -89,6 +89,10 @@ impl Optimistic {
         .bind(order.key.as_str())
         .fetch_optional(&mut *tx)
         .await?;
+        steps
+            .at("earlier reservation looked up")
+            .saw(if earlier.is_some() { "one" } else { "none" })
+            .await;
         if let Some(earlier) = earlier {
             return Ok(Attempt::Sold(earlier.resolve(order)?));
         }

@@ -83,6 +83,10 @@ impl Fenced {
         .bind(order.key.as_str())
         .fetch_optional(&self.context.database)
         .await?;
+        steps
+            .at("earlier reservation looked up")
+            .saw(if earlier.is_some() { "one" } else { "none" })
+            .await;
         if let Some(earlier) = earlier {
             return Ok(earlier.resolve(order)?);
         }

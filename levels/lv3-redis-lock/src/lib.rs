@@ -109,6 +109,12 @@ pub static LEVEL: Level = Level {
                 violates: OVERSOLD,
             }]))
             .schema(FENCED),
+        mutant(mutants::FENCE_COMPARED_APART)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a lease expires under its holder, and the next holder raises the fence while the write waits for the row",
+                violates: OVERSOLD,
+            }]))
+            .schema(FENCED),
         mutant(mutants::TOKEN_FROM_INCR)
             .guarantee(ANYWHERE.except(&[FailureMode {
                 trigger: "Redis restarts without its data",

@@ -130,6 +130,24 @@ pub static LEVEL: Level = Level {
                 violates: TWICE,
             }]))
             .needs(&[Service::Kafka]),
+        mutant(mutants::OFFSET_BEFORE_THE_ROWS)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer is frozen for longer than its session, between the offset and its commit",
+                violates: TWICE,
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::OFFSET_COMPARED_APART)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a consumer is frozen for longer than its session, between its rows and its commit",
+                violates: TWICE,
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::DEAD_LETTER_ERROR_LOGGED)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "the dead-letter topic refuses a message: it is dropped, and its offset committed",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
         mutant(mutants::NOTIFY_OUTSIDE)
             .guarantee(ANYWHERE.except(&[FailureMode {
                 trigger: "a consumer is killed between its commit and the event",

@@ -250,6 +250,10 @@ impl Locked {
         .bind(order.request_key.as_str())
         .fetch_optional(&mut **tx)
         .await?;
+        steps
+            .at("earlier reservation looked up")
+            .saw(if earlier.is_some() { "one" } else { "none" })
+            .await;
         let refused = match earlier {
             Some((_, false)) => Refusal::KeyOfAnotherBuyer,
             Some((id, true)) => Refusal::AlreadyReserved {

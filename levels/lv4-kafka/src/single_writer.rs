@@ -187,6 +187,7 @@ impl SingleWriter {
         let orders = self.orders(batch).await?;
         let mut tx = self.pipeline.context.begin().await?;
         let state = read(&mut tx, &orders).await?;
+        steps.at("state read").await;
         // Orders below the fence are decided, and only their commit to Kafka is missing. Their ids
         // prove it, not their offsets: a recreated topic, or a broker that has lost the end of its
         // log, reuses offsets.

@@ -1,37 +1,45 @@
 //! Fault: commits that Postgres delays and then completes, even if the client has disconnected.
 
-use sqlx::{PgPool, Postgres, pool::PoolConnection};
+use sqlx::{AssertSqlSafe, PgPool, Postgres, pool::PoolConnection};
 
 use crate::{backends::TestEnvironment, until};
 
-/// Delays the commits of reservations in one database until they are released. Postgres completes
-/// each commit even if its client has disconnected, as when a commit waits for a slow disk or a
-/// standby.
+/// Delays commits in one database until they are released. Postgres completes each commit even if
+/// its client has disconnected, as when a commit waits for a slow disk or a standby.
 pub struct DelayedCommits {
     database: PgPool,
     holder: PoolConnection<Postgres>,
 }
 
 impl DelayedCommits {
-    /// Starts to delay commits.
+    /// Starts to delay the commits of reservations.
     ///
     /// # Errors
     /// Fails if a statement fails.
     pub async fn on(environment: &TestEnvironment) -> anyhow::Result<Self> {
+        Self::of(environment, "insert on reservation").await
+    }
+
+    /// Starts to delay the commits of this change, in the words of `create trigger`: `update of fence
+    /// on sale`.
+    ///
+    /// # Errors
+    /// Fails if a statement fails.
+    pub async fn of(environment: &TestEnvironment, change: &str) -> anyhow::Result<Self> {
         let database = environment.database().pool(2).await?;
         let mut holder = database.acquire().await?;
         // A deferred trigger runs inside the commit. Its wait exceeds the lock timeout of the
         // strategies.
-        sqlx::raw_sql(
+        sqlx::raw_sql(AssertSqlSafe(format!(
             "create function waits() returns trigger language plpgsql set lock_timeout = 0 as $$
                  begin
                      perform pg_advisory_xact_lock_shared(1);
                      return null;
                  end $$;
-             create constraint trigger waits after insert on reservation
+             create constraint trigger waits after {change}
                  deferrable initially deferred for each row execute function waits();
              select pg_advisory_lock(1);",
-        )
+        )))
         .execute(&mut *holder)
         .await?;
         Ok(Self { database, holder })

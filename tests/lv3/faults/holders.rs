@@ -1,6 +1,10 @@
 //! Faults of the holder: frozen, killed, slow, or unable to renew its lease.
 
+use box_office::Promises;
+use harness::{assert_failure_mode, judge::Conclusion, required};
+
 use super::*;
+use crate::contract::{KEEPS, OVERSELLS};
 
 /// One number of `INFO`, such as the calls of `cmdstat_evalsha`; 0 if it is absent.
 async fn info_field(redis: &Redis, section: &str, line: &str, field: &str) -> u64 {
@@ -184,14 +188,6 @@ async fn a_holder_slower_than_its_lease_keeps_the_lock_where_a_watchdog_renews_i
     second.stop().await.unwrap();
 }
 
-/// Asserts the answer to a holder that resumes after its lease.
-fn assert_stale_answer(told: &Answer, late: StaleHolder) {
-    match late {
-        StaleHolder::Oversells => assert!(is_confirmed(told), "{told:?}"),
-        StaleHolder::IsRejected => assert_eq!(*told, Answer::Indeterminate),
-    }
-}
-
 /// The holder is alive, and none of its renewals reaches Redis.
 #[rstest]
 #[case::rlock("rlock", StaleHolder::Oversells)]
@@ -287,4 +283,59 @@ async fn a_fence_is_not_lowered_by_a_stale_holder() {
     second.stop().await.unwrap();
     database.close().await;
     assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
+}
+
+/// Ann has decided under a lock that she has lost. Bob holds it, and the statement with which he
+/// raises the fence has the row when Ann's write arrives. A fence that is compared before the write
+/// is still Ann's.
+#[rstest]
+#[case::fenced("fenced", 2, KEEPS)]
+#[case::fence_compared_apart("mutants/fence-compared-apart", 2, OVERSELLS)]
+#[tokio::test]
+async fn a_sale_keeps_its_guarantee_if_the_fence_is_raised_while_a_write_waits(
+    #[case] name: &str,
+    #[case] _instances: usize,
+    #[case] expected: Promises,
+) {
+    let lease = Duration::from_millis(500);
+    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = HistoryRecorder::new(strategy(name));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, lease),
+        instance(&stand, name, lease)
+    );
+    first.create_rush_sale(1).await.unwrap();
+
+    let ann = ledger.reserve(&first, 1);
+    let bob = async {
+        wait_until_frozen(&first, PATIENCE).await;
+        ledger.record_fault("the first instance frozen");
+        until("the lease has ended", async || !lock.is_held().await).await;
+        let raising = DelayedCommits::of(&stand, "update of fence on sale").await.unwrap();
+        let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
+            wait_for_commit(&raising).await; // of the raised fence
+            first.resume().await.unwrap();
+            until("Ann's write waits for the row", async || {
+                raising.waiting("transactionid tuple").await.unwrap() > 0
+            })
+            .await;
+            raising.release().await.unwrap();
+            ledger.record_recovery();
+        });
+        bob
+    };
+    let (ann, bob) = tokio::join!(ann, bob);
+    assert!(is_confirmed(&bob), "{bob:?}");
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    let conclusion = verdict.conclude(&required(expected));
+    let kept = matches!(conclusion, Conclusion::AsPromised);
+    assert!(kept, "lv3/{name}: {conclusion}, and Ann is told {ann:?}\n\n{verdict}");
+    if expected == OVERSELLS {
+        assert_failure_mode(strategy(name), OVERSOLD);
+    }
 }

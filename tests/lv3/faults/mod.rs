@@ -238,3 +238,11 @@ impl StaleHolder {
         }
     }
 }
+
+/// Asserts the answer to a holder that resumes without its lock.
+fn assert_stale_answer(told: &Answer, late: StaleHolder) {
+    match late {
+        StaleHolder::Oversells => assert!(is_confirmed(told), "{told:?}"),
+        StaleHolder::IsRejected => assert_eq!(*told, Answer::Indeterminate),
+    }
+}

@@ -118,6 +118,86 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
     assert_after_fault(strategy(name), &verdict, if grow { &[] } else { STUCK });
 }
 
+/// How Redis forgets a lock while its holder works.
+#[derive(Clone, Copy, Debug)]
+enum Forgets {
+    /// It restarts without its data.
+    Restarted,
+    /// It is full, and evicts keys with a TTL to make room.
+    Evicted,
+}
+
+impl Forgets {
+    async fn strike(self, redis: &Private<Redis>, lock: &Lock<'_>) {
+        match self {
+            Self::Restarted => {
+                redis.kill().await.unwrap();
+                redis.start().await.unwrap();
+                let keys = redis.command(&["DBSIZE"]).await.unwrap();
+                assert_eq!(keys, Reply::Int(0), "the fault did not strike");
+            }
+            Self::Evicted => {
+                let set = async |setting, value| {
+                    let done = redis.command(&["CONFIG", "SET", setting, value]).await.unwrap();
+                    assert_eq!(done, Reply::Status("OK".to_owned()));
+                };
+                set("maxmemory-policy", "volatile-ttl").await;
+                set("maxmemory", "1").await;
+                until("the lock is evicted", async || !lock.is_held().await).await;
+                let Reply::Bulk(stats) = redis.command(&["INFO", "stats"]).await.unwrap() else {
+                    panic!("INFO tells nothing")
+                };
+                let evicted = stats.lines().find_map(|line| line.strip_prefix("evicted_keys:"));
+                assert_ne!(evicted, Some("0"), "the fault did not strike: the lock has expired");
+                set("maxmemory", "0").await;
+            }
+        }
+    }
+}
+
+/// Without a fence, both holders sell the same ticket.
+#[rstest]
+#[case::spin("spin", StaleHolder::Oversells)]
+#[case::rlock("rlock", StaleHolder::Oversells)]
+#[case::fenced("fenced", StaleHolder::IsRejected)]
+#[tokio::test]
+async fn a_lock_that_redis_forgets_has_two_holders(
+    #[case] name: &str,
+    #[case] forgotten: StaleHolder,
+    #[values(Forgets::Restarted, Forgets::Evicted)] forgets: Forgets,
+) {
+    // So long that it does not expire.
+    let lease = Duration::from_secs(60);
+    let (redis, stand) = private_environment(name).await;
+    let lock = Lock::of(SALE, &stand, &redis);
+    let ledger = HistoryRecorder::new(strategy(name));
+    let (first, second) = tokio::join!(
+        instance_frozen_at(DECIDED, &stand, name, lease),
+        instance(&stand, name, lease)
+    );
+    second.create_rush_sale(1).await.unwrap();
+
+    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
+        wait_until_frozen(&first, PATIENCE).await;
+        assert!(lock.is_held().await, "the fault did not strike: the lock was free");
+        forgets.strike(&redis, &lock).await;
+        ledger.record_fault("Redis has forgotten the lock");
+        until("the second is ready", async || {
+            second.get("/readyz").await.unwrap().status.is_success()
+        })
+        .await;
+        let bob = ledger.reserve(&second, 2).await;
+        assert!(is_confirmed(&bob), "the lock is free, and Bob gets {bob:?}");
+        first.resume().await.unwrap();
+        ledger.record_recovery();
+    });
+    assert_stale_answer(&ann, forgotten);
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let verdict = ledger.verdict(&stand).await.unwrap();
+    assert_after_fault(strategy(name), &verdict, forgotten.breaks());
+}
+
 #[rstest]
 #[case::spin("spin", include_str!("../../../levels/lv3-redis-lock/src/lock/spin_release.lua"))]
 #[case::rlock("rlock", include_str!("../../../levels/lv3-redis-lock/src/lock/release.lua"))]

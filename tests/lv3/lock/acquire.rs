@@ -126,7 +126,7 @@ async fn a_reentrant_acquisition_restarts_the_lease_and_a_partial_release_does_n
     eventually("it ends", async || first.is_lost()).await;
     assert!(began.elapsed() >= ms(3_100), "{:?}", began.elapsed());
     assert!(again.elapsed() >= ms(3_000), "{:?}", again.elapsed());
-    first.lost().await;
+    lost(&first).await;
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ async fn a_fixed_lease_expires_and_the_next_waiter_acquires_the_lock(#[case] kin
         assert!(at - sent + REDIS_TICK >= ms(500), "{name}: after {:?}", at - sent);
         assert!(at - sent < ms(500) + AT_ONCE, "{name}: after {:?}", at - sent);
         assert!(held.is_lost());
-        held.lost().await;
+        lost(&held).await;
         // It was not renewed: the lease started with the acquisition.
         let renewed = monitor.about(&env, "\"pexpire\"").await;
         let renewed = renewed.iter().filter(|line| line.contains(&here.key(name))).count();
@@ -57,9 +57,32 @@ async fn a_renewed_lease_lasts_as_long_as_its_holder(#[case] kind: Kind) {
     // Its watchdog has stopped.
     let monitor = env.monitor().await;
     let next = env.lock(kind, SHORT).await.take("sale").await;
-    next.lost().await;
+    lost(&next).await;
     let calls = monitor.calls(&env, &key).await;
     assert_eq!(calls.len(), 1, "{calls:#?}");
+}
+
+/// The process is frozen for longer than the lease: no timer has run when it asks.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[case::spin(Spin)]
+#[tokio::test(flavor = "current_thread")]
+async fn a_holder_that_asks_right_after_a_freeze_learns_that_its_lease_is_over(
+    #[case] kind: Kind,
+    #[values(SHORT, Lease::Renewed(SHORT.duration()))] lease: Lease,
+) {
+    let env = LockEnvironment::shared().await;
+    let lock = env.lock(kind, lease).await;
+    let held = lock.take("sale").await;
+    assert!(!held.is_lost());
+    // Of this runtime's one thread: neither its tasks nor its timers run meanwhile.
+    let frozen = Instant::now();
+    while frozen.elapsed() <= lease.duration() {
+        std::thread::sleep(ms(10));
+    }
+    assert!(held.is_lost());
+    lost(&held).await;
 }
 
 /// Acquisitions by other tasks under the same name must not stop the watchdog of this one.
@@ -200,7 +223,7 @@ async fn one_renewal_may_fail_and_the_next_still_comes_in_time(#[case] kind: Kin
     let lock = env.lock(kind, Lease::Renewed(ms(1_500))).await;
     let held = lock.take("sale").await;
     proxy.inject(Fault::Blackhole(""));
-    held.lost().await;
+    lost(&held).await;
     assert!(proxy.connections_blackholed() > 0, "the fault did not strike");
     let renewals = proxy.chunks_discarded();
     assert!(renewals >= 2, "{renewals} within one lease");

@@ -284,6 +284,12 @@ async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// Waits until this process knows that the lock is lost: within its lease and some more.
+async fn lost(guard: &Guard) {
+    let noticed = tokio::time::timeout(LONG_WAIT, guard.lost()).await;
+    noticed.expect("the loss of a lock is noticed");
+}
+
 const fn ms(time: u64) -> Duration {
     Duration::from_millis(time)
 }

@@ -74,7 +74,7 @@ async fn without_redis_an_acquisition_fails_and_afterwards_works_again(#[case] k
         assert!(began.elapsed() < ms(10_000), "it hangs: {:?}", began.elapsed());
     }
     // The lease cannot be renewed, and its holder is notified.
-    held.lost().await;
+    lost(&held).await;
     server.start().await.unwrap();
     answers_again(&lock).await;
     // Redis has restarted without its data.
@@ -106,7 +106,7 @@ async fn a_frozen_redis_delays_neither_an_error_nor_the_notice_of_a_loss(#[case]
         (error, began.elapsed())
     };
     let lost = async {
-        held.lost().await;
+        lost(&held).await;
         sent.elapsed()
     };
     let ((error, took), lost) = tokio::join!(waiting, lost);

@@ -77,7 +77,7 @@ async fn plays_a_role_in_another_test() {
                 let _: redis::RedisResult<String> =
                     redis::cmd("SET").arg(&holds).arg("yes").query_async(&mut raw).await;
             });
-            held.lost().await;
+            lost(&held).await;
             let told = format!("{:?}", held.release().await.unwrap());
             let _: String = env.command(&["SET", &format!("{}told", env.prefix), &told]).await;
         }

@@ -73,7 +73,7 @@ async fn a_forced_release_frees_the_lock_and_its_holder_is_notified(#[case] kind
     let (next, at) = waiter.await.unwrap().unwrap();
     assert!(at - forced < AT_ONCE, "{:?}", at - forced);
     // At its next renewal.
-    first.lost().await;
+    lost(&first).await;
     assert!(first.is_lost() && second.is_lost());
     let monitor = env.monitor().await;
     assert_eq!(first.release().await.unwrap(), Released::NotOwner);

@@ -21,7 +21,7 @@ async fn every_acquisition_gets_a_greater_token_than_all_before_it() {
         }
         let ends = env.lock(Fenced, SHORT).await.take("sale").await;
         assert_greater_token(&mut last, &ends);
-        ends.lost().await;
+        lost(&ends).await;
         let forced = there.acquire("sale", &Owner::fresh(), LONG_WAIT).await.unwrap();
         assert_greater_token(&mut last, &forced);
         assert!(here.reentrant().force_release("sale").await.unwrap());

@@ -88,23 +88,38 @@ async fn pid_of(connection: &mut PgConnection) -> sqlx::Result<i32> {
 pub(super) struct Blocked {
     /// For each blocked backend, the backends that it waits for.
     waits_for: HashMap<i32, Vec<i32>>,
+    /// The backends that run no statement.
+    idle: HashSet<i32>,
 }
 
 impl Blocked {
     /// Queries which backends of the database wait for which (`pg_blocking_pids`).
     pub(super) async fn query(observer: &PgPool) -> sqlx::Result<Self> {
-        let waiting: Vec<(i32, Vec<i32>)> = sqlx::query_as(
-            "select pid, pg_blocking_pids(pid)
+        let backends: Vec<(i32, bool, Vec<i32>)> = sqlx::query_as(
+            "select pid,
+                    state like 'idle%',
+                    case when wait_event_type = 'Lock' then pg_blocking_pids(pid) else '{}' end
                from pg_stat_activity
               where datname = current_database()
-                and wait_event_type = 'Lock'
-                and cardinality(pg_blocking_pids(pid)) > 0",
+                and state is not null",
         )
         .fetch_all(observer)
         .await?;
+        let idle = backends.iter().filter(|(_, idle, _)| *idle).map(|(pid, ..)| *pid);
         Ok(Self {
-            waits_for: waiting.into_iter().collect(),
+            idle: idle.collect(),
+            waits_for: backends
+                .into_iter()
+                .filter(|(.., blockers)| !blockers.is_empty())
+                .map(|(pid, _, blockers)| (pid, blockers))
+                .collect(),
         })
+    }
+
+    /// Whether the backend runs no statement: what it has locked stays locked until its client goes
+    /// on.
+    pub(super) fn is_idle(&self, pid: i32) -> bool {
+        self.idle.contains(&pid)
     }
 
     pub(super) fn pids(&self) -> impl Iterator<Item = i32> {

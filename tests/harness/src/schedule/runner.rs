@@ -13,7 +13,7 @@ use box_office::{
     Instrumentation, Invariant, Outcome, Promise, Refusal, Reserve, ReserveError, SaleId, Strategy, StrategyContext,
     StrategyMetrics, points, trace::now_monotonic_us,
 };
-use sqlx::PgPool;
+use sqlx::{PgPool, postgres::PgConnectOptions};
 use tokio::sync::Notify;
 
 use super::{blocked::Holders, state::Shared, stepping::Schedule};
@@ -43,14 +43,24 @@ impl ScheduleRunner {
     /// # Errors
     /// Fails if a backend is missing or the strategy can't be created.
     pub async fn of(strategy: &'static Strategy) -> anyhow::Result<Self> {
+        Self::with_settings(strategy, &[]).await
+    }
+
+    /// The same, with these settings of Postgres on every connection of the strategy.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub async fn with_settings(strategy: &'static Strategy, settings: &[(&str, &str)]) -> anyhow::Result<Self> {
         /// Size of the strategy's pool: more concurrent requests make no readable schedule.
         const CONNECTIONS: u32 = 8;
 
         let environment = TestEnvironment::shared(strategy).await?;
         let database = environment.database();
         let holders = Holders::default();
+        let options: PgConnectOptions = database.url().parse()?;
+        let options = options.options(settings.iter().copied());
         let context = StrategyContext {
-            database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
+            database: holders.pool(options, CONNECTIONS).await?,
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
             redis: environment.redis(LEASE)?,

@@ -98,22 +98,27 @@ impl Schedule<'_> {
                 .any(|(lane, _)| self.runner.holders.holds(self.holder(lane)))
     }
 
-    /// The waits of the running requests as pairs of lanes (waiter, root blocker). `None` unless
-    /// each of them waits for a held request, directly or indirectly.
-    fn waits_on_held_requests(&self, blocked: &Blocked, running: &[usize]) -> Option<Vec<(usize, usize)>> {
+    /// The waits of the running requests as pairs of lanes (waiter, root blocker; `None` is a
+    /// connection of the test itself). `None` unless each of them waits for a held request or for
+    /// the test, directly or indirectly.
+    fn waits_on_held_requests(&self, blocked: &Blocked, running: &[usize]) -> Option<Vec<(usize, Option<usize>)>> {
         let lane_of = |pid| {
             let holder = self.runner.holders.of(pid)?;
             (holder.schedule == self.sale).then_some(holder.lane)
         };
-        let waits: Vec<(usize, usize)> = blocked
+        let waits: Vec<(usize, Option<usize>)> = blocked
             .pids()
-            .filter_map(|pid| Some((lane_of(pid)?, lane_of(blocked.root(pid)?)?)))
+            .filter_map(|pid| {
+                let root = blocked.root(pid)?;
+                let root_lane = lane_of(root);
+                (root_lane.is_some() || blocked.is_idle(root)).then_some((lane_of(pid)?, root_lane))
+            })
             .collect();
         let state = self.shared.state();
         let each = running
             .iter()
             .all(|lane| waits.iter().any(|(waiting, _)| waiting == lane));
-        let held = waits.iter().all(|&(_, root)| {
+        let held = waits.iter().filter_map(|&(_, root)| root).all(|root| {
             !matches!(
                 state.lanes[root].status,
                 RequestStatus::Running | RequestStatus::Answered
@@ -123,13 +128,14 @@ impl Schedule<'_> {
     }
 
     /// Adds a trace event for each request that was not blocked before.
-    fn record_waits(&mut self, waits: &[(usize, usize)]) {
+    fn record_waits(&mut self, waits: &[(usize, Option<usize>)]) {
         let mut state = self.shared.state();
         self.blocked
             .retain(|lane| waits.iter().any(|(waiting, _)| waiting == lane));
         for &(lane, root) in waits {
             if self.blocked.insert(lane) {
-                let why = format!("waits for {}'s row lock", state.trace.lanes[root]);
+                let holder = root.map_or("another transaction", |root| state.trace.lanes[root].as_str());
+                let why = format!("waits for {holder}'s row lock");
                 state.trace.events.push(Event {
                     lane,
                     kind: EventKind::Waits { why },

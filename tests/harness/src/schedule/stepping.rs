@@ -137,7 +137,8 @@ impl Schedule<'_> {
         Ok(())
     }
 
-    /// Moves a request until it is blocked by one that is held.
+    /// Moves a request until it is blocked by one that is held, or by a lock that the test holds on a
+    /// connection of its own.
     ///
     /// # Errors
     /// Fails if the request answers without being blocked.
