@@ -93,9 +93,32 @@ has_java() {
     command -v java >/dev/null
 }
 
-engine() { command -v docker >/dev/null && docker version >/dev/null 2>&1; }
+# The engine is the one that the suite finds.
+DOCKER_HOST=$("${0%/*}/docker-host.sh")
+export DOCKER_HOST
 
-has_image() { docker image inspect "$image" >/dev/null 2>&1; }
+has_docker() { command -v docker >/dev/null; }
+
+# Asks the engine where there is no docker CLI, as the suite needs none.
+ask() { curl --silent --fail --output /dev/null --unix-socket "${DOCKER_HOST#unix://}" "$@" 2>/dev/null; }
+
+engine() {
+    case $DOCKER_HOST in
+    unix://* | tcp://* | http://*) ;;
+    # The suite reaches no engine over ssh.
+    *) return 1 ;;
+    esac
+    if has_docker; then docker version >/dev/null 2>&1; else ask --max-time 5 http://docker/_ping; fi
+}
+
+has_image() {
+    if has_docker; then docker image inspect "$image" >/dev/null 2>&1; else ask "http://docker/images/$image/json"; fi
+}
+
+pull() {
+    say "pulling the image $image"
+    if has_docker; then docker pull --quiet "$image" >&2; else ask -X POST "http://docker/images/create?fromImage=$image" && has_image; fi
+}
 
 install_native() {
     # Java and Maven are packages, the jars are not.
@@ -209,8 +232,7 @@ see_to() {
         if engine && has_image; then return; fi
         if "native_$1"; then return; fi
         if engine; then
-            say "pulling the image $image"
-            if docker pull --quiet "$image" >&2; then return; fi
+            if pull; then return; fi
             say "it can't be pulled, so $name is needed on this machine itself"
         fi
         install_native "$1" || what_to_run
@@ -220,7 +242,7 @@ see_to() {
         ;;
     docker)
         engine || { say "OVERSOLD_BACKENDS is \`docker\`, and no Docker engine answers: start one"; exit 1; }
-        has_image || { say "pulling the image $image"; docker pull --quiet "$image" >&2; } || {
+        has_image || pull || {
             say "it can't be pulled; infra/images/build.sh builds one without a registry"
             exit 1
         }
@@ -232,6 +254,7 @@ see_to() {
 for service; do
     about "$service"
 done
+case " $* " in *" kafka "*) "${0%/*}/target-folder.sh" ;; esac
 for service; do
     about "$service"
     see_to "$service"

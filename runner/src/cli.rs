@@ -14,6 +14,7 @@ use crate::{
         doctor, exercise, judge, list, red, rush, serve, source, trace,
     },
     exit::{BACKEND_MISSING, ExitKind, USAGE},
+    interrupt::Interrupted,
 };
 
 /// What happens when 1,000 buyers go for 100 tickets at the same instant?
@@ -126,13 +127,21 @@ pub fn run() -> ExitCode {
         Ok(exit) => ExitCode::from(exit.code()),
         Err(error) => {
             eprintln!("oversold: {error:#}");
-            ExitCode::from(if is_missing(&error) { BACKEND_MISSING } else { USAGE })
+            ExitCode::from(match error.downcast_ref::<Interrupted>() {
+                Some(interrupted) => interrupted.code(),
+                None if is_missing(&error) => BACKEND_MISSING,
+                None => USAGE,
+            })
         }
     }
 }
 
 fn block_on(command: impl Future<Output = anyhow::Result<ExitKind>>) -> anyhow::Result<ExitKind> {
-    tokio::runtime::Runtime::new()?.block_on(command)
+    let runtime = tokio::runtime::Runtime::new()?;
+    let ended = runtime.block_on(command);
+    // Does not wait for work that the end of the command has made pointless.
+    runtime.shutdown_background();
+    ended
 }
 
 /// Whether a backend or a tool that the command needs is missing.

@@ -2,9 +2,13 @@
 //!
 //! Each command is a module of `commands`. What the commands write with `--json` is in [`results`], which the tests of the book read back.
 
+#[macro_use(print, println, eprint, eprintln)]
+extern crate harness;
+
 mod cli;
 mod commands;
 mod exit;
+mod interrupt;
 mod levels;
 mod repository;
 pub mod results;

@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod checkout;
 mod dead_letters;
 mod doctor;
 mod exercise;
+mod incomplete;
 mod judge;
 mod list;
 mod missing;
+mod pipes;
 mod rush;
 mod trace;
 mod usage;

@@ -56,9 +56,9 @@ pub(crate) async fn accept(listener: TcpListener, app: Arc<App>, stop: Cancellat
     const RETRY_DELAY: Duration = Duration::from_millis(50);
 
     let permits = Arc::new(Semaphore::new(max_connections(app.limits)));
-    let (limits, routes) = (app.limits, http::routes(app));
+    let (limits, keep_alive, routes) = (app.limits, app.keep_alive, http::routes(app));
     let spawn = |stream: TcpStream, permit: OwnedSemaphorePermit| {
-        let serving = serve_connection(stream, routes.clone(), limits, stop.clone(), permit);
+        let serving = serve_connection(stream, routes.clone(), limits, keep_alive, stop.clone(), permit);
         connections.spawn(serving.in_current_span());
     };
     loop {
@@ -124,6 +124,7 @@ async fn serve_connection(
     stream: TcpStream,
     routes: Router,
     limits: Limits,
+    keep_alive: Duration,
     stop: CancellationToken,
     _permit: OwnedSemaphorePermit,
 ) {
@@ -139,7 +140,7 @@ async fn serve_connection(
     // although a request may be in the socket's buffer.
     tokio::select! {
         biased;
-        readable = timeout(limits.header_timeout, stream.readable()) => {
+        readable = timeout(keep_alive, stream.readable()) => {
             if !matches!(readable, Ok(Ok(()))) {
                 return;
             }
@@ -151,7 +152,9 @@ async fn serve_connection(
     let service = service_fn(|request| in_flight.track_future(routes.clone().oneshot(request)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        // It runs from the end of a response to the end of the next headers: idle connections are closed by it, and so is a client
+        // that sends headers slowly.
+        .header_read_timeout(keep_alive)
         .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);

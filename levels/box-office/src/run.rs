@@ -37,10 +37,9 @@ pub fn main(level: &'static Level) -> ExitCode {
     let settings = match parsed {
         Ok(settings) => settings,
         Err(help) if help.kind() == ErrorKind::DisplayHelp => {
-            return match help.print() {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
-            };
+            // The reader may leave before its end: `… --help | head -1`.
+            let _ = help.print();
+            return ExitCode::SUCCESS;
         }
         Err(error) => return fail(USAGE, explain(&error, &command)),
     };

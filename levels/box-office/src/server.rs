@@ -177,6 +177,7 @@ impl Server {
             permits: Arc::new(Semaphore::new(settings.limits.reservations)),
             admin_token: settings.admin_token.clone(),
             limits: settings.limits,
+            keep_alive: settings.http_keep_alive,
             stop: stop.clone(),
         });
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);

@@ -64,6 +64,10 @@ pub struct Settings {
     /// The port to listen on; 0 for any free one
     #[arg(long, env = "PORT", default_value_t = 8080, value_parser = port)]
     pub port: u16,
+    /// How long a connection may be idle before its next request, in milliseconds. Longer than the idle timeout of a balancer
+    /// in front, or it sends requests to connections that are being closed
+    #[arg(long = "http-keep-alive-ms", env = "HTTP_KEEP_ALIVE_MS", value_name = "MS", default_value = "75000", value_parser = keep_alive)]
+    pub http_keep_alive: Duration,
     /// The strategy; by default the level's first
     #[arg(long, env = "STRATEGY", value_name = "NAME")]
     pub strategy: Option<String>,
@@ -117,6 +121,8 @@ impl Default for Settings {
             kafka_session: Duration::from_secs(10),
             host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 8080,
+            // The usual idle timeout of a balancer is 60 s.
+            http_keep_alive: Duration::from_secs(75),
             strategy: None,
             instance: "1".to_owned(),
             work: Duration::ZERO,
@@ -143,8 +149,6 @@ pub struct Limits {
     /// `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged this long
     /// (Linux only, see tcp(7)).
     pub tcp_user_timeout: Duration,
-    /// The timeout for receiving the headers of a request; it also closes idle connections.
-    pub header_timeout: Duration,
     /// The timeout for receiving the body of a request.
     pub body_timeout: Duration,
     /// The maximum size of the body of a request, in bytes.
@@ -163,7 +167,6 @@ impl Default for Limits {
             connections: 8192,
             reservations: 8192,
             tcp_user_timeout: Duration::from_secs(30),
-            header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(10),
             body_bytes: 16 * 1024,
             probe_timeout: Duration::from_secs(2),
@@ -324,6 +327,11 @@ fn port(text: &str) -> Result<u16, &'static str> {
 /// More work than this would run into the database's own timeouts.
 fn work(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 0..=10_000, "a number of milliseconds, 0 to 10000").map(Duration::from_millis)
+}
+
+/// hyper counts the time from the end of a response to the end of the next headers: shorter than this would cut off slow clients.
+fn keep_alive(text: &str) -> Result<Duration, &'static str> {
+    whole_number(text, 100..=3_600_000, "a number of milliseconds, 100 to 3600000").map(Duration::from_millis)
 }
 
 /// The description of a valid `KAFKA_BOOTSTRAP_SERVERS`, for error messages.

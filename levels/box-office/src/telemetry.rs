@@ -16,7 +16,9 @@ pub(crate) fn start(settings: &Settings) {
     let filter = EnvFilter::new(&settings.log);
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        // It would report a log line that nobody reads any more with `eprintln!`, which panics then.
+        .log_internal_errors(false);
     // A subscriber that is already installed stays.
     let _ = match settings.log_format {
         LogFormat::Json => lines.json().try_init(),

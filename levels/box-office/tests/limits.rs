@@ -170,11 +170,7 @@ async fn headers_without_end_are_refused() {
 
 #[tokio::test]
 async fn slow_headers_and_idle_connections_are_closed() {
-    let server = with_limits(Limits {
-        header_timeout: SHORT,
-        ..Limits::default()
-    })
-    .await;
+    let server = environment_with(|settings| settings.http_keep_alive = SHORT).await;
     let idle = TcpStream::connect(server.address()).await.expect("it listens");
     let mut slow = TcpStream::connect(server.address()).await.expect("it listens");
     slow.write_all(b"GET /livez HTTP/1.1\r\nX-").await.expect("it reads");

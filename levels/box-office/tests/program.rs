@@ -16,12 +16,16 @@ use std::{
 };
 
 use box_office::{Limits, Settings};
-use common::{LEVEL, TestEnvironment, ask, environment, listener_closed, on, reserve};
+use common::{LEVEL, TestEnvironment, ask, environment, listener_closed, on, read_answer, reserve, within};
 use harness::until;
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tokio::{io::AsyncWriteExt, net::TcpStream, runtime::Runtime};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    runtime::Runtime,
+};
 
 const ACT_AS_SERVER: &str = "BOX_OFFICE_TEST_ACTS_AS_SERVER";
 /// The value of the variable for a server with a short drain timeout.
@@ -66,6 +70,18 @@ fn main() -> ExitCode {
             json_log_lines_are_json_even_after_a_panic,
         ),
         trial("secrets_are_in_no_log_line", secrets_are_in_no_log_line),
+        trial(
+            "idle_connections_are_kept_as_long_as_the_setting_says",
+            idle_connections_are_kept_as_long_as_the_setting_says,
+        ),
+        trial(
+            "a_reader_of_the_help_may_leave_before_its_end",
+            a_reader_of_the_help_may_leave_before_its_end,
+        ),
+        trial(
+            "a_server_whose_log_nobody_reads_any_more_shuts_down_like_any_other",
+            a_server_whose_log_nobody_reads_any_more_shuts_down_like_any_other,
+        ),
     ]);
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
@@ -234,6 +250,12 @@ const INVALID_SETTINGS: &[InvalidSetting] = &[
         line: r#"LOCK_LEASE_MS (--lock-lease-ms) holds "10s"; expected a number of milliseconds, 10 to 600000"#,
     },
     InvalidSetting {
+        name: "an_idle_time_in_seconds_is_named",
+        variables: &[UNREACHABLE, ("HTTP_KEEP_ALIVE_MS", "75")],
+        flags: &[],
+        line: r#"HTTP_KEEP_ALIVE_MS (--http-keep-alive-ms) holds "75"; expected a number of milliseconds, 100 to 3600000"#,
+    },
+    InvalidSetting {
         name: "an_unknown_strategy_lists_the_known_ones",
         variables: &[UNREACHABLE, ("STRATEGY", "hope")],
         flags: &[],
@@ -365,6 +387,7 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
         "REDIS_URL",
         "REDIS_PREFIX",
         "LOCK_LEASE_MS",
+        "HTTP_KEEP_ALIVE_MS",
         "OVERSOLD_ADMIN_TOKEN",
         "LOG_FORMAT",
         "OVERSOLD_TRACE_FILE",
@@ -377,6 +400,53 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
         assert!(help.contains(name), "no {name} in\n{help}");
     }
     assert!(!help.contains("hunter2"), "{help}");
+}
+
+fn a_reader_of_the_help_may_leave_before_its_end() {
+    let mut program = program(&[], &["--help"]);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let output = program.stdout(writer).output().expect("it runs");
+    assert_eq!(
+        (output.status.code(), output.stderr.as_slice()),
+        (Some(0), b"".as_slice())
+    );
+}
+
+fn a_server_whose_log_nobody_reads_any_more_shuts_down_like_any_other() {
+    in_a_runtime(async {
+        let environment = environment().await;
+        let mut server = Process::start(&environment, &[]);
+        drop(server.child.stderr.take());
+        assert_eq!(reserve(server.address, 1, "a").await.status, 201);
+        // It logs the signal, and that it has drained.
+        server.signal(Signal::TERM);
+        assert_eq!(server.child.wait().expect("it ends").code(), Some(0));
+    });
+}
+
+fn idle_connections_are_kept_as_long_as_the_setting_says() {
+    const LIVEZ: &[u8] = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n";
+
+    in_a_runtime(async {
+        let environment = environment().await;
+        let short = Process::start(&environment, &[("HTTP_KEEP_ALIVE_MS", "300")]);
+        let long = Process::start(&environment, &[("HTTP_KEEP_ALIVE_MS", "60000")]);
+        let mut kept = TcpStream::connect(long.address).await.expect("it listens");
+        let mut closed = TcpStream::connect(short.address).await.expect("it listens");
+        for stream in [&mut kept, &mut closed] {
+            stream.write_all(LIVEZ).await.expect("it reads");
+            assert_eq!(read_answer(stream).await.expect("an answer").status, 200);
+        }
+        let mut rest = vec![];
+        within("the short one to close", closed.read_to_end(&mut rest))
+            .await
+            .expect("it closes");
+        assert_eq!(rest, b"");
+        // Idle for longer than that by now, and still open.
+        kept.write_all(LIVEZ).await.expect("it reads");
+        assert_eq!(read_answer(&mut kept).await.expect("an answer").status, 200);
+    });
 }
 
 /// A server process. It is killed when it is dropped.

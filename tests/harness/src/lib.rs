@@ -10,6 +10,7 @@ pub mod history_recorder;
 pub mod http_contract;
 pub mod instance_faults;
 pub mod judge;
+pub mod print;
 pub mod proxy;
 pub mod rows;
 pub mod rush;

@@ -8,7 +8,7 @@ mod operations;
 mod reservations;
 mod sales;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -40,6 +40,8 @@ pub(crate) struct App {
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) admin_token: Option<AdminToken>,
     pub(crate) limits: Limits,
+    /// How long a connection may be idle before its next request.
+    pub(crate) keep_alive: Duration,
     /// Cancelled when the server shuts down.
     pub(crate) stop: CancellationToken,
 }

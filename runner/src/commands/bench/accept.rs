@@ -14,15 +14,16 @@ use rdkafka::{
 
 use super::{
     BenchArgs, MeasurementTable,
-    environment::{BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, STOCK, WARM_UP},
+    environment::{BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, Rounds, STOCK, WARM_UP},
     producer_perf_test, progress, resources,
     wrk::Wrk,
 };
 use crate::{
     exit::ExitKind,
+    interrupt::Signals,
     levels::SelectedStrategy,
     results::{
-        self,
+        ResultFile,
         bench::{AcceptThroughput, ProducerReport, WithoutProduce, WrkReport},
     },
     statistics::MedianRange,
@@ -62,37 +63,48 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs) -> anyhow:
     );
     // Tool and file first: no run is wasted on what can't be measured or written.
     let wrk = Wrk::find()?;
-    let json = args.json.as_deref().map(results::create).transpose()?;
-    let mut bench = BenchEnvironment::new(selected, args, CLIENTS).await?;
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
+    let mut bench = signals.or_end(BenchEnvironment::new(selected, args, CLIENTS)).await?;
     bench.program = without_consumers(bench.program);
     let wrk = Wrk::new(wrk)?;
 
-    let memory = bench.memory(args.pool).await?;
-    let (mut ours, mut others, mut void) = (vec![], vec![], vec![]);
+    let memory = signals.or_end(bench.memory(args.pool)).await?;
+    let (mut ours, mut others, mut void, mut producer_perf_test) = (vec![], vec![], vec![], None);
     let rounds = args.rounds.unwrap_or(5);
-    for number in 1..=rounds {
-        progress(&format!("round {number} of {rounds}: {}", selected.name()));
-        let round = bench.accept_round(&wrk, selected.strategy, args.pool).await?;
-        void.extend(round.missing_messages());
-        ours.push(round);
-        progress(&format!("round {number} of {rounds}: {WITHOUT_PRODUCE}"));
-        others.push(bench.accept_round(&wrk, mutant, args.pool).await?);
-    }
-    progress("Kafka's own producer");
-    let partitions = ours.iter().map(AcceptRound::partitions_used).max();
-    let producer_perf_test = bench.producer_perf_test(partitions.unwrap_or(1).max(1)).await;
+    let ended = signals
+        .or_end(async {
+            for number in 1..=rounds {
+                progress(&format!("round {number} of {rounds}: {}", selected.name()));
+                let round = bench.accept_round(&wrk, selected.strategy, args.pool).await?;
+                void.extend(round.missing_messages());
+                ours.push(round);
+                progress(&format!("round {number} of {rounds}: {WITHOUT_PRODUCE}"));
+                others.push(bench.accept_round(&wrk, mutant, args.pool).await?);
+            }
+            progress("Kafka's own producer");
+            let partitions = ours.iter().map(AcceptRound::partitions_used).max();
+            producer_perf_test = match bench.producer_perf_test(partitions.unwrap_or(1).max(1)).await {
+                Ok(report) => Some(report),
+                Err(why) => {
+                    println!("kafka-producer-perf-test is left out: {why:#}");
+                    None
+                }
+            };
+            Ok(())
+        })
+        .await;
     progress("");
-    if let Err(why) = &producer_perf_test {
-        println!("kafka-producer-perf-test is left out: {why:#}");
-    }
+    // A round without the one that it is compared with is left out.
+    let rounds = Rounds::of(rounds, others.len(), ended)?;
 
     let throughput = AcceptThroughput {
-        producer_perf_test: producer_perf_test.ok(),
-        ..throughput(&bench, args.pool, memory, &ours, &others)?
+        producer_perf_test,
+        ..throughput(&bench, args.pool, memory, &ours[..others.len()], &others)?
     };
-    print(&bench, &throughput, rounds);
+    print(&bench, &throughput, rounds.measured);
     let checked = "the broker has a message for every order that was accepted";
-    bench.finish(throughput, checked, void, json)
+    bench.finish(throughput, rounds, checked, void, json)
 }
 
 /// A server that accepts orders and runs no consumer.
@@ -194,7 +206,7 @@ impl BenchEnvironment {
     }
 }
 
-fn print(bench: &BenchEnvironment, throughput: &AcceptThroughput, rounds: u32) {
+fn print(bench: &BenchEnvironment, throughput: &AcceptThroughput, rounds: usize) {
     let mut table = MeasurementTable::new(
         bench.selected.name(),
         format!("median (range) of {rounds} rounds of {} s", bench.duration.as_secs()),

@@ -23,15 +23,16 @@ use super::{
     BenchArgs, MeasurementTable,
     accept::without_consumers,
     copy::{self, TableRows},
-    environment::{BenchEnvironment, STOCK},
+    environment::{BenchEnvironment, Rounds, STOCK},
     pgbench::{Length, Pgbench},
     progress, resources,
 };
 use crate::{
     exit::ExitKind,
+    interrupt::Signals,
     levels::SelectedStrategy,
     results::{
-        self,
+        ResultFile,
         bench::{BatchRate, CopyCeiling, DrainRound, DrainThroughput},
     },
     statistics::MedianRange,
@@ -54,29 +55,36 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Op
     let pgbench = Pgbench::find_batches(selected)?;
     let one_by_one = pgbench.as_ref().is_none_or(|&(_, batch)| batch == 1);
     let orders = orders.unwrap_or(if one_by_one { ORDERS_ONE_BY_ONE } else { ORDERS });
-    let json = args.json.as_deref().map(results::create).transpose()?;
-    let mut bench = BenchEnvironment::new(selected, args, 0).await?;
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
+    let mut bench = signals.or_end(BenchEnvironment::new(selected, args, 0)).await?;
     // No client sends anything while the backlog is processed.
     bench.clients = 0;
 
     let (mut ours, mut batches, mut copies, mut void) = (vec![], vec![], vec![], vec![]);
     let rounds = args.rounds.unwrap_or(3);
-    for number in 1..=rounds {
-        progress(&format!(
-            "round {number} of {rounds}: {}, {orders} orders",
-            selected.name()
-        ));
-        let (round, written) = bench.drain_round(args.pool, orders, &mut void).await?;
-        ours.push(round);
-        if let Some((pgbench, batch)) = &pgbench {
-            progress(&format!("round {number} of {rounds}: pgbench"));
-            let round = bench.batch_round(pgbench, *batch, args.pool, orders, &mut void);
-            batches.push(round.await?);
-        }
-        progress(&format!("round {number} of {rounds}: COPY"));
-        copies.push(bench.copy_round(&written, orders).await?);
-    }
+    let ended = signals
+        .or_end(async {
+            for number in 1..=rounds {
+                progress(&format!(
+                    "round {number} of {rounds}: {}, {orders} orders",
+                    selected.name()
+                ));
+                let (round, written) = bench.drain_round(args.pool, orders, &mut void).await?;
+                ours.push(round);
+                if let Some((pgbench, batch)) = &pgbench {
+                    progress(&format!("round {number} of {rounds}: pgbench"));
+                    let round = bench.batch_round(pgbench, *batch, args.pool, orders, &mut void);
+                    batches.push(round.await?);
+                }
+                progress(&format!("round {number} of {rounds}: COPY"));
+                copies.push(bench.copy_round(&written, orders).await?);
+            }
+            Ok(())
+        })
+        .await;
     progress("");
+    let rounds = Rounds::of(rounds, ours.len(), ended)?;
 
     let a_second = |round: &DrainRound| f64::from(orders) / (round.took_ms / 1e3);
     let throughput = DrainThroughput {
@@ -92,9 +100,9 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Op
         rows_judged: ours.iter().map(|round| round.rows).sum(),
         rounds: ours,
     };
-    print(&selected.name(), &throughput, rounds);
+    print(&selected.name(), &throughput, rounds.measured);
     let checked = "I1, I2 and I3 hold, and every order of the backlog has one row and one event";
-    bench.finish(throughput, checked, void, json)
+    bench.finish(throughput, rounds, checked, void, json)
 }
 
 /// `None` without statements for pgbench.
@@ -226,7 +234,7 @@ impl BenchEnvironment {
     }
 }
 
-fn print(strategy: &str, throughput: &DrainThroughput, rounds: u32) {
+fn print(strategy: &str, throughput: &DrainThroughput, rounds: usize) {
     let mut table = MeasurementTable::new(
         strategy,
         format!("median (range) of {rounds} backlogs of {} orders", throughput.orders),

@@ -2,7 +2,6 @@
 
 use std::{
     env,
-    fs::File,
     time::{Duration, Instant},
 };
 
@@ -21,7 +20,7 @@ use super::{BenchArgs, resources, warn_of_debug_build, wrk::Wrk};
 use crate::{
     exit::ExitKind,
     levels::SelectedStrategy,
-    results::{self, RunMetadata, bench::BenchResults, bench::WrkReport},
+    results::{ResultFile, RunMetadata, bench::BenchResults, bench::WrkReport},
 };
 
 /// Tickets on sale: the most that a sale may have, so that it never sells out.
@@ -178,13 +177,17 @@ impl BenchEnvironment {
         Ok((idle, connected))
     }
 
-    /// Prints what it was measured on and whether it is void, and writes the result file.
+    /// Prints what it was measured on and whether it is void, and writes the result file unless the measurement ended early.
+    ///
+    /// # Errors
+    /// That of the measurement, or the file can't be written.
     pub(super) fn finish(
         &self,
         measured: impl Serialize,
+        rounds: Rounds,
         checked: &str,
         void: Vec<String>,
-        json: Option<File>,
+        json: Option<ResultFile>,
     ) -> anyhow::Result<ExitKind> {
         let report = self.services.postgres.report();
         let setting = |name| report.durability.get(name).map_or("unknown", String::as_str);
@@ -197,6 +200,7 @@ impl BenchEnvironment {
             setting("synchronous_commit"),
         );
         let exit = print_void(&void);
+        rounds.check_complete()?;
         if void.is_empty() {
             println!("checked after each round: {checked}");
         }
@@ -212,10 +216,46 @@ impl BenchEnvironment {
                 seconds: has_clients.then_some(self.duration.as_secs()),
                 measured,
             };
-            results::write(json, &results)?;
+            json.write(&results)?;
         }
         Ok(exit)
     }
+}
+
+/// The rounds of a measurement, which may have ended early.
+pub(super) struct Rounds {
+    planned: u32,
+    /// Those that there is something to show of.
+    pub(super) measured: usize,
+    ended: anyhow::Result<()>,
+}
+
+impl Rounds {
+    /// # Errors
+    /// That of the measurement, if there is nothing to show.
+    pub(super) fn of(planned: u32, measured: usize, ended: anyhow::Result<()>) -> anyhow::Result<Self> {
+        match ended {
+            Err(why) if measured == 0 => Err(incomplete(why, 0, planned)),
+            ended => Ok(Self {
+                planned,
+                measured,
+                ended,
+            }),
+        }
+    }
+
+    /// Says so if the measurement ended early.
+    ///
+    /// # Errors
+    /// That of the measurement.
+    pub(super) fn check_complete(self) -> anyhow::Result<()> {
+        self.ended.map_err(|why| incomplete(why, self.measured, self.planned))
+    }
+}
+
+fn incomplete(why: anyhow::Error, measured: usize, planned: u32) -> anyhow::Error {
+    println!("INCOMPLETE: the measurement ended early, after {measured} of {planned} rounds, and writes no results");
+    why
 }
 
 /// Prints why the results are void, if they are.

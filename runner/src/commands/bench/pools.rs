@@ -4,16 +4,17 @@ use comfy_table::{Table, presets};
 
 use super::{
     BenchArgs,
-    environment::{BenchEnvironment, ROWS_CHECKED},
+    environment::{BenchEnvironment, ROWS_CHECKED, Rounds},
     progress,
     throughput::CLIENTS,
     wrk::Wrk,
 };
 use crate::{
     exit::ExitKind,
+    interrupt::Signals,
     levels::SelectedStrategy,
     results::{
-        self,
+        ResultFile,
         bench::{PoolCurve, PoolThroughput, WrkReport},
     },
     statistics::MedianRange,
@@ -23,31 +24,41 @@ use crate::{
 pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs) -> anyhow::Result<ExitKind> {
     // Tool and file first: no run is wasted on what can't be measured or written.
     let wrk = Wrk::find()?;
-    let json = args.json.as_deref().map(results::create).transpose()?;
-    let bench = BenchEnvironment::new(selected, args, CLIENTS).await?;
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
+    let bench = signals.or_end(BenchEnvironment::new(selected, args, CLIENTS)).await?;
     let wrk = Wrk::new(wrk)?;
 
     let rounds = args.rounds.unwrap_or(1);
     let mut void = vec![];
     let mut measured: Vec<Vec<WrkReport>> = vec![vec![]; args.pools.len()];
-    for number in 1..=rounds {
-        for (&pool, loads) in args.pools.iter().zip(&mut measured) {
-            progress(&format!("round {number} of {rounds}: a pool of {pool}"));
-            let round = bench.load_round(&wrk, pool).await?;
-            void.extend(round.void);
-            loads.push(round.load);
-        }
-    }
+    let ended = signals
+        .or_end(async {
+            for number in 1..=rounds {
+                for (&pool, loads) in args.pools.iter().zip(&mut measured) {
+                    progress(&format!("round {number} of {rounds}: a pool of {pool}"));
+                    let round = bench.load_round(&wrk, pool).await?;
+                    void.extend(round.void);
+                    loads.push(round.load);
+                }
+            }
+            Ok(())
+        })
+        .await;
     progress("");
+    // Each pool has rounds of its own.
+    let planned = rounds * u32::try_from(args.pools.len())?;
+    let rounds = Rounds::of(planned, measured.iter().map(Vec::len).sum(), ended)?;
 
     let pools = args.pools.iter().zip(&measured);
     let curve = PoolCurve {
         pools: pools
+            .filter(|(_, loads)| !loads.is_empty())
             .map(|(&pool_size, loads)| pool_throughput(pool_size, loads))
             .collect::<anyhow::Result<_>>()?,
     };
     print(&selected.name(), &curve);
-    bench.finish(curve, ROWS_CHECKED, void, json)
+    bench.finish(curve, rounds, ROWS_CHECKED, void, json)
 }
 
 fn pool_throughput(pool_size: u32, loads: &[WrkReport]) -> anyhow::Result<PoolThroughput> {

@@ -7,16 +7,19 @@ use harness::rush::SALE;
 
 use super::{
     BenchArgs, MeasurementTable,
-    environment::{BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, LoadRound, ROWS_CHECKED, STOCK, WARM_UP},
+    environment::{
+        BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, LoadRound, ROWS_CHECKED, Rounds, STOCK, WARM_UP,
+    },
     pgbench::{Length, Pgbench},
     progress,
     wrk::Wrk,
 };
 use crate::{
     exit::ExitKind,
+    interrupt::Signals,
     levels::SelectedStrategy,
     results::{
-        self,
+        ResultFile,
         bench::{PgbenchReport, Throughput, TransactionCeiling},
     },
     statistics::MedianRange,
@@ -34,40 +37,72 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs) -> anyhow:
     // Tools and file first: no run is wasted on what can't be measured or written.
     let wrk = Wrk::find()?;
     let pgbench = Pgbench::find(selected)?;
-    let json = args.json.as_deref().map(results::create).transpose()?;
-    let bench = BenchEnvironment::new(selected, args, CLIENTS).await?;
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
+    let bench = signals.or_end(BenchEnvironment::new(selected, args, CLIENTS)).await?;
     let wrk = Wrk::new(wrk)?;
 
-    let (idle_mib, connected_mib) = bench.memory(args.pool).await?;
-    let mut void = vec![];
-    let mut ceiling = match pgbench {
-        Some(pgbench) => Some(Ceiling::search(&bench, pgbench, &mut void).await?),
-        None => None,
-    };
-    let mut ours = vec![];
     let rounds = args.rounds.unwrap_or(5);
-    for number in 1..=rounds {
-        progress(&format!("round {number} of {rounds}: {}", selected.name()));
-        let round = bench.load_round(&wrk, args.pool).await?;
-        void.extend(round.void.iter().cloned());
-        ours.push(round);
-        if let Some(ceiling) = &mut ceiling {
-            progress(&format!("round {number} of {rounds}: the ceiling"));
-            ceiling.round(&bench, &mut void).await?;
-        }
-    }
+    let mut measured = Measured::default();
+    let ended = signals
+        .or_end(measured.measure(&bench, &wrk, pgbench, args.pool, rounds))
+        .await;
     progress("");
-
-    let throughput = Throughput {
-        ceiling: ceiling.and_then(|ceiling| ceiling.result(&ours)),
-        ..throughput(args.pool, &ours, (idle_mib, connected_mib))?
-    };
-    print(&bench, &throughput, rounds);
-    bench.finish(throughput, ROWS_CHECKED, void, json)
+    let Measured {
+        memory,
+        ceiling,
+        ours,
+        void,
+    } = measured;
+    let rounds = Rounds::of(rounds, ours.len(), ended)?;
+    let throughput = throughput(args.pool, &ours, memory, ceiling)?;
+    print(&bench, &throughput, rounds.measured);
+    bench.finish(throughput, rounds, ROWS_CHECKED, void, json)
 }
 
-/// Without the ceiling.
-fn throughput(pool_size: u32, rounds: &[LoadRound], memory: (f64, f64)) -> anyhow::Result<Throughput> {
+/// What was measured, also of a measurement that ended early.
+#[derive(Default)]
+struct Measured {
+    /// Of an idle server, and of one with [`CONNECTIONS`] open, in MiB.
+    memory: (f64, f64),
+    ceiling: Option<Ceiling>,
+    ours: Vec<LoadRound>,
+    void: Vec<String>,
+}
+
+impl Measured {
+    async fn measure(
+        &mut self,
+        bench: &BenchEnvironment,
+        wrk: &Wrk,
+        pgbench: Option<Pgbench>,
+        pool: u32,
+        rounds: u32,
+    ) -> anyhow::Result<()> {
+        self.memory = bench.memory(pool).await?;
+        if let Some(pgbench) = pgbench {
+            self.ceiling = Some(Ceiling::search(bench, pgbench, &mut self.void).await?);
+        }
+        for number in 1..=rounds {
+            progress(&format!("round {number} of {rounds}: {}", bench.selected.name()));
+            let round = bench.load_round(wrk, pool).await?;
+            self.void.extend(round.void.iter().cloned());
+            self.ours.push(round);
+            if let Some(ceiling) = &mut self.ceiling {
+                progress(&format!("round {number} of {rounds}: the ceiling"));
+                ceiling.round(bench, &mut self.void).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn throughput(
+    pool_size: u32,
+    rounds: &[LoadRound],
+    memory: (f64, f64),
+    ceiling: Option<Ceiling>,
+) -> anyhow::Result<Throughput> {
     Ok(Throughput {
         pool_size,
         reservations_a_second: MedianRange::over(rounds, |round| round.load.confirmed_a_second())?,
@@ -75,7 +110,7 @@ fn throughput(pool_size: u32, rounds: &[LoadRound], memory: (f64, f64)) -> anyho
         p99_ms: MedianRange::over(rounds, |round| round.load.p99_ms())?,
         refused: rounds.iter().map(|round| round.load.refused).sum(),
         cut_off: rounds.iter().map(|round| round.load.cut_off).sum(),
-        ceiling: None,
+        ceiling: ceiling.and_then(|ceiling| ceiling.result(rounds)),
         ready_ms: MedianRange::over(rounds, |round| round.ready.as_secs_f64() * 1e3)?,
         idle_mib: memory.0,
         mib_with_1000_connections: memory.1,
@@ -159,7 +194,7 @@ async fn run_pgbench(
     Ok(measured)
 }
 
-fn print(bench: &BenchEnvironment, throughput: &Throughput, rounds: u32) {
+fn print(bench: &BenchEnvironment, throughput: &Throughput, rounds: usize) {
     let mut table = MeasurementTable::new(
         bench.selected.name(),
         format!("median (range) of {rounds} rounds of {} s", bench.duration.as_secs()),

@@ -23,9 +23,10 @@ use crate::{
     cli::number,
     commands::list,
     exit::ExitKind,
+    interrupt::Signals,
     levels::SelectedStrategy,
     results::{
-        self, RunMetadata,
+        ResultFile, RunMetadata,
         rush::{Rounds, RushResults, StrategyResult},
     },
 };
@@ -78,36 +79,25 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     }
     let metadata = RunMetadata::of_this_run();
-    let json = args.json.as_deref().map(results::create).transpose()?;
-    let needs = selected.iter().flat_map(|it| it.strategy.needs).copied();
-    let services = Services::find(Durability::Durable, &needs.collect::<Vec<Service>>()).await?;
-    let metadata = metadata.with_services(&services)?;
-
-    println!(
-        "{} buyers, {} tickets, {} instance{}",
-        args.buyers,
-        args.capacity,
-        args.instances,
-        if args.instances == 1 { "" } else { "s" }
-    );
-    println!("{}", metadata.conditions());
-    // In each round one strategy after another: other load on the machine affects them alike.
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
     let mut rounds: Vec<Vec<JudgedRound>> = selected.iter().map(|_| vec![]).collect();
-    for number in 1..=args.rounds {
-        for (strategy, rounds) in selected.iter().zip(&mut rounds) {
-            let round = run_round(args, strategy, &services, number).await;
-            rounds.push(round.with_context(|| strategy.name())?);
+    let ended = signals.or_end(run_rounds(args, &selected, metadata, &mut rounds)).await;
+    let counts: Vec<usize> = rounds.iter().map(Vec::len).collect();
+
+    let (strategies, exits): (Vec<StrategyResult>, Vec<ExitKind>) = rounds
+        .into_iter()
+        .filter_map(middle_round)
+        .map(|middle| (middle.result, middle.exit))
+        .unzip();
+    if !strategies.is_empty() {
+        table::print(&strategies);
+        table::print_verdicts(&strategies);
+        if ended.is_err() {
+            print_incomplete(args.rounds, &selected, &counts);
         }
     }
-    let mut exit = ExitKind::AsPromised;
-    let mut strategies = vec![];
-    for rounds in rounds {
-        let middle = middle_round(rounds).context("a rush has a round")?;
-        exit = exit.max(middle.exit);
-        strategies.push(middle.result);
-    }
-    table::print(&strategies);
-    table::print_verdicts(&strategies);
+    let metadata = ended?;
     if let Some(json) = json {
         let results = RushResults {
             metadata,
@@ -117,9 +107,47 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
             work_ms: args.work_ms,
             strategies,
         };
-        results::write(json, &results)?;
+        json.write(&results)?;
     }
-    Ok(exit)
+    Ok(exits.into_iter().max().unwrap_or(ExitKind::AsPromised))
+}
+
+/// Runs all rounds of all strategies. `rounds` has those of each strategy, also after an error. Returns the metadata with what they ran on.
+async fn run_rounds(
+    args: &RushArgs,
+    selected: &[SelectedStrategy],
+    metadata: RunMetadata,
+    rounds: &mut [Vec<JudgedRound>],
+) -> anyhow::Result<RunMetadata> {
+    let needs = selected.iter().flat_map(|it| it.strategy.needs).copied();
+    let services = Services::find(Durability::Durable, &needs.collect::<Vec<Service>>()).await?;
+    let metadata = metadata.with_services(&services)?;
+    println!(
+        "{} buyers, {} tickets, {} instance{}",
+        args.buyers,
+        args.capacity,
+        args.instances,
+        if args.instances == 1 { "" } else { "s" }
+    );
+    println!("{}", metadata.conditions());
+    // In each round one strategy after another: other load on the machine affects them alike.
+    for number in 1..=args.rounds {
+        for (strategy, rounds) in selected.iter().zip(rounds.iter_mut()) {
+            let round = run_round(args, strategy, &services, number).await;
+            rounds.push(round.with_context(|| strategy.name())?);
+        }
+    }
+    Ok(metadata)
+}
+
+/// Says that the rush ended early, and how many rounds of each strategy the table shows.
+fn print_incomplete(rounds: u32, selected: &[SelectedStrategy], counts: &[usize]) {
+    let counts = selected.iter().zip(counts);
+    let counts: Vec<String> = counts.map(|(it, count)| format!("{} {count}", it.name())).collect();
+    println!(
+        "INCOMPLETE: the run ended early, and writes no results. Rounds, of {rounds}: {}",
+        counts.join(", ")
+    );
 }
 
 /// Checks that the servers accept as many connections as there are requests at once. A request without one would wait for it while the

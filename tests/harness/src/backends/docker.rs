@@ -1,4 +1,6 @@
-//! Containers: the engine, images, and a container that can be stopped and started.
+//! Containers: images, and a container that can be stopped and started.
+
+mod engine;
 
 use std::{
     collections::HashMap,
@@ -9,23 +11,24 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use futures_util::{StreamExt, future::BoxFuture};
+use futures_util::{StreamExt, TryStreamExt};
 use testcontainers_modules::testcontainers::{
-    ContainerRequest, Image, ImageExt, TestcontainersError,
+    ContainerRequest, Image, ImageExt,
     bollard::{
         Docker,
         errors::Error as EngineError,
-        query_parameters::{LogsOptionsBuilder, StopContainerOptionsBuilder},
+        models::{ContainerCreateBody, HostConfig, PortBinding},
+        query_parameters::{
+            CreateContainerOptionsBuilder, CreateImageOptionsBuilder, LogsOptionsBuilder,
+            RemoveContainerOptionsBuilder, StopContainerOptionsBuilder,
+        },
     },
-    core::{IntoContainerPort, client::docker_client_instance},
-    runners::AsyncRunner,
 };
-use tokio::{runtime::Runtime, sync::Mutex, time::timeout};
+use tokio::{runtime::Runtime, sync::Mutex};
 
-use super::{free_port, reaper, root, setting};
+use super::{free_port, is_port_taken, reaper, root, setting};
+use crate::print;
 
-/// Time limit of the first ping to the engine.
-const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Seconds of a graceful shutdown after which the engine kills the container.
 const SHUTDOWN_TIMEOUT_S: i32 = 30;
 /// Time limit for freezing a container.
@@ -48,12 +51,8 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
         .expect("a runtime needs a thread and an epoll, and both were to be had until here")
 });
 
-type Remove = Box<dyn FnOnce() -> BoxFuture<'static, Result<(), TestcontainersError>> + Send + Sync>;
-
 /// A container of a service. Dropping it removes the container.
 pub(super) struct Container {
-    /// Asks the engine to remove the container. `Some` until the drop.
-    remove: Option<Remove>,
     name: String,
     host: String,
     port: u16,
@@ -79,37 +78,22 @@ impl Container {
         let (repository, tag) = image.named()?;
         let named = move |port| request(port).with_name(&repository).with_tag(&tag);
         on_engine_runtime(async move {
-            let engine = engine().await?;
-            present(service, &engine, named(inside)).await?;
+            let engine = engine::connect().await?;
+            present(service, &engine, &named(inside).descriptor()).await?;
             let mut tries_left = PORTS_TO_TRY;
             loop {
                 tries_left -= 1;
                 let port = free_port()?;
                 let name = format!("oversold-{service}-{:08x}", rand::random::<u32>());
-                reaper::register_container(&name, address().as_deref())?;
-                let request = named(port)
-                    .with_container_name(&name)
-                    .with_mapped_port(port, inside.tcp())
-                    // The service's own probe decides readiness.
-                    .with_ready_conditions(Vec::new());
-                match request.start().await {
-                    Ok(container) => {
-                        let host = match container.get_host().await?.to_string() {
-                            // localhost may resolve to ::1 first, where the port may not be
-                            // published.
-                            host if host == "localhost" => "127.0.0.1".to_owned(),
-                            host => host,
-                        };
-                        return Ok(Self {
-                            remove: Some(Box::new(|| Box::pin(container.rm()))),
-                            name,
-                            host,
-                            port,
-                        });
+                reaper::register_container(&name, engine::address())?;
+                let body = body(&named(port), port, inside);
+                match create_and_start(&engine, &name, body).await {
+                    Ok(()) => {
+                        let host = engine::host(&engine).await;
+                        return Ok(Self { name, host, port });
                     }
-                    Err(error) if tries_left > 0 && format!("{error:?}").contains("port is already allocated") => {
-                        // The container exists but does not run. The reaper removes it by its name.
-                    }
+                    // The container exists but does not run. The reaper removes it by its name.
+                    Err(error) if tries_left > 0 && is_port_taken(&error.to_string()) => {}
                     Err(error) => return Err(error).context("the container did not start"),
                 }
             }
@@ -211,18 +195,16 @@ impl Container {
         F: Future<Output = Result<T, EngineError>> + Send,
     {
         let name = self.name.clone();
-        on_engine_runtime(async move { Ok(question(docker_client_instance().await?, name).await?) }).await
+        on_engine_runtime(async move { Ok(question(engine::connect().await?, name).await?) }).await
     }
 }
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let Some(remove) = self.remove.take() else {
-            return;
-        };
         let (removed, wait) = mpsc::channel();
+        let name = self.name.clone();
         RUNTIME.spawn(async move {
-            let _ = removed.send(remove().await);
+            let _ = removed.send(remove(&name).await);
         });
         // While it is registered, the reaper removes it.
         if let Ok(Ok(())) = wait.recv_timeout(REMOVE_TIMEOUT) {
@@ -255,62 +237,66 @@ async fn on_engine_runtime<T: Send + 'static>(
     RUNTIME.spawn(work).await?
 }
 
-/// Connects to the engine.
-async fn engine() -> anyhow::Result<Docker> {
-    let answers = async {
-        let engine = docker_client_instance().await.ok()?;
-        engine.ping().await.ok()?;
-        Some(engine)
+/// The container of a request, with its port `inside` published as `port`.
+fn body<I: Image>(request: &ContainerRequest<I>, port: u16, inside: u16) -> ContainerCreateBody {
+    let inside = format!("{inside}/tcp");
+    let published = PortBinding {
+        host_ip: None,
+        host_port: Some(port.to_string()),
     };
-    match timeout(ENGINE_TIMEOUT, answers).await {
-        Ok(Some(engine)) => Ok(engine),
-        _ => bail!(
-            "no Docker engine answers at {}",
-            address().as_deref().unwrap_or("any of the usual sockets")
+    let words: Vec<String> = request.cmd().map(Into::into).collect();
+    ContainerCreateBody {
+        image: Some(request.descriptor()),
+        entrypoint: request.entrypoint().map(|program| vec![program.to_owned()]),
+        cmd: (!words.is_empty()).then_some(words),
+        env: Some(
+            request
+                .env_vars()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect(),
         ),
+        exposed_ports: Some(vec![inside.clone()]),
+        host_config: Some(HostConfig {
+            port_bindings: Some(HashMap::from([(inside, Some(vec![published]))])),
+            ..HostConfig::default()
+        }),
+        ..ContainerCreateBody::default()
     }
 }
 
-/// The engine's address as testcontainers derives it from the environment. The reaper needs it, as
-/// its `docker` may derive another one.
-fn address() -> Option<String> {
-    if let Some(host) = setting("DOCKER_HOST") {
-        return Some(host.to_string_lossy().into_owned());
-    }
-    let home = |rest| Some(PathBuf::from(env::var_os("HOME")?).join(rest));
-    [
-        Some("/var/run/docker.sock".into()),
-        home(".docker/run/docker.sock"),
-        home(".docker/desktop/docker.sock"),
-    ]
-    .into_iter()
-    .flatten()
-    .find(|socket| socket.exists())
-    .map(|socket| format!("unix://{}", socket.display()))
+async fn create_and_start(engine: &Docker, name: &str, body: ContainerCreateBody) -> Result<(), EngineError> {
+    let named = CreateContainerOptionsBuilder::new().name(name).build();
+    engine.create_container(Some(named), body).await?;
+    // The service's own probe decides readiness.
+    engine.start_container(name, None).await
+}
+
+async fn remove(name: &str) -> anyhow::Result<()> {
+    let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
+    Ok(engine::connect().await?.remove_container(name, Some(options)).await?)
 }
 
 /// Pulls the image unless it is present. A failed pull is not repeated in this process, and for a
 /// while not in others, which find it noted in a file: a machine without a network does not wait
 /// for a pull in every test binary.
-async fn present<I: Image>(service: &str, engine: &Docker, request: ContainerRequest<I>) -> anyhow::Result<()> {
+async fn present(service: &str, engine: &Docker, image: &str) -> anyhow::Result<()> {
     static PULLED: Mutex<Option<HashMap<String, Result<(), String>>>> = Mutex::const_new(None);
 
-    let image = request.descriptor();
     let mut pulled = PULLED.lock().await;
     let pulled = pulled.get_or_insert_default();
-    if engine.inspect_image(&image).await.is_ok() {
+    if engine.inspect_image(image).await.is_ok() {
         return Ok(());
     }
-    if !pulled.contains_key(&image) {
-        pulled.insert(image.clone(), pull(service, &image, request).await);
+    if !pulled.contains_key(image) {
+        pulled.insert(image.to_owned(), pull(service, engine, image).await);
     }
-    match &pulled[&image] {
+    match &pulled[image] {
         Ok(()) => Ok(()),
         Err(reason) => bail!("image {image} is not here, and {reason}"),
     }
 }
 
-async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>) -> Result<(), String> {
+async fn pull(service: &str, engine: &Docker, image: &str) -> Result<(), String> {
     let note = pull_note(image);
     if let Some(age_s) = age(&note)
         .filter(|age| *age < PULL_RETRY_INTERVAL)
@@ -322,8 +308,11 @@ async fn pull<I: Image>(service: &str, image: &str, request: ContainerRequest<I>
             note.display()
         ));
     }
-    eprintln!("{service}: pulling the image {image}");
-    match request.pull_image().await {
+    print::notice(format_args!("{service}: pulling the image {image}"));
+    // Without a login: set-up pulls with the docker CLI, which has one.
+    let options = CreateImageOptionsBuilder::new().from_image(image).build();
+    let pulled: Result<Vec<_>, _> = engine.create_image(Some(options), None, None).try_collect().await;
+    match pulled {
         Ok(_) => {
             let _ = fs::remove_file(&note);
             Ok(())

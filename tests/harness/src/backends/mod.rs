@@ -215,9 +215,51 @@ fn free_port() -> std::io::Result<u16> {
     Err(last)
 }
 
+/// Whether an error or a log says that another process has taken the port in the meantime: in the
+/// words of Docker's proxy, of the kernel, of Docker Desktop, and of rootless engines.
+fn is_port_taken(said: &str) -> bool {
+    let said = said.to_lowercase();
+    [
+        "port is already allocated",
+        "address already in use",
+        "address in use",
+        "failed to bind host port",
+        "ports are not available",
+    ]
+    .iter()
+    .any(|wording| said.contains(wording))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_that_was_taken_is_recognised_in_every_wording() {
+        for said in [
+            "driver failed programming external connectivity on endpoint oversold-redis-1 (b0c1): Bind for 0.0.0.0:17001 failed: port is already allocated",
+            "failed to set up container networking: driver failed programming external connectivity on endpoint oversold-redis-1 (b0c1): failed to bind host port for 0.0.0.0:17001:172.17.0.2:6379/tcp: address already in use",
+            "driver failed programming external connectivity on endpoint oversold-redis-1 (b0c1): Error starting userland proxy: listen tcp4 0.0.0.0:17001: bind: address already in use",
+            "failed to bind host port 0.0.0.0:17001/tcp: Cannot assign the port",
+            "Ports are not available: exposing port TCP 0.0.0.0:17001 -> 127.0.0.1:0: listen tcp 0.0.0.0:17001: bind: address already in use",
+            "rootlessport listen tcp 0.0.0.0:17001: bind: address already in use",
+            "error while calling PortManager.AddPort(): listen tcp 0.0.0.0:17001: bind: address already in use",
+            "LOG:  could not bind IPv4 address \"127.0.0.1\": Address already in use",
+            "# Warning: Could not create server TCP listening socket 127.0.0.1:17001: bind: Address already in use",
+            "org.apache.kafka.common.KafkaException: Socket server failed to bind to 127.0.0.1:17001: Address already in use.",
+            "java.net.BindException: Address already in use: bind",
+        ] {
+            assert!(is_port_taken(said), "{said}");
+        }
+        for said in [
+            "No such image: redis:7-alpine",
+            "Conflict. The container name \"/oversold-redis-1\" is already in use by container \"b0c1\"",
+            "FATAL:  lock file \"postmaster.pid\" already exists",
+            "failed to create task for container: OCI runtime create failed",
+        ] {
+            assert!(!is_port_taken(said), "{said}");
+        }
+    }
 
     #[test]
     fn a_shown_url_has_no_password_and_no_parameters() {

@@ -16,7 +16,7 @@ use std::{
 use anyhow::bail;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{free_port, reaper, setting};
+use super::{free_port, is_port_taken, reaper, setting};
 
 /// Time limit of a graceful shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -76,6 +76,8 @@ impl Home {
         let mut command = reaper::command(program)?;
         command
             .current_dir(&self.folder)
+            // For messages in English, which are searched for the reason of a failed start.
+            .env("LC_ALL", "C")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -95,10 +97,14 @@ impl Home {
         self.folder.join("log")
     }
 
+    fn whole_log(&self) -> String {
+        fs::read_to_string(self.log_file()).unwrap_or_else(|error| error.to_string())
+    }
+
     /// The last 10 lines of its log.
     pub(super) fn log(&self) -> String {
         const LINES: usize = 10;
-        let log = fs::read_to_string(self.log_file()).unwrap_or_else(|error| error.to_string());
+        let log = self.whole_log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(LINES)..].join("\n")
     }
@@ -182,7 +188,7 @@ impl Process {
 
     /// Whether the process exited because another process had taken its port.
     pub(super) fn port_was_taken(&self) -> bool {
-        self.home.log().contains("Address already in use")
+        is_port_taken(&self.home.whole_log())
     }
 
     /// Its host and port.

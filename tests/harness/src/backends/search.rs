@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, env, time::Instant};
 
 use super::{Missing, Report, Source, native, setting};
+use crate::print;
 
 /// A service as the search knows it.
 pub(super) struct Service {
@@ -42,7 +43,7 @@ impl Candidate {
             start_up_ms: u64::try_from(self.began.elapsed().as_millis())?,
             durability,
         };
-        eprintln!("{report}");
+        print::notice(format_args!("{report}"));
         Ok(report)
     }
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod child;
+mod engine;
 mod external;
 mod kafka;
 mod postgres;
@@ -117,6 +118,7 @@ pub(crate) fn of_one(name: &str, service: Service, needs: &[Source], run: fn()) 
 fn tests() -> Vec<Test> {
     [
         sources::tests(),
+        engine::tests(),
         external::tests(),
         servers::tests(),
         kafka::tests(),

@@ -21,6 +21,12 @@ pub(crate) fn tests() -> Vec<Test> {
             &[],
             setup_names_the_tools_that_a_build_takes,
         ),
+        of_one(
+            "setup_says_that_kafkas_client_takes_no_space_in_its_path",
+            Service::Kafka,
+            &[],
+            setup_says_that_kafkas_client_takes_no_space,
+        ),
     ];
     tests.extend(of_each(
         "setup_is_silent_when_there_is_nothing_to_install",
@@ -135,6 +141,53 @@ fn setup_names_the_tools_that_a_build_takes() {
     for part in ["there is no c++, ps", "Do this:"] {
         assert!(text(&output).contains(part), "{}", text(&output));
     }
+}
+
+fn setup_says_that_kafkas_client_takes_no_space() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkout = folder.path().join("my oversold");
+    fs::create_dir(&checkout).unwrap();
+    let copied = Command::new("cp")
+        .arg("-R")
+        .arg(repository().join("infra"))
+        .arg(&checkout)
+        .status();
+    assert!(copied.unwrap().success());
+    let set_up = |services: &[&str], target: Option<&str>| {
+        let mut setup = Command::new(checkout.join("infra/setup.sh"));
+        setup
+            .args(services)
+            .env_remove("OVERSOLD_BACKENDS")
+            .env("HOME", "/home/ann");
+        for (url, value) in [
+            ("DATABASE_URL", "postgres://me@db/sale"),
+            ("REDIS_URL", "redis://me@db/0"),
+            ("KAFKA_BOOTSTRAP_SERVERS", "db:9092"),
+        ] {
+            setup.env(url, value);
+        }
+        match target {
+            Some(target) => setup.env("CARGO_TARGET_DIR", target),
+            None => setup.env_remove("CARGO_TARGET_DIR"),
+        };
+        text(&setup.output().unwrap())
+    };
+    let says = |target: &str| {
+        format!(
+            "exit status: 1\nsetup: Kafka's client can't be built in `{target}`, which has a space in it. \
+             Do this: export CARGO_TARGET_DIR=/home/ann/.cache/oversold-target\n"
+        )
+    };
+    let all = ["postgres", "redis", "kafka"];
+    let inside = fs::canonicalize(&checkout).unwrap().join("target");
+    assert_eq!(set_up(&all, None), says(inside.to_str().unwrap()));
+    assert_eq!(set_up(&all, Some("/tmp/my target")), says("/tmp/my target"));
+    // What it advises works, and the levels without Kafka need no advice.
+    assert_eq!(
+        set_up(&all, Some("/home/ann/.cache/oversold-target")),
+        "exit status: 0\n"
+    );
+    assert_eq!(set_up(&["postgres"], None), "exit status: 0\n");
 }
 
 fn the_image_is_the_same_everywhere(service: Service) {

@@ -1,19 +1,23 @@
 //! `oversold bench lv3/… --waiters 1000`: many tasks, in one process or several, wait for the same lock, and the critical section is empty.
 
-use std::{collections::BTreeMap, fs::File};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, bail};
 use box_office::trace::now_monotonic_us;
 use harness::backends::{Redis, Reply};
 
 use super::{
-    super::{BenchArgs, MeasurementTable, progress},
+    super::{BenchArgs, MeasurementTable, environment::Rounds, progress},
     LockBench,
     waiters::WaiterProcess,
 };
 use crate::{
     exit::ExitKind,
-    results::bench::{ContendedLock, ContendedRound},
+    interrupt::Signals,
+    results::{
+        ResultFile,
+        bench::{ContendedLock, ContendedRound},
+    },
     statistics::MedianRange,
 };
 
@@ -30,7 +34,8 @@ pub(super) async fn run(
     bench: &LockBench<'_>,
     waiters: u32,
     args: &BenchArgs,
-    json: Option<File>,
+    mut signals: Signals,
+    json: Option<ResultFile>,
 ) -> anyhow::Result<ExitKind> {
     let rounds = args.rounds.unwrap_or(5);
     let mut processes = (0..args.instances)
@@ -41,21 +46,27 @@ pub(super) async fn run(
         .collect::<anyhow::Result<Vec<_>>>()?;
     let mut void = vec![];
     let mut measured = vec![];
-    // Round 0 warms up Redis and the processes.
-    for number in 0..=rounds {
-        progress(&format!("round {number} of {rounds}"));
-        let (round, met) = contended_round(bench, &mut processes).await?;
-        if number == 0 {
-            continue;
-        }
-        if met > 0 {
-            void.push(format!(
-                "round {number}: {met} waiters came in while another was inside"
-            ));
-        }
-        measured.push(round);
-    }
+    let ended = signals
+        .or_end(async {
+            // Round 0 warms up Redis and the processes.
+            for number in 0..=rounds {
+                progress(&format!("round {number} of {rounds}"));
+                let (round, met) = contended_round(bench, &mut processes).await?;
+                if number == 0 {
+                    continue;
+                }
+                if met > 0 {
+                    void.push(format!(
+                        "round {number}: {met} waiters came in while another was inside"
+                    ));
+                }
+                measured.push(round);
+            }
+            Ok(())
+        })
+        .await;
     progress("");
+    let rounds = Rounds::of(rounds, measured.len(), ended)?;
 
     let each = |in_scripts: bool| {
         MedianRange::over(&measured, |round: &ContendedRound| {
@@ -72,8 +83,8 @@ pub(super) async fn run(
         commands_in_scripts_each: each(true)?,
         rounds: measured,
     };
-    print(bench.strategy, &result, rounds);
-    bench.finish(None, result, void, json)
+    print(bench.strategy, &result, rounds.measured);
+    bench.finish(None, result, rounds, void, json)
 }
 
 /// One round, and how many waiters came into the critical section while another one was inside.
@@ -150,7 +161,7 @@ fn parse(text: &str) -> anyhow::Result<CommandCounts> {
         .collect()
 }
 
-fn print(strategy: &str, result: &ContendedLock, rounds: u32) {
+fn print(strategy: &str, result: &ContendedLock, rounds: usize) {
     let mut table = MeasurementTable::new(
         format!(
             "the lock of lv3/{strategy}, {} waiters in {} process{}",

@@ -8,17 +8,23 @@ mod contended;
 mod uncontended;
 pub(crate) mod waiters;
 
-use std::{fs::File, time::Duration};
+use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use harness::backends::{Private, Redis, Reply};
 use lv3_redis_lock::lock::{Backoff, Connections, FencingTokens, Guard, Lease, Owner, RLock, SpinLock};
 use serde::Serialize;
 
-use super::{BenchArgs, ONLY_LV3, environment::print_void, redis_benchmark::RedisBenchmark, warn_of_debug_build};
+use super::{
+    BenchArgs, ONLY_LV3,
+    environment::{Rounds, print_void},
+    redis_benchmark::RedisBenchmark,
+    warn_of_debug_build,
+};
 use crate::{
     exit::ExitKind,
-    results::{self, RunMetadata, bench::BenchResults},
+    interrupt::Signals,
+    results::{ResultFile, RunMetadata, bench::BenchResults},
 };
 
 /// The default lease of a server.
@@ -73,16 +79,18 @@ pub(super) async fn run(strategy: &str, args: &BenchArgs) -> anyhow::Result<Exit
         None => Some(RedisBenchmark::find()?),
         Some(_) => None,
     };
-    let json = args.json.as_deref().map(results::create).transpose()?;
+    let json = args.json.as_deref().map(ResultFile::open).transpose()?;
+    let mut signals = Signals::listen()?;
     warn_of_debug_build();
+    let redis = signals.or_end(async { Ok(Redis::private().await?) }).await?;
     let bench = LockBench {
         strategy,
         metadata: RunMetadata::of_this_run(),
-        redis: Redis::private().await?,
+        redis,
     };
     match (benchmark, args.waiters) {
-        (Some(benchmark), _) => uncontended::run(&bench, &benchmark, args, json).await,
-        (None, waiters) => contended::run(&bench, waiters.unwrap_or_default(), args, json).await,
+        (Some(benchmark), _) => uncontended::run(&bench, &benchmark, args, signals, json).await,
+        (None, waiters) => contended::run(&bench, waiters.unwrap_or_default(), args, signals, json).await,
     }
 }
 
@@ -100,8 +108,9 @@ impl LockBench<'_> {
         &self,
         clients: Option<u32>,
         measured: impl Serialize,
+        rounds: Rounds,
         void: Vec<String>,
-        json: Option<File>,
+        json: Option<ResultFile>,
     ) -> anyhow::Result<ExitKind> {
         let report = self.redis.report();
         println!(
@@ -111,6 +120,7 @@ impl LockBench<'_> {
             report.source
         );
         let exit = print_void(&void);
+        rounds.check_complete()?;
         if let Some(json) = json {
             let results = BenchResults {
                 metadata: RunMetadata {
@@ -123,7 +133,7 @@ impl LockBench<'_> {
                 seconds: None,
                 measured,
             };
-            results::write(json, &results)?;
+            json.write(&results)?;
         }
         Ok(exit)
     }

@@ -1,7 +1,6 @@
 //! `oversold bench lv3/… --lock`: acquire and release without contention, next to redis-benchmark.
 
 use std::{
-    fs::File,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,13 +11,17 @@ use lv3_redis_lock::lock::Released;
 use tokio::task::JoinSet;
 
 use super::{
-    super::{BenchArgs, progress, redis_benchmark::RedisBenchmark},
+    super::{BenchArgs, environment::Rounds, progress, redis_benchmark::RedisBenchmark},
     Lock, LockBench,
     commands::{LockCommands, Rates},
 };
 use crate::{
     exit::ExitKind,
-    results::bench::{LockCeiling, UncontendedLock},
+    interrupt::Signals,
+    results::{
+        ResultFile,
+        bench::{LockCeiling, UncontendedLock},
+    },
     statistics::MedianRange,
 };
 
@@ -34,7 +37,8 @@ pub(super) async fn run(
     bench: &LockBench<'_>,
     benchmark: &RedisBenchmark,
     args: &BenchArgs,
-    json: Option<File>,
+    mut signals: Signals,
+    json: Option<ResultFile>,
 ) -> anyhow::Result<ExitKind> {
     let strategy = bench.strategy;
     let commands = LockCommands::load(strategy, &bench.redis).await?;
@@ -44,16 +48,24 @@ pub(super) async fn run(
     let lock = Arc::new(Lock::open(strategy, bench.redis.url()).await?);
     let mut ours = vec![];
     let mut ceilings = [vec![], vec![]];
-    pairs_a_second(&lock, WARM_UP).await?;
-    for number in 1..=rounds {
-        progress(&format!("round {number} of {rounds}: lv3/{strategy}"));
-        ours.push(pairs_a_second(&lock, duration).await?);
-        for (shape, rates) in SHAPES.into_iter().zip(&mut ceilings) {
-            progress(&format!("round {number} of {rounds}: redis-benchmark"));
-            rates.push(commands.measure(&bench.redis, benchmark, shape).await?);
-        }
-    }
+    let ended = signals
+        .or_end(async {
+            pairs_a_second(&lock, WARM_UP).await?;
+            for number in 1..=rounds {
+                progress(&format!("round {number} of {rounds}: lv3/{strategy}"));
+                ours.push(pairs_a_second(&lock, duration).await?);
+                for (shape, rates) in SHAPES.into_iter().zip(&mut ceilings) {
+                    progress(&format!("round {number} of {rounds}: redis-benchmark"));
+                    rates.push(commands.measure(&bench.redis, benchmark, shape).await?);
+                }
+            }
+            Ok(())
+        })
+        .await;
     progress("");
+    // A round without those that it is compared with is left out.
+    let rounds = Rounds::of(rounds, ceilings[1].len(), ended)?;
+    ours.truncate(rounds.measured);
 
     let [many, one] = SHAPES;
     let result = UncontendedLock {
@@ -62,8 +74,8 @@ pub(super) async fn run(
         redis_benchmark_on_one_connection: ceiling(one, &ours, &ceilings[1])?,
         pairs_a_second: MedianRange::of(ours).context("there was no round")?,
     };
-    print(strategy, &result, rounds);
-    bench.finish(Some(CLIENTS), result, vec![], json)
+    print(strategy, &result, rounds.measured);
+    bench.finish(Some(CLIENTS), result, rounds, vec![], json)
 }
 
 fn ceiling((connections, pipeline): (u32, u32), ours: &[f64], rates: &[Rates]) -> anyhow::Result<LockCeiling> {
@@ -106,7 +118,7 @@ async fn pairs_a_second(lock: &Arc<Lock>, duration: Duration) -> anyhow::Result<
     Ok(pairs as f64 / began.elapsed().as_secs_f64())
 }
 
-fn print(strategy: &str, result: &UncontendedLock, rounds: u32) {
+fn print(strategy: &str, result: &UncontendedLock, rounds: usize) {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header([
         &format!("lv3/{strategy}, {CLIENTS} clients, a lock for each"),

@@ -12,6 +12,7 @@ use std::{
 use tokio::time::timeout;
 
 use super::{Kafka, Server, wire_protocol::Connection};
+use crate::print;
 
 /// Time limit for deleting topics, for a broker that hangs or is gone.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,7 +78,9 @@ impl Drop for Prefix {
             })
         });
         if self.wait && !deleting.join().unwrap_or(false) {
-            eprintln!("the topics under {self} could not be deleted; a run after a day tries again");
+            print::notice(format_args!(
+                "the topics under {self} could not be deleted; a run after a day tries again"
+            ));
         }
     }
 }

@@ -21,6 +21,7 @@ use sqlx::{
 use tokio::time::timeout;
 
 use super::{Postgres, Server};
+use crate::print;
 
 /// Time limit until the connections to a template have closed after its migration.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -205,7 +206,10 @@ impl Drop for Database {
             })
         });
         if self.wait && !dropping.join().unwrap_or(false) {
-            eprintln!("database {} could not be dropped; the next run tries again", self.name);
+            print::notice(format_args!(
+                "database {} could not be dropped; the next run tries again",
+                self.name
+            ));
         }
     }
 }

@@ -17,6 +17,7 @@ use super::{
     Redis, Server,
     resp::{Connection, Place, Reply},
 };
+use crate::print;
 
 /// Time limit for deleting keys, for a server that hangs or is gone.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,7 +80,9 @@ impl Drop for Prefix {
             })
         });
         if self.wait && !deleting.join().unwrap_or(false) {
-            eprintln!("the keys under {self} could not be deleted; the next run tries again");
+            print::notice(format_args!(
+                "the keys under {self} could not be deleted; the next run tries again"
+            ));
         }
     }
 }
