@@ -82,7 +82,7 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     let json = args.json.as_deref().map(ResultFile::open).transpose()?;
     let mut signals = Signals::listen()?;
     let mut rounds: Vec<Vec<JudgedRound>> = selected.iter().map(|_| vec![]).collect();
-    let ended = signals.or_end(run_rounds(args, metadata, &selected, &mut rounds)).await;
+    let ended = signals.or_end(run_rounds(args, &selected, metadata, &mut rounds)).await;
     let counts: Vec<usize> = rounds.iter().map(Vec::len).collect();
 
     let (strategies, exits): (Vec<StrategyResult>, Vec<ExitKind>) = rounds
@@ -112,18 +112,16 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     Ok(exits.into_iter().max().unwrap_or(ExitKind::AsPromised))
 }
 
-/// Runs all rounds of all strategies. `rounds` has those of each strategy, also after an error. Returns the metadata with
-/// what they ran on.
+/// Runs all rounds of all strategies. `rounds` has those of each strategy, also after an error. Returns the metadata with what they ran on.
 async fn run_rounds(
     args: &RushArgs,
-    metadata: RunMetadata,
     selected: &[SelectedStrategy],
+    metadata: RunMetadata,
     rounds: &mut [Vec<JudgedRound>],
 ) -> anyhow::Result<RunMetadata> {
     let needs = selected.iter().flat_map(|it| it.strategy.needs).copied();
     let services = Services::find(Durability::Durable, &needs.collect::<Vec<Service>>()).await?;
     let metadata = metadata.with_services(&services)?;
-
     println!(
         "{} buyers, {} tickets, {} instance{}",
         args.buyers,
