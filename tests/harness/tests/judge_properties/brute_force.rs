@@ -230,9 +230,7 @@ fn invented(history: &History) -> bool {
             .filter(|request| own_id(request) == Some(row.reservation));
         let of_another = of_another.any(|request| !asks_for(request, row));
         let mut asked = history.requests.iter().filter(|request| asks_for(request, row));
-        let rightly = asked.any(|request| {
-            !only_no(request) || ((accepted(request) || ran_out(request)) && !live(row))
-        });
+        let rightly = asked.any(|request| !only_no(request) || ((accepted(request) || ran_out(request)) && !live(row)));
         of_another || !rightly
     })
 }

@@ -60,6 +60,8 @@ pub(crate) fn asks() -> impl Strategy<Value = Vec<GeneratedRequest>> {
 /// Serves the requests: decides them one at a time, each at a moment between sent and answered.
 pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
     let mut rows: Vec<Row> = vec![];
+    // The orders that were declined before they held a ticket.
+    let mut declined: Vec<(String, BuyerId, Uuid)> = vec![];
     let mut answers: Vec<(usize, Answer)> = vec![];
     let mut order: Vec<usize> = (0..asks.len()).collect();
     order.sort_by_key(|&number| asks[number].sent_us + asks[number].until_decided_us);
@@ -90,9 +92,15 @@ pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
             reservation,
             ending: Some(ending(ended_us, refused)),
         };
+        let of_declined = declined.iter().find(|(declined, ..)| *declined == key).cloned();
         let answer = match (of_key, of_buyer, ask.fate) {
             (_, _, 0) => Answer::Refused(RateLimited),
             (_, _, 1) => Answer::Indeterminate,
+            (_, _, fate) if of_declined.is_some() => match (of_declined, fate) {
+                (Some((_, buyer, _)), _) if buyer != ask.buyer => Answer::Refused(KeyOfAnotherBuyer),
+                (Some((_, _, order)), 4..) => accepted(order, Some(Declined)),
+                _ => Answer::Indeterminate,
+            },
             (Some(row), _, _) if row.buyer != ask.buyer => Answer::Refused(KeyOfAnotherBuyer),
             (Some(row), _, fate) => match (fate, row.status) {
                 (2..4, _) => Answer::Indeterminate,
@@ -115,8 +123,11 @@ pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
             }
             (None, None, 4..8) => accepted(sold(Status::Confirmed), None),
             (None, None, 8) => accepted(sold(Status::Released), Some(Declined)),
-            // Declined before it held a ticket.
-            (None, None, 9) => accepted(id(100 + u8::try_from(number).expect("few requests")), Some(Declined)),
+            (None, None, 9) => {
+                let order = id(100 + u8::try_from(number).expect("few requests"));
+                declined.push((key, ask.buyer, order));
+                accepted(order, Some(Declined))
+            }
             (None, None, _) => Answer::Confirmed {
                 reservation: sold(Status::Confirmed),
             },
