@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use harness::{
     backends,
     proxy::{Fault, Proxy},
+    test_server::TestServer,
     until,
 };
 use lv4_kafka::pipeline::OutboxReader;
@@ -61,10 +62,30 @@ async fn the_listener_reconnects_while_new_clients_arrive() {
     stop.cancel();
 }
 
+/// Reconnects as an `EventSource` does that has received the event `accepted`. Returns once the
+/// stream is open.
+async fn reconnect(server: &TestServer, order: Uuid) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
+    let request = format!(
+        "GET /api/reservations/{order}/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\nLast-Event-ID: 0\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut seen = String::new();
+    let reading = async {
+        while !seen.contains("retry: ") {
+            seen.push(stream.read_u8().await.unwrap().into());
+        }
+    };
+    timeout(TIMEOUT, reading).await.expect("the stream is open");
+    assert!(seen.starts_with("HTTP/1.1 200"), "{seen}");
+    stream
+}
+
 /// This instance cannot read the outcome. It must disconnect its clients, so that they reconnect to
-/// another instance.
+/// another instance. One that comes back to it waits: an `EventSource` gives up for good after any
+/// answer but 200.
 #[tokio::test]
-async fn event_clients_are_disconnected_when_the_database_cannot_be_read() {
+async fn event_clients_are_disconnected_when_the_database_cannot_be_read_and_wait_if_they_come_back() {
     let fixture = Fixture::new("single-writer").await;
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
@@ -83,11 +104,17 @@ async fn event_clients_are_disconnected_when_the_database_cannot_be_read() {
         .unwrap();
     assert!(proxy.has_struck(), "the fault did not strike");
     assert!(!received.contains("event:"), "{received}");
+    let mut returned = reconnect(&cut_off, orders[0]).await;
     let decider = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
 
     fixture.assert_outcome(&acceptor, &orders, Kept).await;
     proxy.inject(Fault::None);
+    timeout(TIMEOUT, returned.read_to_string(&mut received))
+        .await
+        .expect("the outcome is delivered")
+        .unwrap();
+    assert!(received.contains("event: confirmed"), "{received}");
     acceptor.stop().await.unwrap();
     cut_off.stop().await.unwrap();
     decider.stop().await.unwrap();

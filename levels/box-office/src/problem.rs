@@ -312,6 +312,11 @@ impl Problem {
         }
     }
 
+    /// Whether the same request may succeed later: a backend is unavailable or overloaded (503).
+    pub(crate) fn is_temporary(&self) -> bool {
+        self.kind.status() == StatusCode::SERVICE_UNAVAILABLE
+    }
+
     /// The body of the response.
     pub(crate) fn body(&self, request_id: &str) -> api::Problem {
         api::Problem {

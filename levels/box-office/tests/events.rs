@@ -10,7 +10,11 @@ use box_office::{
     Event, Guarantee, Level, Opening, Order, Outcome, Promises, Reservation, Reserve, ReserveError, Server, Steps,
     Strategy, StrategyContext, api,
 };
-use harness::{backends::Database, until};
+use harness::{
+    backends::{self, Database},
+    proxy::{Fault, Proxy},
+    until,
+};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio::{
@@ -203,6 +207,13 @@ async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
     within("the shutdown", stream.read_to_string(&mut text))
         .await
         .expect("text");
+    let retry_ms: u64 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("retry: "))
+        .expect("the delay before a reconnect")
+        .parse()
+        .expect("milliseconds");
+    assert!((1000..2000).contains(&retry_ms), "{retry_ms}");
     let (head, told) = parsed(&text);
     let first = (
         "0".to_owned(),
@@ -226,6 +237,93 @@ async fn the_events_of_an_order_end_with_its_final_state_and_miss_nothing() {
     }
     let over = stream_text(&server, &location, "Last-Event-ID: 7\r\n").await;
     assert!(over.starts_with("HTTP/1.1 204"), "{over}");
+}
+
+/// A server whose connections to its database can be cut.
+async fn behind_a_proxy(database: &Database) -> (Server, Proxy) {
+    let postgres = backends::postgres().await.expect("a Postgres");
+    let proxy = Proxy::before(postgres.report().address.clone()).await.expect("a port");
+    let settings = on(&proxy.url_through(&database.url()));
+    let server = Server::start(&ASYNCHRONOUS, &ASYNCHRONOUS.strategies[0], &settings);
+    (server.await.expect("it starts"), proxy)
+}
+
+/// Reads the stream until it contains this text.
+async fn read_until(stream: &mut TcpStream, text: &mut String, expected: &str) {
+    let reading = async {
+        while !text.contains(expected) {
+            text.push(stream.read_u8().await.expect("a byte").into());
+        }
+    };
+    within(expected, reading).await;
+}
+
+/// An `EventSource` reconnects after a stream has ended, and gives up for good after any status but
+/// 200.
+#[tokio::test]
+async fn a_browser_that_follows_an_order_gets_its_outcome_although_the_database_was_away() {
+    let database = database().await;
+    let (server, proxy) = behind_a_proxy(&database).await;
+    let pool = database.pool(1).await.expect("a pool");
+    let (id, location) = accepted(&server).await;
+    let mut stream = follow(&server, &location, "").await;
+    let mut text = String::new();
+    read_until(&mut stream, &mut text, "event: accepted").await;
+    proxy.inject(Fault::CloseAll);
+    within("the end of the stream", stream.read_to_string(&mut text))
+        .await
+        .expect("text");
+    assert!(proxy.has_struck(), "the fault did not strike");
+
+    let mut streams = vec![];
+    for last in ["Last-Event-ID: 0\r\n", ""] {
+        let mut stream = follow(&server, &location, last).await;
+        let mut text = String::new();
+        read_until(&mut stream, &mut text, "retry: ").await;
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        streams.push((stream, text));
+    }
+    // They stay open.
+    let (first, _) = &mut streams[0];
+    let ended = tokio::time::timeout(Duration::from_secs(3), first.read_to_string(&mut text));
+    assert!(ended.await.is_err(), "{text}");
+    let seen_the_last = "Last-Event-ID: 7\r\n";
+    let over = stream_text(&server, &location, seen_the_last).await;
+    assert!(over.starts_with("HTTP/1.1 200"), "{over}");
+
+    proxy.inject(Fault::None);
+    decide(&pool, id, "mine").await;
+    let mut told = vec![];
+    for (mut stream, mut text) in streams {
+        within("the end of the stream", stream.read_to_string(&mut text))
+            .await
+            .expect("text");
+        told.push(parsed(&text).1);
+    }
+    let names = |told: &[(String, String, Value)]| told.iter().map(|(_, name, _)| name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&told[0]), ["confirmed"]);
+    assert_eq!(names(&told[1]), ["accepted", "confirmed"]);
+    let over = stream_text(&server, &location, seen_the_last).await;
+    assert!(over.starts_with("HTTP/1.1 204"), "{over}");
+    server.shut_down().await.expect("nothing is aborted");
+}
+
+/// The id may be unknown: the client asks again until the database can be read.
+#[tokio::test]
+async fn a_browser_that_follows_another_reservation_reconnects_until_the_database_is_there() {
+    let database = database().await;
+    let (server, proxy) = behind_a_proxy(&database).await;
+    let location = format!("/api/reservations/{}", Uuid::new_v4());
+    proxy.inject(Fault::CloseAll);
+    let text = within("the end of the stream", stream_text(&server, &location, "")).await;
+    assert!(proxy.has_struck(), "the fault did not strike");
+    assert!(text.starts_with("HTTP/1.1 200") && text.contains("\nretry: "), "{text}");
+    assert_eq!(parsed(&text).1, []);
+
+    proxy.inject(Fault::None);
+    let text = stream_text(&server, &location, "").await;
+    assert!(text.starts_with("HTTP/1.1 404"), "{text}");
+    server.shut_down().await.expect("nothing is aborted");
 }
 
 /// An `EventSource` that receives 204 never reconnects.
