@@ -2,10 +2,15 @@
 
 use box_office::SaleId;
 use harness::{assert_failure_mode, backends, rush::SALE, until};
-use lv4_kafka::pipeline::{Ids, OrderMessage, PARTITIONS, list_dead_letters, orders_topic, replay, replay_all};
+use lv4_kafka::pipeline::{
+    DeadLetter, Ids, OrderMessage, PARTITIONS, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all,
+    skip,
+};
 use rdkafka::{
     ClientConfig,
+    admin::{AdminOptions, AlterConfig, ResourceSpecifier},
     error::RDKafkaErrorCode,
+    message::{Header, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
 use rstest::rstest;
@@ -15,6 +20,180 @@ use crate::fixture::{
     Expected::{self, Breaks, Kept},
     Fixture, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, metric, order,
 };
+
+async fn list(fixture: &Fixture) -> Vec<DeadLetter> {
+    let kafka = fixture.kafka();
+    let listing = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT));
+    listing.await.unwrap().unwrap()
+}
+
+fn origins(dead_letters: &[DeadLetter]) -> Vec<&str> {
+    dead_letters.iter().map(|dead_letter| &*dead_letter.origin).collect()
+}
+
+/// A record as any client of the broker can write it.
+struct Foreign<'a> {
+    topic: &'a str,
+    partition: i32,
+    key: Option<&'a [u8]>,
+    payload: Option<&'a [u8]>,
+    headers: &'a [(&'a str, &'a [u8])],
+}
+
+impl Foreign<'_> {
+    async fn write(&self, fixture: &Fixture) {
+        let sender: FutureProducer = ClientConfig::new()
+            .set("bootstrap.servers", &fixture.kafka().bootstrap_servers)
+            .create()
+            .unwrap();
+        let headers = self.headers.iter().fold(OwnedHeaders::new(), |all, &(key, value)| {
+            all.insert(Header {
+                key,
+                value: Some(value),
+            })
+        });
+        let mut record = FutureRecord::to(self.topic).partition(self.partition).headers(headers);
+        record.key = self.key;
+        record.payload = self.payload;
+        sender.send(record, TIMEOUT).await.unwrap();
+    }
+}
+
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
+    let huge = [b'9'; 50_000];
+    let attempts: [(&[(&str, &[u8])], u32); 7] = [
+        (&[("attempts", b"4294967295")], u32::MAX),
+        (&[("attempts", b"4294967294")], u32::MAX),
+        (&[("attempts", &huge)], u32::MAX),
+        (&[("attempts", b"\xff\xfe")], 1),
+        (&[("attempts", b"-3")], 1),
+        (&[("attempts", b"2"), ("attempts", b"7")], 3),
+        (
+            &[
+                ("", b""),
+                ("reason", b"\x1b[2J"),
+                ("replayed", b"true"),
+                ("origin-offset", b"0"),
+            ],
+            1,
+        ),
+    ];
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(5).await;
+    let topic = orders_topic(&fixture.kafka());
+    for partition in 0..PARTITIONS {
+        for (headers, _) in attempts {
+            let record = Foreign {
+                topic: &topic,
+                partition,
+                key: Some(b"\x00\xff not text"),
+                payload: None,
+                headers,
+            };
+            record.write(&fixture).await;
+        }
+    }
+    let orders = fixture.accept_all(&acceptor, 1..=4).await;
+    let decider = fixture.start_instance(&[]).await;
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+
+    let dead_letters = list(&fixture).await;
+    assert_eq!(dead_letters.len(), PARTITIONS as usize * attempts.len());
+    for (offset, (headers, expected)) in attempts.iter().enumerate() {
+        let of = format!("{topic}/0/{offset}");
+        let dead_letter = dead_letters
+            .iter()
+            .find(|dead_letter| dead_letter.origin == of)
+            .unwrap();
+        assert_eq!(dead_letter.attempts, *expected, "{:?}", headers[0].0);
+        assert!(dead_letter.reason.starts_with("not an order"), "{}", dead_letter.reason);
+    }
+    // Their replay counts no further.
+    assert_eq!(
+        replay_all(&fixture.kafka(), TIMEOUT).await.unwrap().replayed,
+        dead_letters.len()
+    );
+    fixture.wait_until_processed().await;
+    let most = list(&fixture)
+        .await
+        .into_iter()
+        .map(|dead_letter| dead_letter.attempts)
+        .max();
+    assert_eq!(most, Some(u32::MAX));
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
+/// Another program has written to the dead-letter topic.
+#[tokio::test]
+async fn foreign_records_are_replayed_and_skipped_one_by_one_and_never_twice() {
+    const LARGE: usize = 2_000;
+    let fixture = Fixture::new("single-writer").await;
+    let acceptor = fixture.start_acceptor(1).await;
+    let (kafka, large) = (fixture.kafka(), [b'x'; LARGE]);
+    let (orders, dead) = (orders_topic(&kafka), dead_letter_topic(&kafka));
+    let sent = async || -> i64 { fixture.offsets().await.values().map(|(_, end)| end).sum() };
+    let payloads: [Option<&[u8]>; 6] = [
+        Some(b"first"),
+        Some(&large),
+        None,
+        Some(b"last"),
+        Some(b""),
+        Some(&[b'y'; 70_000]),
+    ];
+    for payload in payloads {
+        let record = Foreign {
+            topic: &dead,
+            partition: 0,
+            key: None,
+            payload,
+            headers: &[],
+        };
+        record.write(&fixture).await;
+    }
+    let place = |offset| format!("{dead}/0/{offset}");
+    assert_eq!(origins(&list(&fixture).await), [0, 1, 2, 3, 4, 5].map(place));
+    skip(&kafka, &place(4), TIMEOUT).await.unwrap();
+    skip(&kafka, &place(4), TIMEOUT).await.unwrap_err();
+    replay(&kafka, &place(3), TIMEOUT).await.unwrap();
+    replay(&kafka, &place(3), TIMEOUT).await.unwrap_err();
+    assert_eq!(sent().await, 1);
+
+    // One is rejected. It stops no other.
+    let limit = async |bytes: &str| {
+        let change = AlterConfig::new(ResourceSpecifier::Topic(&orders)).set("max.message.bytes", bytes);
+        let changed = fixture.admin().alter_configs([&change], &AdminOptions::new()).await;
+        changed.unwrap().remove(0).unwrap();
+    };
+    limit("1000").await;
+    until("the topic rejects large messages", async || {
+        fixture.produce(0, &[&large]).await.is_err()
+    })
+    .await;
+    let before = sent().await;
+    let report = replay_all(&kafka, TIMEOUT).await.unwrap();
+    assert_eq!((report.replayed, report.not_tried), (2, 0), "{report:?}");
+    assert_eq!(report.too_large, [place(5)]);
+    assert_eq!(report.failed.len(), 1, "{report:?}");
+    assert_eq!(report.failed[0].0, place(1));
+    for _ in 0..2 {
+        assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap().replayed, 0);
+    }
+    assert_eq!(sent().await, before + 2, "what was sent is not sent again");
+    limit("65536").await;
+    until("the topic accepts them again", async || {
+        replay_all(&kafka, TIMEOUT).await.unwrap().replayed == 1
+    })
+    .await;
+    assert_eq!(origins(&list(&fixture).await), [place(5)]);
+    assert_eq!(sent().await, before + 3, "what was sent is not sent again");
+    acceptor.stop().await.unwrap();
+}
 
 /// A compressed message may be larger, uncompressed, than the dead-letter topic accepts.
 #[rstest]
@@ -41,15 +220,13 @@ async fn poison_larger_than_the_topic_accepts_is_truncated_and_the_partition_con
     fixture.wait_until_processed().await;
     fixture.assert_outcome(&decider, &orders, Kept).await;
 
-    let kafka = fixture.kafka();
-    let dead_letters = tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT));
-    let dead_letters = dead_letters.await.unwrap().unwrap();
+    let dead_letters = list(&fixture).await;
     assert_eq!(dead_letters.len(), PARTITIONS as usize);
     // They do not block the replay of smaller ones.
     fixture.produce(0, &[b"not an order, and small"]).await.unwrap();
     fixture.wait_until_processed().await;
     let kafka = fixture.kafka();
-    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap(), 1);
+    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap().replayed, 1);
     let refused = replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap_err();
     assert!(
         refused.to_string().contains("larger than the orders topic accepts"),
@@ -118,13 +295,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
         }
     }
     let decider = fixture.start_instance(&[]).await;
-    let list = async || {
-        let kafka = fixture.kafka();
-        tokio::task::spawn_blocking(move || list_dead_letters(&kafka, TIMEOUT))
-            .await
-            .unwrap()
-            .unwrap()
-    };
+    let list = async || list(&fixture).await;
     if name == "mutants/endless-retry" {
         until("the other partitions are decided", async || {
             let offsets = fixture.offsets().await;
@@ -181,7 +352,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
     // One more dead letter, and two tombstones.
     assert_eq!(fixture.dead_letter_topic_size().await, 9);
     // All at once: each is dead-lettered again.
-    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap(), 5);
+    assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap().replayed, 5);
     fixture.wait_until_processed().await;
     let left = list().await;
     assert_eq!(

@@ -30,6 +30,11 @@ impl Ids {
         Ok(Self { key })
     }
 
+    #[cfg(test)]
+    pub(super) fn with_key(key: Vec<u8>) -> Self {
+        Self { key }
+    }
+
     // ANCHOR: id
     /// Derives the id of an order, from nothing but its sale, buyer and request key.
     pub fn for_order(&self, order: &Order) -> Uuid {

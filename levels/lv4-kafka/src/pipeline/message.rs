@@ -3,18 +3,15 @@
 use box_office::{BuyerId, Order, RequestKey, SaleId};
 use rdkafka::{
     Message as _,
-    message::{BorrowedMessage, Headers, OwnedMessage},
+    message::{BorrowedMessage, OwnedMessage},
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Ids;
+use super::{Ids, headers::attempts};
 
 /// The version of the message format that this level writes and reads.
 const VERSION: u32 = 1;
-
-/// The header with the number of earlier attempts. A replayed dead letter carries it.
-pub(super) const ATTEMPTS: &str = "attempts";
 
 /// The payload of a message: an order as JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -122,15 +119,77 @@ impl ConsumedMessage {
 
     /// The number of attempts before this one.
     pub(super) fn attempts(&self) -> u32 {
-        attempts(&self.raw)
+        attempts(self.raw.headers())
     }
 }
 
-/// The value of the header [`ATTEMPTS`]; 0 without one.
-pub(super) fn attempts(message: &OwnedMessage) -> u32 {
-    let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-    headers
-        .filter(|header| header.key == ATTEMPTS)
-        .find_map(|header| str::from_utf8(header.value?).ok()?.parse().ok())
-        .unwrap_or(0)
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+    use rdkafka::{
+        Timestamp,
+        message::{Header, OwnedHeaders},
+    };
+
+    use super::*;
+
+    fn consumed(payload: Option<Vec<u8>>, key: Option<Vec<u8>>, attempts: &[Vec<u8>]) -> ConsumedMessage {
+        let headers = attempts.iter().fold(OwnedHeaders::new(), |all, value| {
+            all.insert(Header {
+                key: super::super::headers::ATTEMPTS,
+                value: Some(value),
+            })
+        });
+        let (topic, partition, offset) = ("orders".to_owned(), 0, 0);
+        ConsumedMessage {
+            partition,
+            offset,
+            raw: OwnedMessage::new(
+                payload,
+                key,
+                topic,
+                Timestamp::NotAvailable,
+                partition,
+                offset,
+                Some(headers),
+            ),
+        }
+    }
+
+    fn order_message(ids: &Ids) -> OrderMessage {
+        let order = Order {
+            sale: 1,
+            buyer: 2,
+            key: RequestKey::try_from("a".to_owned()).expect("a key"),
+        };
+        OrderMessage::new(ids.for_order(&order), &order)
+    }
+
+    proptest! {
+        /// Whatever a client of the broker has written is an order that was accepted, or poison.
+        #[test]
+        fn no_message_is_too_strange(
+            noise in prop::option::of(vec(any::<u8>(), 0..60)),
+            (at, overwrite) in (any::<prop::sample::Index>(), vec(any::<u8>(), 0..4)),
+            key in prop::option::of(vec(any::<u8>(), 0..10)),
+            attempts in vec(prop_oneof![
+                any::<u64>().prop_map(|number| number.to_string().into_bytes()), vec(any::<u8>(), 0..20)
+            ], 0..3),
+        ) {
+            let ids = Ids::with_key(vec![7; 32]);
+            let whole = order_message(&ids);
+            let mut damaged = whole.to_bytes();
+            let at = at.index(damaged.len());
+            let until = damaged.len().min(at + overwrite.len());
+            damaged.splice(at..until, overwrite);
+            for payload in [noise, Some(damaged)] {
+                let message = consumed(payload, key.clone(), &attempts);
+                let _ = message.attempts();
+                match message.order(&ids) {
+                    Ok(order) => prop_assert_eq!(order.to_bytes(), whole.to_bytes()),
+                    Err(poison) => prop_assert!(!poison.to_string().is_empty()),
+                }
+            }
+        }
+    }
 }

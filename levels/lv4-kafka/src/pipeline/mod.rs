@@ -10,7 +10,8 @@
 //!
 //! **Process**: message to rows.
 //! 5. `consumer.rs` polls a batch from its partitions; `rebalance.rs` tracks which ones it owns.
-//! 6. `message.rs` validates each message; `dead_letters.rs` takes the poison messages.
+//! 6. `message.rs` validates each message; `dead_letters.rs` takes the poison messages. What a
+//!    message carries in its headers (`headers.rs`) is untrusted.
 //! 7. The strategy decides the orders. It writes the rows and appends the events to the outbox in
 //!    one transaction.
 //! 8. `consumer.rs` commits the offset after the transaction. After a fault it waits (`backoff.rs`)
@@ -18,7 +19,7 @@
 //!
 //! **Observe**: stored state to the buyer and the operator.
 //! 9. `outbox.rs` reads the outbox and delivers events to the clients that wait for them.
-//! 10. `dead_letters.rs` lists dead letters and replays them.
+//! 10. `replay.rs` lists dead letters, and replays or skips them.
 //! 11. `lag.rs` reports the consumer lag.
 //!
 //! A strategy determines the message key, how orders are decided, in which transaction, and when
@@ -30,12 +31,14 @@
 mod backoff;
 mod consumer;
 mod dead_letters;
+mod headers;
 mod ids;
 mod lag;
 mod message;
 mod outbox;
 mod producer;
 mod rebalance;
+mod replay;
 mod topics;
 
 use std::{
@@ -58,12 +61,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use backoff::Backoff;
 pub use consumer::{OrderConsumer, consumer_config};
-pub use dead_letters::{DeadLetter, DeadLetters, list_dead_letters, replay, replay_all};
+pub use dead_letters::DeadLetters;
 pub use ids::Ids;
 pub use lag::lag;
 pub use message::{ConsumedMessage, OrderMessage, PoisonMessage};
 pub use outbox::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
 pub use producer::{Undelivered, producer};
+pub use replay::{DeadLetter, Replayed, list_dead_letters, replay, replay_all, skip};
 pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, orders_topic};
 
 /// The timeout of a metadata request of a readiness check.
