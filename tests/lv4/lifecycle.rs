@@ -40,7 +40,7 @@ async fn graceful_shutdown_finishes_the_orders_in_flight(#[case] name: &str) {
 async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
     let fixture = Fixture::new("single-writer").await;
     let context = StrategyContext {
-        database: fixture.stand.database().pool(2).await.unwrap(),
+        database: fixture.stand.database().pool(2).await.unwrap().into(),
         work: Duration::ZERO,
         metrics: StrategyMetrics::default(),
         redis: None,

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use box_office::Database;
 use harness::{
     backends,
     proxy::{Fault, Proxy},
@@ -26,7 +27,7 @@ use crate::fixture::{
 #[tokio::test]
 async fn the_listener_reconnects_while_new_clients_arrive() {
     let fixture = Fixture::new("single-writer").await;
-    let pool = fixture.stand.database().pool(2).await.unwrap();
+    let pool = fixture.stand.database().pool(2).await.unwrap().into();
     let stop = tokio_util::sync::CancellationToken::new();
     let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let listening = async || -> Option<i32> {
@@ -58,6 +59,35 @@ async fn the_listener_reconnects_while_new_clients_arrive() {
     })
     .await;
     coming.shutdown().await;
+    stop.cancel();
+}
+
+/// No bytes pass on the listening connection any more, and nobody closes it.
+#[tokio::test]
+async fn a_listener_whose_connection_fell_silent_is_replaced() {
+    let fixture = Fixture::new("single-writer").await;
+    let postgres = backends::postgres().await.unwrap();
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let url = proxy.url_through(&fixture.stand.database().url());
+    let stop = tokio_util::sync::CancellationToken::new();
+    let database = Database::lazy(url.parse().unwrap(), 1);
+    let _events = OutboxReader::open(&database, stop.clone()).await.unwrap();
+    let listening = async || -> Vec<i32> {
+        sqlx::query_scalar(
+            "select pid from pg_stat_activity where datname = current_database() and query ilike 'listen%'",
+        )
+        .fetch_all(&fixture.pool)
+        .await
+        .unwrap()
+    };
+    let first = listening().await;
+    assert_eq!(first.len(), 1, "a connection listens");
+    assert_eq!(proxy.silence_open_connections().await, 1, "the fault did not strike");
+    until("another connection listens, and the silent one is closed", async || {
+        let now = listening().await;
+        now.len() == 1 && now != first
+    })
+    .await;
     stop.cancel();
 }
 

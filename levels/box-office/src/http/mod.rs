@@ -16,13 +16,12 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
-use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    AdminToken, Instrumentation, Limits, Reserve,
+    AdminToken, Database, Instrumentation, Limits, Reserve,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
 };
@@ -30,7 +29,7 @@ use crate::{
 /// The state of a server, shared by all handlers.
 pub(crate) struct App {
     pub(crate) strategy: Box<dyn Reserve>,
-    pub(crate) database: PgPool,
+    pub(crate) database: Database,
     pub(crate) metrics: Metrics,
     pub(crate) instrumentation: Instrumentation,
     /// The tasks of reservations in flight. They outlive their connections, so that a client that

@@ -50,7 +50,7 @@ impl ScheduleRunner {
         let database = environment.database();
         let holders = Holders::default();
         let context = StrategyContext {
-            database: holders.pool(database.url().parse()?, CONNECTIONS).await?,
+            database: holders.pool(database.url().parse()?, CONNECTIONS).await?.into(),
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
             redis: environment.redis(LEASE)?,
