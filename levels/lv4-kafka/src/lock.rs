@@ -18,7 +18,7 @@ use redis::{
     Client, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 /// The timeout of a Redis command and of a connection attempt.
@@ -139,10 +139,12 @@ impl LockClient {
         if !why.is_timeout() {
             return;
         }
-        let Ok(mut new) = ConnectionManager::new_with_config(self.client.clone(), self.config.clone()).await else {
-            return;
+        let answering = async {
+            let mut new = ConnectionManager::new_with_config(self.client.clone(), self.config.clone()).await?;
+            redis::Cmd::ping().exec_async(&mut new).await?;
+            RedisResult::Ok(new)
         };
-        if redis::Cmd::ping().exec_async(&mut new).await.is_ok() {
+        if let Ok(Ok(new)) = timeout(2 * COMMAND_TIMEOUT, answering).await {
             tracing::warn!("the connection to Redis fell silent and is replaced");
             *self.redis.lock().unwrap_or_else(PoisonError::into_inner) = new;
         }

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use super::DATABASE_TIMEOUTS;
 use crate::{DatabaseUrl, Schema, StartError};
 
-/// The timeout of the first connection and of the checks on it.
+/// The timeout of the first connection, and of the checks that follow.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The timeout of all migrations, including the wait for another instance that runs them.
@@ -34,13 +34,14 @@ pub(crate) async fn prepare(
     schema: Schema,
 ) -> Result<(), StartError> {
     let failed = |why: sqlx::Error| unusable(url, &why);
-    let checked = timeout(CONNECT_TIMEOUT, checked_session(connect, url)).await;
-    let mut connection = checked.unwrap_or_else(|_| {
-        Err(StartError::Database {
-            place: url.to_string(),
-            why: format!("no answer within {CONNECT_TIMEOUT:?}; is it a Postgres server?"),
-        })
-    })?;
+    let silent = |_| StartError::Database {
+        place: url.to_string(),
+        why: format!("no answer within {CONNECT_TIMEOUT:?}; is it a Postgres server?"),
+    };
+    let connected = timeout(CONNECT_TIMEOUT, connect.connect()).await;
+    let mut connection = connected.map_err(silent)?.map_err(failed)?;
+    let checked = timeout(CONNECT_TIMEOUT, check_session(&mut connection, connect, url)).await;
+    checked.map_err(silent)??;
     let migrating = async {
         // A migration may take longer than a statement of a reservation.
         let unlimited = sqlx::raw_sql("set lock_timeout = 0; set statement_timeout = 0");
@@ -57,20 +58,19 @@ pub(crate) async fn prepare(
     })
 }
 
-/// Connects, and checks that each session has a server connection of its own, with the timeouts of
-/// this server in force.
-async fn checked_session(connect: &PgConnectOptions, url: &DatabaseUrl) -> Result<PgConnection, StartError> {
+/// Checks that each session has a backend of its own, with the timeouts of this server in force.
+async fn check_session(
+    connection: &mut PgConnection,
+    connect: &PgConnectOptions,
+    url: &DatabaseUrl,
+) -> Result<(), StartError> {
     let failed = |why: sqlx::Error| unusable(url, &why);
     let pooler = |why: String| StartError::Pooler {
         place: url.to_string(),
         why,
     };
-    let mut connection = connect.connect().await.map_err(failed)?;
     for (setting, expected) in DATABASE_TIMEOUTS {
-        let in_force: String = ask(&mut connection, format!("show {setting}"))
-            .await
-            .map_err(failed)?
-            .get(0);
+        let in_force: String = ask(connection, format!("show {setting}")).await.map_err(failed)?.get(0);
         if in_force != expected {
             return Err(pooler(format!("ignores {setting}={expected}, it is {in_force}")));
         }
@@ -79,7 +79,7 @@ async fn checked_session(connect: &PgConnectOptions, url: &DatabaseUrl) -> Resul
     // just used.
     let mut second = connect.connect().await.map_err(failed)?;
     let mut backends = [0; 2];
-    for (backend, session) in backends.iter_mut().zip([&mut connection, &mut second]) {
+    for (backend, session) in backends.iter_mut().zip([connection, &mut second]) {
         let row = ask(session, "select pg_backend_pid()".to_owned())
             .await
             .map_err(failed)?;
@@ -90,8 +90,7 @@ async fn checked_session(connect: &PgConnectOptions, url: &DatabaseUrl) -> Resul
             "shares a backend between sessions (transaction mode)".to_owned(),
         ));
     }
-    second.close().await.map_err(failed)?;
-    Ok(connection)
+    second.close().await.map_err(failed)
 }
 
 /// Sends a simple query. A pooler in transaction mode may break prepared statements.

@@ -31,7 +31,7 @@ const RECONNECT_DELAY: Duration = Duration::from_millis(100);
 const PROBE_AFTER: Duration = Duration::from_secs(2);
 
 /// The timeout of every answer on the listening connection.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The capacity of the queues of new waiters and of notifications.
 const QUEUE_CAPACITY: usize = 1024;
