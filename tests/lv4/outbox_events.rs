@@ -91,6 +91,42 @@ async fn a_listener_whose_connection_fell_silent_is_replaced() {
     stop.cancel();
 }
 
+/// The tables of running servers get a column, as a migration of their next version does it.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn a_new_column_disturbs_neither_consumers_nor_events(#[case] name: &str) {
+    /// More than the pool has connections: each has its own prepared statements.
+    const READS: usize = 8;
+
+    let fixture = Fixture::new(name).await;
+    let server = fixture.start_acceptor(2).await;
+    let decider = fixture.start_instance(&[]).await;
+    let mut orders = fixture.accept_all(&server, 1..=1).await;
+    fixture.wait_until_processed().await;
+    let path = format!("/api/reservations/{}", orders[0]);
+    let read = async || {
+        for _ in 0..READS {
+            assert_eq!(server.get(&path).await.unwrap().status, 200);
+            let received = server.events(orders[0], Some(0)).await.unwrap();
+            assert!(matches!(&received[..], [(_, only)] if only.is_final()), "{received:?}");
+        }
+    };
+    read().await;
+    for table in ["sale", "reservation", "outbox", "partition_offset"] {
+        let altered = sqlx::AssertSqlSafe(format!("alter table {table} add column note text"));
+        sqlx::raw_sql(altered).execute(&fixture.pool).await.unwrap();
+    }
+    read().await;
+    orders.extend(fixture.accept_all(&server, 2..=2).await);
+    fixture.wait_until_processed().await;
+
+    fixture.assert_outcome(&server, &orders, Kept).await;
+    server.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
 /// This instance cannot read the outcome. It must disconnect its clients, so that they reconnect to
 /// another instance.
 #[tokio::test]

@@ -148,6 +148,9 @@ fn an_empty_variable_of_a_backend_counts_as_not_set() {
         let output = command(arguments).env(variable, "").output().unwrap();
         let said = err(&output);
         assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains(&format!("{variable} (--")) && said.contains("is not set"), "{said}");
+        assert!(
+            said.contains(&format!("{variable} (--")) && said.contains("is not set"),
+            "{said}"
+        );
     }
 }
