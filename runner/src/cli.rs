@@ -2,8 +2,8 @@
 
 use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode};
 
-use box_office::{Settings, explain};
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use box_office::{Settings, explain, unset_if_empty};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 use harness::backends::Missing;
 
 #[cfg(feature = "lv4")]
@@ -88,7 +88,9 @@ pub(crate) fn number(
 
 /// Runs the command that this process was started with, and returns its exit code.
 pub fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let command = unset_if_empty(Cli::command());
+    let parsed = command.try_get_matches();
+    let cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(shown) if !shown.use_stderr() => {
             print!("{shown}");

@@ -30,6 +30,55 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
     talk.stop().await.unwrap();
 }
 
+/// No bytes pass on the idle connections of the pool any more, and nobody closes them. Postgres
+/// answers new connections.
+#[rstest]
+#[case::mutex("mutex")]
+#[case::pessimistic("pessimistic")]
+#[case::optimistic("optimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] name: &str) {
+    let strategy = strategy(name);
+    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let postgres = backends::postgres().await.unwrap();
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let behind = program()
+        .variable("DATABASE_URL", proxy.url_through(&stand.database().url()))
+        .variable("WORK_MS", "50");
+    let talk = TestServer::start(&stand, &behind, &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(100).await.unwrap();
+    let ledger = HistoryRecorder::new(strategy);
+    let four_buyers = async |first: i64| {
+        let answers = tokio::join!(
+            ledger.reserve(&talk, first),
+            ledger.reserve(&talk, first + 1),
+            ledger.reserve(&talk, first + 2),
+            ledger.reserve(&talk, first + 3),
+        );
+        for answer in <[Answer; 4]>::from(answers) {
+            assert!(matches!(answer, Answer::Confirmed { .. }), "{answer:?}");
+        }
+    };
+    four_buyers(1).await;
+
+    ledger.record_fault("all open connections fall silent");
+    assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
+    let began = std::time::Instant::now();
+    until("the connections are idle", async || {
+        began.elapsed() > Duration::from_millis(200)
+    })
+    .await;
+    four_buyers(5).await;
+    assert!(
+        proxy.chunks_discarded() > 0,
+        "the fault did not strike: no silent connection was tried"
+    );
+    ledger.record_recovery();
+    talk.stop().await.unwrap();
+    assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
+}
+
 /// Postgres rejects a commit at the last moment. The buyer must not be told that it succeeded, and
 /// gets the ticket on a retry.
 #[rstest]

@@ -253,7 +253,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
     let kafka = fixture.kafka();
     let mut orders = fixture.accept_all(&acceptor, 1..=2).await;
 
-    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
     let of_no_sale = order(LATER, 9);
     let good = OrderMessage::new(ids.for_order(&order(SALE, 3)), &order(SALE, 3)).to_bytes();
     let later = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();

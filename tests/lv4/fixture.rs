@@ -149,7 +149,7 @@ impl Fixture {
     /// What the pipeline of an instance without consumers is opened with.
     pub(crate) async fn context(&self) -> StrategyContext {
         StrategyContext {
-            database: self.stand.database().pool(2).await.unwrap(),
+            database: self.stand.database().pool(2).await.unwrap().into(),
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
             redis: None,

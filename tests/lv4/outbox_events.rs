@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use box_office::Database;
 use harness::{
     backends,
     proxy::{Fault, Proxy},
@@ -27,7 +28,7 @@ use crate::fixture::{
 #[tokio::test]
 async fn the_listener_reconnects_while_new_clients_arrive() {
     let fixture = Fixture::new("single-writer").await;
-    let pool = fixture.stand.database().pool(2).await.unwrap();
+    let pool = fixture.stand.database().pool(2).await.unwrap().into();
     let stop = tokio_util::sync::CancellationToken::new();
     let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let listening = async || -> Option<i32> {
@@ -62,12 +63,77 @@ async fn the_listener_reconnects_while_new_clients_arrive() {
     stop.cancel();
 }
 
+/// No bytes pass on the listening connection any more, and nobody closes it.
+#[tokio::test]
+async fn a_listener_whose_connection_fell_silent_is_replaced() {
+    let fixture = Fixture::new("single-writer").await;
+    let postgres = backends::postgres().await.unwrap();
+    let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
+    let url = proxy.url_through(&fixture.stand.database().url());
+    let stop = tokio_util::sync::CancellationToken::new();
+    let database = Database::lazy(url.parse().unwrap(), 1);
+    let _events = OutboxReader::open(&database, stop.clone()).await.unwrap();
+    let listening = async || -> Vec<i32> {
+        sqlx::query_scalar(
+            "select pid from pg_stat_activity where datname = current_database() and query ilike 'listen%'",
+        )
+        .fetch_all(&fixture.pool)
+        .await
+        .unwrap()
+    };
+    let first = listening().await;
+    assert_eq!(first.len(), 1, "a connection listens");
+    assert_eq!(proxy.silence_open_connections().await, 1, "the fault did not strike");
+    until("another connection listens, and the silent one is closed", async || {
+        let now = listening().await;
+        now.len() == 1 && now != first
+    })
+    .await;
+    stop.cancel();
+}
+
+/// The tables of running servers get a column, as a migration of their next version does it.
+#[rstest]
+#[case::locked("locked")]
+#[case::single_writer("single-writer")]
+#[tokio::test]
+async fn a_new_column_disturbs_neither_consumers_nor_events(#[case] name: &str) {
+    /// More than the pool has connections: each has its own prepared statements.
+    const READS: usize = 8;
+
+    let fixture = Fixture::new(name).await;
+    let server = fixture.start_acceptor(2).await;
+    let decider = fixture.start_instance(&[]).await;
+    let mut orders = fixture.accept_all(&server, 1..=1).await;
+    fixture.wait_until_processed().await;
+    let path = format!("/api/reservations/{}", orders[0]);
+    let read = async || {
+        for _ in 0..READS {
+            assert_eq!(server.get(&path).await.unwrap().status, 200);
+            let received = server.events(orders[0], Some(0)).await.unwrap();
+            assert!(matches!(&received[..], [(_, only)] if only.is_final()), "{received:?}");
+        }
+    };
+    read().await;
+    for table in ["sale", "reservation", "outbox", "partition_offset"] {
+        let altered = sqlx::AssertSqlSafe(format!("alter table {table} add column note text"));
+        sqlx::raw_sql(altered).execute(&fixture.pool).await.unwrap();
+    }
+    read().await;
+    orders.extend(fixture.accept_all(&server, 2..=2).await);
+    fixture.wait_until_processed().await;
+
+    fixture.assert_outcome(&server, &orders, Kept).await;
+    server.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
 /// A notification is lost with its connection, for example. The order is decided after the first
 /// look, so only a later one can find its event.
 #[tokio::test]
 async fn an_event_without_a_notification_is_delivered() {
     let fixture = Fixture::new("single-writer").await;
-    let pool = fixture.stand.database().pool(2).await.unwrap();
+    let pool = fixture.stand.database().pool(2).await.unwrap().into();
     let stop = tokio_util::sync::CancellationToken::new();
     let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let order = Uuid::new_v4();

@@ -105,6 +105,31 @@ async fn a_lock_granted_after_the_timeout_is_released() {
     decider.stop().await.unwrap();
 }
 
+/// No bytes pass on the open connection to Redis any more, and nobody closes it. Redis answers new
+/// connections.
+#[tokio::test]
+async fn a_connection_to_redis_that_fell_silent_is_replaced() {
+    let fixture = Fixture::new("locked").await;
+    let redis = backends::redis().await.unwrap();
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    let acceptor = fixture.start_acceptor(2).await;
+    let proxied_url = proxy.url_through(redis.url());
+    let decider = fixture.start_instance(&[("REDIS_URL", &*proxied_url)]).await;
+    let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
+    fixture.wait_until_processed().await;
+    assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
+    orders.extend(fixture.accept_all(&acceptor, 2..=2).await);
+    fixture.wait_until_processed().await;
+    assert!(
+        proxy.chunks_discarded() > 0,
+        "the fault did not strike: the silent connection was not tried"
+    );
+
+    fixture.assert_outcome(&decider, &orders, Kept).await;
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
 /// The lease has expired before the release, and another owner holds the lock by then.
 #[tokio::test]
 async fn a_late_release_leaves_the_lock_to_its_next_holder() {
@@ -154,7 +179,7 @@ async fn a_consumer_frozen_past_its_lease_sells_a_ticket_again() {
     let of_first = members[&firsts][0];
     let of_second = (0..PARTITIONS).find(|partition| !members[&firsts].contains(partition));
 
-    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
     let [ann, bob] = [1, 2].map(|buyer| {
         let id = ids.for_order(&order(SALE, buyer));
         fixture.ledger.record_accepted(buyer, id);

@@ -1,5 +1,7 @@
 //! A backend or a tool that is missing: how to get it, exit code 3, and never a password.
 
+use std::{net::TcpListener, process::Stdio, thread::sleep, time::Duration};
+
 use rstest::rstest;
 use tempfile::tempdir;
 
@@ -85,5 +87,70 @@ fn dead_letters_where_nobody_answers_are_exit_code_3() {
     let said = err(&output);
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert_eq!(said.trim_end().lines().count(), 1, "{said}");
-    assert!(said.contains("no answer from Kafka at 127.0.0.1:1"), "{said}");
+    assert!(
+        said.contains("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): no answer from Kafka at 127.0.0.1:1"),
+        "{said}"
+    );
+}
+
+/// A URL may name the port of another service. That one accepts the connection, and waits for the
+/// rest of a request of its own protocol.
+#[rstest]
+#[case::doctor(&["doctor"], "DATABASE_URL", "postgres://me:s3cret@ADDRESS/0")]
+#[case::rush(&["rush", "lv1"], "DATABASE_URL", "postgres://me:s3cret@ADDRESS/0")]
+#[case::bench(&["bench", "lv2/pessimistic"], "DATABASE_URL", "postgres://me:s3cret@ADDRESS/0")]
+#[case::trace(&["trace", "lv1"], "DATABASE_URL", "postgres://me:s3cret@ADDRESS/0")]
+#[case::serve(&["serve", "lv1"], "DATABASE_URL", "postgres://me:s3cret@ADDRESS/0")]
+#[case::rush_with_redis(&["rush", "lv3"], "REDIS_URL", "redis://me:s3cret@ADDRESS/0")]
+#[case::rush_with_kafka(&["rush", "lv4"], "KAFKA_BOOTSTRAP_SERVERS", "ADDRESS")]
+#[case::dead_letters(&["dead-letters"], "KAFKA_BOOTSTRAP_SERVERS", "ADDRESS")]
+fn a_backend_that_accepts_and_never_answers_is_named_in_time(
+    #[case] arguments: &[&str],
+    #[case] variable: &str,
+    #[case] url: &str,
+) {
+    /// The deadlines are 5 s to 10 s; the other backends are started as well.
+    const IN_TIME: Duration = Duration::from_secs(60);
+    const INTERVAL: Duration = Duration::from_millis(50);
+
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let mut child = command(arguments)
+        .env(variable, url.replace("ADDRESS", &address))
+        .env("PORT", "0")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut waited = Duration::ZERO;
+    while child.try_wait().unwrap().is_none() {
+        if waited > IN_TIME {
+            child.kill().unwrap();
+            panic!("it hangs: {}", err(&child.wait_with_output().unwrap()));
+        }
+        sleep(INTERVAL);
+        waited += INTERVAL;
+    }
+    let output = child.wait_with_output().unwrap();
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains(variable) && said.contains(&address), "{said}");
+    assert!(!said.contains("s3cret"), "{said}");
+}
+
+/// Compose files and shells have no other way to unset a variable.
+#[test]
+fn an_empty_variable_of_a_backend_counts_as_not_set() {
+    for (arguments, variable) in [
+        (&["serve", "lv1"][..], "DATABASE_URL"),
+        (&["dead-letters"][..], "KAFKA_BOOTSTRAP_SERVERS"),
+    ] {
+        let output = command(arguments).env(variable, "").output().unwrap();
+        let said = err(&output);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(
+            said.contains(&format!("{variable} (--")) && said.contains("is not set"),
+            "{said}"
+        );
+    }
 }

@@ -5,15 +5,12 @@ use std::{future::Future, time::Duration};
 use anyhow::bail;
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use sqlx::{
-    Connection, PgPool, Transaction,
-    migrate::Migrator,
-    postgres::{PgPoolOptions, PgTransaction},
-};
+use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use crate::{
-    Guarantee, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError, Steps, StrategyMetrics, api,
+    Database, Guarantee, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError, Steps, StrategyMetrics,
+    Transaction, api,
 };
 
 /// A strategy: one way to reserve a ticket.
@@ -265,7 +262,7 @@ pub struct Schema {
 #[derive(Clone)]
 pub struct StrategyContext {
     /// The connection pool of the migrated database.
-    pub database: PgPool,
+    pub database: Database,
     /// The simulated work of every reservation inside its critical section: `WORK_MS`.
     pub work: Duration,
     /// The metrics that a strategy records, beside those of the server.
@@ -305,41 +302,13 @@ pub struct RedisConfig {
 }
 
 impl StrategyContext {
-    /// Options of the connection pool, with at most `size` connections.
-    ///
-    /// By default sqlx pings every connection on acquire (`test_before_acquire`), which costs each
-    /// reservation a round trip. Here a connection is pinged only after an idle time of 50 ms or
-    /// more: no restart of Postgres is shorter.
-    pub fn pool_options(size: u32) -> PgPoolOptions {
-        const PING_AFTER_IDLE: Duration = Duration::from_millis(50);
-
-        PgPoolOptions::new()
-            .max_connections(size)
-            .test_before_acquire(false)
-            .before_acquire(|connection, about| {
-                Box::pin(async move {
-                    if about.idle_for >= PING_AFTER_IDLE {
-                        connection.ping().await?;
-                    }
-                    Ok(true)
-                })
-            })
-    }
-
-    /// Begins a transaction. Cancel-safe, unlike [`PgPool::begin`].
-    ///
-    /// In sqlx 0.9, a `begin` that is cancelled half-way leaves its transaction open on a
-    /// connection whose client side does not know of it: the next user of that connection would run
-    /// inside the same transaction. So the statement is sent from a task of its own, which always
-    /// completes; a transaction whose caller is gone is rolled back.
+    /// Begins a transaction, see [`Database::begin`].
     ///
     /// # Errors
     /// [`sqlx::Error::PoolTimedOut`] if no connection is free in time, or the error of the
     /// connection.
-    pub async fn begin(&self) -> sqlx::Result<PgTransaction<'static>> {
-        let connection = self.database.acquire().await?;
-        let begun = tokio::spawn(Transaction::begin(connection, None)).await;
-        begun.unwrap_or(Err(sqlx::Error::WorkerCrashed))
+    pub async fn begin(&self) -> sqlx::Result<Transaction> {
+        self.database.begin().await
     }
 
     /// Sleeps for [`work`](Self::work). A strategy awaits it where a real one would call a payment

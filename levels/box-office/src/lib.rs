@@ -7,6 +7,7 @@
 pub mod api;
 mod breakpoint;
 mod connections;
+mod database;
 mod domain;
 mod guarantee;
 mod http;
@@ -23,6 +24,7 @@ mod telemetry;
 pub mod trace;
 
 pub use breakpoint::BreakpointSpec;
+pub use database::{Connection, Database, Transaction};
 pub use domain::{
     BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, Refusal, RequestKey, Reservation,
     ReserveError, SaleId,
@@ -38,5 +40,6 @@ pub use run::{main, raise_open_files_limit, serve};
 pub use server::{DrainTimeout, Server, StartError};
 pub use settings::{
     AdminToken, DatabaseUrl, Limits, LogFormat, RedisUrl, Settings, explain, kafka_bootstrap_servers, kafka_prefix,
+    unset_if_empty,
 };
 pub use steps::{Observer, Point, Sighting, Steps};

@@ -12,7 +12,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use crate::{Level, Server, Settings, Strategy, explain, telemetry};
+use crate::{Level, Server, Settings, Strategy, explain, telemetry, unset_if_empty};
 
 /// The exit code for a wrong flag or variable.
 const USAGE: u8 = 2;
@@ -27,7 +27,7 @@ pub fn main(level: &'static Level) -> ExitCode {
         .iter()
         .map(|strategy| format!("  {:24} {}", strategy.name, strategy.summary))
         .collect();
-    let command = Settings::augment_args(Command::new(level.package))
+    let command = unset_if_empty(Settings::augment_args(Command::new(level.package)))
         .about(level.summary)
         .after_help(format!("Strategies:\n{}", strategies.join("\n")));
     let parsed = command

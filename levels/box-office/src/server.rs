@@ -2,11 +2,11 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use sqlx::{ConnectOptions, Connection, PgPool, migrate::MigrateError, postgres::PgConnectOptions};
+use sqlx::{ConnectOptions, migrate::MigrateError};
 use tokio::{
     sync::Semaphore,
     task::JoinHandle,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
@@ -15,32 +15,15 @@ use tokio_util::{
 use tracing::Instrument;
 
 use crate::{
-    DatabaseUrl, Instrumentation, KafkaConfig, Level, RedisConfig, RedisUrl, Service, Settings, Strategy,
+    Database, DatabaseUrl, Instrumentation, KafkaConfig, Level, RedisConfig, RedisUrl, Service, Settings, Strategy,
     StrategyContext,
     breakpoint::Breakpoint,
     connections::{accept, listen},
+    database::{self, DATABASE_TIMEOUTS},
     http::App,
     metrics::{Metrics, StrategyMetrics},
     trace::Recorder,
 };
-
-/// The timeout of the first connection to the database, at startup.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-// ANCHOR: deadlines
-/// How long a reservation waits for a pooled connection before it is answered
-/// `Indeterminate::Overloaded`.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Timeouts that Postgres enforces itself, so that no transaction has to be cancelled from outside.
-/// The order matters: a wait for a lock times out before its statement does, and a lock holder may
-/// be idle for as long as the longest `WORK_MS`.
-const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
-    ("lock_timeout", "5s"),
-    ("statement_timeout", "10s"),
-    ("idle_in_transaction_session_timeout", "15s"),
-];
-// ANCHOR_END: deadlines
 
 /// A running server. It owns its pool, metrics, connections and reservations: two servers share
 /// nothing.
@@ -86,7 +69,33 @@ pub enum StartError {
         /// The error of the driver.
         why: String,
     },
-    /// The migrations failed, for example because the database has the tables of another schema.
+    /// The database is reached through a connection pooler that does not give this server sessions
+    /// of its own, with its settings.
+    #[error(
+        "DATABASE_URL (--database-url): the connection pooler at {place} {why}; connect to Postgres directly, or in \
+         session mode with {} in force for this user",
+        settings_in_force()
+    )]
+    Pooler {
+        /// Its host, port and database.
+        place: String,
+        /// What it does.
+        why: String,
+    },
+    /// The database has the tables of another level or schema.
+    #[error(
+        "DATABASE_URL (--database-url): {place} has tables of another level, strategy or version, not those of {level} \
+         (schema {schema:?}): each takes a database of its own, such as `create database oversold_{level}_{schema}`"
+    )]
+    OtherTables {
+        /// Its host, port and database.
+        place: String,
+        /// The name of the level that was to be served.
+        level: &'static str,
+        /// The name of its schema.
+        schema: &'static str,
+    },
+    /// The migrations failed.
     #[error("DATABASE_URL (--database-url): the migrations of schema {schema:?} failed: {why}")]
     Migrations {
         /// The name of the schema.
@@ -112,13 +121,24 @@ pub enum StartError {
     },
 }
 
+/// The settings that a pooler must have in force.
+fn settings_in_force() -> String {
+    DATABASE_TIMEOUTS
+        .map(|(name, value)| format!("{name}={value}"))
+        .join(", ")
+}
+
 impl StartError {
     /// The exit code of a program that fails with this error: 2 for a wrong setting, 3 for a
     /// missing backend.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoDatabaseUrl | Self::NoRedisUrl | Self::NoKafka | Self::TraceFile { .. } | Self::Address { .. } => 2,
-            Self::Database { .. } | Self::Migrations { .. } | Self::Strategy { .. } => 3,
+            Self::Database { .. }
+            | Self::Pooler { .. }
+            | Self::OtherTables { .. }
+            | Self::Migrations { .. }
+            | Self::Strategy { .. } => 3,
         }
     }
 }
@@ -146,7 +166,7 @@ impl Server {
         settings: &Settings,
     ) -> Result<Self, StartError> {
         let name = format!("{}/{}", level.name, strategy.name);
-        let context = context(&name, strategy, settings).await?;
+        let context = context(level, strategy, settings).await?;
         let (database, metrics) = (context.database.clone(), context.metrics.clone());
         let instrumentation = context.instrumentation.clone();
         let opened = (strategy.open)(context).await.map_err(|why| StartError::Strategy {
@@ -167,7 +187,7 @@ impl Server {
                 &settings.instance,
                 metrics,
                 strategy.needs,
-                database.clone(),
+                database.pool().clone(),
                 connections.clone(),
                 reservations.clone(),
             ),
@@ -220,7 +240,7 @@ impl Server {
             self.app.reservations.close();
             self.app.reservations.wait().await;
             self.app.strategy.close().await;
-            self.app.database.close().await;
+            self.app.database.pool().close().await;
         })
         .await;
         accepting.abort();
@@ -239,13 +259,17 @@ impl Server {
 
 /// Builds the dependencies of a strategy from the settings. The database is migrated, the pool
 /// connects lazily.
-async fn context(name: &str, strategy: &Strategy, settings: &Settings) -> Result<StrategyContext, StartError> {
+async fn context(
+    level: &'static Level,
+    strategy: &Strategy,
+    settings: &Settings,
+) -> Result<StrategyContext, StartError> {
     let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
     let redis = redis_config(strategy, settings)?;
     let kafka = kafka_config(strategy, settings)?;
     let instrumentation = instrumentation(settings)?;
     Ok(StrategyContext {
-        database: database(name, url, strategy, settings).await?,
+        database: database(level, strategy, url, settings).await?,
         work: settings.work,
         metrics: StrategyMetrics::default(),
         redis,
@@ -291,45 +315,19 @@ fn instrumentation(settings: &Settings) -> Result<Instrumentation, StartError> {
     })
 }
 
-/// Migrates the database, and creates the pool.
+/// Checks and migrates the database, and creates the pool.
 async fn database(
-    name: &str,
-    url: &DatabaseUrl,
+    level: &'static Level,
     strategy: &Strategy,
+    url: &DatabaseUrl,
     settings: &Settings,
-) -> Result<PgPool, StartError> {
+) -> Result<Database, StartError> {
     let connect = url
         .options()
         .clone()
-        .application_name(&format!("{name} {}", settings.instance))
-        .disable_statement_logging();
-    migrate(&connect, url, strategy).await?;
-    Ok(StrategyContext::pool_options(settings.database_pool_size)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .connect_lazy_with(connect.options(DATABASE_TIMEOUTS)))
-}
-
-/// Runs the migrations on a connection of its own: the pool would hide why the database is
-/// unreachable.
-///
-/// Several instances may do this at once, because sqlx holds an advisory lock meanwhile.
-async fn migrate(connect: &PgConnectOptions, url: &DatabaseUrl, strategy: &Strategy) -> Result<(), StartError> {
-    let unreachable = |why: String| StartError::Database {
-        place: url.to_string(),
-        why,
-    };
-    let mut connection = timeout(CONNECT_TIMEOUT, connect.connect())
-        .await
-        .map_err(|_| unreachable(format!("no answer within {CONNECT_TIMEOUT:?}")))?
-        .map_err(|why| unreachable(why.to_string()))?;
-    strategy
-        .schema
-        .migrations
-        .run(&mut connection)
-        .await
-        .map_err(|why| StartError::Migrations {
-            schema: strategy.schema.name,
-            why,
-        })?;
-    connection.close().await.map_err(|why| unreachable(why.to_string()))
+        .application_name(&format!("{}/{} {}", level.name, strategy.name, settings.instance))
+        .disable_statement_logging()
+        .options(DATABASE_TIMEOUTS);
+    database::prepare(&connect, url, level.name, strategy.schema).await?;
+    Ok(Database::lazy(connect, settings.database_pool_size))
 }

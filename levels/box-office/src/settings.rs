@@ -403,6 +403,25 @@ fn instance(text: &str) -> Result<String, &'static str> {
     Ok(text.to_owned())
 }
 
+/// The variables that name a backend.
+const BACKENDS: [&str; 3] = ["DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS"];
+
+/// Makes an empty variable of a backend count as not set, in a command and its subcommands: so it
+/// is for the tests, the rush and the set-up scripts, and shells and compose files have no other
+/// way to unset one.
+pub fn unset_if_empty(command: Command) -> Command {
+    let is_empty = |argument: &Arg| {
+        let variable = argument.get_env().filter(|name| BACKENDS.iter().any(|it| name == it));
+        variable.and_then(env::var_os).is_some_and(|value| value.is_empty())
+    };
+    command
+        .mut_args(|argument| match is_empty(&argument) {
+            true => argument.env(None::<&'static str>),
+            false => argument,
+        })
+        .mut_subcommands(unset_if_empty)
+}
+
 /// Explains a command-line error in one line: the variable and flag, the value (unless it is a
 /// secret), and a description of a valid value.
 pub fn explain(error: &clap::Error, command: &Command) -> String {

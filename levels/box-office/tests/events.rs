@@ -64,9 +64,9 @@ struct Asynchronous {
 impl Reserve for Asynchronous {
     async fn reserve(&self, _: &Order, _: &Steps) -> Result<Outcome, ReserveError> {
         if !self.context.work.is_zero() {
-            decide(&self.context.database, Uuid::new_v4(), ASKED).await;
+            decide(self.context.database.pool(), Uuid::new_v4(), ASKED).await;
             self.context.simulate_work().await;
-            decide(&self.context.database, Uuid::new_v4(), ANSWERED).await;
+            decide(self.context.database.pool(), Uuid::new_v4(), ANSWERED).await;
         }
         let id = Uuid::new_v8(Uuid::new_v4().into_bytes());
         Ok(Outcome::Accepted(Reservation { id }))
@@ -96,9 +96,9 @@ impl Reserve for Asynchronous {
     }
 
     async fn close(&self) {
-        let mut connection = self.context.database.acquire().await.expect("a connection");
+        let mut connection = self.context.database.pool().acquire().await.expect("a connection");
         if written(&mut connection, ASKED).await == written(&mut connection, ANSWERED).await {
-            decide(&self.context.database, Uuid::new_v4(), CLOSED).await;
+            decide(self.context.database.pool(), Uuid::new_v4(), CLOSED).await;
         }
     }
 }

@@ -5,6 +5,7 @@
 //! double.
 
 mod common;
+mod pooler;
 
 use std::{
     ffi::OsString,
@@ -19,6 +20,7 @@ use box_office::{Limits, Settings};
 use common::{LEVEL, TestEnvironment, ask, environment, listener_closed, on, read_answer, reserve, within};
 use harness::until;
 use libtest_mimic::{Arguments, Trial};
+use pooler::POOLERS;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::{
@@ -82,7 +84,16 @@ fn main() -> ExitCode {
             "a_server_whose_log_nobody_reads_any_more_shuts_down_like_any_other",
             a_server_whose_log_nobody_reads_any_more_shuts_down_like_any_other,
         ),
+        trial(
+            "a_database_that_never_answers_is_exit_code_3",
+            a_database_that_never_answers_is_exit_code_3,
+        ),
+        trial(
+            "tables_of_another_level_are_exit_code_3",
+            tables_of_another_level_are_exit_code_3,
+        ),
     ]);
+    trials.extend(POOLERS.iter().map(pooler::trial));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
@@ -133,6 +144,13 @@ const INVALID_SETTINGS: &[InvalidSetting] = &[
     InvalidSetting {
         name: "a_missing_database_url_is_named",
         variables: &[],
+        flags: &[],
+        line: "DATABASE_URL (--database-url) is not set; expected the URL of a Postgres database, \
+               such as postgres://user:password@localhost:5432/oversold",
+    },
+    InvalidSetting {
+        name: "an_empty_database_url_is_none",
+        variables: &[("DATABASE_URL", "")],
         flags: &[],
         line: "DATABASE_URL (--database-url) is not set; expected the URL of a Postgres database, \
                such as postgres://user:password@localhost:5432/oversold",
@@ -361,6 +379,47 @@ fn a_missing_database_is_exit_code_3() {
     });
 }
 
+/// Such as the port of another service, which waits for the rest of a request of its own protocol.
+fn a_database_that_never_answers_is_exit_code_3() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let place = silent.local_addr().expect("its address");
+    let url = format!("postgres://ann:hunter2@{place}/oversold");
+    let output = program(&[("DATABASE_URL", &url)], &[]).output().expect("it runs");
+    let line = format!(
+        "DATABASE_URL (--database-url): no connection to Postgres at {place}, database oversold: no answer within 5s; \
+         is it a Postgres server?"
+    );
+    assert_fails_with(&output, 3, &line);
+}
+
+fn tables_of_another_level_are_exit_code_3() {
+    in_a_runtime(async {
+        for others in [
+            // Another migration with the same number, and one that this schema does not have.
+            "update _sqlx_migrations set checksum = '\\x00'",
+            "insert into _sqlx_migrations select 99, description, now(), true, checksum, 0 from _sqlx_migrations",
+            // Tables that were made by hand.
+            "drop table _sqlx_migrations",
+        ] {
+            let environment = environment().await;
+            let mut connection = environment.connect().await;
+            let changed = sqlx::raw_sql(others).execute(&mut connection).await;
+            changed.expect("the tables are another level's");
+            let url = environment.database.url();
+            let output = program(&[("DATABASE_URL", &url)], &[]).output().expect("it runs");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                stderr.contains(
+                    "has tables of another level, strategy or version, not those of lv0 (schema \"double\"): \
+                     each takes a database of its own, such as `create database oversold_lv0_double`"
+                ),
+                "{stderr}"
+            );
+            assert_eq!((output.status.code(), stderr.lines().count()), (Some(3), 1), "{stderr}");
+        }
+    });
+}
+
 fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
     in_a_runtime(async {
         let url = environment().await.database;
@@ -460,8 +519,9 @@ impl Process {
     /// Starts it, and reads its address from the ready line.
     fn start(environment: &TestEnvironment, variables: &[(&str, &str)]) -> Self {
         let url = environment.database.url();
-        let mut program = program(variables, &["--port", "0"]);
-        let mut child = program.env("DATABASE_URL", url).spawn().expect("it starts");
+        let mut all = vec![("DATABASE_URL", url.as_str())];
+        all.extend(variables);
+        let mut child = program(&all, &["--port", "0"]).spawn().expect("it starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("its stdout"));
         let mut ready = String::new();
         stdout.read_line(&mut ready).expect("its line");

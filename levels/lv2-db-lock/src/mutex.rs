@@ -19,9 +19,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use box_office::{
     ExistingReservation, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps,
-    StrategyContext,
+    StrategyContext, Transaction,
 };
-use sqlx::postgres::PgTransaction;
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
@@ -59,7 +58,7 @@ impl Mutex {
     // ANCHOR_END: lock-of
 
     /// LV.1's `read_then_write`, up to its commit: right as long as no other transaction runs it.
-    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
+    async fn sell(&self, tx: &mut Transaction, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale

@@ -17,8 +17,8 @@
 use async_trait::async_trait;
 use box_office::{
     ExistingReservation, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    Transaction,
 };
-use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::lock::{Backoff, Connections, LOCK_TIMEOUT, Lease, Owner, SpinLock};
@@ -41,7 +41,7 @@ impl Open for Spin {
 
 impl Spin {
     /// LV.1's `read_then_write`, up to its commit: right as long as no other transaction runs it.
-    async fn sell(&self, tx: &mut PgTransaction<'_>, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
+    async fn sell(&self, tx: &mut Transaction, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         let stock: i64 = sqlx::query_scalar(
             "select stock
                from sale

@@ -26,10 +26,10 @@ use std::{
 use async_trait::async_trait;
 use box_office::{
     Event, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, Steps, StrategyContext,
+    Transaction,
 };
 use futures_util::{StreamExt, stream};
 use rdkafka::producer::FutureRecord;
-use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::{
@@ -139,6 +139,7 @@ impl Locked {
             .pipeline
             .context
             .database
+            .pool()
             .options()
             .get_max_connections()
             .saturating_sub(1);
@@ -201,7 +202,7 @@ impl Locked {
     /// transaction processes orders of the sale. Returns whether it has written anything.
     async fn process_in_tx(
         &self,
-        tx: &mut PgTransaction<'_>,
+        tx: &mut Transaction,
         order: &OrderMessage,
         steps: &Steps,
     ) -> Result<bool, ReserveError> {
@@ -222,7 +223,7 @@ impl Locked {
     /// Decides an order: takes a ticket, or returns the refusal.
     async fn decide(
         &self,
-        tx: &mut PgTransaction<'_>,
+        tx: &mut Transaction,
         order: &OrderMessage,
         steps: &Steps,
     ) -> Result<Option<Refusal>, ReserveError> {
@@ -280,7 +281,7 @@ impl Locked {
 }
 
 /// Writes the decision: the row from which every later request is answered.
-async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option<Refusal>) -> Result<(), ReserveError> {
+async fn write(tx: &mut Transaction, order: &OrderMessage, refused: Option<Refusal>) -> Result<(), ReserveError> {
     let DecisionRow {
         status,
         reason,
@@ -304,7 +305,7 @@ async fn write(tx: &mut PgTransaction<'_>, order: &OrderMessage, refused: Option
 
 // ANCHOR: outbox
 /// Appends the event to the outbox, in the transaction of the row: both are stored, or neither is.
-async fn append_to_outbox(tx: &mut PgTransaction<'_>, id: Uuid) -> Result<(), ReserveError> {
+async fn append_to_outbox(tx: &mut Transaction, id: Uuid) -> Result<(), ReserveError> {
     sqlx::query("insert into outbox (reservation_id) values ($1)")
         .bind(id)
         .execute(&mut **tx)

@@ -7,15 +7,18 @@
 //! Source: Redis documentation, "Distributed Locks with Redis", "Correct implementation with a
 //! single instance".
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context;
 use box_office::{Indeterminate, ReserveError, StrategyContext};
 use redis::{
-    Client, ConnectionInfo, IntoConnectionInfo, RedisResult, Script,
+    Client, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 /// The timeout of a Redis command and of a connection attempt.
@@ -29,7 +32,10 @@ const MAX_BACKOFF: Duration = Duration::from_millis(4);
 /// Acquires and releases locks.
 #[derive(Clone)]
 pub struct LockClient {
-    redis: ConnectionManager,
+    /// Replaced when it falls silent: redis-rs reconnects only when a connection breaks.
+    redis: Arc<Mutex<ConnectionManager>>,
+    client: Client,
+    config: ConnectionManagerConfig,
     prefix: String,
     lease: Duration,
     release: Script,
@@ -54,11 +60,13 @@ impl LockClient {
             .set_connection_timeout(Some(COMMAND_TIMEOUT))
             .set_max_delay(Duration::from_millis(500));
         let client = Client::open(with_tcp_user_timeout(settings.url.expose().into_connection_info()?))?;
-        let redis = ConnectionManager::new_with_config(client, config)
+        let redis = ConnectionManager::new_with_config(client.clone(), config.clone())
             .await
             .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", settings.url))?;
         Ok(Self {
-            redis,
+            redis: Arc::new(Mutex::new(redis)),
+            client,
+            config,
             prefix: settings.prefix.clone(),
             lease: settings.lease,
             release: Script::new(
@@ -82,6 +90,7 @@ impl LockClient {
         };
         let deadline = Instant::now() + timeout;
         let mut max_delay = MIN_BACKOFF;
+        let mut redis = self.redis();
         loop {
             let reply: Result<Option<String>, _> = redis::cmd("SET")
                 .arg(&held.key)
@@ -89,13 +98,14 @@ impl LockClient {
                 .arg("NX")
                 .arg("PX")
                 .arg(u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX))
-                .query_async(&mut self.redis.clone())
+                .query_async(&mut redis)
                 .await;
             match reply {
                 Ok(None) => {}
                 Ok(Some(_)) => return Ok(held),
                 Err(why) => {
-                    tokio::spawn(self.clone().release_until_lease_ends(held));
+                    tokio::spawn(self.clone().release_until_lease_ends(held, redis));
+                    self.replace_if_silent(&why).await;
                     return Err(away(why));
                 }
             }
@@ -109,26 +119,43 @@ impl LockClient {
 
     /// Releases a lock if the owner still holds it.
     pub async fn release(&self, held: HeldLock) {
-        if let Err(why) = self.try_release(&held).await {
+        if let Err(why) = self.try_release(&held, &mut self.redis()).await {
+            self.replace_if_silent(&why).await;
             tracing::warn!(%why, "a lock could not be released; it expires with its lease");
         }
     }
 
-    async fn try_release(&self, held: &HeldLock) -> RedisResult<i32> {
-        let mut redis = self.redis.clone();
-        self.release
-            .key(&held.key)
-            .arg(&held.owner)
-            .invoke_async(&mut redis)
-            .await
+    async fn try_release(&self, held: &HeldLock, redis: &mut ConnectionManager) -> RedisResult<i32> {
+        self.release.key(&held.key).arg(&held.owner).invoke_async(redis).await
+    }
+
+    fn redis(&self) -> ConnectionManager {
+        self.redis.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the connection after a command that was not answered, if Redis answers on a new
+    /// one.
+    async fn replace_if_silent(&self, why: &RedisError) {
+        if !why.is_timeout() {
+            return;
+        }
+        let answering = async {
+            let mut new = ConnectionManager::new_with_config(self.client.clone(), self.config.clone()).await?;
+            redis::Cmd::ping().exec_async(&mut new).await?;
+            RedisResult::Ok(new)
+        };
+        if let Ok(Ok(new)) = timeout(2 * COMMAND_TIMEOUT, answering).await {
+            tracing::warn!("the connection to Redis fell silent and is replaced");
+            *self.redis.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        }
     }
 
     /// Releases a lock whose acquisition failed with an unknown outcome: Redis may have granted it,
     /// or grant it later. Redis executes the commands of a connection in order, so one successful
     /// release suffices.
-    async fn release_until_lease_ends(self, held: HeldLock) {
+    async fn release_until_lease_ends(self, held: HeldLock, mut redis: ConnectionManager) {
         let ends = Instant::now() + self.lease;
-        while self.try_release(&held).await.is_err() && Instant::now() < ends {
+        while self.try_release(&held, &mut redis).await.is_err() && Instant::now() < ends {
             sleep(COMMAND_TIMEOUT).await;
         }
     }
@@ -138,7 +165,10 @@ impl LockClient {
     /// # Errors
     /// [`Indeterminate::BackendAway`] otherwise.
     pub async fn ready(&self) -> Result<(), ReserveError> {
-        let pong: Result<String, _> = redis::cmd("PING").query_async(&mut self.redis.clone()).await;
+        let pong: RedisResult<String> = redis::cmd("PING").query_async(&mut self.redis()).await;
+        if let Err(why) = &pong {
+            self.replace_if_silent(why).await;
+        }
         pong.map(drop).map_err(away)
     }
 }

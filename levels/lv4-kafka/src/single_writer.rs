@@ -34,9 +34,9 @@ use std::{
 use async_trait::async_trait;
 use box_office::{
     BuyerId, Event, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, SaleId, Steps, StrategyContext,
+    Transaction,
 };
 use rdkafka::producer::FutureRecord;
-use sqlx::postgres::PgTransaction;
 use uuid::Uuid;
 
 use crate::{
@@ -318,10 +318,7 @@ impl SingleWriter {
 }
 
 /// Reads the state on which the orders of a batch depend.
-async fn read(
-    tx: &mut PgTransaction<'_>,
-    orders: &[(ConsumedMessage, OrderMessage)],
-) -> Result<BatchState, ReserveError> {
+async fn read(tx: &mut Transaction, orders: &[(ConsumedMessage, OrderMessage)]) -> Result<BatchState, ReserveError> {
     let sales: Vec<SaleId> = orders.iter().map(|(_, order)| order.sale_id).collect();
     let buyers: Vec<BuyerId> = orders.iter().map(|(_, order)| order.buyer_id).collect();
     let keys: Vec<&str> = orders.iter().map(|(_, order)| order.request_key.as_str()).collect();
@@ -364,7 +361,7 @@ async fn read(
 }
 
 /// Writes the decisions, and takes the tickets off the stock.
-async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
+async fn write(tx: &mut Transaction, decisions: &[Decision]) -> Result<(), ReserveError> {
     let mut sold: HashMap<SaleId, i64> = HashMap::new();
     for (order, _) in decisions.iter().filter(|(_, refused)| refused.is_none()) {
         *sold.entry(order.sale_id).or_default() += 1;
@@ -385,8 +382,9 @@ async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(),
     let reasons: Vec<DecisionRow> = decisions.iter().map(|&(_, refused)| refused.into()).collect();
     sqlx::query(
         "insert into reservation (id, sale_id, buyer_id, request_key, status, reason, earlier)
-            select *
-              from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::uuid[])",
+            select id, sale_id, buyer_id, request_key, status, reason, earlier
+              from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::uuid[])
+                as decided (id, sale_id, buyer_id, request_key, status, reason, earlier)",
     )
     .bind(orders().map(|order| order.id).collect::<Vec<_>>())
     .bind(orders().map(|order| order.sale_id).collect::<Vec<_>>())
@@ -401,7 +399,7 @@ async fn write(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(),
 }
 
 /// Appends the events to the outbox, in the transaction of the rows: all are stored, or none is.
-async fn append_to_outbox(tx: &mut PgTransaction<'_>, decisions: &[Decision]) -> Result<(), ReserveError> {
+async fn append_to_outbox(tx: &mut Transaction, decisions: &[Decision]) -> Result<(), ReserveError> {
     let ids: Vec<Uuid> = decisions.iter().map(|(order, _)| order.id).collect();
     sqlx::query("insert into outbox (reservation_id) select unnest($1::uuid[])")
         .bind(&ids)

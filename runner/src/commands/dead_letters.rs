@@ -79,7 +79,8 @@ pub(crate) async fn run(args: &DeadLettersArgs) -> anyhow::Result<ExitKind> {
         session: TIMEOUT,
     };
     let config = kafka.clone();
-    let letters = tokio::task::spawn_blocking(move || list_dead_letters(&config, TIMEOUT)).await??;
+    let letters = tokio::task::spawn_blocking(move || list_dead_letters(&config, TIMEOUT)).await?;
+    let letters = letters.context("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers)")?;
     match &args.action {
         None => list(&letters, &kafka, false)?,
         Some(Action::List { json }) => list(&letters, &kafka, *json)?,

@@ -1,6 +1,7 @@
 //! A TCP proxy in front of a server, which counts traffic and injects network faults.
 
 use std::{
+    future::pending,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -15,6 +16,8 @@ use tokio::{
     task::AbortHandle,
     time::{Instant, timeout_at},
 };
+
+use crate::until;
 
 /// The number of bytes from the start of a connection that are searched for a fault's word.
 const BEGINNING: usize = 16 * 1024;
@@ -36,7 +39,7 @@ pub enum Fault {
     /// Closes a connection once its client has sent this word near the start, such as `SUBSCRIBE`.
     CloseOn(&'static str),
     /// Discards all bytes in both directions, for good and without closing, on a connection whose
-    /// client has sent this word. The empty word matches every connection.
+    /// client has sent this word. That the server closes it is discarded, too. The empty word matches every connection.
     Blackhole(&'static str),
     /// Delays what clients send by this time, and forwards what has arrived by then in one piece.
     Delay(Duration),
@@ -50,6 +53,8 @@ struct Counted {
     closed: AtomicU64,
     blackholed: AtomicU64,
     discarded: AtomicU64,
+    /// Connections that are open and not blackholed.
+    forwarding: AtomicU64,
 }
 
 impl Proxy {
@@ -97,6 +102,24 @@ impl Proxy {
         self.fault.send_replace(fault);
     }
 
+    /// Blackholes all connections that are open, as a firewall does that has forgotten them. New
+    /// ones are forwarded again. Returns their number.
+    ///
+    /// # Panics
+    /// Panics if it takes too long.
+    pub async fn silence_open_connections(&self) -> u64 {
+        let before = self.connections_blackholed();
+        self.inject(Fault::Blackhole(""));
+        until("the connections are silent", async || self.open_connections() == 0).await;
+        self.inject(Fault::None);
+        self.connections_blackholed() - before
+    }
+
+    /// The number of connections that are open and not blackholed.
+    pub fn open_connections(&self) -> u64 {
+        self.counted.forwarding.load(Relaxed)
+    }
+
     /// The number of bytes forwarded to the server.
     pub fn bytes_to_server(&self) -> u64 {
         self.counted.to_server.load(Relaxed)
@@ -135,9 +158,13 @@ async fn accept(listener: TcpListener, server: String, faults: watch::Receiver<F
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
                 let silent = AtomicBool::new(false);
+                counted.forwarding.fetch_add(1, Relaxed);
                 tokio::select! {
                     () = client_to_server(from_client, to_server, faults, &counted, &silent) => {}
                     () = server_to_client(from_server, to_client, &silent) => {}
+                }
+                if !silent.load(Relaxed) {
+                    counted.forwarding.fetch_sub(1, Relaxed);
                 }
             } else {
                 counted.closed.fetch_add(1, Relaxed);
@@ -167,6 +194,7 @@ async fn client_to_server(
             Fault::Blackhole(word) => {
                 if has_sent(word) && !silent.swap(true, Relaxed) {
                     counted.blackholed.fetch_add(1, Relaxed);
+                    counted.forwarding.fetch_sub(1, Relaxed);
                 }
                 false
             }
@@ -216,5 +244,9 @@ async fn server_to_client(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, silen
         if !silent.load(Relaxed) && to.write_all(&buffer[..length]).await.is_err() {
             return;
         }
+    }
+    if silent.load(Relaxed) {
+        // The client does not learn that the server has closed the connection.
+        pending().await
     }
 }

@@ -135,10 +135,7 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
     second.create_rush_sale(1).await.unwrap();
     let held = DelayedCommits::on(&stand).await.unwrap();
     let context = StrategyContext {
-        database: StrategyContext::pool_options(1)
-            .connect(&stand.database().url())
-            .await
-            .unwrap(),
+        database: Database::lazy(stand.database().url().parse().unwrap(), 1),
         work: Duration::ZERO,
         metrics: StrategyMetrics::default(),
         redis: stand.redis(LEASE * 10).unwrap(),

@@ -13,7 +13,7 @@ use std::{
 };
 
 use box_office::{
-    Instrumentation,
+    Database, Instrumentation,
     Invariant::{self, Conservation, NoOversell, Progress},
     Order, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics,
 };

@@ -48,6 +48,38 @@ async fn an_unreachable_redis_sells_nothing_twice_and_sales_resume_by_themselves
     assert_after_fault(strategy(name), &verdict, &[]);
 }
 
+/// No bytes pass on the open connections to Redis any more, and nobody closes them. Redis answers
+/// new connections.
+#[rstest]
+#[case::spin("spin")]
+#[case::rlock("rlock")]
+#[case::fenced("fenced")]
+#[tokio::test]
+async fn connections_to_redis_that_fell_silent_are_replaced(#[case] name: &str) {
+    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let redis = backends::redis().await.unwrap();
+    let ledger = HistoryRecorder::new(strategy(name));
+    let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
+    stand.redirect_redis(proxy.port()).unwrap();
+    let talk = instance(&stand, name, LEASE).await;
+    talk.create_rush_sale(2).await.unwrap();
+    assert!(is_confirmed(&ledger.reserve(&talk, 1).await));
+
+    ledger.record_fault("all connections to Redis fall silent");
+    assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
+    until("a buyer is served", async || {
+        is_confirmed(&ledger.reserve(&talk, 2).await)
+    })
+    .await;
+    assert!(
+        proxy.chunks_discarded() > 0,
+        "the fault did not strike: no silent connection was tried"
+    );
+    ledger.record_recovery();
+    talk.stop().await.unwrap();
+    assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
+}
+
 #[rstest]
 #[case::fenced("fenced", true)]
 #[case::token_from_incr("mutants/token-from-incr", false)]

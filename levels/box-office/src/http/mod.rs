@@ -15,14 +15,13 @@ use axum::{
     middleware::from_fn_with_state,
     response::{IntoResponse, Response},
 };
-use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    AdminToken, Instrumentation, Limits, Reserve,
+    AdminToken, Database, Instrumentation, Limits, Reserve,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
 };
@@ -30,7 +29,7 @@ use crate::{
 /// The state of a server, shared by all handlers.
 pub(crate) struct App {
     pub(crate) strategy: Box<dyn Reserve>,
-    pub(crate) database: PgPool,
+    pub(crate) database: Database,
     pub(crate) metrics: Metrics,
     pub(crate) instrumentation: Instrumentation,
     /// The tasks of reservations in flight. They outlive their connections, so that a client that

@@ -136,9 +136,15 @@ pub(super) async fn look_up(
 /// # Errors
 /// [`ProblemKind::UnknownReservation`] if there is neither, or the problem of a database error.
 pub(super) async fn find(app: &App, id: Uuid) -> Result<api::Reservation, Problem> {
-    // `select *`: only the views of some levels have the columns of a refusal.
+    // Every column is named: with `select *` a new column would make the prepared statement stale.
+    // Only the views of some levels have the columns of a refusal, so these are read as JSON.
     let row = sqlx::query_as(
-        "select *
+        "select id,
+                sale_id,
+                buyer_id,
+                status,
+                to_jsonb(reservation_now) ->> 'reason' as reason,
+                (to_jsonb(reservation_now) ->> 'earlier')::uuid as earlier
            from reservation_now
           where id = $1",
     )

@@ -7,14 +7,13 @@ use axum::{
     extract::{FromRequestParts, State},
     http::{StatusCode, header, request::Parts},
 };
-use sqlx::PgPool;
 
 use super::{
     App,
     input::{JsonBody, SaleInPath},
 };
 use crate::{
-    SaleId, api,
+    Database, SaleId, api,
     problem::{Problem, ProblemKind},
 };
 
@@ -33,7 +32,7 @@ pub(super) async fn look_up(
     find(&app.database, sale).await.map(Json)
 }
 
-async fn find(database: &PgPool, sale: SaleId) -> Result<api::Sale, Problem> {
+async fn find(database: &Database, sale: SaleId) -> Result<api::Sale, Problem> {
     let found = sqlx::query_as(
         "select sale_id as id,
                 name,

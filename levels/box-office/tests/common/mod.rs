@@ -17,7 +17,7 @@ use harness::{
     until,
 };
 use serde_json::Value;
-use sqlx::{Connection, PgConnection, migrate::Migrator};
+use sqlx::{Connection, PgConnection, PgExecutor, migrate::Migrator};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -92,7 +92,10 @@ impl Reserve for Scripted {
                 let mut tx = self.context.begin().await?;
                 if order.key.as_str().starts_with("wait") {
                     steps.blocked("waiting for the test");
-                    lock(&mut tx, order.buyer).await?;
+                    lock(&mut *tx, order.buyer).await?;
+                }
+                if order.key.as_str() == "panic-in-a-transaction" {
+                    panic!("as asked");
                 }
                 sqlx::query("insert into reservation values ($1, $2, $3, $4, 'confirmed')")
                     .bind(id)
@@ -110,7 +113,7 @@ impl Reserve for Scripted {
 }
 
 /// Takes an advisory lock, which a test can hold to block the reservation of this buyer.
-async fn lock(connection: &mut PgConnection, buyer: i64) -> sqlx::Result<()> {
+async fn lock(connection: impl PgExecutor<'_>, buyer: i64) -> sqlx::Result<()> {
     sqlx::query("select pg_advisory_xact_lock($1)")
         .bind(buyer)
         .execute(connection)

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::poll;
-use redis::{RedisError, RedisResult, Script, aio::ConnectionManager};
+use redis::{RedisError, RedisResult, Script};
 use tokio::{
     runtime::Handle,
     sync::{OwnedMutexGuard, watch},
@@ -19,7 +19,7 @@ use tokio::{
     time::{MissedTickBehavior, interval_at, timeout},
 };
 
-use super::{Lease, LockError, Owner};
+use super::{Lease, LockError, Owner, commands::Commands};
 
 /// An acquired lock. [`Guard::release`] releases it; a dropped guard releases it in the background.
 ///
@@ -96,7 +96,7 @@ pub(super) struct LockRequest {
     pub(super) owner: Owner,
     pub(super) lease: Lease,
     pub(super) scripts: Arc<Scripts>,
-    pub(super) commands: ConnectionManager,
+    pub(super) commands: Commands,
 }
 
 /// An acquisition that Redis has not answered yet.
@@ -139,7 +139,10 @@ impl LockRequest {
     /// Starts an acquisition; to be called right before the command is sent.
     pub(super) fn pending(&self, acquisition_id: String) -> PendingAcquire {
         PendingAcquire {
-            request: Some(self.clone()),
+            request: Some(Self {
+                commands: self.commands.pinned(),
+                ..self.clone()
+            }),
             acquisition_id,
         }
     }

@@ -14,6 +14,7 @@
 //! Sources: Redis documentation, "Distributed Locks with Redis"; Redisson reference, "Locks and
 //! synchronizers"; M. Kleppmann, "How to do distributed locking" (2016), for fencing.
 
+mod commands;
 mod guard;
 mod notifier;
 mod rlock;
@@ -23,10 +24,7 @@ use std::{fmt, time::Duration};
 
 use anyhow::Context;
 use box_office::{Indeterminate, ReserveError, StrategyContext};
-use redis::{
-    Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo,
-    aio::{ConnectionManager, ConnectionManagerConfig},
-};
+use redis::{Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo, aio::ConnectionManagerConfig};
 use uuid::Uuid;
 
 pub use guard::{Guard, Released};
@@ -150,7 +148,7 @@ fn with_tcp_user_timeout(redis: ConnectionInfo) -> ConnectionInfo {
 /// The connections to one Redis: one for the commands of all tasks, one for pub/sub.
 #[derive(Clone)]
 pub struct Connections {
-    commands: ConnectionManager,
+    commands: commands::Commands,
     notifier: notifier::ReleaseNotifier,
     prefix: String,
 }
@@ -181,7 +179,7 @@ impl Connections {
             .set_number_of_retries(1)
             .set_max_delay(Duration::from_millis(100));
         Ok(Self {
-            commands: ConnectionManager::new_with_config(client.clone(), config).await?,
+            commands: commands::Commands::open(client.clone(), config).await?,
             notifier: notifier::ReleaseNotifier::new(client),
             prefix: prefix.to_owned(),
         })

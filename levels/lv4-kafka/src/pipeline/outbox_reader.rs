@@ -1,16 +1,16 @@
 //! The outbox: delivers the events of orders to the clients that wait for them, from stored state.
 //! Any instance can deliver them, whichever one accepted or decided the order.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, io, mem, time::Duration};
 
-use box_office::{Event, Indeterminate, ReserveError, api};
+use box_office::{Database, Event, Indeterminate, ReserveError, api};
 use sqlx::{
-    PgPool,
-    postgres::{PgListener, PgPoolOptions},
+    Acquire, ConnectOptions, Connection, Executor,
+    postgres::{PgConnectOptions, PgListener, PgNotification, PgPoolOptions},
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -25,6 +25,13 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The delay before the connection is retried.
 const RECONNECT_DELAY: Duration = Duration::from_millis(100);
+
+/// How long the listening connection may be quiet until it is probed: nothing arrives while no
+/// order is decided, so silence does not tell a quiet connection from a dead one.
+const PROBE_AFTER: Duration = Duration::from_secs(2);
+
+/// The timeout of every answer on the listening connection.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The capacity of the queues of new waiters and of notifications.
 const QUEUE_CAPACITY: usize = 1024;
@@ -62,21 +69,15 @@ impl OutboxReader {
     ///
     /// # Errors
     /// If the connection cannot be opened.
-    pub async fn open(database: &PgPool, stop: CancellationToken) -> sqlx::Result<Self> {
-        // A connection that is kept for good would be missing from the pool.
-        let listen_pool = PgPoolOptions::new()
-            .max_connections(1)
-            .max_lifetime(None)
-            .idle_timeout(None);
-        let listen_pool = listen_pool.connect_with((*database.connect_options()).clone()).await?;
-        let mut listener = PgListener::connect_with(&listen_pool).await?;
-        listener.listen(NOTIFY_CHANNEL).await?;
+    pub async fn open(database: &Database, stop: CancellationToken) -> sqlx::Result<Self> {
+        let connect = (*database.pool().connect_options()).clone();
+        let listener = open_listener(&connect).await?;
         let (new_waiters, waiters) = mpsc::channel(QUEUE_CAPACITY);
         let (sender, notifications) = mpsc::channel(QUEUE_CAPACITY);
         let serving = serve(database.clone(), notifications, waiters);
         tokio::spawn(async move {
             // Two tasks: a new waiter must not cancel a listener that is reconnecting.
-            let listening = tokio::spawn(listen(listener, sender));
+            let listening = tokio::spawn(listen(listener, connect, sender));
             stop.run_until_cancelled(serving).await;
             listening.abort();
         });
@@ -111,18 +112,17 @@ enum Notification {
 }
 
 /// Forwards the notifications, and reconnects when the connection is lost.
-async fn listen(mut listener: PgListener, notifications: mpsc::Sender<Notification>) {
+async fn listen(mut listener: PgListener, connect: PgConnectOptions, notifications: mpsc::Sender<Notification>) {
     loop {
-        let notification = match listener.try_recv().await {
-            Ok(Some(notification)) => {
+        let notification = match next(&mut listener).await {
+            Ok(notification) => {
                 let ids = notification.payload().split(',').filter_map(|id| id.parse().ok());
                 Notification::Decided(ids.collect())
             }
-            Ok(None) => Notification::ConnectionLost,
             Err(why) => {
-                tracing::warn!(%why, "listening for decided orders failed and will be retried");
-                sleep(RECONNECT_DELAY).await;
-                continue;
+                tracing::warn!(%why, "listening for decided orders was interrupted");
+                listener = reopened(listener, &connect).await;
+                Notification::ConnectionLost
             }
         };
         if notifications.send(notification).await.is_err() {
@@ -131,10 +131,68 @@ async fn listen(mut listener: PgListener, notifications: mpsc::Sender<Notificati
     }
 }
 
+/// Waits for the next notification.
+///
+/// # Errors
+/// If the connection is lost, or no longer answers.
+async fn next(listener: &mut PgListener) -> sqlx::Result<PgNotification> {
+    loop {
+        match timeout(PROBE_AFTER, listener.try_recv()).await {
+            Ok(Ok(Some(notification))) => return Ok(notification),
+            Ok(Ok(None)) => return Err(io::Error::from(io::ErrorKind::ConnectionAborted).into()),
+            Ok(Err(why)) => return Err(why),
+            Err(_) => in_time(listener.execute("select 1")).await.map(drop)?,
+        }
+    }
+}
+
+/// Opens a connection that listens, outside the pool of the requests: one that is kept for good
+/// would be missing there.
+async fn open_listener(connect: &PgConnectOptions) -> sqlx::Result<PgListener> {
+    let pool = PgPoolOptions::new()
+        .max_connections(1)
+        .max_lifetime(None)
+        .idle_timeout(None);
+    let pool = in_time(pool.connect_with(connect.clone())).await?;
+    let mut listener = in_time(PgListener::connect_with(&pool)).await?;
+    // `reopened` does it.
+    listener.eager_reconnect(false);
+    in_time(listener.listen(NOTIFY_CHANNEL)).await?;
+    Ok(listener)
+}
+
+/// Replaces a listener whose connection is lost or silent.
+async fn reopened(mut old: PgListener, connect: &PgConnectOptions) -> PgListener {
+    loop {
+        match reopen(&mut old, connect).await {
+            Ok(listener) => return listener,
+            Err(why) => {
+                tracing::warn!(%why, "listening for decided orders failed and will be retried");
+                sleep(RECONNECT_DELAY).await;
+            }
+        }
+    }
+}
+
+async fn reopen(old: &mut PgListener, connect: &PgConnectOptions) -> sqlx::Result<PgListener> {
+    // A dropped listener waits for the answer to `unlisten`, on a silent connection for ever. So
+    // its connection is closed here, and it gets another one for that.
+    let mut silent = in_time(connect.connect()).await?;
+    mem::swap(in_time(old.acquire()).await?, &mut silent);
+    silent.close_hard().await?;
+    open_listener(connect).await
+}
+
+/// Limits an answer to [`ANSWER_TIMEOUT`].
+async fn in_time<T>(answer: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
+    let answered = timeout(ANSWER_TIMEOUT, answer).await;
+    answered.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))
+}
+
 /// Reads the outbox for all waiters at once: for new ones, for those whose order was named in a
 /// notification, and at each interval for all.
 async fn serve(
-    database: PgPool,
+    database: Database,
     mut notifications: mpsc::Receiver<Notification>,
     mut new_waiters: mpsc::Receiver<Waiter>,
 ) {
@@ -191,9 +249,15 @@ fn add(waiting: &mut HashMap<Uuid, Vec<Waiter>>, due: &mut Vec<Uuid>, waiter: Wa
 
 // ANCHOR: read
 /// Reads the events of these orders from the outbox, by number.
-async fn read(database: &PgPool, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Vec<Event>>> {
+async fn read(database: &Database, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Vec<Event>>> {
     let rows: Vec<Row> = sqlx::query_as(
-        "select outbox.number, reservation.*
+        "select outbox.number,
+                reservation.id,
+                reservation.sale_id,
+                reservation.buyer_id,
+                reservation.status,
+                reservation.reason,
+                reservation.earlier
            from outbox
            join reservation on reservation.id = outbox.reservation_id
           where outbox.reservation_id = any($1)

@@ -1,10 +1,9 @@
 //! Reservation ids: derived from the order, with a keyed checksum.
 
 use anyhow::ensure;
-use box_office::Order;
+use box_office::{Database, Order};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
-use sqlx::PgPool;
 use uuid::Uuid;
 
 /// Derives and verifies the ids of reservations.
@@ -24,7 +23,7 @@ impl Ids {
     ///
     /// # Errors
     /// If the key cannot be read or does not have 32 bytes.
-    pub async fn load(database: &PgPool) -> anyhow::Result<Self> {
+    pub async fn load(database: &Database) -> anyhow::Result<Self> {
         let key: Vec<u8> = sqlx::query_scalar("select key from id_key").fetch_one(database).await?;
         ensure!(key.len() == 32, "the key of the ids has {} bytes, not 32", key.len());
         Ok(Self { key })

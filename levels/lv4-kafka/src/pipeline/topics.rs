@@ -57,6 +57,9 @@ pub(super) fn client_config(kafka: &KafkaConfig) -> ClientConfig {
         // A broker that comes back is found soon.
         .set("reconnect.backoff.ms", "50")
         .set("reconnect.backoff.max.ms", "500")
+        // A connection that has fallen silent is replaced after this time, by default after 60 s.
+        .set("socket.timeout.ms", "10000")
+        .set("socket.keepalive.enable", "true")
         .set("socket.nagle.disable", "true");
     config
 }

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     str::FromStr,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -16,7 +17,10 @@ use sqlx::{
     ConnectOptions, Connection,
     postgres::{PgConnectOptions, PgSslMode},
 };
-use tokio::sync::{Mutex, OnceCell};
+use tokio::{
+    sync::{Mutex, OnceCell},
+    time::timeout,
+};
 
 use super::{
     Missing, Private, Report, Source,
@@ -39,6 +43,10 @@ const SERVICE: Service = Service {
     ],
 };
 const URL_VARIABLE: &str = "DATABASE_URL";
+
+/// Time limit of the first connection to an external server. A server that speaks another protocol
+/// may never answer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a server started here may lose when the machine crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +222,9 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
             format!("{URL_VARIABLE} is no URL of a Postgres database, such as postgres://user:password@host:5432/name")
         })?;
     let shown = super::without_secrets(url);
-    let connected = admin.connect().await;
+    let connected = timeout(CONNECT_TIMEOUT, admin.connect()).await;
+    let connected = connected
+        .with_context(|| format!("{shown} does not answer within {CONNECT_TIMEOUT:?}; is it a Postgres server?"))?;
     let mut connection = connected.map_err(|error| anyhow::anyhow!("{shown} does not answer: {}", root(&error)))?;
     let may_create: bool =
         sqlx::query_scalar("select rolcreatedb or rolsuper from pg_roles where rolname = current_user")

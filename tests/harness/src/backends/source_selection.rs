@@ -1,9 +1,19 @@
 //! The search for a service: tries its sources in order until one provides it.
 
-use std::{collections::BTreeMap, env, time::Instant};
+use std::{
+    collections::BTreeMap,
+    env,
+    time::{Duration, Instant},
+};
 
-use super::{Missing, Report, Source, native, setting};
+use anyhow::Context;
+use tokio::time::timeout;
+
+use super::{Missing, Report, Source, native, setting, without_secrets};
 use crate::print;
+
+/// Time limit until an external server has answered everything that is asked of it first.
+const EXTERNAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A service as the search knows it.
 pub(super) struct Service {
@@ -76,7 +86,15 @@ pub(super) async fn search<T>(
             reason,
             began,
         };
-        match take(candidate).await {
+        let shown = without_secrets(&candidate.url);
+        let taken = match source {
+            Source::External => timeout(EXTERNAL_TIMEOUT, take(candidate))
+                .await
+                .with_context(|| format!("{shown} does not answer within {EXTERNAL_TIMEOUT:?}"))
+                .flatten(),
+            _ => take(candidate).await,
+        };
+        match taken {
             Ok(found) => return Ok(found),
             // A URL selects one server, so no other source is tried if that server does not answer.
             Err(error) if source == Source::External => {

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps, Strategy,
+    BuyerId, Database, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps, Strategy,
     StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
@@ -84,11 +84,10 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
     let mut completions = 0;
     loop {
         sale += 1;
-        let pool = StrategyContext::pool_options(CONNECTIONS)
-            .connect(&environment.database().url())
-            .await?;
+        let database = Database::lazy(environment.database().url().parse()?, CONNECTIONS);
+        let pool = database.pool().clone();
         let context = StrategyContext {
-            database: pool.clone(),
+            database,
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
             redis: environment.redis(LEASE)?,

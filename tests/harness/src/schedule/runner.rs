@@ -60,7 +60,7 @@ impl ScheduleRunner {
         let options: PgConnectOptions = database.url().parse()?;
         let options = options.options(settings.iter().copied());
         let context = StrategyContext {
-            database: holders.pool(options, CONNECTIONS).await?,
+            database: holders.pool(options, CONNECTIONS).await?.into(),
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
             redis: environment.redis(LEASE)?,
