@@ -6,6 +6,7 @@
 
 pub mod api;
 mod breakpoint;
+mod cause_log;
 mod connections;
 mod domain;
 mod guarantee;
@@ -15,6 +16,7 @@ mod level;
 mod metrics;
 pub mod points;
 mod problem;
+mod readiness;
 mod run;
 mod server;
 mod settings;
@@ -23,6 +25,7 @@ mod telemetry;
 pub mod trace;
 
 pub use breakpoint::BreakpointSpec;
+pub use cause_log::{CauseLog, causes};
 pub use domain::{
     BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, Refusal, RequestKey, Reservation,
     ReserveError, SaleId,

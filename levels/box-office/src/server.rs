@@ -15,12 +15,13 @@ use tokio_util::{
 use tracing::Instrument;
 
 use crate::{
-    DatabaseUrl, Instrumentation, KafkaConfig, Level, RedisConfig, RedisUrl, Service, Settings, Strategy,
+    CauseLog, DatabaseUrl, Instrumentation, KafkaConfig, Level, RedisConfig, RedisUrl, Service, Settings, Strategy,
     StrategyContext,
     breakpoint::Breakpoint,
     connections::{accept, listen},
     http::App,
     metrics::{Metrics, StrategyMetrics},
+    readiness::{self, Readiness},
     trace::Recorder,
 };
 
@@ -160,8 +161,11 @@ impl Server {
         let stop = CancellationToken::new();
         let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
+        let accepts_first = strategy.needs.contains(&Service::Kafka);
         let app = Arc::new(App {
             strategy: opened,
+            readiness: Readiness::new(accepts_first),
+            causes: CauseLog::default(),
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
@@ -180,6 +184,11 @@ impl Server {
             stop: stop.clone(),
         });
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
+        if accepts_first {
+            let (stop, watch) = (stop.clone(), readiness::watch(Arc::clone(&app)));
+            let watch = async move { stop.run_until_cancelled(watch).await };
+            tokio::spawn(watch.instrument(span.clone()));
+        }
         let accept = accept(listener, Arc::clone(&app), stop.clone(), connections.clone());
         Ok(Self {
             address,

@@ -22,9 +22,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    AdminToken, Instrumentation, Limits, Reserve,
+    AdminToken, CauseLog, Instrumentation, Limits, Reserve,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
+    readiness::Readiness,
 };
 
 /// The state of a server, shared by all handlers.
@@ -32,6 +33,9 @@ pub(crate) struct App {
     pub(crate) strategy: Box<dyn Reserve>,
     pub(crate) database: PgPool,
     pub(crate) metrics: Metrics,
+    pub(crate) readiness: Readiness,
+    /// Why requests were answered that the outcome is unknown.
+    pub(crate) causes: CauseLog,
     pub(crate) instrumentation: Instrumentation,
     /// The tasks of reservations in flight. They outlive their connections, so that a client that
     /// disconnects does not cancel a transaction half-way.
