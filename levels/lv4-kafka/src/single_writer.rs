@@ -130,7 +130,7 @@ impl SingleWriter {
                         retry_from.insert(partition, resume_at);
                     }
                     Err(why) => {
-                        tracing::warn!(%why, partition, first, "processing failed and will be retried");
+                        self.pipeline.log_retry(&why);
                         retry_from.insert(partition, first);
                     }
                 }

@@ -18,7 +18,7 @@ use rdkafka::{
 use serde::Serialize;
 
 use super::{
-    ConsumedMessage, PoisonMessage, Undelivered,
+    ConsumedMessage, OrderProducer, PoisonMessage, Undelivered,
     message::{ATTEMPTS, attempts},
     producer,
     topics::{client_config, dead_letter_topic, orders_topic},
@@ -46,7 +46,7 @@ const REPLAYED: &str = "replayed";
 
 /// Writes poison messages to the dead-letter topic.
 pub struct DeadLetters {
-    producer: FutureProducer,
+    producer: OrderProducer,
     topic: String,
     /// The partition and offset of each message that was dead-lettered and whose offset is not yet
     /// committed: it may be redelivered.
@@ -55,7 +55,7 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    pub(super) fn new(producer: FutureProducer, kafka: &KafkaConfig, counts: StrategyMetrics) -> Self {
+    pub(super) fn new(producer: OrderProducer, kafka: &KafkaConfig, counts: StrategyMetrics) -> Self {
         Self {
             producer,
             topic: dead_letter_topic(kafka),
