@@ -62,12 +62,11 @@ pub(crate) struct Readiness {
 }
 
 impl Readiness {
-    /// `accepts_first`: the server answers before an order is decided. It is not ready until its
-    /// first probe.
+    /// `accepts_first`: the server answers before an order is decided.
     pub(crate) fn new(accepts_first: bool) -> Self {
         Self {
             accepts_first,
-            not_ready: Mutex::new(accepts_first.then(|| "its first probe has not ended".to_owned())),
+            not_ready: Mutex::default(),
             strategy: AsyncMutex::default(),
             had_space: AsyncMutex::default(),
             log: CauseLog::default(),
@@ -93,7 +92,7 @@ impl Readiness {
     /// Keeps the result of a probe for [`check`](Self::check), and logs it.
     fn record(&self, why: Option<String>) {
         if let Some(why) = &why {
-            self.log.warn_text("not ready", why);
+            self.log(why);
         }
         if self.accepts_first {
             let before = std::mem::replace(&mut *self.not_ready(), why.clone());
@@ -101,6 +100,10 @@ impl Readiness {
                 tracing::info!("ready");
             }
         }
+    }
+
+    fn log(&self, why: &str) {
+        self.log.warn_text("not ready", why);
     }
 
     /// Checks that the database has space on its disk, on a connection of its own: no reservation may
@@ -153,43 +156,55 @@ impl Readiness {
 /// [`ReserveError::Indeterminate`]; [`Indeterminate::Overloaded`] if it takes longer than
 /// [`Limits::probe_timeout`](crate::Limits::probe_timeout).
 pub(crate) async fn probe(app: &App) -> Result<(), ReserveError> {
+    let mut undecidable = true;
     // Safe to cancel: one statement, no transaction.
     let probe = async {
         probe_database(&app.database).await?;
         app.readiness.probe_space(&app.database.connect_options()).await?;
-        app.readiness.probe_strategy(&*app.strategy).await
+        let ready = app.readiness.probe_strategy(&*app.strategy).await;
+        if ready.is_err() {
+            undecidable = app.strategy.decidable().await.is_err();
+        }
+        ready
     };
     let result = timeout(app.limits.probe_timeout, probe)
         .await
         .unwrap_or(Err(Indeterminate::Overloaded.into()));
-    // A pool that is busy does not keep an accepted order from being decided.
-    if !matches!(result, Err(ReserveError::Indeterminate(Indeterminate::Overloaded))) {
-        app.readiness.record(result.as_ref().err().map(|why| causes(why)));
+    match &result {
+        Ok(()) => app.readiness.record(None),
+        // A pool that is busy does not keep an accepted order from being decided.
+        Err(ReserveError::Indeterminate(Indeterminate::Overloaded)) => {}
+        Err(why) if undecidable => app.readiness.record(Some(causes(why))),
+        Err(why) => app.readiness.log(&causes(why)),
     }
     result
 }
 
-/// Probes the backends again and again, on a connection of its own that no load keeps busy. For a
-/// server that answers before an order is decided: it accepts none that cannot be decided.
-pub(crate) async fn watch(app: Arc<App>) {
-    let options = app.database.connect_options();
-    let mut connection = None;
+/// Probes what decides orders again and again, after a [first](probe_decidable) probe. For a server
+/// that answers before an order is decided: it accepts none that cannot be decided.
+pub(crate) async fn watch(app: Arc<App>, mut connection: Option<PgConnection>) {
     loop {
-        let probe = async {
-            probe_connection(&mut connection, &options).await?;
-            app.readiness.probe_space(&options).await?;
-            app.readiness.probe_strategy(&*app.strategy).await
-        };
-        let limit = app.limits.probe_timeout;
-        let why = match timeout(limit, probe).await {
-            Ok(Ok(())) => None,
-            Ok(Err(why)) => Some(causes(&why)),
-            Err(_) => Some(format!("no answer to the probe within {limit:?}")),
-        };
-        let pause = if why.is_none() { PROBE_INTERVAL } else { RETRY_INTERVAL };
-        app.readiness.record(why);
-        sleep(pause).await;
+        let ready = app.readiness.check().is_ok();
+        sleep(if ready { PROBE_INTERVAL } else { RETRY_INTERVAL }).await;
+        probe_decidable(&app, &mut connection).await;
     }
+}
+
+/// Probes whether an order can be decided, on a connection that no load keeps busy, and records the
+/// result.
+pub(crate) async fn probe_decidable(app: &App, connection: &mut Option<PgConnection>) {
+    let options = app.database.connect_options();
+    let probe = async {
+        probe_connection(connection, &options).await?;
+        app.readiness.probe_space(&options).await?;
+        app.strategy.decidable().await
+    };
+    let limit = app.limits.probe_timeout;
+    app.readiness.record(match timeout(limit, probe).await {
+        Ok(Ok(())) => None,
+        Ok(Err(why)) => Some(causes(&why)),
+        Err(_) => Some(format!("no answer to the probe within {limit:?}")),
+    });
 }
 
 /// Probes the database on one connection, which is kept for the next probe if this one succeeds. A

@@ -185,7 +185,9 @@ impl Server {
         });
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
         if accepts_first {
-            let (stop, watch) = (stop.clone(), readiness::watch(Arc::clone(&app)));
+            let mut connection = None;
+            readiness::probe_decidable(&app, &mut connection).await;
+            let (stop, watch) = (stop.clone(), readiness::watch(Arc::clone(&app), connection));
             let watch = async move { stop.run_until_cancelled(watch).await };
             tokio::spawn(watch.instrument(span.clone()));
         }

@@ -353,4 +353,9 @@ impl Reserve for Locked {
     async fn close(&self) {
         self.pipeline.close().await;
     }
+
+    async fn decidable(&self) -> Result<(), ReserveError> {
+        self.locks.ready().await?;
+        self.pipeline.decidable().await
+    }
 }

@@ -449,4 +449,8 @@ impl Reserve for SingleWriter {
     async fn close(&self) {
         self.pipeline.close().await;
     }
+
+    async fn decidable(&self) -> Result<(), ReserveError> {
+        self.pipeline.decidable().await
+    }
 }

@@ -200,18 +200,27 @@ impl OrderPipeline {
         Ok(())
     }
 
-    /// Readiness: every consumer runs and has its share of the partitions, and Kafka has both topics
-    /// with their partitions.
+    /// Readiness: orders are [decidable](Self::decidable), and every consumer of this server has its
+    /// share of the partitions.
     ///
     /// # Errors
     /// [`Indeterminate::BackendAway`] otherwise.
     pub async fn ready(&self) -> Result<(), ReserveError> {
-        let away = |why: anyhow::Error| ReserveError::from(Indeterminate::BackendAway(why));
-        if self.consumers.len() < self.consumers_started.load(Relaxed) {
-            return Err(away(anyhow::anyhow!("a consumer has ended")));
-        }
+        self.decidable().await?;
         if self.awaits_partitions().await.map_err(away)? {
             return Err(away(anyhow::anyhow!("a consumer has no partitions yet")));
+        }
+        Ok(())
+    }
+
+    /// Checks that orders can be decided: the consumers of this server run, and Kafka has both
+    /// topics with their partitions.
+    ///
+    /// # Errors
+    /// [`Indeterminate::BackendAway`] otherwise.
+    pub async fn decidable(&self) -> Result<(), ReserveError> {
+        if self.consumers.len() < self.consumers_started.load(Relaxed) {
+            return Err(away(anyhow::anyhow!("a consumer has ended")));
         }
         let (orders, dead) = (self.topic.clone(), dead_letter_topic(&self.kafka));
         // The producer asks, so that it finds a topic that has come back.
@@ -234,4 +243,8 @@ impl OrderPipeline {
         self.consumers.close();
         self.consumers.wait().await;
     }
+}
+
+fn away(why: anyhow::Error) -> ReserveError {
+    Indeterminate::BackendAway(why).into()
 }
