@@ -246,3 +246,47 @@ async fn a_rush_in_which_nobody_is_killed_says_nothing_of_kills() {
 async fn a_rush_in_which_nobody_is_replaced_says_nothing_of_restarts() {
     instance_faults::nobody_is_replaced(&program(), &LEVEL, strategy("pessimistic")).await;
 }
+
+/// The server is connected to a replica: after a failover its address may still point to the old
+/// primary. A replica answers every read.
+#[rstest]
+#[case::pessimistic("pessimistic")]
+#[case::conditional_update("conditional-update")]
+#[tokio::test]
+async fn a_replica_is_not_ready_until_it_is_promoted(#[case] name: &str) {
+    let strategy = strategy(name);
+    let postgres = Postgres::private(Durability::Fast).await.unwrap();
+    let stand = TestEnvironment::on(&postgres, None, strategy.schema).await.unwrap();
+    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    talk.create_rush_sale(1).await.unwrap();
+    let pid = talk.pid().await.unwrap();
+    let admin = stand.database().pool(1).await.unwrap();
+    let run = async |statement: &'static str| sqlx::raw_sql(statement).execute(&admin).await.unwrap();
+
+    // A program that Postgres runs is started in the data directory.
+    run("copy (select '') to program 'cat > standby.signal'").await;
+    postgres.stop().await.unwrap();
+    postgres.start().await.unwrap();
+    let replica: bool = sqlx::query_scalar("select pg_is_in_recovery()")
+        .fetch_one(&admin)
+        .await
+        .unwrap();
+    assert!(replica, "the fault did not strike");
+
+    until("the server names the reason", async || {
+        let answer = talk.get("/readyz").await.unwrap();
+        String::from_utf8_lossy(&answer.body).contains("read-only transaction")
+    })
+    .await;
+    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
+    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 503);
+
+    run("select pg_promote()").await;
+    until("the server is ready again", async || {
+        talk.get("/readyz").await.unwrap().status == 200
+    })
+    .await;
+    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    assert_eq!(talk.pid().await.unwrap(), pid, "it is another process");
+    talk.stop().await.unwrap();
+}

@@ -36,11 +36,19 @@ async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[
     let acceptor = fixture.start_acceptor(3).await;
     let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
 
-    kafka.kill().await.unwrap();
-    assert_unreachable(kafka.bootstrap_servers()).await;
     match expected {
-        Kept => assert_indeterminate(&acceptor, 2).await,
-        Breaks(_) => orders.push(fixture.accept(&acceptor, 2).await),
+        Kept => {
+            kafka.kill().await.unwrap();
+            assert_unreachable(kafka.bootstrap_servers()).await;
+            assert_indeterminate(&acceptor, 2).await;
+        }
+        // Frozen first: a server that has noticed that its broker is away accepts nothing.
+        Breaks(_) => {
+            kafka.freeze().await.unwrap();
+            orders.push(fixture.accept(&acceptor, 2).await);
+            kafka.kill().await.unwrap();
+            assert_unreachable(kafka.bootstrap_servers()).await;
+        }
     }
     kill_instance(&acceptor).await;
     kafka.start().await.unwrap();

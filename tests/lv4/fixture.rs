@@ -23,7 +23,7 @@ use harness::{
 };
 use lv4_kafka::{
     LEVEL,
-    pipeline::{PARTITIONS, consumer_group, dead_letter_topic, orders_topic},
+    pipeline::{Ids, OrderMessage, PARTITIONS, consumer_group, dead_letter_topic, orders_topic},
 };
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -247,6 +247,17 @@ impl Fixture {
             members.len() == consumers && members.values().all(|partitions| partitions.len() == each)
         })
         .await;
+    }
+
+    /// Appends the order of a buyer to the topic, as an instance does that has accepted it just before
+    /// a fault.
+    pub(crate) async fn append_order(&self, ids: &Ids, buyer: i64) -> Uuid {
+        let order = order(SALE, buyer);
+        let id = ids.for_order(&order);
+        self.ledger.record_accepted(buyer, id);
+        let message = OrderMessage::new(id, &order).to_bytes();
+        self.produce(0, &[&message]).await.unwrap();
+        id
     }
 
     /// Produces messages to a partition, as any client of the broker could.

@@ -18,5 +18,6 @@ mod mutants;
 mod offsets;
 mod outages;
 mod outbox_events;
+mod readiness;
 mod rebalance;
 mod redis_lock;

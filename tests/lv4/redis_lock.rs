@@ -88,12 +88,13 @@ async fn a_lock_granted_after_the_timeout_is_released() {
     let acceptor = fixture.start_acceptor(1).await;
     // The lease does not expire during the test.
     let decider = fixture.start_instance(&[("LOCK_LEASE_MS", "600000")]).await;
+    let ids = Ids::load(&fixture.pool).await.unwrap();
     let says = async |words: &[&str]| {
         let answer = redis.command(words).await.unwrap();
         assert_eq!(answer, Reply::Status("OK".to_owned()));
     };
     says(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
-    let orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let orders = [fixture.append_order(&ids, 1).await];
     // Twice: the first attempt ended with a timeout.
     fixture.wait_for_attempts(2).await;
     assert_eq!(fixture.rows().await, 0, "the fault did not strike: a lock was acquired");

@@ -32,6 +32,16 @@ pub trait Reserve: Send + Sync {
         Ok(())
     }
 
+    /// Checks that some server can decide an order that this one accepts. Less than
+    /// [`ready`](Self::ready): this server may still be waiting for its share of the work. Only a
+    /// strategy that accepts orders first is asked, and then accepts none.
+    ///
+    /// # Errors
+    /// [`ReserveError::Indeterminate`] if a service that decides orders fails its probe.
+    async fn decidable(&self) -> Result<(), ReserveError> {
+        Ok(())
+    }
+
     /// Whether `id` was issued to an accepted order, which may have no row yet.
     fn accepted(&self, _id: Uuid) -> bool {
         false

@@ -6,6 +6,7 @@
 
 pub mod api;
 mod breakpoint;
+mod cause_log;
 mod connections;
 mod database;
 mod domain;
@@ -16,6 +17,7 @@ mod level;
 mod metrics;
 pub mod points;
 mod problem;
+mod readiness;
 mod run;
 mod server;
 mod settings;
@@ -24,6 +26,7 @@ mod telemetry;
 pub mod trace;
 
 pub use breakpoint::BreakpointSpec;
+pub use cause_log::{CauseLog, causes};
 pub use database::{Connection, Database, Transaction};
 pub use domain::{
     BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, Refusal, RequestKey, Reservation,

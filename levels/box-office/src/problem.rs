@@ -8,7 +8,7 @@ use axum::{
 };
 use uuid::Uuid;
 
-use crate::{Indeterminate, Refusal, ReserveError, api};
+use crate::{Indeterminate, Refusal, ReserveError, api, causes};
 
 /// A problem type: the stable `type` of an error response, by which clients tell problems apart.
 ///
@@ -300,6 +300,8 @@ pub(crate) struct Problem {
     kind: ProblemKind,
     detail: Cow<'static, str>,
     reservation: Option<Uuid>,
+    /// What the log says, and the client is not told: it may reveal internals.
+    cause: Option<String>,
 }
 
 impl Problem {
@@ -309,12 +311,18 @@ impl Problem {
             kind,
             detail: detail.into(),
             reservation: None,
+            cause: None,
         }
     }
 
     /// Whether the same request may succeed later: a backend is unavailable or overloaded (503).
     pub(crate) fn is_temporary(&self) -> bool {
         self.kind.status() == StatusCode::SERVICE_UNAVAILABLE
+    }
+
+    /// What went wrong, for the log.
+    pub(crate) fn cause(&self) -> Option<&str> {
+        self.cause.as_deref()
     }
 
     /// The body of the response.
@@ -373,8 +381,7 @@ impl From<ReserveError> for Problem {
         match error {
             ReserveError::Refused(refusal) => problem.reservation = refusal.earlier().map(|earlier| earlier.id),
             ReserveError::Indeterminate(Indeterminate::BackendAway(why)) => {
-                // Logged for the operator, and not sent to the client: it may reveal internals.
-                tracing::warn!(error = format!("{why:#}"), "outcome unknown: a backend is unavailable");
+                problem.cause = Some(causes(why.as_ref()));
             }
             ReserveError::Indeterminate(_) => {}
         }

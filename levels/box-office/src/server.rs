@@ -15,13 +15,14 @@ use tokio_util::{
 use tracing::Instrument;
 
 use crate::{
-    Database, DatabaseUrl, Instrumentation, KafkaConfig, Level, RedisConfig, RedisUrl, Service, Settings, Strategy,
-    StrategyContext,
+    CauseLog, Database, DatabaseUrl, Instrumentation, KafkaConfig, Level, RedisConfig, RedisUrl, Service, Settings,
+    Strategy, StrategyContext,
     breakpoint::Breakpoint,
     connections::{accept, listen},
     database::{self, DATABASE_TIMEOUTS},
     http::App,
     metrics::{Metrics, StrategyMetrics},
+    readiness::{self, Readiness},
     trace::Recorder,
 };
 
@@ -180,8 +181,11 @@ impl Server {
         let stop = CancellationToken::new();
         let connections = TaskTracker::new();
         let reservations = TaskTracker::new();
+        let accepts_first = strategy.needs.contains(&Service::Kafka);
         let app = Arc::new(App {
             strategy: opened,
+            readiness: Readiness::new(accepts_first),
+            causes: CauseLog::default(),
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
@@ -201,6 +205,13 @@ impl Server {
             stop: stop.clone(),
         });
         let span = tracing::info_span!("server", strategy = name, instance = settings.instance);
+        if accepts_first {
+            let mut connection = None;
+            readiness::probe_decidable(&app, &mut connection).await;
+            let (stop, watch) = (stop.clone(), readiness::watch(Arc::clone(&app), connection));
+            let watch = async move { stop.run_until_cancelled(watch).await };
+            tokio::spawn(watch.instrument(span.clone()));
+        }
         let accept = accept(listener, Arc::clone(&app), stop.clone(), connections.clone());
         Ok(Self {
             address,

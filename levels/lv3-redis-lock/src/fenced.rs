@@ -34,6 +34,7 @@ impl Open for Fenced {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let (connections, lease) = Connections::from_context(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), FencingTokens::Monotonic)?;
+        lock.check_permissions().await?;
         Ok(Self { context, lock })
     }
 }
@@ -154,6 +155,6 @@ impl Reserve for Fenced {
     }
 
     async fn ready(&self) -> Result<(), ReserveError> {
-        Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
+        Ok(self.lock.ready().await?)
     }
 }

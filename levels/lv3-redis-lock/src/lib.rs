@@ -103,6 +103,10 @@ pub static LEVEL: Level = Level {
             trigger: "a holder is killed while another process still renews its lock",
             violates: STUCK,
         }])),
+        mutant(mutants::READY_IS_A_PING).guarantee(ANYWHERE.except(&[FailureMode {
+            trigger: "Redis answers and takes no writes: the server says that it is ready",
+            violates: &[],
+        }])),
         mutant(mutants::TOKEN_NOT_CHECKED)
             .guarantee(ANYWHERE.except(&[FailureMode {
                 trigger: "a lease expires under its holder",

@@ -35,6 +35,7 @@ impl Open for Rlock {
         // ANCHOR: open
         let (connections, lease) = Connections::from_context(&context).await?;
         let lock = RLock::new(connections, Lease::Renewed(lease), FencingTokens::None)?;
+        lock.check_permissions().await?;
         Ok(Self { context, lock })
         // ANCHOR_END: open
     }
@@ -137,6 +138,6 @@ impl Reserve for Rlock {
     }
 
     async fn ready(&self) -> Result<(), ReserveError> {
-        Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
+        Ok(self.lock.ready().await?)
     }
 }

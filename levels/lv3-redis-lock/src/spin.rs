@@ -136,6 +136,6 @@ impl Reserve for Spin {
     }
 
     async fn ready(&self) -> Result<(), ReserveError> {
-        Ok(self.lock.connections().send(redis::Cmd::ping()).await?)
+        Ok(self.lock.ready().await?)
     }
 }

@@ -109,7 +109,10 @@ impl Locked {
                     }
                     Ok(()) => {} // redelivered with the message before it, and recognised by its id
                     Err(why) => {
-                        tracing::warn!(%why, partition, offset, "processing failed and will be retried");
+                        // Those behind it may only not have been begun.
+                        if retry_from.is_empty() {
+                            self.pipeline.log_retry(&why);
+                        }
                         retry_from.entry(partition).or_insert(offset);
                     }
                 }
@@ -354,5 +357,10 @@ impl Reserve for Locked {
 
     async fn close(&self) {
         self.pipeline.close().await;
+    }
+
+    async fn decidable(&self) -> Result<(), ReserveError> {
+        self.locks.ready().await?;
+        self.pipeline.decidable().await
     }
 }

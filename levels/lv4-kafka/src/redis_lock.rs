@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::{Indeterminate, ReserveError, StrategyContext};
+use box_office::{CauseLog, Indeterminate, ReserveError, StrategyContext};
 use redis::{
     Client, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
@@ -39,6 +39,7 @@ pub struct LockClient {
     prefix: String,
     lease: Duration,
     release: Script,
+    causes: CauseLog,
 }
 
 /// A lock that was acquired. [`LockClient::release`] releases it; otherwise it expires with its
@@ -63,19 +64,30 @@ impl LockClient {
         let redis = ConnectionManager::new_with_config(client.clone(), config.clone())
             .await
             .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", settings.url))?;
-        Ok(Self {
+        let client = Self {
             redis: Arc::new(Mutex::new(redis)),
             client,
             config,
             prefix: settings.prefix.clone(),
             lease: settings.lease,
+            causes: CauseLog::default(),
             release: Script::new(
                 "if redis.call('get', KEYS[1]) == ARGV[1] then
                      return redis.call('del', KEYS[1])
                  end
                  return 0",
             ),
-        })
+        };
+        // A fault that passes does not keep a server from starting: it is not ready until then.
+        if let Err(why) = client.probe().await
+            && is_forbidden(&why)
+        {
+            let (url, prefix) = (&settings.url, &settings.prefix);
+            return Err(why).with_context(|| {
+                format!("REDIS_URL (--redis-url): {url}: this Redis user needs `~{prefix}lock:*`, SET and scripts")
+            });
+        }
+        Ok(client)
     }
 
     /// Acquires the lock of this name.
@@ -92,17 +104,9 @@ impl LockClient {
         let mut max_delay = MIN_BACKOFF;
         let mut redis = self.redis();
         loop {
-            let reply: Result<Option<String>, _> = redis::cmd("SET")
-                .arg(&held.key)
-                .arg(&held.owner)
-                .arg("NX")
-                .arg("PX")
-                .arg(u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX))
-                .query_async(&mut redis)
-                .await;
-            match reply {
-                Ok(None) => {}
-                Ok(Some(_)) => return Ok(held),
+            match self.try_acquire(&held, &mut redis).await {
+                Ok(false) => {}
+                Ok(true) => return Ok(held),
                 Err(why) => {
                     tokio::spawn(self.clone().release_until_lease_ends(held, redis));
                     self.replace_if_silent(&why).await;
@@ -117,11 +121,25 @@ impl LockClient {
         }
     }
 
+    /// Whether the lock was free and is acquired.
+    async fn try_acquire(&self, held: &HeldLock, redis: &mut ConnectionManager) -> RedisResult<bool> {
+        let set: Option<String> = redis::cmd("SET")
+            .arg(&held.key)
+            .arg(&held.owner)
+            .arg("NX")
+            .arg("PX")
+            .arg(u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX))
+            .query_async(redis)
+            .await?;
+        Ok(set.is_some())
+    }
+
     /// Releases a lock if the owner still holds it.
     pub async fn release(&self, held: HeldLock) {
         if let Err(why) = self.try_release(&held, &mut self.redis()).await {
             self.replace_if_silent(&why).await;
-            tracing::warn!(%why, "a lock could not be released; it expires with its lease");
+            self.causes
+                .warn("a lock could not be released; it expires with its lease", &why);
         }
     }
 
@@ -160,17 +178,34 @@ impl LockClient {
         }
     }
 
-    /// Readiness: Redis answers.
+    /// Readiness: Redis does what a lock needs. It accepts writes, and runs scripts.
     ///
     /// # Errors
     /// [`Indeterminate::BackendAway`] otherwise.
     pub async fn ready(&self) -> Result<(), ReserveError> {
-        let pong: RedisResult<String> = redis::cmd("PING").query_async(&mut self.redis()).await;
-        if let Err(why) = &pong {
+        let probed = self.probe().await;
+        if let Err(why) = &probed {
             self.replace_if_silent(why).await;
         }
-        pong.map(drop).map_err(away)
+        probed.map_err(away)
     }
+
+    /// Acquires and releases a lock that no sale has.
+    async fn probe(&self) -> RedisResult<()> {
+        let owner = Uuid::new_v4().simple().to_string();
+        let held = HeldLock {
+            key: format!("{}lock:probe:{owner}", self.prefix),
+            owner,
+        };
+        let mut redis = self.redis();
+        self.try_acquire(&held, &mut redis).await?;
+        self.try_release(&held, &mut redis).await.map(drop)
+    }
+}
+
+/// Whether this Redis user lacks a permission, for a command or for a command in a script.
+fn is_forbidden(why: &RedisError) -> bool {
+    why.code() == Some("NOPERM") || why.to_string().contains("ACL failure in script")
 }
 
 /// Sets `TCP_USER_TIMEOUT`: the connection is closed when sent data stays unacknowledged for four
@@ -184,6 +219,6 @@ fn with_tcp_user_timeout(redis: ConnectionInfo) -> ConnectionInfo {
     redis
 }
 
-fn away(why: redis::RedisError) -> ReserveError {
+fn away(why: RedisError) -> ReserveError {
     Indeterminate::BackendAway(why.into()).into()
 }

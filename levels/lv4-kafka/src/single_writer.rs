@@ -130,7 +130,7 @@ impl SingleWriter {
                         retry_from.insert(partition, resume_at);
                     }
                     Err(why) => {
-                        tracing::warn!(%why, partition, first, "processing failed and will be retried");
+                        self.pipeline.log_retry(&why);
                         retry_from.insert(partition, first);
                     }
                 }
@@ -447,5 +447,9 @@ impl Reserve for SingleWriter {
 
     async fn close(&self) {
         self.pipeline.close().await;
+    }
+
+    async fn decidable(&self) -> Result<(), ReserveError> {
+        self.pipeline.decidable().await
     }
 }

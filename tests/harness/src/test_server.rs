@@ -81,6 +81,14 @@ impl TestServer {
         self.servers.pid(0).await
     }
 
+    /// What the server has logged.
+    ///
+    /// # Errors
+    /// Fails if its log cannot be read.
+    pub async fn log(&self) -> anyhow::Result<String> {
+        self.servers.log(0).await
+    }
+
     /// The administration token of the server.
     pub fn admin_token(&self) -> &str {
         self.servers.admin_token()

@@ -4,6 +4,7 @@
 mod commits;
 mod holders;
 mod outages;
+mod readiness;
 mod waiters;
 
 use std::{
@@ -21,7 +22,7 @@ use box_office::{
 use futures_util::FutureExt;
 
 use harness::{
-    DelayedCommits, assert_after_fault,
+    DelayedCommits, assert_after_fault, assert_failure_mode,
     backends::{self, Private, Redis, Reply, TestEnvironment},
     history::{Answer, Refused},
     history_recorder::HistoryRecorder,

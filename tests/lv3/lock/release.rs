@@ -149,3 +149,27 @@ async fn a_guard_dropped_outside_of_a_runtime_leaves_the_lock_to_its_lease(#[cas
     let (_next, at) = there.spawn_waiter("sale", LONG_WAIT).await.unwrap().unwrap();
     assert!(at - dropped < RENEWED.duration() + AT_ONCE, "{:?}", at - dropped);
 }
+
+/// The lock is free once it is deleted, whether or not its message may be published.
+#[rstest]
+#[case::rlock(Rlock)]
+#[case::fenced(Fenced)]
+#[tokio::test]
+async fn a_release_succeeds_although_its_message_is_rejected(#[case] kind: Kind) {
+    let server = Redis::private().await.unwrap();
+    let mut env = LockEnvironment::on(&server).await;
+    let rules = ["ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", "resetchannels"];
+    assert_eq!(env.command::<String>(&rules).await, "OK");
+    env.url = format!("redis://app:secret@{}/0", server.report().address);
+    let rejected: redis::RedisResult<i64> = redis::Cmd::publish("channel", "")
+        .query_async(&mut raw(&env.url).await)
+        .await;
+    assert_eq!(rejected.unwrap_err().code(), Some("NOPERM"), "the fault did not strike");
+
+    let lock = env.lock(kind, LONG).await;
+    let held = lock.take("sale").await;
+    assert_eq!(held.release().await.unwrap(), Released::Free);
+    let _held = lock.take("sale").await;
+    assert!(lock.reentrant().force_release("sale").await.unwrap());
+    drop(lock.take("sale").await);
+}

@@ -56,6 +56,10 @@ pub(super) async fn finish_response(State(app): State<Arc<App>>, mut request: Re
     let mut response = next.run(request).instrument(span.clone()).await;
 
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
+        if let Some(cause) = problem.cause() {
+            let _span = span.enter();
+            app.causes.warn_text("outcome unknown: a backend is unavailable", cause);
+        }
         write_problem(&problem, &id, &mut response);
     }
     if let Ok(value) = HeaderValue::from_str(&id.0) {

@@ -21,9 +21,10 @@ use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    AdminToken, Database, Instrumentation, Limits, Reserve,
+    AdminToken, CauseLog, Database, Instrumentation, Limits, Reserve,
     metrics::Metrics,
     problem::{Problem, ProblemKind},
+    readiness::Readiness,
 };
 
 /// The state of a server, shared by all handlers.
@@ -31,6 +32,9 @@ pub(crate) struct App {
     pub(crate) strategy: Box<dyn Reserve>,
     pub(crate) database: Database,
     pub(crate) metrics: Metrics,
+    pub(crate) readiness: Readiness,
+    /// Why requests were answered that the outcome is unknown.
+    pub(crate) causes: CauseLog,
     pub(crate) instrumentation: Instrumentation,
     /// The tasks of reservations in flight. They outlive their connections, so that a client that
     /// disconnects does not cancel a transaction half-way.

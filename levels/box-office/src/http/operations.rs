@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
+use super::App;
+use crate::{
+    causes,
+    problem::{Problem, ProblemKind},
+    readiness,
+};
 use axum::{
     extract::{Path, State, rejection::PathRejection},
     http::header,
     response::IntoResponse,
-};
-use tokio::time::timeout;
-
-use super::App;
-use crate::{
-    Indeterminate, ReserveError,
-    problem::{Problem, ProblemKind},
 };
 
 /// The liveness probe.
@@ -26,8 +25,9 @@ pub(super) async fn alive() -> &'static str {
     "alive\n"
 }
 
-/// The readiness probe: the database, through the same pool as reservations (a server without a
-/// free connection is not ready), and the other services that the strategy needs.
+/// The readiness probe: whether the database, through the same pool as reservations (a server
+/// without a free connection is not ready), and the other services of the strategy can do what a
+/// sale needs. The `detail` of the problem says what cannot: operators read it, and no buyer.
 #[utoipa::path(
     get,
     path = "/readyz",
@@ -35,18 +35,9 @@ pub(super) async fn alive() -> &'static str {
     responses((status = 200, description = "The server is ready", body = str))
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Problem> {
-    let probe = async {
-        sqlx::query("select 1")
-            .execute(&app.database)
-            .await
-            .map_err(ReserveError::from)?;
-        app.strategy.ready().await
-    };
-    // Safe to cancel: one statement, no transaction.
-    match timeout(app.limits.probe_timeout, probe).await {
-        Ok(Ok(())) => Ok("ready\n"),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => Err(ProblemKind::from(&Indeterminate::Overloaded).into()),
+    match readiness::probe(&app).await {
+        Ok(()) => Ok("ready\n"),
+        Err(why) => Err(Problem::new(ProblemKind::from(&why), causes(&why))),
     }
 }
 

@@ -91,10 +91,17 @@ pub(super) async fn reserve(
 /// this future is dropped. Such tasks outlive their connections, so a semaphore bounds their
 /// number.
 async fn reserve_detached(app: Arc<App>, request: RequestId, order: Order) -> Result<Outcome, ReserveError> {
-    let Ok(permit) = Arc::clone(&app.permits).try_acquire_owned() else {
-        let overloaded = Err(Indeterminate::Overloaded.into());
-        app.metrics.count_reservation(Some(&overloaded));
-        return overloaded;
+    let admitted = app.readiness.check().and_then(|()| {
+        let permit = Arc::clone(&app.permits).try_acquire_owned();
+        permit.map_err(|_| Indeterminate::Overloaded)
+    });
+    let permit = match admitted {
+        Ok(permit) => permit,
+        Err(why) => {
+            let unknown = Err(why.into());
+            app.metrics.count_reservation(Some(&unknown));
+            return unknown;
+        }
     };
     let steps = app.instrumentation.steps(&request.0);
     let tracker = app.reservations.clone();

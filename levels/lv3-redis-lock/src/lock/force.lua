@@ -4,5 +4,6 @@
 if redis.call('del', KEYS[1]) == 0 then
     return 0
 end
-redis.call('publish', ARGV[1], 'released')
+-- `pcall`: the lock is free, whether or not this user may publish.
+redis.pcall('publish', ARGV[1], 'released')
 return 1

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use box_office::CauseLog;
 use futures_util::poll;
 use redis::{RedisError, RedisResult, Script};
 use tokio::{
@@ -91,6 +92,7 @@ impl Deref for HeldLock {
 /// Everything that acquiring, renewing and releasing one lock takes.
 #[derive(Clone)]
 pub(super) struct LockRequest {
+    pub(super) causes: CauseLog,
     pub(super) key: String,
     pub(super) channel: String,
     pub(super) owner: Owner,
@@ -128,7 +130,9 @@ impl Drop for PendingAcquire {
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
                 if let Err(why) = request.release(&acquisition_id).await {
-                    tracing::warn!(lock = request.key, %why, "a lock may stay held until its lease expires");
+                    request
+                        .causes
+                        .warn("a lock may stay held until its lease expires", &why);
                 }
             });
         }
@@ -157,6 +161,16 @@ impl LockRequest {
             .arg(&self.channel)
             .invoke_async(&mut self.commands.clone())
             .await?;
+        /// What the script returns for a lock that is free although the message failed.
+        const NOT_NOTIFIED: i64 = -2;
+
+        if remaining == NOT_NOTIFIED {
+            let channel = &self.channel;
+            let cause = format!("Redis rejected PUBLISH to {channel}");
+            self.causes
+                .warn_text("a lock was released, but its waiters could not be notified", &cause);
+            return Ok(Released::Free);
+        }
         Ok(match u64::try_from(remaining) {
             Ok(0) => Released::Free,
             Ok(remaining) => Released::StillHeld(remaining),
@@ -364,9 +378,9 @@ impl Guard {
                 Ok(Released::NotOwner) => {
                     tracing::warn!(lock = held.key, "a lock was lost before its release")
                 }
-                Err(why) => {
-                    tracing::warn!(lock = held.key, %why, "a lock was not released: it expires with its lease")
-                }
+                Err(why) => held
+                    .causes
+                    .warn("a lock was not released: it expires with its lease", why),
             }
             released
         }))

@@ -20,11 +20,12 @@ mod notifier;
 mod rlock;
 mod spin;
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use anyhow::Context;
-use box_office::{Indeterminate, ReserveError, StrategyContext};
-use redis::{Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo, aio::ConnectionManagerConfig};
+use box_office::{CauseLog, Indeterminate, ReserveError, StrategyContext};
+use redis::{Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo, Script, aio::ConnectionManagerConfig};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 pub use guard::{Guard, Released};
@@ -37,6 +38,9 @@ pub const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The time limit of one Redis command.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The name of the lock that a probe writes. No sale has it.
+const PROBE: &str = "probe";
 
 /// The lease of a lock: how long the lock outlives its holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +113,19 @@ pub enum LockError {
     /// same; it then expires with its lease.
     #[error("the Redis command failed")]
     Redis(#[from] redis::RedisError),
+    /// This Redis user lacks a permission.
+    #[error(
+        "this Redis user lacks a permission that the lock needs: `acl setuser {user} on ~{pattern} &{pattern} +@all` allows its keys and its channels"
+    )]
+    Forbidden {
+        /// The name of the user.
+        user: String,
+        /// The pattern of the keys and of the channels of all locks.
+        pattern: String,
+        /// What Redis says.
+        #[source]
+        why: redis::RedisError,
+    },
     /// No asynchronous runtime is left to send the release.
     #[error("no asynchronous runtime: the lock was not released and expires with its lease")]
     NoRuntime,
@@ -151,6 +168,9 @@ pub struct Connections {
     commands: commands::Commands,
     notifier: notifier::ReleaseNotifier,
     prefix: String,
+    /// The Redis user that the locks run as.
+    user: String,
+    causes: CauseLog,
 }
 
 impl Connections {
@@ -163,6 +183,10 @@ impl Connections {
         let connections = Self::open(redis.url.expose(), &redis.prefix)
             .await
             .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", redis.url))?;
+        // A fault that passes does not keep a server from starting: it is not ready until then.
+        if let Err(forbidden @ LockError::Forbidden { .. }) = connections.check_writes().await {
+            return Err(forbidden).context(format!("REDIS_URL (--redis-url): {}", redis.url));
+        }
         Ok((connections, redis.lease))
     }
 
@@ -171,7 +195,10 @@ impl Connections {
     /// # Errors
     /// The URL is invalid, or Redis does not answer.
     pub async fn open(url: &str, prefix: &str) -> redis::RedisResult<Self> {
-        let client = Client::open(with_tcp_user_timeout(url.into_connection_info()?))?;
+        let info = with_tcp_user_timeout(url.into_connection_info()?);
+        let user = info.redis_settings().username().unwrap_or("default").to_owned();
+        let causes = CauseLog::default();
+        let client = Client::open(info)?;
         let config = ConnectionManagerConfig::new()
             .set_response_timeout(Some(COMMAND_TIMEOUT))
             .set_connection_timeout(Some(COMMAND_TIMEOUT))
@@ -180,8 +207,10 @@ impl Connections {
             .set_max_delay(Duration::from_millis(100));
         Ok(Self {
             commands: commands::Commands::open(client.clone(), config).await?,
-            notifier: notifier::ReleaseNotifier::new(client),
+            notifier: notifier::ReleaseNotifier::new(client, causes.clone()),
             prefix: prefix.to_owned(),
+            user,
+            causes,
         })
     }
 
@@ -191,6 +220,45 @@ impl Connections {
     /// [`LockError::Redis`] if Redis does not answer, or its answer has another type.
     pub async fn send<T: FromRedisValue>(&self, command: Cmd) -> Result<T, LockError> {
         Ok(command.query_async(&mut self.commands.clone()).await?)
+    }
+
+    /// Checks that Redis runs scripts and accepts the writes of a lock.
+    async fn check_writes(&self) -> Result<(), LockError> {
+        let probe = Script::new(include_str!("probe.lua"));
+        let key = self.key(&format!("{PROBE}:{}", Uuid::new_v4().simple()));
+        let written: redis::RedisResult<i64> = probe.key(key).invoke_async(&mut self.commands.clone()).await;
+        written.map(drop).map_err(|why| self.failed(why))
+    }
+
+    /// Checks that what is published to this channel arrives.
+    async fn check_messages(&self, channel: String) -> Result<(), LockError> {
+        let mut subscription = self.notifier.subscribe(channel.clone());
+        let published: redis::RedisResult<i64> = Cmd::publish(channel, PROBE)
+            .query_async(&mut self.commands.clone())
+            .await;
+        published.map_err(|why| self.failed(why))?;
+        // Either the message or the new subscription.
+        match timeout(notifier::SUBSCRIBE_TIMEOUT, subscription.notified()).await {
+            Ok(()) => Ok(()),
+            Err(_) => {
+                let why = self.notifier.last_error();
+                Err(self.failed(why.unwrap_or_else(|| io::Error::from(io::ErrorKind::TimedOut).into())))
+            }
+        }
+    }
+
+    /// The error of a probe.
+    fn failed(&self, why: redis::RedisError) -> LockError {
+        // Of a command, and of a command in a script.
+        let is_forbidden = why.code() == Some("NOPERM") || why.to_string().contains("ACL failure in script");
+        match is_forbidden {
+            true => LockError::Forbidden {
+                user: self.user.clone(),
+                pattern: format!("{}lock:*", self.prefix),
+                why,
+            },
+            false => LockError::Redis(why),
+        }
     }
 
     /// The key of a lock. The hash tag in braces keeps all keys of one lock in one slot of a

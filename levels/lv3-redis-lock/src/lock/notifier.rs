@@ -12,8 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use box_office::CauseLog;
 use futures_util::StreamExt;
-use redis::{Client, RedisResult, aio::PubSubSink, aio::PubSubStream};
+use redis::{Client, RedisError, RedisResult, aio::PubSubSink, aio::PubSubStream};
 use tokio::{
     sync::{mpsc, watch},
     time::{interval_at, timeout},
@@ -23,6 +24,9 @@ use super::COMMAND_TIMEOUT;
 
 /// The shortest and the longest pause before a reconnect; the pause doubles in between.
 const RECONNECT_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
+
+/// How long a new subscription may take, if the notifier is just pausing before a reconnect.
+pub(super) const SUBSCRIBE_TIMEOUT: Duration = Duration::from_millis(1_500);
 
 /// How often to ping. Nothing arrives while no lock is released, so silence does not tell a quiet
 /// connection from a dead one.
@@ -35,9 +39,14 @@ pub(super) struct ReleaseNotifier {
     changed: mpsc::UnboundedSender<()>,
 }
 
-/// A counter for each wanted channel: incremented by each message and by each new subscription.
+/// What the notifier's users and its task share.
 #[derive(Default)]
-struct Channels(Mutex<HashMap<String, watch::Sender<u64>>>);
+struct Channels {
+    /// A counter for each wanted channel: incremented by each message and by each new subscription.
+    counters: Mutex<HashMap<String, watch::Sender<u64>>>,
+    /// Why the last connection failed, until one subscribes again.
+    last_error: Mutex<Option<RedisError>>,
+}
 
 /// A subscription to the releases of one lock.
 pub struct ReleaseSubscription {
@@ -55,11 +64,11 @@ impl Drop for ReportChange {
 }
 
 impl ReleaseNotifier {
-    pub(super) fn new(client: Client) -> Self {
+    pub(super) fn new(client: Client, causes: CauseLog) -> Self {
         let channels = Arc::<Channels>::default();
         let (changed, changes) = mpsc::unbounded_channel();
         // Ends when the last sender is dropped.
-        tokio::spawn(keep_subscribed(client, channels.clone(), changes));
+        tokio::spawn(keep_subscribed(client, channels.clone(), changes, causes));
         Self { channels, changed }
     }
 
@@ -76,6 +85,11 @@ impl ReleaseNotifier {
             _on_drop: ReportChange(self.changed.clone()),
         }
     }
+
+    /// Why no channel is subscribed, if the last attempt has failed.
+    pub(super) fn last_error(&self) -> Option<RedisError> {
+        self.channels.last_error().clone()
+    }
 }
 
 impl ReleaseSubscription {
@@ -88,7 +102,11 @@ impl ReleaseSubscription {
 
 impl Channels {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, watch::Sender<u64>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last_error(&self) -> MutexGuard<'_, Option<RedisError>> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The channels that have subscribers; all others are removed.
@@ -104,7 +122,12 @@ impl Channels {
 }
 
 /// Keeps a connection while there are subscribers, and reconnects when it breaks.
-async fn keep_subscribed(client: Client, channels: Arc<Channels>, mut changes: mpsc::UnboundedReceiver<()>) {
+async fn keep_subscribed(
+    client: Client,
+    channels: Arc<Channels>,
+    mut changes: mpsc::UnboundedReceiver<()>,
+    causes: CauseLog,
+) {
     let [shortest, longest] = RECONNECT_PAUSES;
     while changes.recv().await.is_some() {
         let mut pause = shortest;
@@ -114,10 +137,14 @@ async fn keep_subscribed(client: Client, channels: Arc<Channels>, mut changes: m
                     pause = shortest;
                     let (mut sink, mut stream) = connection.split();
                     if let Err(why) = serve(&mut sink, &mut stream, &channels, &mut changes).await {
-                        tracing::warn!(%why, "release messages may have been lost");
+                        causes.warn("release messages may have been lost", &why);
+                        *channels.last_error() = Some(why);
                     }
                 }
-                Err(why) => tracing::warn!(%why, "no connection for release messages"),
+                Err(why) => {
+                    causes.warn("no connection for release messages", &why);
+                    *channels.last_error() = Some(why);
+                }
             }
             if changes.is_closed() {
                 return;
@@ -142,6 +169,7 @@ async fn serve(
         let (missing, unused) = diff(channels, &subscribed);
         for channel in missing {
             with_timeout(sink.subscribe(&channel)).await?;
+            *channels.last_error() = None;
             wake(channels, &channel);
             subscribed.insert(channel);
         }

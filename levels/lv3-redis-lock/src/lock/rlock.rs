@@ -11,7 +11,7 @@ use tokio::sync::Mutex as LocalQueue;
 use uuid::Uuid;
 
 use super::{
-    Connections, Guard, Lease, LockError, Owner,
+    Connections, Guard, Lease, LockError, Owner, PROBE,
     guard::{HeldLock, LocalQueuePermit, LocalQueueState, LockRequest, Scripts},
     notifier::ReleaseSubscription,
 };
@@ -189,6 +189,29 @@ impl RLock {
         // ANCHOR_END: wait
     }
 
+    /// Checks that Redis does what an acquisition, a wait and a release need: it runs scripts,
+    /// accepts writes, and delivers messages on the channels of the releases.
+    ///
+    /// # Errors
+    /// [`LockError::Redis`] with the reason; [`LockError::Forbidden`] if this Redis user lacks a
+    /// permission.
+    pub async fn ready(&self) -> Result<(), LockError> {
+        self.connections.check_writes().await?;
+        self.connections.check_messages(self.channel(PROBE)).await
+    }
+
+    /// Checks the permissions of this Redis user, which no time heals: without them a server must
+    /// not start. Other faults pass, and are for [`ready`](Self::ready).
+    ///
+    /// # Errors
+    /// [`LockError::Forbidden`].
+    pub async fn check_permissions(&self) -> Result<(), LockError> {
+        match self.ready().await {
+            Err(forbidden @ LockError::Forbidden { .. }) => Err(forbidden),
+            _ => Ok(()),
+        }
+    }
+
     /// Subscribes to the messages of this lock's releases.
     ///
     /// Waiting for a message alone is a mistake: a dead holder publishes none, and a message
@@ -310,6 +333,7 @@ impl RLock {
 
     fn request(&self, name: &str, owner: &Owner) -> LockRequest {
         LockRequest {
+            causes: self.connections.causes.clone(),
             key: self.connections.key(name),
             channel: self.channel(name),
             owner: owner.clone(),

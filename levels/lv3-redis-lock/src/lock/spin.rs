@@ -76,6 +76,16 @@ impl SpinLock {
         &self.connections
     }
 
+    /// Checks that Redis does what an acquisition and a release need: it runs scripts and accepts
+    /// writes. Its waiters need no channel.
+    ///
+    /// # Errors
+    /// [`LockError::Redis`] with the reason; [`LockError::Forbidden`] if this Redis user lacks a
+    /// permission.
+    pub async fn ready(&self) -> Result<(), LockError> {
+        self.connections.check_writes().await
+    }
+
     /// Acquires the lock if it is free. The lock is not reentrant: its owner is rejected like any
     /// other.
     ///
@@ -83,6 +93,7 @@ impl SpinLock {
     /// [`LockError::Redis`] if Redis does not answer.
     pub async fn try_acquire(&self, name: &str, owner: &Owner) -> Result<Option<Guard>, LockError> {
         let request = LockRequest {
+            causes: self.connections.causes.clone(),
             key: self.connections.key(name),
             // Releases are not published.
             channel: String::new(),

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use box_office::{Indeterminate, KafkaConfig};
+use box_office::{CauseLog, Indeterminate, KafkaConfig};
 use futures_util::FutureExt;
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -38,6 +38,7 @@ pub struct OrderConsumer {
     consumer: Arc<StreamConsumer<RebalanceListener>>,
     topic: String,
     joined: watch::Receiver<bool>,
+    causes: CauseLog,
 }
 
 // ANCHOR: consumer_config
@@ -85,6 +86,7 @@ impl OrderConsumer {
             consumer: Arc::new(consumer),
             topic,
             joined,
+            causes: CauseLog::default(),
         })
     }
 
@@ -133,7 +135,7 @@ impl OrderConsumer {
                 received = self.consumer.recv() => match received {
                     Ok(message) => return Some(ConsumedMessage::new(&message)),
                     // Usually the broker is away. The client reconnects by itself.
-                    Err(why) => tracing::warn!(%why, "polling failed"),
+                    Err(why) => self.causes.warn("polling failed", &why),
                 },
             }
         }
@@ -158,11 +160,14 @@ impl OrderConsumer {
             .add_partition_offset(&self.topic, partition, Offset::Offset(offset))
             .and_then(|()| self.consumer.commit(&offsets, CommitMode::Async));
         if let Err(why) = committed {
-            tracing::warn!(%why, partition, offset, "the offset could not be committed");
+            self.causes.warn("an offset could not be committed", &why);
         }
     }
 
     /// Reads the group's committed offsets, and commits again those that it does not have.
+    ///
+    /// An offset beyond the end of the log is not one of them: the topic was deleted and made again,
+    /// and its first messages would be skipped.
     async fn check_commits(&self) {
         let processed = {
             let mut assignment = self.consumer.context().assignment();
@@ -173,25 +178,29 @@ impl OrderConsumer {
             return;
         }
         let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
-        let committed = tokio::task::spawn_blocking(move || {
+        let settled = tokio::task::spawn_blocking(move || {
             let mut partitions = TopicPartitionList::new();
             for &partition in processed.keys() {
                 partitions.add_partition(&topic, partition);
             }
-            consumer.committed_offsets(partitions, REQUEST_TIMEOUT)
+            let mut settled = BTreeMap::new();
+            for committed in consumer.committed_offsets(partitions, REQUEST_TIMEOUT)?.elements() {
+                let (partition, processed) = (committed.partition(), processed[&committed.partition()]);
+                let has_it = matches!(committed.offset(), Offset::Offset(offset) if offset >= processed);
+                if has_it || consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT)?.1 < processed {
+                    settled.insert(partition, processed);
+                }
+            }
+            KafkaResult::Ok(settled)
         });
-        let committed = match committed.await {
-            Ok(Ok(committed)) => committed,
+        let settled = match settled.await {
+            Ok(Ok(settled)) => settled,
             // The broker is away, or the process is shutting down.
-            _ => TopicPartitionList::new(),
+            _ => BTreeMap::new(),
         };
         // Read again: meanwhile a partition may have been revoked, or more may have been processed.
         let mut missing = self.consumer.context().assignment().processed();
-        for partition in committed.elements() {
-            if let Offset::Offset(offset) = partition.offset() {
-                missing.retain(|&number, &mut processed| number != partition.partition() || offset < processed);
-            }
-        }
+        missing.retain(|partition, offset| settled.get(partition) != Some(&*offset));
         for (partition, offset) in missing {
             self.commit_offset(partition, offset);
         }
@@ -209,7 +218,8 @@ impl OrderConsumer {
                 && self.owns(partition)
                 && let Err(why) = self.seek(partition, offset).await
             {
-                tracing::warn!(%why, partition, offset, "seeking back failed and will be retried");
+                self.causes
+                    .warn("seeking back failed and will be retried", why.as_ref());
                 sleep(SEEK_RETRY_DELAY).await;
             }
         }

@@ -13,7 +13,7 @@ use rdkafka::{
 };
 
 use super::{
-    ConsumedMessage, PoisonMessage, Undelivered,
+    ConsumedMessage, OrderProducer, PoisonMessage, Undelivered,
     headers::{ATTEMPTS, LENGTH, ORIGIN_OFFSET, ORIGIN_PARTITION, ORIGIN_TOPIC, REASON, headers_of},
     topics::dead_letter_topic,
 };
@@ -27,7 +27,7 @@ pub(super) const MAX_REASON_CHARS: usize = 1_000;
 
 /// Writes poison messages to the dead-letter topic.
 pub struct DeadLetters {
-    producer: FutureProducer,
+    producer: OrderProducer,
     topic: String,
     /// The partition and offset of each message that was dead-lettered and whose offset is not yet
     /// committed: it may be redelivered.
@@ -36,7 +36,7 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    pub(super) fn new(producer: FutureProducer, kafka: &KafkaConfig, counts: StrategyMetrics) -> Self {
+    pub(super) fn new(producer: OrderProducer, kafka: &KafkaConfig, counts: StrategyMetrics) -> Self {
         Self {
             producer,
             topic: dead_letter_topic(kafka),

@@ -6,12 +6,12 @@ use box_office::{ConsumerLag, KafkaConfig};
 use rdkafka::{
     TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
-    error::KafkaResult,
+    error::{KafkaError, KafkaResult},
 };
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::topics::{PARTITIONS, client_config, consumer_group, orders_topic};
+use super::topics::{client_config, consumer_group, orders_topic};
 
 /// The interval between two measurements for the metrics, and the timeout of each request.
 const LAG_INTERVAL: Duration = Duration::from_secs(1);
@@ -30,15 +30,25 @@ fn lag_consumer(kafka: &KafkaConfig) -> KafkaResult<BaseConsumer> {
     client_config(kafka).set("group.id", consumer_group(kafka)).create()
 }
 
-/// The lag of each partition, in messages.
+/// The lag of each partition that the topic has, in messages: it may have been made with another
+/// number than ours.
 fn partition_lags(consumer: &BaseConsumer, kafka: &KafkaConfig, timeout: Duration) -> KafkaResult<BTreeMap<i32, i64>> {
     let topic = orders_topic(kafka);
     let mut partitions = TopicPartitionList::new();
-    partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
+    for described in consumer.fetch_metadata(Some(&topic), timeout)?.topics() {
+        if let Some(why) = described.error() {
+            return Err(KafkaError::MetadataFetch(why.into()));
+        }
+        for partition in described.partitions() {
+            partitions.add_partition(&topic, partition.id());
+        }
+    }
     let mut lags = BTreeMap::new();
     for committed in consumer.committed_offsets(partitions, timeout)?.elements() {
         let (start, end) = consumer.fetch_watermarks(&topic, committed.partition(), timeout)?;
-        let offset = committed.offset().to_raw().filter(|&offset| offset >= start);
+        // An offset outside the log is that of another one: the topic was made again.
+        let offset = committed.offset().to_raw();
+        let offset = offset.filter(|offset| (start..=end).contains(offset));
         lags.insert(committed.partition(), end - offset.unwrap_or(start));
     }
     Ok(lags)
@@ -57,12 +67,19 @@ pub(super) fn spawn_reporter(kafka: &KafkaConfig, metric: ConsumerLag, stop: Can
 /// nothing.
 async fn report(consumer: BaseConsumer, kafka: KafkaConfig, lag: ConsumerLag, stop: CancellationToken) {
     let consumer = Arc::new(consumer);
+    let mut reported = 0;
     while stop.run_until_cancelled(sleep(LAG_INTERVAL)).await.is_some() {
         let (consumer, kafka) = (Arc::clone(&consumer), kafka.clone());
         match tokio::task::spawn_blocking(move || partition_lags(&consumer, &kafka, LAG_INTERVAL)).await {
-            Ok(Ok(lags)) => lags
-                .into_iter()
-                .for_each(|(partition, messages)| lag.set(partition, messages)),
+            Ok(Ok(lags)) => {
+                // A partition that is gone has no lag any more.
+                if lags.len() < reported {
+                    lag.clear();
+                }
+                reported = lags.len();
+                lags.into_iter()
+                    .for_each(|(partition, messages)| lag.set(partition, messages));
+            }
             // The broker is away, or the process is shutting down.
             _ => lag.clear(),
         }

@@ -51,7 +51,7 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::{Indeterminate, KafkaConfig, Refusal, ReserveError, SaleId, StrategyContext};
+use box_office::{CauseLog, Indeterminate, KafkaConfig, Refusal, ReserveError, SaleId, StrategyContext};
 use rdkafka::{
     error::KafkaResult,
     producer::{FutureProducer, Producer},
@@ -65,7 +65,7 @@ pub use dead_letters::DeadLetters;
 pub use lag::lag;
 pub use message::{ConsumedMessage, OrderMessage, PoisonMessage};
 pub use outbox_reader::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
-pub use producer::{Undelivered, producer};
+pub use producer::{OrderProducer, Undelivered, producer};
 pub use replay::{DeadLetter, Replayed, list_dead_letters, replay, replay_all, skip};
 pub use reservation_ids::Ids;
 pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, orders_topic};
@@ -82,7 +82,7 @@ pub struct OrderPipeline {
     /// The name of the orders topic.
     pub topic: String,
     /// Sends orders.
-    pub producer: FutureProducer,
+    pub producer: OrderProducer,
     /// Derives and verifies reservation ids.
     pub ids: Ids,
     /// Delivers the events of orders.
@@ -91,6 +91,7 @@ pub struct OrderPipeline {
     pub dead_letters: DeadLetters,
     /// Cancelled on shutdown.
     pub stop: CancellationToken,
+    causes: CauseLog,
     consumers: TaskTracker,
     consumers_started: AtomicUsize,
     /// Each is `true` once its consumer has been assigned partitions.
@@ -122,7 +123,7 @@ impl OrderPipeline {
                 "KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): Kafka at {servers} does not provide the topics"
             )
         })?;
-        let producer = producer(&kafka)?;
+        let producer = OrderProducer::new(&kafka)?;
         let (ids, outbox) = (ids?, outbox?);
         lag::spawn_reporter(&kafka, context.metrics.lag.clone(), stop.clone())?;
         Ok(Arc::new(Self {
@@ -131,6 +132,7 @@ impl OrderPipeline {
             producer,
             ids,
             outbox,
+            causes: CauseLog::default(),
             stop,
             consumers: TaskTracker::new(),
             consumers_started: AtomicUsize::new(0),
@@ -164,13 +166,21 @@ impl OrderPipeline {
             return Ok(false);
         }
         // With more consumers than partitions, some never get one.
-        let (producer, group) = (self.producer.clone(), consumer_group(&self.kafka));
+        let (producer, group) = (self.producer.current(), consumer_group(&self.kafka));
         let members = tokio::task::spawn_blocking(move || {
             let known = producer.client().fetch_group_list(Some(&group), METADATA_TIMEOUT)?;
             KafkaResult::Ok(known.groups().iter().map(|group| group.members().len()).sum::<usize>())
         });
         let members = members.await??;
         Ok(members < PARTITIONS as usize + awaiting)
+    }
+
+    /// Logs why orders are retried: once for each cause and interval, and not on shutdown, when they
+    /// are left to another consumer.
+    pub fn log_retry(&self, why: &ReserveError) {
+        if !self.stop.is_cancelled() {
+            self.causes.warn("orders could not be processed and are retried", why);
+        }
     }
 
     /// Checks that a sale exists. A known sale is cached for good: no sale is ever deleted.
@@ -194,27 +204,36 @@ impl OrderPipeline {
         Ok(())
     }
 
-    /// Readiness: Kafka answers, every consumer runs and has its share of the partitions.
+    /// Readiness: orders are [decidable](Self::decidable), and every consumer of this server has its
+    /// share of the partitions.
     ///
     /// # Errors
     /// [`Indeterminate::BackendAway`] otherwise.
     pub async fn ready(&self) -> Result<(), ReserveError> {
-        let away = |why: anyhow::Error| ReserveError::from(Indeterminate::BackendAway(why));
-        if self.consumers.len() < self.consumers_started.load(Relaxed) {
-            return Err(away(anyhow::anyhow!("a consumer has ended")));
-        }
+        self.decidable().await?;
         if self.awaits_partitions().await.map_err(away)? {
             return Err(away(anyhow::anyhow!("a consumer has no partitions yet")));
         }
-        if let Some((code, why)) = self.producer.client().fatal_error() {
-            return Err(away(anyhow::anyhow!("the producer has failed: {code}: {why}")));
+        Ok(())
+    }
+
+    /// Checks that orders can be decided: the consumers of this server run, and Kafka has both
+    /// topics with their partitions.
+    ///
+    /// # Errors
+    /// [`Indeterminate::BackendAway`] otherwise.
+    pub async fn decidable(&self) -> Result<(), ReserveError> {
+        if self.consumers.len() < self.consumers_started.load(Relaxed) {
+            return Err(away(anyhow::anyhow!("a consumer has ended")));
         }
-        let (producer, topic) = (self.producer.clone(), self.topic.clone());
-        let metadata = tokio::task::spawn_blocking(move || {
-            let metadata = producer.client().fetch_metadata(Some(&topic), METADATA_TIMEOUT);
-            metadata.map(drop)
+        let (orders, dead) = (self.topic.clone(), dead_letter_topic(&self.kafka));
+        // The producer asks, so that it finds a topic that has come back.
+        let producer: FutureProducer = self.producer.current();
+        let checked = tokio::task::spawn_blocking(move || {
+            topics::check(producer.client(), &orders, Some(PARTITIONS), METADATA_TIMEOUT)?;
+            topics::check(producer.client(), &dead, None, METADATA_TIMEOUT)
         });
-        match metadata.await {
+        match checked.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(why)) => Err(away(why.into())),
             Err(why) => Err(away(why.into())),
@@ -228,4 +247,8 @@ impl OrderPipeline {
         self.consumers.close();
         self.consumers.wait().await;
     }
+}
+
+fn away(why: anyhow::Error) -> ReserveError {
+    Indeterminate::BackendAway(why).into()
 }

@@ -1,11 +1,15 @@
 //! The producer: a message counts as sent once the broker has acknowledged it.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use box_office::{Indeterminate, KafkaConfig, ReserveError};
 use rdkafka::{
     error::{KafkaError, RDKafkaErrorCode},
-    producer::FutureProducer,
+    message::ToBytes,
+    producer::{FutureProducer, FutureRecord, Producer, future_producer::OwnedDeliveryResult},
 };
 
 use super::topics::{MAX_MESSAGE_BYTES, client_config};
@@ -30,6 +34,60 @@ pub fn producer(kafka: &KafkaConfig) -> Result<FutureProducer, KafkaError> {
 }
 // ANCHOR_END: producer
 
+/// The producer of this server.
+///
+/// An idempotent producer that loses step with the broker, because the broker has lost the end of
+/// its log, fails for good: it sends nothing more. A new one begins anew, so this one is replaced.
+/// The messages in flight fail; their buyers are told that the outcome is unknown, and the ids of
+/// the orders make a repeat harmless.
+#[derive(Clone)]
+pub struct OrderProducer {
+    kafka: KafkaConfig,
+    current: Arc<Mutex<FutureProducer>>,
+}
+
+impl OrderProducer {
+    /// Creates a producer. It connects in the background.
+    ///
+    /// # Errors
+    /// If the client rejects its configuration.
+    pub fn new(kafka: &KafkaConfig) -> Result<Self, KafkaError> {
+        Ok(Self {
+            kafka: kafka.clone(),
+            current: Arc::new(Mutex::new(producer(kafka)?)),
+        })
+    }
+
+    /// The producer that works. Replaces one that has failed for good.
+    pub fn current(&self) -> FutureProducer {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((code, why)) = current.client().fatal_error() {
+            match producer(&self.kafka) {
+                Ok(new) => {
+                    tracing::error!(%code, why, "the producer has failed for good, and is replaced");
+                    let failed = std::mem::replace(&mut *current, new);
+                    // Dropping a producer blocks for a while.
+                    std::thread::spawn(move || drop(failed));
+                }
+                Err(error) => tracing::error!(%code, why, %error, "the producer has failed for good"),
+            }
+        }
+        current.clone()
+    }
+
+    /// Sends a message, and waits for its acknowledgement. See [`FutureProducer::send`].
+    ///
+    /// # Errors
+    /// As [`FutureProducer::send`].
+    pub async fn send<K, P>(&self, record: FutureRecord<'_, K, P>, queue_timeout: Duration) -> OwnedDeliveryResult
+    where
+        K: ToBytes + ?Sized,
+        P: ToBytes + ?Sized,
+    {
+        self.current().send(record, queue_timeout).await
+    }
+}
+
 /// The broker did not acknowledge a message in time. It may have stored it all the same.
 #[derive(Debug, thiserror::Error)]
 #[error("the message was not acknowledged: {0}")]
@@ -42,5 +100,47 @@ impl From<Undelivered> for ReserveError {
             Some(RDKafkaErrorCode::MessageTimedOut) => Indeterminate::TimedOut,
             _ => Indeterminate::BackendAway(undelivered.into()),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::{mocking::MockCluster, types::RDKafkaApiKey, types::RDKafkaRespErr};
+
+    use super::*;
+
+    /// An error of the broker that loses the producer its place in the sequence, as when the broker
+    /// has lost the end of its log.
+    const OUT_OF_SEQUENCE: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+
+    #[tokio::test]
+    async fn a_producer_that_has_failed_for_good_is_replaced() {
+        let broker = MockCluster::new(1).expect("a broker of the client library");
+        broker.create_topic("orders", 1, 1).expect("a topic");
+        let kafka = KafkaConfig {
+            bootstrap_servers: broker.bootstrap_servers(),
+            prefix: String::new(),
+            consumers: 0,
+            session: Duration::from_secs(10),
+        };
+        let producer = OrderProducer::new(&kafka).expect("a producer");
+        let send = async || {
+            let record = FutureRecord::to("orders").key("").payload("order");
+            producer.send(record, Duration::ZERO).await
+        };
+        send().await.expect("it is acknowledged");
+        let first = producer.current();
+
+        broker.request_errors(RDKafkaApiKey::Produce, &[OUT_OF_SEQUENCE]);
+        send().await.expect_err("the fault did not strike");
+        assert!(first.client().fatal_error().is_some(), "the fault did not strike");
+        let (why, _) = first
+            .send(FutureRecord::to("orders").key("").payload("order"), Duration::ZERO)
+            .await
+            .expect_err("it sends nothing more");
+        println!("{why}");
+
+        send().await.expect("a new producer sends");
+        assert!(producer.current().client().fatal_error().is_none());
     }
 }

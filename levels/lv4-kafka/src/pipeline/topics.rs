@@ -7,8 +7,10 @@ use box_office::KafkaConfig;
 use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
-    client::DefaultClientContext,
-    error::RDKafkaErrorCode,
+    client::{Client, ClientContext, DefaultClientContext},
+    error::{KafkaError, RDKafkaErrorCode},
+    metadata::MetadataTopic,
+    types::RDKafkaRespErr,
 };
 
 /// The number of partitions of the orders topic, and so the maximum number of consumers that work
@@ -60,6 +62,11 @@ pub(super) fn client_config(kafka: &KafkaConfig) -> ClientConfig {
         // A connection that has fallen silent is replaced after this time, by default after 60 s.
         .set("socket.timeout.ms", "10000")
         .set("socket.keepalive.enable", "true")
+        // A topic that was deleted is missed, and never made again by a client that only asks for it:
+        // the broker would give it one partition.
+        .set("allow.auto.create.topics", "false")
+        // A topic that comes back is found soon: the default is five minutes.
+        .set("topic.metadata.refresh.interval.ms", "5000")
         .set("socket.nagle.disable", "true");
     config
 }
@@ -85,24 +92,115 @@ pub(super) async fn create(kafka: &KafkaConfig) -> anyhow::Result<()> {
     let options = AdminOptions::new()
         .operation_timeout(Some(STARTUP_TIMEOUT))
         .request_timeout(Some(STARTUP_TIMEOUT));
-    let mut already_exists = false;
     for created in admin.create_topics(&topics, &options).await? {
         match created {
-            Ok(_) => {}
-            Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => already_exists = true,
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
             Err((topic, why)) => bail!("the topic {topic} cannot be created: {why}"),
         }
     }
-    if already_exists {
-        let topic = orders.clone();
-        let partitions = tokio::task::spawn_blocking(move || {
-            let metadata = admin.inner().fetch_metadata(Some(&topic), STARTUP_TIMEOUT)?;
-            anyhow::Ok(metadata.topics().first().map_or(0, |topic| topic.partitions().len()))
-        });
-        let partitions = partitions.await??;
-        if partitions != 0 && i32::try_from(partitions) != Ok(PARTITIONS) {
-            bail!("the topic {orders} has {partitions} partitions, not {PARTITIONS}");
-        }
+    let checked = tokio::task::spawn_blocking(move || check(admin.inner(), &orders, Some(PARTITIONS), STARTUP_TIMEOUT));
+    match checked.await? {
+        // Whatever else is wrong may pass: then the server is not ready.
+        Err(wrong @ TopicError::WrongPartitions { .. }) => Err(wrong.into()),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Why orders cannot be sent to a topic.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TopicError {
+    /// The broker does not answer.
+    #[error("Kafka does not describe the topic {topic}")]
+    NoAnswer {
+        topic: String,
+        #[source]
+        why: KafkaError,
+    },
+    /// The topic's own error: usually it does not exist.
+    #[error("the topic {topic}: {why}")]
+    Topic { topic: String, why: RDKafkaErrorCode },
+    /// The topic was made by somebody else, or was changed.
+    #[error("the topic {topic} has {partitions} partitions, not {expected}")]
+    WrongPartitions {
+        topic: String,
+        partitions: i32,
+        expected: i32,
+    },
+    /// No broker leads a partition.
+    #[error("the topic {topic} has no leader for partition {partition}")]
+    NoLeader { topic: String, partition: i32 },
+}
+
+/// Checks that a topic exists with this number of partitions (`None`: any), and that each has a
+/// leader. Blocks.
+pub(super) fn check<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+    expected: Option<i32>,
+    timeout: Duration,
+) -> Result<(), TopicError> {
+    let name = || topic.to_owned();
+    let metadata = client
+        .fetch_metadata(Some(topic), timeout)
+        .map_err(|why| TopicError::NoAnswer { topic: name(), why })?;
+    let unknown = Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART);
+    let described = metadata.topics().first();
+    if let Some(why) = described.map_or(unknown, MetadataTopic::error) {
+        let why = why.into();
+        return Err(TopicError::Topic { topic: name(), why });
+    }
+    let partitions = described.map_or(&[][..], MetadataTopic::partitions);
+    let count = i32::try_from(partitions.len()).unwrap_or(i32::MAX);
+    if let Some(expected) = expected
+        && count != expected
+    {
+        return Err(TopicError::WrongPartitions {
+            topic: name(),
+            partitions: count,
+            expected,
+        });
+    }
+    match partitions.iter().find(|partition| partition.leader() < 0) {
+        Some(partition) => Err(TopicError::NoLeader {
+            topic: name(),
+            partition: partition.id(),
+        }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::{mocking::MockCluster, producer::Producer};
+
+    use super::*;
+    use crate::pipeline::producer;
+
+    const TIMEOUT: Duration = Duration::from_secs(5);
+
+    /// The broker of the client library creates what a client asks for, as one with
+    /// `auto.create.topics.enable` does, unless the client forbids it.
+    #[test]
+    fn a_topic_that_is_missing_is_reported_and_not_made() {
+        let broker = MockCluster::new(1).expect("a broker of the client library");
+        let kafka = KafkaConfig {
+            bootstrap_servers: broker.bootstrap_servers(),
+            prefix: String::new(),
+            consumers: 0,
+            session: TIMEOUT,
+        };
+        let producer = producer(&kafka).expect("a producer");
+        let check = |expected| check(producer.client(), "orders", expected, TIMEOUT);
+        for _ in 0..3 {
+            let missing = check(None).expect_err("it is not there").to_string();
+            assert!(missing.contains("UnknownTopicOrPartition"), "{missing}");
+        }
+        broker.create_topic("orders", 1, 1).expect("a topic");
+        check(None).expect("it is there");
+        let other = check(Some(6)).expect_err("it has one partition").to_string();
+        assert_eq!(other, "the topic orders has 1 partitions, not 6");
+        broker.partition_leader("orders", 0, None).expect("no leader");
+        let leaderless = check(None).expect_err("nobody leads it").to_string();
+        assert_eq!(leaderless, "the topic orders has no leader for partition 0");
+    }
 }

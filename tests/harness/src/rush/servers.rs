@@ -232,6 +232,14 @@ impl Servers {
             .context("it has left")
     }
 
+    /// What an instance has logged.
+    ///
+    /// # Errors
+    /// Fails if the instance does not exist, or its log cannot be read.
+    pub(crate) async fn log(&self, instance: usize) -> anyhow::Result<String> {
+        Ok(fs::read_to_string(&self.instance(instance)?.lock().await.log)?)
+    }
+
     /// The sum of `oversold_retries_total` over the live servers. A server without this metric
     /// counts as 0.
     ///
