@@ -160,7 +160,7 @@ pub(crate) async fn probe(app: &App) -> Result<(), ReserveError> {
     // Safe to cancel: one statement, no transaction.
     let probe = async {
         probe_database(&app.database).await?;
-        app.readiness.probe_space(&app.database.connect_options()).await?;
+        app.readiness.probe_space(&app.database.pool().connect_options()).await?;
         let ready = app.readiness.probe_strategy(&*app.strategy).await;
         if ready.is_err() {
             undecidable = app.strategy.decidable().await.is_err();
@@ -193,7 +193,7 @@ pub(crate) async fn watch(app: Arc<App>, mut connection: Option<PgConnection>) {
 /// Probes whether an order can be decided, on a connection that no load keeps busy, and records the
 /// result.
 pub(crate) async fn probe_decidable(app: &App, connection: &mut Option<PgConnection>) {
-    let options = app.database.connect_options();
+    let options = app.database.pool().connect_options();
     let probe = async {
         probe_connection(connection, &options).await?;
         app.readiness.probe_space(&options).await?;
