@@ -65,9 +65,15 @@ async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] nam
     ledger.record_fault("all open connections fall silent");
     assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
     let began = std::time::Instant::now();
-    until("the connections are idle", async || began.elapsed() > Duration::from_millis(200)).await;
+    until("the connections are idle", async || {
+        began.elapsed() > Duration::from_millis(200)
+    })
+    .await;
     four_buyers(5).await;
-    assert!(proxy.chunks_discarded() > 0, "the fault did not strike: no silent connection was tried");
+    assert!(
+        proxy.chunks_discarded() > 0,
+        "the fault did not strike: no silent connection was tried"
+    );
     ledger.record_recovery();
     talk.stop().await.unwrap();
     assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);

@@ -67,8 +67,14 @@ async fn connections_to_redis_that_fell_silent_are_replaced(#[case] name: &str) 
 
     ledger.record_fault("all connections to Redis fall silent");
     assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
-    until("a buyer is served", async || is_confirmed(&ledger.reserve(&talk, 2).await)).await;
-    assert!(proxy.chunks_discarded() > 0, "the fault did not strike: no silent connection was tried");
+    until("a buyer is served", async || {
+        is_confirmed(&ledger.reserve(&talk, 2).await)
+    })
+    .await;
+    assert!(
+        proxy.chunks_discarded() > 0,
+        "the fault did not strike: no silent connection was tried"
+    );
     ledger.record_recovery();
     talk.stop().await.unwrap();
     assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
