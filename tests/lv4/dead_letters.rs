@@ -31,13 +31,16 @@ fn origins(dead_letters: &[DeadLetter]) -> Vec<&str> {
     dead_letters.iter().map(|dead_letter| &*dead_letter.origin).collect()
 }
 
+/// The names and values of headers.
+type Headers<'a> = &'a [(&'a str, &'a [u8])];
+
 /// A record as any client of the broker can write it.
 struct Foreign<'a> {
     topic: &'a str,
     partition: i32,
     key: Option<&'a [u8]>,
     payload: Option<&'a [u8]>,
-    headers: &'a [(&'a str, &'a [u8])],
+    headers: Headers<'a>,
 }
 
 impl Foreign<'_> {
@@ -65,7 +68,7 @@ impl Foreign<'_> {
 #[tokio::test]
 async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
     let huge = [b'9'; 50_000];
-    let attempts: [(&[(&str, &[u8])], u32); 7] = [
+    let attempts: [(Headers<'_>, u32); 7] = [
         (&[("attempts", b"4294967295")], u32::MAX),
         (&[("attempts", b"4294967294")], u32::MAX),
         (&[("attempts", &huge)], u32::MAX),
