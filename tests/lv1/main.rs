@@ -14,6 +14,11 @@ use harness::{
     judge::judge,
     rush::{Program, Rush, SALE},
     schedule::{Scenario, ScheduleRunner},
+    shared_tests::{
+        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+        instance_faults,
+        slow_clients::withstands_idle_and_slow_clients,
+    },
     test_server::TestServer,
     until,
 };

@@ -15,9 +15,11 @@ use harness::{
     required,
     rush::{Program, Rush, SALE},
     schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point},
-    shared_tests::http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-    shared_tests::instance_faults,
-    shared_tests::slow_clients::withstands_idle_and_slow_clients,
+    shared_tests::{
+        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+        instance_faults,
+        slow_clients::withstands_idle_and_slow_clients,
+    },
     test_server::TestServer,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};

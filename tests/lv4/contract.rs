@@ -16,9 +16,11 @@ use harness::{
     judge::Conclusion,
     required,
     rush::{Program, Rush, SALE},
-    shared_tests::http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-    shared_tests::instance_faults,
-    shared_tests::slow_clients::withstands_idle_and_slow_clients,
+    shared_tests::{
+        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
+        instance_faults,
+        slow_clients::withstands_idle_and_slow_clients,
+    },
     test_server::TestServer,
     until,
 };

@@ -410,7 +410,7 @@ async fn an_offset_does_not_pass_poison_that_could_not_be_dead_lettered(
     let acceptor = fixture.start_acceptor(5).await;
     let orders = fixture.accept_all(&acceptor, 1..=1).await;
     let of_no_sale = order(LATER, 9);
-    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
     let of_no_sale = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
     let offsets = fixture.offsets().await;
     let mut empty = offsets.iter().filter(|(_, (_, end))| *end == 0);

@@ -99,7 +99,7 @@ async fn a_fault_that_passes_loses_no_order_and_dead_letters_none(
     server.create_rush_sale(10).await.unwrap();
     let mut orders = fixture.accept_all(&server, 1..=2).await;
     fixture.wait_until_processed().await;
-    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
 
     match away {
         Away::Database => {

@@ -198,7 +198,7 @@ async fn the_log_of_an_outage_names_the_cause_and_names_it_once() {
     let fixture = Fixture::with_environment(strategy, stand).await;
     let server = fixture.start_instance(&[("NO_COLOR", "1")]).await;
     server.create_rush_sale(50).await.unwrap();
-    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
     let began = Instant::now();
     ok(&redis, &["REPLICAOF", "127.0.0.1", "1"]).await;
     let mut orders = vec![];

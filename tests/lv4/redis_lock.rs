@@ -88,7 +88,7 @@ async fn a_lock_granted_after_the_timeout_is_released() {
     let acceptor = fixture.start_acceptor(1).await;
     // The lease does not expire during the test.
     let decider = fixture.start_instance(&[("LOCK_LEASE_MS", "600000")]).await;
-    let ids = Ids::load(&fixture.pool).await.unwrap();
+    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
     let says = async |words: &[&str]| {
         let answer = redis.command(words).await.unwrap();
         assert_eq!(answer, Reply::Status("OK".to_owned()));

@@ -160,7 +160,9 @@ pub(crate) async fn probe(app: &App) -> Result<(), ReserveError> {
     // Safe to cancel: one statement, no transaction.
     let probe = async {
         probe_database(&app.database).await?;
-        app.readiness.probe_space(&app.database.pool().connect_options()).await?;
+        app.readiness
+            .probe_space(&app.database.pool().connect_options())
+            .await?;
         let ready = app.readiness.probe_strategy(&*app.strategy).await;
         if ready.is_err() {
             undecidable = app.strategy.decidable().await.is_err();

@@ -7,10 +7,7 @@ use std::{
 };
 
 use box_office::{KafkaConfig, StrategyMetrics};
-use rdkafka::{
-    Message as _,
-    producer::{FutureProducer, FutureRecord},
-};
+use rdkafka::{Message as _, producer::FutureRecord};
 
 use super::{
     ConsumedMessage, OrderProducer, PoisonMessage, Undelivered,
