@@ -22,7 +22,7 @@ use axum::{
 };
 use box_office::{
     BuyerId, Guarantee,
-    Invariant::{Conservation, NoOversell, NoUndersell, NothingLost, OneAnswer, Progress},
+    Invariant::{Conservation, NoFalseRefusal, NoOversell, NoUndersell, NothingLost, OneAnswer, Progress},
     Level, Promise, Promises, SaleId, Schema, Strategy, api,
 };
 use futures_util::FutureExt;
@@ -156,7 +156,7 @@ const NEVER_ENDS: Lie = Lie {
 const WITHOUT_A_ROW: Lie = Lie {
     name: "a_confirmation_without_a_row",
     breaks: Promises::ALL_KEPT
-        .breaks(&[NothingLost])
+        .breaks(&[NothingLost, NoFalseRefusal])
         .leaves_open(&[NoUndersell, OneAnswer]),
 };
 const CHANGES_ITS_MIND: Lie = Lie {
