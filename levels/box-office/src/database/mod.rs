@@ -192,7 +192,7 @@ impl DerefMut for Transaction {
     }
 }
 
-/// A pooled connection, which executes statements with [`ANSWER_TIMEOUT`]. Dropped, it returns to
+/// A pooled connection, which executes statements with a deadline for every answer. Dropped, it returns to
 /// the pool or is closed.
 pub struct Connection {
     /// `None` only while it is dropped.
