@@ -1,6 +1,6 @@
 //! Faults: a database that is down, failed commits, a locked row, killed and restarted servers.
 
-use super::*;
+use super::{schedules::lock_row, *};
 
 #[tokio::test]
 async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_time() {
@@ -64,10 +64,21 @@ async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] nam
 
     ledger.record_fault("all open connections fall silent");
     assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
-    let began = std::time::Instant::now();
-    until("the connections are idle", async || {
-        began.elapsed() > Duration::from_millis(200)
-    })
+    let observer = stand.database().pool(1).await.unwrap();
+    until(
+        "the connections have been idle for long enough to be pinged",
+        async || {
+            sqlx::query_scalar(
+                "select bool_and(clock_timestamp() - state_change > interval '200 milliseconds')
+               from pg_stat_activity
+              where datname = current_database()
+                and pid <> pg_backend_pid()",
+            )
+            .fetch_one(&observer)
+            .await
+            .unwrap()
+        },
+    )
     .await;
     four_buyers(5).await;
     assert!(
@@ -181,12 +192,7 @@ async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name
     let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
     talk.create_rush_sale(1).await.unwrap();
     let observer = stand.database().pool(1).await.unwrap();
-    let mut other = observer.begin().await.unwrap();
-    sqlx::query("select from sale where id = $1 for update")
-        .bind(SALE)
-        .execute(&mut *other)
-        .await
-        .unwrap();
+    let other = lock_row(&observer, SALE).await;
 
     talk.reserve(SALE, 1, Some("a"))
         .await

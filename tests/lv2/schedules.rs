@@ -151,7 +151,7 @@ async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
 // ANCHOR_END: guard-kept
 
 /// Locks the row of this sale, as the administration's or a colleague's transaction could.
-async fn lock_row(pool: &PgPool, sale: SaleId) -> PgTransaction<'static> {
+pub(crate) async fn lock_row(pool: &PgPool, sale: SaleId) -> PgTransaction<'static> {
     let mut holder = pool.begin().await.unwrap();
     sqlx::query("select from sale where id = $1 for update")
         .bind(sale)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use harness::{
-    backends::{self, Kafka, TestEnvironment},
+    backends::{self, Kafka},
     rush::SALE,
     until,
 };
@@ -28,11 +28,7 @@ async fn an_order_is_accepted_only_when_the_broker_has_it(#[case] name: &str, #[
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let acceptor = fixture.start_acceptor(3).await;
     let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
 
@@ -73,11 +69,7 @@ async fn an_order_without_an_acknowledgement_is_not_accepted(#[case] name: &str)
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let acceptor = fixture.start_acceptor(3).await;
     let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
 
@@ -128,11 +120,7 @@ async fn an_instance_finds_the_broker_again(#[case] name: &str) {
     let strategy = strategy(name);
     let kafka = Kafka::private().await.unwrap();
     let (postgres, redis) = (backends::postgres().await.unwrap(), backends::redis().await.unwrap());
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let server = fixture.start_instance(&[]).await;
     server.create_rush_sale(10).await.unwrap();
     let mut orders = fixture.accept_all(&server, 1..=2).await;

@@ -3,8 +3,7 @@
 use box_office::SaleId;
 use harness::{assert_failure_mode, backends, rush::SALE, until};
 use lv4_kafka::pipeline::{
-    DeadLetter, Ids, OrderMessage, PARTITIONS, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all,
-    skip,
+    DeadLetter, OrderMessage, PARTITIONS, dead_letter_topic, list_dead_letters, orders_topic, replay, replay_all, skip,
 };
 use rdkafka::{
     ClientConfig,
@@ -256,7 +255,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
     let kafka = fixture.kafka();
     let mut orders = fixture.accept_all(&acceptor, 1..=2).await;
 
-    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
+    let ids = fixture.ids().await;
     let of_no_sale = order(LATER, 9);
     let good = OrderMessage::new(ids.for_order(&order(SALE, 3)), &order(SALE, 3)).to_bytes();
     let later = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
@@ -410,7 +409,7 @@ async fn an_offset_does_not_pass_poison_that_could_not_be_dead_lettered(
     let acceptor = fixture.start_acceptor(5).await;
     let orders = fixture.accept_all(&acceptor, 1..=1).await;
     let of_no_sale = order(LATER, 9);
-    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
+    let ids = fixture.ids().await;
     let of_no_sale = OrderMessage::new(ids.for_order(&of_no_sale), &of_no_sale).to_bytes();
     let offsets = fixture.offsets().await;
     let mut empty = offsets.iter().filter(|(_, (_, end))| *end == 0);

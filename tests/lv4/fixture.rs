@@ -13,7 +13,7 @@ use box_office::{
 };
 use harness::{
     assert_after_fault, assert_failure_mode,
-    backends::{self, TestEnvironment},
+    backends::{self, Kafka, Postgres, Redis, Reply, TestEnvironment},
     history::Answer,
     history_recorder::HistoryRecorder,
     judge::Verdict,
@@ -62,6 +62,11 @@ pub(crate) fn strategy(name: &str) -> &'static Strategy {
         .unwrap_or_else(|| panic!("LV.4 has no strategy {name}"))
 }
 
+/// Sends Redis a command that it answers with OK.
+pub(crate) async fn ok(redis: &Redis, words: &[&str]) {
+    assert_eq!(redis.command(words).await.unwrap(), Reply::Status("OK".to_owned()));
+}
+
 /// A strategy on its backends, with what a test observes of it.
 pub(crate) struct Fixture {
     pub(crate) strategy: &'static Strategy,
@@ -77,10 +82,18 @@ pub(crate) struct Fixture {
 impl Fixture {
     pub(crate) async fn new(name: &str) -> Self {
         let strategy = strategy(name);
-        Self::with_environment(strategy, TestEnvironment::shared(strategy).await.unwrap()).await
+        Self::in_environment(strategy, TestEnvironment::shared(strategy).await.unwrap()).await
     }
 
-    pub(crate) async fn with_environment(strategy: &'static Strategy, stand: TestEnvironment) -> Self {
+    /// On these servers, some of which are the test's own.
+    pub(crate) async fn on(strategy: &'static Strategy, postgres: &Postgres, redis: &Redis, kafka: &Kafka) -> Self {
+        let stand = TestEnvironment::on(postgres, Some(redis), strategy.schema)
+            .await
+            .unwrap();
+        Self::in_environment(strategy, stand.with_kafka(Some(kafka))).await
+    }
+
+    async fn in_environment(strategy: &'static Strategy, stand: TestEnvironment) -> Self {
         let pool = stand.database().pool(1).await.unwrap();
         let kafka = stand
             .kafka(0, SESSION)
@@ -156,6 +169,11 @@ impl Fixture {
             kafka: Some(self.kafka()),
             instrumentation: Instrumentation::default(),
         }
+    }
+
+    /// The ids of this database.
+    pub(crate) async fn ids(&self) -> Ids {
+        Ids::load(&self.pool.clone().into()).await.unwrap()
     }
 
     /// Runs a blocking query of the broker on a thread of its own.

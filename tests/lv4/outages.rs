@@ -1,10 +1,10 @@
 //! A backend that is away for a while.
 
 use harness::{
-    backends::{self, Durability, Postgres, Redis, TestEnvironment},
+    backends::{self, Durability, Postgres, Redis},
     until,
 };
-use lv4_kafka::pipeline::{Ids, list_dead_letters};
+use lv4_kafka::pipeline::list_dead_letters;
 use rstest::rstest;
 use uuid::Uuid;
 
@@ -20,11 +20,7 @@ async fn an_outage_fails_only_the_orders_in_flight_of_a_batch() {
     let strategy = strategy("locked");
     let (postgres, kafka) = (backends::postgres().await.unwrap(), backends::kafka().await.unwrap());
     let redis = Redis::private().await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let acceptor = fixture.start_acceptor(100).await;
     let orders = fixture.accept_all(&acceptor, 1..=60).await;
     let trace = std::env::temp_dir().join(format!("oversold-trace-{}", Uuid::new_v4()));
@@ -90,16 +86,12 @@ async fn a_fault_that_passes_loses_no_order_and_dead_letters_none(
     let kafka = backends::kafka().await.unwrap();
     let redis = Redis::private().await.unwrap();
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let server = fixture.start_instance(&[]).await;
     server.create_rush_sale(10).await.unwrap();
     let mut orders = fixture.accept_all(&server, 1..=2).await;
     fixture.wait_until_processed().await;
-    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
+    let ids = fixture.ids().await;
 
     match away {
         Away::Database => {

@@ -5,16 +5,16 @@
 use std::time::{Duration, Instant};
 
 use harness::{
-    backends::{self, Durability, Postgres, Redis, Reply, TestEnvironment},
+    backends::{self, Durability, Postgres, Redis},
     rush::SALE,
     test_server::TestServer,
     until,
 };
-use lv4_kafka::pipeline::{Ids, dead_letter_topic, orders_topic};
+use lv4_kafka::pipeline::{dead_letter_topic, orders_topic};
 use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use rstest::rstest;
 
-use crate::fixture::{Expected::Kept, Fixture, assert_indeterminate, metric, strategy};
+use crate::fixture::{Expected::Kept, Fixture, assert_indeterminate, metric, ok, strategy};
 
 /// Why the server is not ready; empty if it is.
 async fn unready(server: &TestServer) -> String {
@@ -23,10 +23,6 @@ async fn unready(server: &TestServer) -> String {
         true => String::new(),
         false => String::from_utf8_lossy(&answer.body).into_owned(),
     }
-}
-
-async fn ok(redis: &Redis, words: &[&str]) {
-    assert_eq!(redis.command(words).await.unwrap(), Reply::Status("OK".to_owned()));
 }
 
 /// The fault, what is asserted while it lasts, and the same server after it.
@@ -71,11 +67,7 @@ async fn without_locks_nothing_is_accepted(#[case] fault: &[&str], #[case] remed
     let strategy = strategy("locked");
     let (postgres, kafka) = (backends::postgres().await.unwrap(), backends::kafka().await.unwrap());
     let redis = Redis::private().await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     not_accepted_meanwhile(
         &fixture,
         async || ok(&redis, fault).await,
@@ -93,11 +85,7 @@ async fn without_writes_to_the_database_nothing_is_accepted(#[case] name: &str) 
     let strategy = strategy(name);
     let (redis, kafka) = (backends::redis().await.unwrap(), backends::kafka().await.unwrap());
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let run = async |statements: [&'static str; 2]| {
         for statement in statements {
             sqlx::query(statement).execute(&fixture.pool).await.unwrap();
@@ -191,14 +179,10 @@ async fn the_log_of_an_outage_names_the_cause_and_names_it_once() {
     let strategy = strategy("locked");
     let (postgres, kafka) = (backends::postgres().await.unwrap(), backends::kafka().await.unwrap());
     let redis = Redis::private().await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&kafka));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres, &redis, &kafka).await;
     let server = fixture.start_instance(&[("NO_COLOR", "1")]).await;
     server.create_rush_sale(50).await.unwrap();
-    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
+    let ids = fixture.ids().await;
     let began = Instant::now();
     ok(&redis, &["REPLICAOF", "127.0.0.1", "1"]).await;
     let mut orders = vec![];

@@ -2,17 +2,17 @@
 
 use harness::{
     DelayedCommits, assert_after_fault,
-    backends::{self, Redis, Reply, TestEnvironment},
+    backends::{self, Redis, Reply},
     proxy::{Fault, Proxy},
     rush::SALE,
     until,
 };
-use lv4_kafka::pipeline::{Ids, OrderMessage, PARTITIONS};
+use lv4_kafka::pipeline::{OrderMessage, PARTITIONS};
 use rstest::rstest;
 
 use crate::fixture::{
     Expected::{self, Breaks, Kept},
-    Fixture, OBSERVATION_TIME, OVERSOLD, TIMEOUT, happens_within, kill_instance, order, strategy,
+    Fixture, OBSERVATION_TIME, OVERSOLD, TIMEOUT, happens_within, kill_instance, ok, order, strategy,
 };
 
 /// The connection to Postgres breaks with a commit in flight, and then the consumer is killed. The
@@ -80,25 +80,17 @@ async fn a_lock_granted_after_the_timeout_is_released() {
     let strategy = strategy("locked");
     let redis = Redis::private().await.unwrap();
     let (postgres, kafka) = tokio::join!(backends::postgres(), backends::kafka());
-    let stand = TestEnvironment::on(&postgres.unwrap(), Some(&*redis), strategy.schema)
-        .await
-        .unwrap()
-        .with_kafka(Some(&*kafka.unwrap()));
-    let fixture = Fixture::with_environment(strategy, stand).await;
+    let fixture = Fixture::on(strategy, &postgres.unwrap(), &redis, &kafka.unwrap()).await;
     let acceptor = fixture.start_acceptor(1).await;
     // The lease does not expire during the test.
     let decider = fixture.start_instance(&[("LOCK_LEASE_MS", "600000")]).await;
-    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
-    let says = async |words: &[&str]| {
-        let answer = redis.command(words).await.unwrap();
-        assert_eq!(answer, Reply::Status("OK".to_owned()));
-    };
-    says(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
+    let ids = fixture.ids().await;
+    ok(&redis, &["CLIENT", "PAUSE", "60000", "WRITE"]).await;
     let orders = [fixture.append_order(&ids, 1).await];
     // Twice: the first attempt ended with a timeout.
     fixture.wait_for_attempts(2).await;
     assert_eq!(fixture.rows().await, 0, "the fault did not strike: a lock was acquired");
-    says(&["CLIENT", "UNPAUSE"]).await;
+    ok(&redis, &["CLIENT", "UNPAUSE"]).await;
     fixture.wait_until_processed().await;
 
     fixture.assert_outcome(&decider, &orders, Kept).await;
@@ -180,7 +172,7 @@ async fn a_consumer_frozen_past_its_lease_sells_a_ticket_again() {
     let of_first = members[&firsts][0];
     let of_second = (0..PARTITIONS).find(|partition| !members[&firsts].contains(partition));
 
-    let ids = Ids::load(&fixture.pool.clone().into()).await.unwrap();
+    let ids = fixture.ids().await;
     let [ann, bob] = [1, 2].map(|buyer| {
         let id = ids.for_order(&order(SALE, buyer));
         fixture.ledger.record_accepted(buyer, id);

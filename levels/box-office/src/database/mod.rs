@@ -192,8 +192,8 @@ impl DerefMut for Transaction {
     }
 }
 
-/// A pooled connection, which executes statements with a deadline for every answer. Dropped, it returns to
-/// the pool or is closed.
+/// A pooled connection, which executes statements with a deadline for every answer. Dropped, it
+/// returns to the pool or is closed.
 pub struct Connection {
     /// `None` only while it is dropped.
     pooled: Option<PoolConnection<Postgres>>,

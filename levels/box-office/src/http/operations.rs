@@ -2,16 +2,17 @@
 
 use std::sync::Arc;
 
+use axum::{
+    extract::{Path, State, rejection::PathRejection},
+    http::header,
+    response::IntoResponse,
+};
+
 use super::App;
 use crate::{
     causes,
     problem::{Problem, ProblemKind},
     readiness,
-};
-use axum::{
-    extract::{Path, State, rejection::PathRejection},
-    http::header,
-    response::IntoResponse,
 };
 
 /// The liveness probe.

@@ -153,6 +153,9 @@ impl LockRequest {
 
     /// Releases one acquisition, if the lock still counts it.
     pub(super) async fn release(&self, acquisition_id: &str) -> RedisResult<Released> {
+        /// What the script returns for a lock that is free although the message failed.
+        const NOT_NOTIFIED: i64 = -2;
+
         let remaining: i64 = self
             .scripts
             .release
@@ -161,9 +164,6 @@ impl LockRequest {
             .arg(&self.channel)
             .invoke_async(&mut self.commands.clone())
             .await?;
-        /// What the script returns for a lock that is free although the message failed.
-        const NOT_NOTIFIED: i64 = -2;
-
         if remaining == NOT_NOTIFIED {
             let channel = &self.channel;
             let cause = format!("Redis rejected PUBLISH to {channel}");

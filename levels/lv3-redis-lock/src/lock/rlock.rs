@@ -200,13 +200,14 @@ impl RLock {
         self.connections.check_messages(self.channel(PROBE)).await
     }
 
-    /// Checks the permissions of this Redis user, which no time heals: without them a server must
-    /// not start. Other faults pass, and are for [`ready`](Self::ready).
+    /// Checks that this Redis user may send and receive the messages of releases, which no time
+    /// heals: without that a server must not start. [`Connections::from_context`] has checked the
+    /// writes. Other faults pass, and are for [`ready`](Self::ready).
     ///
     /// # Errors
     /// [`LockError::Forbidden`].
     pub async fn check_permissions(&self) -> Result<(), LockError> {
-        match self.ready().await {
+        match self.connections.check_messages(self.channel(PROBE)).await {
             Err(forbidden @ LockError::Forbidden { .. }) => Err(forbidden),
             _ => Ok(()),
         }

@@ -43,11 +43,11 @@ pub(super) fn attempts(headers: Option<&impl Headers>) -> u32 {
 }
 
 /// Headers with these names and values.
-pub(super) fn headers_of(headers: &[(&str, String)]) -> OwnedHeaders {
+pub(super) fn headers_of(headers: &[(&str, impl AsRef<[u8]>)]) -> OwnedHeaders {
     headers.iter().fold(OwnedHeaders::new(), |all, (key, value)| {
         all.insert(Header {
             key,
-            value: Some(value),
+            value: Some(value.as_ref()),
         })
     })
 }

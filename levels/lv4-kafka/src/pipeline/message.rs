@@ -126,20 +126,15 @@ impl ConsumedMessage {
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, prelude::*};
-    use rdkafka::{
-        Timestamp,
-        message::{Header, OwnedHeaders},
+    use rdkafka::Timestamp;
+
+    use super::{
+        super::headers::{ATTEMPTS, headers_of},
+        *,
     };
 
-    use super::*;
-
     fn consumed(payload: Option<Vec<u8>>, key: Option<Vec<u8>>, attempts: &[Vec<u8>]) -> ConsumedMessage {
-        let headers = attempts.iter().fold(OwnedHeaders::new(), |all, value| {
-            all.insert(Header {
-                key: super::super::headers::ATTEMPTS,
-                value: Some(value),
-            })
-        });
+        let headers: Vec<_> = attempts.iter().map(|value| (ATTEMPTS, value)).collect();
         let (topic, partition, offset) = ("orders".to_owned(), 0, 0);
         ConsumedMessage {
             partition,
@@ -151,7 +146,7 @@ mod tests {
                 Timestamp::NotAvailable,
                 partition,
                 offset,
-                Some(headers),
+                Some(headers_of(&headers)),
             ),
         }
     }

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, io, mem, time::Duration};
 
-use box_office::{Database, Event, Indeterminate, ReserveError, api};
+use box_office::{CauseLog, Database, Event, Indeterminate, ReserveError, api};
 use sqlx::{
     Acquire, ConnectOptions, Connection, Executor,
     postgres::{PgConnectOptions, PgListener, PgNotification, PgPoolOptions},
@@ -113,6 +113,7 @@ enum Notification {
 
 /// Forwards the notifications, and reconnects when the connection is lost.
 async fn listen(mut listener: PgListener, connect: PgConnectOptions, notifications: mpsc::Sender<Notification>) {
+    let causes = CauseLog::default();
     loop {
         let notification = match next(&mut listener).await {
             Ok(notification) => {
@@ -120,8 +121,8 @@ async fn listen(mut listener: PgListener, connect: PgConnectOptions, notificatio
                 Notification::Decided(ids.collect())
             }
             Err(why) => {
-                tracing::warn!(%why, "listening for decided orders was interrupted");
-                listener = reopened(listener, &connect).await;
+                causes.warn("listening for decided orders was interrupted", &why);
+                listener = reopened(listener, &connect, &causes).await;
                 Notification::ConnectionLost
             }
         };
@@ -162,12 +163,12 @@ async fn open_listener(connect: &PgConnectOptions) -> sqlx::Result<PgListener> {
 }
 
 /// Replaces a listener whose connection is lost or silent.
-async fn reopened(mut old: PgListener, connect: &PgConnectOptions) -> PgListener {
+async fn reopened(mut old: PgListener, connect: &PgConnectOptions, causes: &CauseLog) -> PgListener {
     loop {
         match reopen(&mut old, connect).await {
             Ok(listener) => return listener,
             Err(why) => {
-                tracing::warn!(%why, "listening for decided orders failed and will be retried");
+                causes.warn("listening for decided orders failed and will be retried", &why);
                 sleep(RECONNECT_DELAY).await;
             }
         }
@@ -196,6 +197,7 @@ async fn serve(
     mut notifications: mpsc::Receiver<Notification>,
     mut new_waiters: mpsc::Receiver<Waiter>,
 ) {
+    let causes = CauseLog::default();
     let mut waiting: HashMap<Uuid, Vec<Waiter>> = HashMap::new();
     let mut poll_all_at = Instant::now() + POLL_INTERVAL;
     loop {
@@ -232,7 +234,7 @@ async fn serve(
             match read(&database, &due).await {
                 Ok(events) => deliver(&mut waiting, events),
                 Err(why) => {
-                    tracing::warn!(%why, "the outbox cannot be read; waiting clients are disconnected");
+                    causes.warn("the outbox cannot be read; waiting clients are disconnected", &why);
                     for id in due {
                         waiting.remove(&id);
                     }

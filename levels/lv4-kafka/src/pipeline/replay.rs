@@ -323,10 +323,7 @@ async fn mark_as_done(
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, prelude::*};
-    use rdkafka::{
-        Timestamp,
-        message::{Header, OwnedHeaders},
-    };
+    use rdkafka::Timestamp;
 
     use super::*;
 
@@ -334,12 +331,6 @@ mod tests {
     const DEAD: &str = "orders.dead";
 
     fn message(offset: i64, payload: Option<&[u8]>, headers: &[(&str, &[u8])]) -> OwnedMessage {
-        let headers = headers.iter().fold(OwnedHeaders::new(), |all, &(key, value)| {
-            all.insert(Header {
-                key,
-                value: Some(value),
-            })
-        });
         OwnedMessage::new(
             payload.map(<[u8]>::to_vec),
             None,
@@ -347,7 +338,7 @@ mod tests {
             Timestamp::CreateTime(0),
             0,
             offset,
-            Some(headers),
+            Some(headers_of(headers)),
         )
     }
 

@@ -238,14 +238,7 @@ impl Process {
         self.send(Signal::KILL)?;
         self.ended().await?;
         // Postgres does not start again while a child still holds the shared memory.
-        let began = Instant::now();
-        while any_running(&children)? {
-            if began.elapsed() > SHUTDOWN_TIMEOUT {
-                bail!("a child of {} did not end within {SHUTDOWN_TIMEOUT:?}", self.name());
-            }
-            tokio::time::sleep(POLL_INTERVAL).await;
-        }
-        Ok(())
+        self.within_shutdown_timeout(|| Ok(!any_running(&children)?)).await
     }
 
     /// Freezes the process and its children (SIGSTOP) unless it is down.
@@ -280,19 +273,24 @@ impl Process {
     }
 
     async fn ended(&self) -> anyhow::Result<()> {
-        let began = Instant::now();
-        loop {
-            {
-                let mut child = self.child();
-                let up = match child.as_mut() {
-                    None => false,
-                    Some(child) => child.try_wait()?.is_none(),
-                };
-                if !up {
-                    *child = None;
-                    return Ok(());
-                }
+        self.within_shutdown_timeout(|| {
+            let mut child = self.child();
+            let ended = match child.as_mut() {
+                None => true,
+                Some(child) => child.try_wait()?.is_some(),
+            };
+            if ended {
+                *child = None;
             }
+            Ok(ended)
+        })
+        .await
+    }
+
+    /// Waits until `ended` holds.
+    async fn within_shutdown_timeout(&self, mut ended: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while !ended()? {
             if began.elapsed() > SHUTDOWN_TIMEOUT {
                 bail!(
                     "{} did not end within {SHUTDOWN_TIMEOUT:?}: {}",
@@ -302,6 +300,7 @@ impl Process {
             }
             tokio::time::sleep(POLL_INTERVAL).await;
         }
+        Ok(())
     }
 
     fn send(&self, signal: Signal) -> anyhow::Result<()> {
