@@ -1,6 +1,6 @@
 //! The OpenAPI 3.1 document, with every status and problem type of every operation.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::LazyLock};
 
 use axum::Json;
 use utoipa::{
@@ -87,11 +87,15 @@ struct ApiDocument;
     operation_id = "openapi",
     responses((status = 200, description = "This document", body = Object))
 )]
-pub(super) async fn document() -> Json<openapi::OpenApi> {
-    let mut document = ApiDocument::openapi();
-    document.merge(super::documented_routes().into_openapi());
-    add_common_responses(&mut document);
-    Json(document)
+pub(super) async fn document() -> Json<&'static openapi::OpenApi> {
+    /// Made once: it is the same for every server and request.
+    static DOCUMENT: LazyLock<openapi::OpenApi> = LazyLock::new(|| {
+        let mut document = ApiDocument::openapi();
+        document.merge(super::documented_routes().into_openapi());
+        add_common_responses(&mut document);
+        document
+    });
+    Json(&*DOCUMENT)
 }
 
 /// Adds what many operations share: problems, request ids, and the admin token.
