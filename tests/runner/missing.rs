@@ -117,6 +117,7 @@ fn a_backend_that_accepts_and_never_answers_is_named_in_time(
     let address = silent.local_addr().unwrap().to_string();
     let mut child = command(arguments)
         .env(variable, url.replace("ADDRESS", &address))
+        .env_remove("OVERSOLD_BACKENDS")
         .env("PORT", "0")
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -1,7 +1,10 @@
 //! `oversold bench lv4/…`: how many orders per second are accepted while no consumer runs, with a 202 once the broker has acknowledged the
 //! order. Next to it, the same route with a produce that does nothing, and Kafka's own producer.
 
-use std::time::Duration;
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 use box_office::{KafkaConfig, Order, RequestKey, Strategy};
@@ -10,6 +13,7 @@ use lv4_kafka::pipeline::{OrderMessage, PARTITIONS, orders_topic};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},
+    types::RDKafkaErrorCode::NotLeaderForPartition,
 };
 
 use super::{
@@ -37,6 +41,8 @@ const WITHOUT_PRODUCE: &str = lv4_kafka::mutants::PRODUCE_NOTHING.name;
 const RECORDS_A_SECOND: u64 = 50_000;
 /// Time-out of a query for the number of messages.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause before it is repeated.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One round of load on a server.
 struct AcceptRound {
@@ -248,9 +254,18 @@ fn messages(kafka: &KafkaConfig) -> anyhow::Result<Vec<i64>> {
         .set("bootstrap.servers", &kafka.bootstrap_servers)
         .create()?;
     let topic = orders_topic(kafka);
-    let counted = (0..PARTITIONS).map(|partition| {
-        let (low, high) = consumer.fetch_watermarks(&topic, partition, TIMEOUT)?;
-        Ok(high - low)
-    });
-    counted.collect()
+    let gave_up = Instant::now() + TIMEOUT;
+    let count = |partition| loop {
+        match consumer.fetch_watermarks(&topic, partition, TIMEOUT) {
+            // For a moment a broker does not lead the partitions of a new topic.
+            Err(why) if why.rdkafka_error_code() == Some(NotLeaderForPartition) && Instant::now() < gave_up => {
+                sleep(POLL_INTERVAL);
+            }
+            counted => {
+                let (low, high) = counted?;
+                return Ok(high - low);
+            }
+        }
+    };
+    (0..PARTITIONS).map(count).collect()
 }
