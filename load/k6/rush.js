@@ -43,7 +43,8 @@ const SECONDS = number('SECONDS', 10, 60);
 const BUYERS = ARRIVALS ? RATE * SECONDS : number('BUYERS', 1000, 20000);
 const CAPACITY = ARRIVALS ? 2 * BUYERS : number('CAPACITY', 100, 1000000);
 const CLICKS = number('CLICKS', 1, 50);
-const VUS = Math.min(BUYERS, number('VUS', 200, 1000));
+// At a constant rate k6 may begin one iteration more, in the last instant.
+const VUS = Math.min(ARRIVALS ? BUYERS + 1 : BUYERS, number('VUS', 200, 1000));
 const PATIENCE = number('PATIENCE', 20, 300);
 const SALE = number('SALE', 1, Number.MAX_SAFE_INTEGER);
 const BASE_URL = setting('BASE_URL', 'http://127.0.0.1:8080');
