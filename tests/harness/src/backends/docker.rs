@@ -174,7 +174,7 @@ impl Container {
     /// Fails with the end of the log unless the container is running.
     pub(super) async fn ensure_running(&self) -> anyhow::Result<()> {
         if self.pid().await?.is_none() {
-            bail!("its container ended: {}", self.log().await?);
+            bail!("the container did not start; the end of its log: {}", self.log().await?);
         }
         Ok(())
     }

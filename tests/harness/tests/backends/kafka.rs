@@ -142,4 +142,6 @@ fn an_image_that_does_not_start_shows_the_end_of_its_log() {
         .said();
     let error = said["error"].as_str().unwrap();
     assert!(error.contains("the container did not start"), "{error}");
+    // Of an image with bash its log says it, of one without the engine.
+    assert!(error.contains("bash"), "{error}");
 }
