@@ -67,7 +67,7 @@ fn impatient() -> Rush {
     }
 }
 
-/// A second click finds the buyer's reservation, and never an empty sale.
+/// Nobody finds an empty sale: a second click finds the buyer's reservation.
 fn a_ticket_for_each_click() -> Rush {
     Rush {
         capacity: 128,
@@ -93,6 +93,7 @@ fn a_ticket_for_each_click() -> Rush {
 #[case::overtaken_is_sold_out("mutants/overtaken-is-sold-out", Rush::one_ticket_each(64), REFUSES_FALSELY)]
 #[case::pool_time_out_is_sold_out("mutants/pool-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
 #[case::mutex_time_out_is_sold_out("mutants/mutex-time-out-is-sold-out", slow(), REFUSES_FALSELY)]
+#[case::for_share("mutants/for-share", a_ticket_for_each_click(), NEVER_FINAL)]
 #[case::condition_missing("mutants/condition-missing", impatient(), NEVER_FINAL)]
 #[case::violation_is_an_error("mutants/violation-is-an-error", a_ticket_for_each_click(), NEVER_FINAL)]
 #[case::violation_is_sold_out(

@@ -118,6 +118,42 @@ async fn an_offset_is_not_committed_while_its_order_is_in_flight(#[case] name: &
     second.stop().await.unwrap();
 }
 
+/// A new group has committed no offset. It must begin with the oldest order, not with the first that
+/// arrives after it.
+#[rstest]
+#[case::locked("locked", Kept)]
+#[case::single_writer("single-writer", Kept)]
+#[case::offset_reset_latest("mutants/offset-reset-latest", LOST)]
+#[tokio::test]
+async fn orders_accepted_before_the_first_consumer_are_decided(#[case] name: &str, #[case] expected: Expected) {
+    let fixture = Fixture::new(name).await;
+    let acceptor = fixture.start_acceptor(100).await;
+    let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
+    let offsets = fixture.offsets().await;
+    let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
+
+    let decider = fixture.start_instance(&[]).await;
+    // Once a later order of the partition is processed, no consumer comes back to the first.
+    for buyer in 2.. {
+        orders.push(fixture.accept(&acceptor, buyer).await);
+        if fixture.offsets().await[&partition].0 > 0 {
+            break;
+        }
+    }
+    until("the later orders are processed", async || {
+        let (processed, end) = fixture.offsets().await[&partition];
+        processed == end
+    })
+    .await;
+    if let Kept = expected {
+        fixture.wait_until_processed().await;
+    }
+
+    fixture.assert_outcome(&decider, &orders, expected).await;
+    acceptor.stop().await.unwrap();
+    decider.stop().await.unwrap();
+}
+
 /// How an instance leaves the group.
 enum Leaves {
     /// The group expels it when its session expires.

@@ -117,6 +117,7 @@ pub static LEVEL: Level = Level {
             trigger: "the buyer of the last ticket repeats the request",
             violates: &[Invariant::OneAnswer],
         }])),
+        mutant(mutants::FOR_SHARE).guarantee(NEVER_FINAL),
         mutant(mutants::SKIP_LOCKED).guarantee(REFUSES_FALSELY),
         mutant(mutants::MUTEX_BUSY_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),
         mutant(mutants::OVERTAKEN_IS_SOLD_OUT).guarantee(REFUSES_FALSELY),

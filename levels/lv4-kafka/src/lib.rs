@@ -100,6 +100,10 @@ pub static LEVEL: Level = Level {
             trigger: "a consumer is killed with an order in flight",
             violates: LOST,
         }])),
+        mutant(mutants::OFFSET_RESET_LATEST).guarantee(ANYWHERE.except(&[FailureMode {
+            trigger: "orders are accepted before the group's first consumer has joined",
+            violates: LOST,
+        }])),
         mutant(mutants::HIGHEST_OFFSET).guarantee(ANYWHERE.except(&[FailureMode {
             trigger: "a consumer leaves while an order is to be retried",
             violates: LOST,
