@@ -134,12 +134,12 @@ async fn orders_accepted_before_the_first_consumer_are_decided(#[case] name: &st
 
     let decider = fixture.start_instance(&[]).await;
     // Once a later order of the partition is processed, no consumer comes back to the first.
-    for buyer in 2.. {
-        orders.push(fixture.accept(&acceptor, buyer).await);
-        if fixture.offsets().await[&partition].0 > 0 {
-            break;
-        }
-    }
+    let mut buyers = 2..;
+    until("a later order is processed", async || {
+        orders.push(fixture.accept(&acceptor, buyers.next().unwrap()).await);
+        fixture.offsets().await[&partition].0 > 0
+    })
+    .await;
     until("the later orders are processed", async || {
         let (processed, end) = fixture.offsets().await[&partition];
         processed == end
