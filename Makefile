@@ -3,11 +3,13 @@
 #   LEVEL=lv1            one level instead of all
 #   STRATEGY=…           one strategy of that level
 #   ARGS="--buyers 50"   more words for the command itself
+#   PROFILE=dev          a bench of the debug build, which measures nothing and is built already
 
 LEVEL ?=
 STRATEGY ?=
 ARGS ?=
 NAME ?=
+PROFILE ?= release
 N ?= 20
 
 package_lv1 := lv1-race-condition
@@ -113,7 +115,7 @@ bench: ## Measure one strategy beside the database's own ceiling: make bench LEV
 	@test -n "$(LEVEL)" || { echo "make bench takes a level: make bench LEVEL=lv2 STRATEGY=pessimistic"; exit 2; }
 	@infra/setup.sh $(services)
 	@infra/bench-tools.sh
-	cargo run --release --package oversold $(features) -- bench $(chosen) $(ARGS)
+	cargo run --profile $(PROFILE) --package oversold $(if $(filter release,$(PROFILE)),$(features)) -- bench $(chosen) $(ARGS)
 
 benchmarks: ## Hold the suite's own costs to their bounds: a rush against a server that does nothing, and the judge
 	@infra/setup.sh postgres

@@ -7,6 +7,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use mutants::{Change, Mutant, Refreshed, refresh};
@@ -172,11 +173,16 @@ fn lines_that_moved_do_not_matter() {
     assert_eq!(mutated[0].1, "zero\nzero and a half\none\n2\nthree\n");
 }
 
-/// A repository in a temporary folder with the sources `before` committed and `after` in the working tree.
-fn repository(before: &str, after: &str) -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let source = folder.path().join("levels/lv0/src/plain.rs");
-    let patch = folder.path().join("wrong.patch");
+/// A repository in cargo's folder for tests with the sources `before` committed and `after` in the working tree.
+fn repository(before: &str, after: &str) -> (PathBuf, PathBuf) {
+    static REPOSITORIES: AtomicUsize = AtomicUsize::new(0);
+    let number = REPOSITORIES.fetch_add(1, Ordering::Relaxed);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("repository-{number}"));
+    if folder.exists() {
+        fs::remove_dir_all(&folder).unwrap();
+    }
+    let source = folder.join("levels/lv0/src/plain.rs");
+    let patch = folder.join("wrong.patch");
     fs::create_dir_all(source.parent().unwrap()).unwrap();
     fs::write(&source, before).unwrap();
     fs::write(&patch, PATCH).unwrap();
@@ -188,7 +194,7 @@ fn repository(before: &str, after: &str) -> (tempfile::TempDir, PathBuf) {
         let mut git = Command::new("git");
         git.args(["-c", "user.name=test", "-c", "user.email=test@localhost"])
             .args(words);
-        assert!(git.current_dir(folder.path()).status().unwrap().success());
+        assert!(git.current_dir(&folder).status().unwrap().success());
     }
     fs::write(&source, after).unwrap();
     (folder, patch)
@@ -198,14 +204,13 @@ fn repository(before: &str, after: &str) -> (tempfile::TempDir, PathBuf) {
 fn a_stale_patch_is_refreshed_against_the_source_as_it_is() {
     let (folder, patch) = repository("one\ntwo\nthree\n4\n5\n6\n", "eins\ntwo\nthree\n4\n5\n6\n");
     // The first line is context of the hunk: the patch does not apply any more.
-    let merged = refresh(folder.path(), &patch);
+    let merged = refresh(&folder, &patch);
     // Adjacent lines conflict, and the refusal shows both sides.
     let conflict = merged.unwrap_err().to_string();
     assert!(conflict.contains("<<<<<<<") && conflict.contains("eins"), "{conflict}");
 
     let (folder, patch) = repository("one\ntwo\nthree\nfour\n", "one\ntwo\nthree\nfour\n");
-    assert_eq!(refresh(folder.path(), &patch).unwrap(), Refreshed::Unchanged);
-    drop(folder);
+    assert_eq!(refresh(&folder, &patch).unwrap(), Refreshed::Unchanged);
 }
 
 #[test]
@@ -215,10 +220,10 @@ fn a_context_line_that_changed_is_taken_over() {
     let (folder, patch) = repository(before, &before.replace("use a;", "use b;"));
     let text = PATCH.split("--- a/").next().unwrap();
     fs::write(&patch, format!("{text}{}", change.diff)).unwrap();
-    assert_eq!(refresh(folder.path(), &patch).unwrap(), Refreshed::Written);
+    assert_eq!(refresh(&folder, &patch).unwrap(), Refreshed::Written);
     let mutant = Mutant::read(&patch).unwrap();
     let mutated = mutant
-        .apply(|path| fs::read_to_string(folder.path().join(path)))
+        .apply(|path| fs::read_to_string(&folder.join(path)))
         .unwrap();
     assert_eq!(mutated[0].1, "use b;\n\none\n2\nthree\n");
 }
