@@ -11,6 +11,7 @@ ARGS ?=
 NAME ?=
 PROFILE ?= release
 N ?= 20
+ORDERS ?= 20000
 
 package_lv1 := lv1-race-condition
 package_lv2 := lv2-db-lock
@@ -143,6 +144,6 @@ results: ## Measure again what the book says in figures: about 12 minutes, and n
 	infra/results.sh
 	$(MAKE) generated
 
-soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20 [LEVEL=lv1]
+soak: ## Run the suite N times, every fourth time with one core kept busy: make soak N=20 [LEVEL=lv4 ORDERS=20000]
 	@infra/setup.sh $(services)
-	infra/soak.sh $(N) $(if $(LEVEL),--package $(package)) $(ARGS)
+	OVERSOLD_SOAK_ORDERS=$(ORDERS) infra/soak.sh $(N) $(if $(LEVEL),--package $(package)) $(ARGS)

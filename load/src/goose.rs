@@ -24,7 +24,7 @@ use goose::{
     goose::{GooseMethod, GooseRequest, GooseUser, Scenario, Transaction, TransactionFunction},
 };
 use harness::{
-    history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Request},
+    history::{Answer, Ending, FORMAT_VERSION, Header, History, Micros, Refused, Request},
     rush::{
         Classified, Clock, HttpResponse, Report, classify, final_state, is_event_stream, jittered, recheck, retry_after,
     },
@@ -141,6 +141,7 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         // Clients see no rows.
         rows: None,
         faults: vec![],
+        payments: None,
     };
     let void = match shared.unsent.load(Ordering::Relaxed) {
         0 => vec![],
@@ -224,7 +225,10 @@ impl SharedRush {
                     },
                 };
             }
-            let unknown = request.answer == Answer::Indeterminate;
+            let unknown = matches!(
+                request.answer,
+                Answer::Indeterminate | Answer::Refused(Refused::RateLimited)
+            );
             requests.push(request);
             let spent = Duration::from_micros(now_monotonic_us() - opened_us - requests[0].sent_us);
             let left = self.patience.saturating_sub(spent);

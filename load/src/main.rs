@@ -136,7 +136,7 @@ fn number(range: RangeInclusive<u32>) -> impl Fn(&str) -> Result<u32, String> + 
 
 fn invariant(code: &str) -> Result<Invariant, String> {
     let known = Invariant::ALL.into_iter().find(|invariant| invariant.code() == code);
-    known.ok_or_else(|| "codes of invariants, I1 to I10, with commas between them".to_owned())
+    known.ok_or_else(|| "codes of invariants, I1 to I11, with commas between them".to_owned())
 }
 
 /// The exit code for an invalid command line, and for a server that does not answer.

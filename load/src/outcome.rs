@@ -88,6 +88,9 @@ impl Outcome {
             sold_out,
             already_reserved,
             otherwise_refused,
+            rate_limited,
+            expired: _,
+            declined: _,
             undecided,
             unexpected,
         } = report.answers;
@@ -101,7 +104,7 @@ impl Outcome {
                 requests: report.history.requests.len() as u64,
                 confirmed,
                 accepted,
-                refused: sold_out + already_reserved + otherwise_refused,
+                refused: sold_out + already_reserved + otherwise_refused + rate_limited,
                 unknown: undecided + unexpected,
                 duplicates: verdict.tally.duplicates,
                 capacity: verdict.tally.capacity,

@@ -367,7 +367,7 @@ async fn what_is_broken_on_purpose_passes_and_must_be_seen() {
 #[case(&["goose", "--host", "http://127.0.0.1:1"], "load: connecting to 127.0.0.1:1: Connection refused")]
 #[case(&["goose", "--host", "ftp://x"], "load: --host holds \"ftp://x\"; expected an address")]
 #[case(&["goose", "--host", "http://127.0.0.1:1", "--buyers", "0"], "load: --buyers holds \"0\"; expected a number, 1 to 5000")]
-#[case(&["goose", "--host", "http://127.0.0.1:1", "--breaks", "I11"], "load: --breaks holds \"I11\"; expected codes")]
+#[case(&["goose", "--host", "http://127.0.0.1:1", "--breaks", "I12"], "load: --breaks holds \"I12\"; expected codes")]
 #[case(&["goose"], "load: --host <http://HOST:PORT> is missing")]
 #[case(&["rush", "lv1", "--oversold", "/nowhere"], "load: there is no /nowhere")]
 #[case(&["roll"], "load: unrecognized subcommand 'roll'")]

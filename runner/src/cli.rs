@@ -5,6 +5,8 @@ use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode};
 use box_office::{Settings, explain, unset_if_empty};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 use harness::backends::Missing;
+#[cfg(feature = "lv4")]
+use lv4_kafka::payment_service::{self, PaymentServiceArgs};
 
 #[cfg(feature = "lv4")]
 use crate::commands::dead_letters;
@@ -68,6 +70,9 @@ enum Command {
     /// List, show and replay the dead letters of LV.4: messages that its consumers gave up on.
     #[cfg(feature = "lv4")]
     DeadLetters(dead_letters::DeadLettersArgs),
+    /// Run a payment service that misbehaves on demand, for LV.4's held tickets.
+    #[cfg(feature = "lv4")]
+    PaymentService(PaymentServiceArgs),
     /// One process of `bench --waiters --instances`, which starts it.
     #[cfg(feature = "lv3")]
     #[command(hide = true)]
@@ -123,6 +128,10 @@ pub fn run() -> ExitCode {
         Command::BenchWaiters(args) => block_on(bench::run_waiters(&args)),
         #[cfg(feature = "lv4")]
         Command::DeadLetters(args) => block_on(dead_letters::run(&args)),
+        #[cfg(feature = "lv4")]
+        Command::PaymentService(args) => {
+            block_on(async { payment_service::serve(args).await.map(|()| ExitKind::AsPromised) })
+        }
         Command::Doctor => block_on(doctor::run()),
     };
     match exit {

@@ -4,22 +4,20 @@ use super::*;
 
 // ANCHOR: pool
 /// Far fewer connections than callers.
-const POOL_OF_EIGHT: Rush = Rush {
-    capacity: 100,
-    buyers: 1000,
-    clicks: 1,
-    instances: 1,
-    work: Duration::ZERO,
-    commit: Duration::from_millis(1),
-    pool_size: Some(8),
-    timeout: Duration::from_secs(20),
-    traced: true,
-    faults: vec![],
-};
+fn on_a_pool_of_eight() -> Rush {
+    Rush {
+        capacity: 100,
+        buyers: 1000,
+        commit: Duration::from_millis(1),
+        pool_size: Some(8),
+        traced: true,
+        ..Rush::default()
+    }
+}
 
 #[tokio::test]
 async fn a_thousand_callers_share_a_pool_of_eight() {
-    kept_over_a_pool_of_eight(POOL_OF_EIGHT).await;
+    kept_over_a_pool_of_eight(on_a_pool_of_eight()).await;
 }
 // ANCHOR_END: pool
 
@@ -29,7 +27,7 @@ async fn a_thousand_callers_over_a_pool_of_eight_are_too_many_for_a_lock_that_do
         &program(),
         &LEVEL,
         "mutants/for-update-does-nothing",
-        POOL_OF_EIGHT,
+        on_a_pool_of_eight(),
         OVERSELLS,
     )
     .await;
@@ -40,7 +38,7 @@ async fn a_thousand_callers_over_a_pool_of_eight_are_too_many_for_a_lock_that_do
 async fn eight_callers_leave_a_pool_of_eight_with_nobody_waiting() {
     let rush = Rush {
         buyers: 8,
-        ..POOL_OF_EIGHT
+        ..on_a_pool_of_eight()
     };
     kept_over_a_pool_of_eight(rush).await;
 }
@@ -104,7 +102,7 @@ async fn a_request_that_waits_for_the_pool_beyond_its_time_out_ends_as_indetermi
         buyers: 200,
         work: Duration::from_millis(300),
         commit: Duration::ZERO,
-        ..POOL_OF_EIGHT
+        ..on_a_pool_of_eight()
     };
     let report = kept_over_a_pool_of_eight(rush).await;
 

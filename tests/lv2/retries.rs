@@ -3,22 +3,20 @@
 use super::*;
 
 /// 64 buyers contend for one row, each on its own connection.
-const STORM: Rush = Rush {
-    capacity: 32,
-    buyers: 64,
-    clicks: 1,
-    instances: 1,
-    work: Duration::from_millis(1),
-    commit: Duration::ZERO,
-    pool_size: Some(64),
-    timeout: Duration::from_secs(20),
-    traced: true,
-    faults: vec![],
-};
+fn storm() -> Rush {
+    Rush {
+        capacity: 32,
+        buyers: 64,
+        work: Duration::from_millis(1),
+        pool_size: Some(64),
+        traced: true,
+        ..Rush::default()
+    }
+}
 
 #[tokio::test]
 async fn in_a_version_storm_retries_are_bounded_and_every_ticket_is_sold() {
-    let report = sold_in_a_version_storm(STORM).await;
+    let report = sold_in_a_version_storm(storm()).await;
 
     assert_eq!(report.verdict.tally.sold, 32, "{}", report.verdict);
     let most = report.history.requests.iter().map(|request| {
@@ -33,7 +31,7 @@ async fn in_a_version_storm_retries_are_bounded_and_every_ticket_is_sold() {
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_buyer_alone_is_no_version_storm() {
-    let alone = Rush { buyers: 1, ..STORM };
+    let alone = Rush { buyers: 1, ..storm() };
     sold_in_a_version_storm(alone).await;
 }
 
@@ -116,5 +114,5 @@ async fn a_request_overtaken_too_often_is_indeterminate_and_never_sold_out() {
 
 #[tokio::test]
 async fn in_a_version_storm_a_retry_that_reuses_its_read_oversells() {
-    contract(&program(), &LEVEL, "mutants/retry-reuses-the-read", STORM, OVERSELLS).await;
+    contract(&program(), &LEVEL, "mutants/retry-reuses-the-read", storm(), OVERSELLS).await;
 }

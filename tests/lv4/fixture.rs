@@ -3,11 +3,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use box_office::{
-    Instrumentation,
+    Improvements, Instrumentation,
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, Progress},
     KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics,
 };
@@ -23,7 +23,7 @@ use harness::{
 };
 use lv4_kafka::{
     LEVEL,
-    pipeline::{Ids, OrderMessage, PARTITIONS, consumer_group, dead_letter_topic, orders_topic},
+    pipeline::{Ids, OrderMessage, PARTITIONS, ReleaseCommand, consumer_group, dead_letter_topic, orders_topic},
 };
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -167,6 +167,7 @@ impl Fixture {
             metrics: StrategyMetrics::default(),
             redis: None,
             kafka: Some(self.kafka()),
+            improvements: Improvements::default(),
             instrumentation: Instrumentation::default(),
         }
     }
@@ -267,14 +268,30 @@ impl Fixture {
         .await;
     }
 
+    /// Judges orders that may expire after this time.
+    pub(crate) fn with_expiry(self, expiry: Duration) -> Self {
+        Self {
+            ledger: self.ledger.with_expiry(expiry),
+            ..self
+        }
+    }
+
     /// Appends the order of a buyer to the topic, as an instance does that has accepted it just before
     /// a fault.
     pub(crate) async fn append_order(&self, ids: &Ids, buyer: i64) -> Uuid {
+        self.append_order_of_age(ids, buyer, Duration::ZERO).await
+    }
+
+    /// Appends such an order that was accepted this time ago.
+    pub(crate) async fn append_order_of_age(&self, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
         let order = order(SALE, buyer);
         let id = ids.for_order(&order);
-        self.ledger.record_accepted(buyer, id);
+        self.ledger.record_accepted_before(buyer, id, age);
         let message = OrderMessage::new(id, &order).to_bytes();
-        self.produce(0, &[&message]).await.unwrap();
+        let topic = orders_topic(&self.kafka());
+        self.produce_sent_at(SystemTime::now() - age, &topic, 0, &[&message])
+            .await
+            .unwrap();
         id
     }
 
@@ -283,14 +300,43 @@ impl Fixture {
         self.produce_to(&orders_topic(&self.kafka()), partition, payloads).await
     }
 
+    /// Produces a release command to the partition of its sale, as any client of the broker could.
+    pub(crate) async fn produce_command(&self, command: &ReleaseCommand) {
+        let servers = self.kafka().bootstrap_servers;
+        let sender: FutureProducer = ClientConfig::new().set("bootstrap.servers", servers).create().unwrap();
+        let (topic, payload) = (orders_topic(&self.kafka()), command.to_bytes());
+        let sale = command.sale_id.to_be_bytes();
+        let record = FutureRecord::to(&topic)
+            .key(&sale)
+            .payload(&payload)
+            .headers(ReleaseCommand::headers());
+        sender.send(record, TIMEOUT).await.unwrap();
+    }
+
     /// Produces messages to a partition of any topic.
     pub(crate) async fn produce_to(&self, topic: &str, partition: i32, payloads: &[&[u8]]) -> Result<(), KafkaError> {
+        self.produce_sent_at(SystemTime::now(), topic, partition, payloads)
+            .await
+    }
+
+    async fn produce_sent_at(
+        &self,
+        sent_at: SystemTime,
+        topic: &str,
+        partition: i32,
+        payloads: &[&[u8]],
+    ) -> Result<(), KafkaError> {
+        let sent_ms = sent_at.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis() as i64;
         let sender: FutureProducer = ClientConfig::new()
             .set("bootstrap.servers", self.kafka().bootstrap_servers)
             .set("message.max.bytes", "2000000")
             .create()?;
         for payload in payloads {
-            let record = FutureRecord::to(topic).partition(partition).key("").payload(*payload);
+            let record = FutureRecord::to(topic)
+                .partition(partition)
+                .key("")
+                .payload(*payload)
+                .timestamp(sent_ms);
             sender.send(record, TIMEOUT).await.map_err(|(why, _)| why)?;
         }
         Ok(())

@@ -37,6 +37,9 @@ fn command(arguments: &[&str]) -> Command {
         "KAFKA_PREFIX",
         "KAFKA_CONSUMERS",
         "KAFKA_SESSION_MS",
+        "ORDER_TTL_MS",
+        "RATE_LIMIT",
+        "RATE_LIMIT_PER_BUYER",
     ] {
         command.env_remove(variable);
     }

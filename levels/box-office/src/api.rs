@@ -27,9 +27,11 @@ pub struct Reservation {
     /// The buyer. Present whenever `sale_id` is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub buyer_id: Option<BuyerId>,
-    /// `confirmed`; for orders that are processed asynchronously also `accepted` and `refused`.
+    /// `confirmed`; for orders that are processed asynchronously also `accepted`, `refused`, and
+    /// `expired`: older than its time to live when it was decided; for tickets that are held until
+    /// they are paid for also `held`, `declined`, `expired` and `cancelled`.
     pub status: String,
-    /// The reason of a refusal: the last segment of a problem's `type`, such as `sold-out`.
+    /// The reason of a refusal or of an expiry: the last segment of a problem's `type`, such as `sold-out`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[sqlx(default)]
     pub reason: Option<String>,
@@ -40,8 +42,12 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// The status of an order that is not processed yet. Every other status is final.
+    /// The status of an order that is not processed yet.
     pub const ACCEPTED: &str = "accepted";
+
+    /// The status of an order whose ticket is held until it is paid for. Every status but this and
+    /// [`ACCEPTED`](Self::ACCEPTED) is final.
+    pub const HELD: &str = "held";
 
     /// An accepted order, as seen by an instance that has no row of it.
     pub fn accepted(id: Uuid) -> Self {
@@ -57,7 +63,7 @@ impl Reservation {
 
     /// Whether the status is final.
     pub fn is_final(&self) -> bool {
-        self.status != Self::ACCEPTED
+        ![Self::ACCEPTED, Self::HELD].contains(&self.status.as_str())
     }
 }
 

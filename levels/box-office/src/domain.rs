@@ -3,7 +3,7 @@
 //! An order ends in an [`Outcome`], a [`Refusal`] or an [`Indeterminate`] answer. These are three
 //! types, so that none can be mistaken for another: "the pool was busy" is not "sold out".
 
-use std::fmt;
+use std::{fmt, num::NonZeroU32, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -116,6 +116,10 @@ pub enum Refusal {
     /// The sale does not exist.
     #[error("there is no such sale")]
     UnknownSale,
+    /// The order was older than its time to live when it was decided. Only an order that was
+    /// accepted first can be.
+    #[error("the order's time to live had passed")]
+    Expired,
 }
 
 impl Refusal {
@@ -123,7 +127,7 @@ impl Refusal {
     pub fn earlier(self) -> Option<Reservation> {
         match self {
             Self::AlreadyReserved { earlier } => Some(earlier),
-            Self::SoldOut | Self::KeyOfAnotherBuyer | Self::UnknownSale => None,
+            Self::SoldOut | Self::KeyOfAnotherBuyer | Self::UnknownSale | Self::Expired => None,
         }
     }
 }
@@ -137,6 +141,12 @@ pub enum Indeterminate {
     /// No pooled connection or lock could be acquired in time.
     #[error("no connection or lock could be acquired in time")]
     Overloaded,
+    /// Accepted orders wait for longer than their time to live: this one was not accepted.
+    #[error("orders wait for longer than their time to live")]
+    Backlogged {
+        /// The time after which they may not.
+        retry_after: Duration,
+    },
     /// A step of the reservation ran into its timeout.
     #[error("the reservation timed out")]
     TimedOut,
@@ -145,8 +155,30 @@ pub enum Indeterminate {
     BackendAway(#[source] anyhow::Error),
 }
 
-/// The error of [`Reserve::reserve`](crate::Reserve::reserve). Its two kinds never convert into
-/// each other.
+/// A request over a rate limit. Nothing was done, and it says nothing about the sale: the client
+/// sends the same request later.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("over the rate limit {exceeded:?}")]
+pub struct RateLimited {
+    /// The name of the policy that was exceeded.
+    pub exceeded: &'static str,
+    /// All policies in force.
+    pub policies: Vec<RateLimitPolicy>,
+    /// The time until the exceeded policy lets a request pass.
+    pub retry_after: Duration,
+}
+
+/// A limit on the number of requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimitPolicy {
+    /// Its name.
+    pub name: &'static str,
+    /// The number of requests a second, and of those that may come at once.
+    pub quota: NonZeroU32,
+}
+
+/// The error of [`Reserve::reserve`](crate::Reserve::reserve). Its kinds never convert into each
+/// other.
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
     /// The order was refused; the answer is final.
@@ -155,6 +187,9 @@ pub enum ReserveError {
     /// The outcome is unknown; the client retries with the same key.
     #[error(transparent)]
     Indeterminate(#[from] Indeterminate),
+    /// The request was not processed; the client sends it again later.
+    #[error(transparent)]
+    RateLimited(#[from] RateLimited),
 }
 
 impl From<sqlx::Error> for ReserveError {

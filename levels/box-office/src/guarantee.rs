@@ -40,11 +40,15 @@ pub enum Invariant {
     /// answer (liveness).
     #[serde(rename = "I10")]
     Progress,
+    /// Every ticket is paid for once, and every other charge is refunded once. A sale that takes no
+    /// payments keeps it.
+    #[serde(rename = "I11")]
+    PaidOnce,
 }
 
 impl Invariant {
     /// All invariants, ordered by code.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NoOversell,
         Self::Conservation,
         Self::NoDuplicate,
@@ -55,9 +59,10 @@ impl Invariant {
         Self::Order,
         Self::OneAnswer,
         Self::Progress,
+        Self::PaidOnce,
     ];
 
-    /// The short code: `I1` to `I10`.
+    /// The short code: `I1` to `I11`.
     pub const fn code(self) -> &'static str {
         match self {
             Self::NoOversell => "I1",
@@ -70,6 +75,7 @@ impl Invariant {
             Self::Order => "I8",
             Self::OneAnswer => "I9",
             Self::Progress => "I10",
+            Self::PaidOnce => "I11",
         }
     }
 
@@ -86,6 +92,7 @@ impl Invariant {
             Self::Order => "order",
             Self::OneAnswer => "one answer",
             Self::Progress => "progress",
+            Self::PaidOnce => "paid once",
         }
     }
 }

@@ -9,8 +9,8 @@ use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use crate::{
-    Database, Guarantee, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError, Steps, StrategyMetrics,
-    Transaction, api,
+    Database, Guarantee, Improvement, Improvements, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError,
+    Steps, StrategyMetrics, Transaction, api,
 };
 
 /// A strategy: one way to reserve a ticket.
@@ -20,7 +20,8 @@ pub trait Reserve: Send + Sync {
     ///
     /// # Errors
     /// [`ReserveError::Refused`] if the state of the sale does not allow it,
-    /// [`ReserveError::Indeterminate`] if the outcome is unknown.
+    /// [`ReserveError::Indeterminate`] if the outcome is unknown, [`ReserveError::RateLimited`] if
+    /// the request was over a limit and nothing was done.
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError>;
 
     /// Probes the services that the strategy needs besides Postgres, for the server's readiness
@@ -57,6 +58,14 @@ pub trait Reserve: Send + Sync {
     /// [`ReserveError::Indeterminate`] if the database is unavailable.
     async fn events(&self, _id: Uuid, _after: i64, _timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         Ok(None)
+    }
+
+    /// Cancels an order whose ticket is held. Returns whether the ticket is being released.
+    ///
+    /// # Errors
+    /// [`ReserveError::Indeterminate`] if the database is unavailable.
+    async fn cancel(&self, _id: Uuid) -> Result<bool, ReserveError> {
+        Ok(false)
     }
 
     /// Graceful shutdown: background consumers finish their in-flight messages and stop. The server
@@ -137,6 +146,8 @@ pub struct Strategy {
     pub schema: Schema,
     /// The services that it needs besides Postgres.
     pub needs: &'static [Service],
+    /// The improvements that it supports; each has a setting that switches it on.
+    pub improvements: &'static [Improvement],
     /// Creates it.
     pub open: fn(StrategyContext) -> Opening,
 }
@@ -165,6 +176,7 @@ impl Strategy {
             clicks: 2,
             schema,
             needs: &[],
+            improvements: &[],
             open,
         }
     }
@@ -187,6 +199,11 @@ impl Strategy {
     /// The same strategy, which needs these services besides Postgres.
     pub const fn needs(self, needs: &'static [Service]) -> Self {
         Self { needs, ..self }
+    }
+
+    /// The same strategy, which supports these improvements.
+    pub const fn improvements(self, improvements: &'static [Improvement]) -> Self {
+        Self { improvements, ..self }
     }
 
     /// Whether this is a mutant.
@@ -281,6 +298,8 @@ pub struct StrategyContext {
     pub redis: Option<RedisConfig>,
     /// The Kafka configuration. Present for every strategy that needs Kafka.
     pub kafka: Option<KafkaConfig>,
+    /// The improvements that are switched on. The strategy supports all of them.
+    pub improvements: Improvements,
     /// Scheduling points for background work, such as consumers.
     pub instrumentation: Instrumentation,
 }

@@ -12,6 +12,7 @@ mod database;
 mod domain;
 mod guarantee;
 mod http;
+mod improvements;
 mod instrumentation;
 mod level;
 mod metrics;
@@ -29,16 +30,21 @@ pub use breakpoint::BreakpointSpec;
 pub use cause_log::{CauseLog, causes};
 pub use database::{Connection, Database, Transaction};
 pub use domain::{
-    BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, Refusal, RequestKey, Reservation,
-    ReserveError, SaleId,
+    BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, RateLimitPolicy, RateLimited,
+    Refusal, RequestKey, Reservation, ReserveError, SaleId,
 };
 pub use guarantee::{FailureMode, Guarantee, Invariant, Promise, Promises};
+pub use improvements::{Improvement, Improvements, PaymentSettings};
 pub use instrumentation::Instrumentation;
 pub use level::{
     Event, KafkaConfig, Level, Mutant, Open, Opening, RedisConfig, Reserve, Schema, Service, Strategy, StrategyContext,
 };
-pub use metrics::{ConsumerLag, StrategyMetrics};
+pub use metrics::{
+    CircuitBreakerMetrics, CircuitState, ConsumerLag, ExpiredOrders, PaymentCalls, RateLimitedRequests, RelayMetrics,
+    StrategyMetrics,
+};
 pub use problem::ProblemKind;
+pub use readiness::probe_new_connection;
 pub use run::{main, raise_open_files_limit, serve};
 pub use server::{DrainTimeout, Server, StartError};
 pub use settings::{

@@ -34,6 +34,96 @@ pub struct StrategyMetrics {
     pub dead_letters: Counter,
     /// `oversold_consumer_lag`: consumer lag by partition, in messages.
     pub lag: ConsumerLag,
+    /// `oversold_rate_limited_total`: requests answered 429, by the limit that was exceeded.
+    pub rate_limited: RateLimitedRequests,
+    /// `oversold_orders_expired_total`: orders that were older than their time to live when they
+    /// were decided.
+    pub expired: ExpiredOrders,
+    /// `oversold_circuit_breaker_state`, `…_transitions_total` and `…_rejected_total`.
+    pub circuit_breakers: CircuitBreakerMetrics,
+    /// `oversold_payment_calls_total`: calls of the payment service, by outcome.
+    pub payment_calls: PaymentCalls,
+    /// The metrics of the outbox relay, if this server runs one.
+    pub relay: Option<RelayMetrics>,
+}
+
+/// The metrics of a relay of the outbox.
+#[derive(Clone, Debug, Default)]
+pub struct RelayMetrics {
+    /// `oversold_outbox_relayed_total`: events that this server has relayed.
+    pub relayed: Counter,
+    /// `oversold_outbox_unsent`: events in the outbox that no server has relayed.
+    pub unsent: Gauge,
+}
+
+/// The state of each circuit breaker, and its transitions, by backend. A server without circuit
+/// breakers exports none.
+#[derive(Clone, Debug, Default)]
+pub struct CircuitBreakerMetrics {
+    states: Family<Backend, Gauge>,
+    transitions: Family<Transition, Counter>,
+    rejected: Family<Backend, Counter>,
+}
+
+/// The state of a circuit breaker. The discriminant is the value of the metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CircuitState {
+    /// Every call is admitted.
+    Closed = 0,
+    /// One call at a time is admitted, as a probe.
+    HalfOpen = 1,
+    /// Every call is rejected.
+    Open = 2,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Backend {
+    backend: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Transition {
+    backend: &'static str,
+    to: &'static str,
+}
+
+impl CircuitBreakerMetrics {
+    /// Sets the state of a backend's circuit breaker.
+    pub fn set(&self, backend: &'static str, state: CircuitState) {
+        self.states.get_or_create(&Backend { backend }).set(state as i64);
+    }
+
+    /// Counts a call that was rejected.
+    pub fn rejected(&self, backend: &'static str) {
+        self.rejected.get_or_create(&Backend { backend }).inc();
+    }
+
+    /// Sets the state, and counts the transition to it.
+    pub fn transition(&self, backend: &'static str, state: CircuitState) {
+        self.set(backend, state);
+        let to = match state {
+            CircuitState::Closed => "closed",
+            CircuitState::HalfOpen => "half-open",
+            CircuitState::Open => "open",
+        };
+        self.transitions.get_or_create(&Transition { backend, to }).inc();
+    }
+}
+
+/// The calls of the payment service, by outcome.
+#[derive(Clone, Debug, Default)]
+pub struct PaymentCalls(Family<PaymentLabels, Counter>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PaymentLabels {
+    outcome: &'static str,
+}
+
+impl PaymentCalls {
+    /// Counts a call with this outcome: one of a few words, such as `approved`.
+    pub fn count(&self, outcome: &'static str) {
+        self.0.get_or_create(&PaymentLabels { outcome }).inc();
+    }
 }
 
 /// The consumer lag of each partition: its end offset minus the committed offset of the consumer
@@ -58,6 +148,33 @@ impl ConsumerLag {
     /// Removes all partitions: the lag is unknown.
     pub fn clear(&self) {
         self.0.clear();
+    }
+}
+
+/// The number of requests that were over a rate limit, by the scope of the limit.
+#[derive(Clone, Debug, Default)]
+pub struct RateLimitedRequests(Family<Scope, Counter>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Scope {
+    scope: &'static str,
+}
+
+impl RateLimitedRequests {
+    /// Counts one request that was over the limit of this scope.
+    pub fn count(&self, scope: &'static str) {
+        self.0.get_or_create(&Scope { scope }).inc();
+    }
+}
+
+/// The number of orders that have ended as expired.
+#[derive(Clone, Debug, Default)]
+pub struct ExpiredOrders(Counter);
+
+impl ExpiredOrders {
+    /// Counts this number of orders.
+    pub fn count(&self, orders: u64) {
+        self.0.inc_by(orders);
     }
 }
 
@@ -141,6 +258,48 @@ impl Metrics {
                 "consumer_lag",
                 "Messages that the consumer group has not committed, by partition",
                 strategy_metrics.lag.0,
+            );
+            registry.register(
+                "orders_expired",
+                "Orders that were older than their time to live when they were decided",
+                strategy_metrics.expired.0,
+            );
+            registry.register(
+                "rate_limited",
+                "Requests over a rate limit, by the scope of the limit",
+                strategy_metrics.rate_limited.0,
+            );
+            registry.register(
+                "circuit_breaker_state",
+                "The state of a circuit breaker, by backend: 0 closed, 1 half-open, 2 open",
+                strategy_metrics.circuit_breakers.states,
+            );
+            registry.register(
+                "circuit_breaker_transitions",
+                "Transitions of a circuit breaker, by backend and new state",
+                strategy_metrics.circuit_breakers.transitions,
+            );
+            registry.register(
+                "circuit_breaker_rejected",
+                "Calls that a circuit breaker has rejected, by backend",
+                strategy_metrics.circuit_breakers.rejected,
+            );
+            registry.register(
+                "payment_calls",
+                "Calls of the payment service, by outcome",
+                strategy_metrics.payment_calls.0,
+            );
+        }
+        if let Some(relay) = strategy_metrics.relay {
+            registry.register(
+                "outbox_relayed",
+                "Events of the outbox that this server has relayed to Kafka",
+                relay.relayed,
+            );
+            registry.register(
+                "outbox_unsent",
+                "Events of the outbox that are not relayed, as last counted",
+                relay.unsent,
             );
         }
 

@@ -1,6 +1,6 @@
 //! Error responses as problem details (RFC 9457): one table of all problem types.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, time::Duration};
 
 use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
@@ -8,7 +8,7 @@ use axum::{
 };
 use uuid::Uuid;
 
-use crate::{Indeterminate, Refusal, ReserveError, api, causes};
+use crate::{Indeterminate, RateLimited, Refusal, ReserveError, api, causes};
 
 /// A problem type: the stable `type` of an error response, by which clients tell problems apart.
 ///
@@ -26,14 +26,22 @@ pub enum ProblemKind {
     KeyOfAnotherBuyer,
     /// [`Refusal::UnknownSale`], and every other request for a sale that does not exist.
     UnknownSale,
+    /// [`Refusal::Expired`]. No request is answered with it: it is the reason of a final state.
+    Expired,
     /// [`Indeterminate::Overloaded`].
     Overloaded,
+    /// [`Indeterminate::Backlogged`].
+    Backlogged,
     /// [`Indeterminate::TimedOut`].
     TimedOut,
     /// [`Indeterminate::BackendAway`].
     BackendAway,
+    /// [`ReserveError::RateLimited`].
+    RateLimited,
     /// The reservation does not exist.
     UnknownReservation,
+    /// The order holds no ticket that could be released: it is not decided, refused, or confirmed.
+    NotHeld,
     /// The sale exists with another name or capacity.
     SaleDiffers,
     /// The admin token is missing or wrong.
@@ -74,15 +82,19 @@ struct Spec {
 
 impl ProblemKind {
     /// All problem types.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 26] = [
         Self::SoldOut,
         Self::AlreadyReserved,
         Self::KeyOfAnotherBuyer,
         Self::UnknownSale,
+        Self::Expired,
         Self::Overloaded,
+        Self::Backlogged,
         Self::TimedOut,
         Self::BackendAway,
+        Self::RateLimited,
         Self::UnknownReservation,
+        Self::NotHeld,
         Self::SaleDiffers,
         Self::Unauthorized,
         Self::NoAdminToken,
@@ -130,11 +142,23 @@ impl ProblemKind {
                 "Unknown sale",
                 "There is no sale with this id.",
             ),
+            Self::Expired => (
+                "expired",
+                StatusCode::CONFLICT,
+                "Expired",
+                "The order was accepted and was older than its time to live when it was decided. It took no ticket. Order again, with a new request key.",
+            ),
             Self::Overloaded => (
                 "overloaded",
                 StatusCode::SERVICE_UNAVAILABLE,
                 "Outcome unknown: overloaded",
                 "No connection or lock could be acquired in time. Retry with the same request key.",
+            ),
+            Self::Backlogged => (
+                "backlogged",
+                StatusCode::SERVICE_UNAVAILABLE,
+                "Not accepted: orders wait for too long",
+                "Accepted orders wait for longer than their time to live, so this one would expire. An earlier request with this key may have been accepted: retry with the same request key after `Retry-After` seconds.",
             ),
             Self::TimedOut => (
                 "timed-out",
@@ -148,11 +172,23 @@ impl ProblemKind {
                 "Outcome unknown: a backend is unavailable",
                 "A backend is unreachable or failed. The request may have taken effect: retry with the same request key.",
             ),
+            Self::RateLimited => (
+                "rate-limited",
+                StatusCode::TOO_MANY_REQUESTS,
+                "Too many requests",
+                "The request was over a rate limit and was not processed. It says nothing about the sale. Send it again, with the same request key, after `Retry-After` seconds.",
+            ),
             Self::UnknownReservation => (
                 "unknown-reservation",
                 StatusCode::NOT_FOUND,
                 "Unknown reservation",
                 "There is no reservation with this id.",
+            ),
+            Self::NotHeld => (
+                "not-held",
+                StatusCode::CONFLICT,
+                "Not held",
+                "Only an order whose ticket is held can be cancelled. This one is not decided yet, was refused, or is confirmed.",
             ),
             Self::SaleDiffers => (
                 "sale-differs",
@@ -275,7 +311,7 @@ impl ProblemKind {
     /// The additional response header, if the status calls for one.
     pub(crate) const fn header(self) -> Option<(HeaderName, &'static str)> {
         match self.status() {
-            StatusCode::SERVICE_UNAVAILABLE => Some((header::RETRY_AFTER, "1")),
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Some((header::RETRY_AFTER, "1")),
             StatusCode::UNAUTHORIZED => Some((header::WWW_AUTHENTICATE, "Bearer")),
             // The rest of the body may still arrive, and would be parsed as the next request.
             StatusCode::REQUEST_TIMEOUT => Some((header::CONNECTION, "close")),
@@ -294,6 +330,31 @@ impl ProblemKind {
     }
 }
 
+/// Header fields of the IETF draft *RateLimit header fields for HTTP*
+/// (draft-ietf-httpapi-ratelimit-headers-10): the policies in force, and what is left of the one that
+/// was exceeded.
+pub(crate) const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+pub(crate) const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+
+/// Whole seconds, rounded up: a client that comes back earlier is refused again.
+fn whole_seconds(duration: Duration) -> u128 {
+    duration.as_millis().div_ceil(1000).max(1)
+}
+
+/// The headers of a 429. Names of policies are structured fields, which need the quotes.
+fn rate_limit_headers(limited: &RateLimited) -> Vec<(HeaderName, String)> {
+    let seconds = whole_seconds(limited.retry_after);
+    let policies = limited.policies.iter();
+    let policies: Vec<String> = policies
+        .map(|policy| format!("{:?};q={};w=1", policy.name, policy.quota))
+        .collect();
+    vec![
+        (header::RETRY_AFTER, seconds.to_string()),
+        (RATE_LIMIT_POLICY, policies.join(", ")),
+        (RATE_LIMIT, format!("{:?};r=0;t={seconds}", limited.exceeded)),
+    ]
+}
+
 /// An error response. [`http`](crate::http)'s middleware writes its body.
 #[derive(Clone, Debug)]
 pub(crate) struct Problem {
@@ -302,6 +363,8 @@ pub(crate) struct Problem {
     reservation: Option<Uuid>,
     /// What the log says, and the client is not told: it may reveal internals.
     cause: Option<String>,
+    /// Headers of this occurrence.
+    headers: Vec<(HeaderName, String)>,
 }
 
 impl Problem {
@@ -312,6 +375,7 @@ impl Problem {
             detail: detail.into(),
             reservation: None,
             cause: None,
+            headers: vec![],
         }
     }
 
@@ -352,6 +416,7 @@ impl From<Refusal> for ProblemKind {
             Refusal::AlreadyReserved { .. } => Self::AlreadyReserved,
             Refusal::KeyOfAnotherBuyer => Self::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Self::UnknownSale,
+            Refusal::Expired => Self::Expired,
         }
     }
 }
@@ -360,6 +425,7 @@ impl From<&Indeterminate> for ProblemKind {
     fn from(indeterminate: &Indeterminate) -> Self {
         match indeterminate {
             Indeterminate::Overloaded => Self::Overloaded,
+            Indeterminate::Backlogged { .. } => Self::Backlogged,
             Indeterminate::TimedOut => Self::TimedOut,
             Indeterminate::BackendAway(_) => Self::BackendAway,
         }
@@ -371,6 +437,7 @@ impl From<&ReserveError> for ProblemKind {
         match error {
             ReserveError::Refused(refusal) => Self::from(*refusal),
             ReserveError::Indeterminate(indeterminate) => Self::from(indeterminate),
+            ReserveError::RateLimited(_) => Self::RateLimited,
         }
     }
 }
@@ -382,6 +449,10 @@ impl From<ReserveError> for Problem {
             ReserveError::Refused(refusal) => problem.reservation = refusal.earlier().map(|earlier| earlier.id),
             ReserveError::Indeterminate(Indeterminate::BackendAway(why)) => {
                 problem.cause = Some(causes(why.as_ref()));
+            }
+            ReserveError::RateLimited(limited) => problem.headers = rate_limit_headers(&limited),
+            ReserveError::Indeterminate(Indeterminate::Backlogged { retry_after }) => {
+                problem.headers = vec![(header::RETRY_AFTER, whole_seconds(retry_after).to_string())];
             }
             ReserveError::Indeterminate(_) => {}
         }
@@ -401,6 +472,11 @@ impl IntoResponse for Problem {
         let mut response = self.kind.status().into_response();
         if let Some((name, value)) = self.kind.header() {
             response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        for (name, value) in &self.headers {
+            if let Ok(value) = HeaderValue::from_str(value) {
+                response.headers_mut().insert(name, value);
+            }
         }
         response.extensions_mut().insert(self);
         response

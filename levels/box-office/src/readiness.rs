@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::anyhow;
-use sqlx::{ConnectOptions, PgConnection, PgExecutor, postgres::PgConnectOptions};
+use sqlx::{ConnectOptions, Connection as _, PgConnection, PgExecutor, postgres::PgConnectOptions};
 use tokio::{
     sync::Mutex as AsyncMutex,
     time::{Instant, sleep, timeout},
@@ -46,6 +46,16 @@ const SPACE_INTERVAL: Duration = Duration::from_secs(5);
 async fn probe_database(database: impl PgExecutor<'_>) -> Result<(), ReserveError> {
     sqlx::query(WRITE_PROBE).execute(database).await?;
     Ok(())
+}
+
+/// Checks the same on a new connection, which is closed again: for one who must not wait for a pool.
+///
+/// # Errors
+/// As those of a reservation. It has no timeout.
+pub async fn probe_new_connection(options: &PgConnectOptions) -> Result<(), ReserveError> {
+    let mut connection = options.connect().await?;
+    probe_database(&mut connection).await?;
+    Ok(connection.close().await?)
 }
 
 /// The readiness of one server.

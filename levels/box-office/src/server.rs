@@ -21,7 +21,7 @@ use crate::{
     connections::{accept, listen},
     database::{self, DATABASE_TIMEOUTS},
     http::App,
-    metrics::{Metrics, StrategyMetrics},
+    metrics::{Metrics, RelayMetrics, StrategyMetrics},
     readiness::{self, Readiness},
     trace::Recorder,
 };
@@ -54,6 +54,21 @@ pub enum StartError {
         crate::settings::BOOTSTRAP_SERVERS
     )]
     NoKafka,
+    /// A setting of an improvement that the strategy does not support.
+    #[error("{variable} ({flag}) is set, but {strategy} does not support it: {improvement}")]
+    Unsupported {
+        /// The variable.
+        variable: &'static str,
+        /// Its flag.
+        flag: &'static str,
+        /// The name of the improvement.
+        improvement: &'static str,
+        /// The name of the level and the strategy.
+        strategy: String,
+    },
+    /// Two settings that contradict each other, in one line.
+    #[error("{0}")]
+    Contradiction(String),
     /// The trace file is not writable.
     #[error("OVERSOLD_TRACE_FILE (--trace-file) holds {path:?}; expected a writable file: {why}")]
     TraceFile {
@@ -134,7 +149,13 @@ impl StartError {
     /// missing backend.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NoDatabaseUrl | Self::NoRedisUrl | Self::NoKafka | Self::TraceFile { .. } | Self::Address { .. } => 2,
+            Self::NoDatabaseUrl
+            | Self::NoRedisUrl
+            | Self::NoKafka
+            | Self::Unsupported { .. }
+            | Self::Contradiction(_)
+            | Self::TraceFile { .. }
+            | Self::Address { .. } => 2,
             Self::Database { .. }
             | Self::Pooler { .. }
             | Self::OtherTables { .. }
@@ -275,6 +296,7 @@ async fn context(
     strategy: &Strategy,
     settings: &Settings,
 ) -> Result<StrategyContext, StartError> {
+    settings.improvements.check(level, strategy)?;
     let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
     let redis = redis_config(strategy, settings)?;
     let kafka = kafka_config(strategy, settings)?;
@@ -282,9 +304,13 @@ async fn context(
     Ok(StrategyContext {
         database: database(level, strategy, url, settings).await?,
         work: settings.work,
-        metrics: StrategyMetrics::default(),
+        metrics: StrategyMetrics {
+            relay: settings.improvements.outbox_relay.then(RelayMetrics::default),
+            ..StrategyMetrics::default()
+        },
         redis,
         kafka,
+        improvements: settings.improvements.clone(),
         instrumentation,
     })
 }

@@ -19,7 +19,7 @@ use sqlx::postgres::PgConnectOptions;
 use subtle::ConstantTimeEq;
 use tracing_subscriber::EnvFilter;
 
-use crate::BreakpointSpec;
+use crate::{BreakpointSpec, Improvements};
 
 /// The default log filter. Below `warn`, sqlx logs Postgres's notices, which are noise to an
 /// operator.
@@ -99,6 +99,9 @@ pub struct Settings {
     /// point
     #[arg(long = "stop-at", env = "OVERSOLD_STOP_AT", value_name = "POINT#HIT")]
     pub stop_at: Option<BreakpointSpec>,
+    /// The improvements of LV.4. Each is off unless its setting is given.
+    #[command(flatten)]
+    pub improvements: Improvements,
     /// Timeouts and size limits. No flags: tests set them.
     #[arg(skip)]
     pub limits: Limits,
@@ -131,6 +134,7 @@ impl Default for Settings {
             log: LOG.to_owned(),
             trace_file: None,
             stop_at: None,
+            improvements: Improvements::default(),
             limits: Limits::default(),
         }
     }
@@ -300,7 +304,8 @@ impl fmt::Debug for AdminToken {
     }
 }
 
-fn whole_number<T: FromStr + PartialOrd>(
+/// Parses a number of this range, or describes it.
+pub(crate) fn whole_number<T: FromStr + PartialOrd>(
     text: &str,
     range: RangeInclusive<T>,
     expected: &'static str,

@@ -39,6 +39,7 @@ static ASYNCHRONOUS: Level = Level {
         clicks: 1,
         schema: common::LEVEL.strategies[0].schema,
         needs: &[],
+        improvements: &[],
         open: |context| Box::pin(async { Ok(Box::new(Asynchronous { context }) as Box<dyn Reserve>) }),
     }],
     mutants: &[],

@@ -103,6 +103,8 @@ const CASES: &[Case] = &[
     ),
     buys_with(&[JSON, ("Idempotency-Key", "unknown-sale")], 404, "unknown-sale"),
     buys_with(&[JSON, ("Idempotency-Key", "overloaded")], 503, "overloaded"),
+    buys_with(&[JSON, ("Idempotency-Key", "backlogged")], 503, "backlogged"),
+    buys_with(&[JSON, ("Idempotency-Key", "rate-limited")], 429, "rate-limited"),
     buys_with(&[JSON, ("Idempotency-Key", "timed-out")], 503, "timed-out"),
     buys_with(&[JSON, ("Idempotency-Key", "backend-away")], 503, "backend-away"),
     buys_with(&[JSON, ("Idempotency-Key", "panic")], 500, "crashed"),
@@ -172,6 +174,7 @@ const CASES: &[Case] = &[
     ),
     at("GET", "/api/reservations/not-an-id", 404, "unknown-reservation"),
     at("GET", "/api/reservations/%ff", 404, "unknown-reservation"),
+    at("DELETE", "/api/reservations/not-an-id", 404, "unknown-reservation"),
     at(
         "GET",
         "/api/reservations/00000000-0000-0000-0000-000000000000/events",
@@ -231,7 +234,13 @@ const CASES: &[Case] = &[
 
 /// Problems that need more than one plain request. Each has a test of its own, here or in
 /// `limits.rs`.
-const ELSEWHERE: [&str; 4] = ["body-too-large", "body-too-slow", "sale-differs", "no-admin-token"];
+const ELSEWHERE: [&str; 5] = [
+    "body-too-large",
+    "body-too-slow",
+    "sale-differs",
+    "no-admin-token",
+    "not-held",
+];
 
 #[tokio::test]
 async fn every_bad_request_is_answered_with_its_problem() {
@@ -244,7 +253,7 @@ async fn every_bad_request_is_answered_with_its_problem() {
         assert!(detail.contains(case.says), "{detail:?} does not say {:?}", case.says);
         assert!(!answer.text().contains("the backend's own words"), "{}", answer.text());
 
-        let retry_after = if case.status == 503 { "1" } else { "" };
+        let retry_after = if [429, 503].contains(&case.status) { "1" } else { "" };
         assert_eq!(answer.header("retry-after"), retry_after);
         let challenge = if case.status == 401 { "Bearer" } else { "" };
         assert_eq!(answer.header("www-authenticate"), challenge);
@@ -328,7 +337,7 @@ async fn every_documented_operation_is_served_and_no_other_method() {
 
     for (path, mut methods) in documented {
         let path = path.replace("{id}", "1").replace("{name}", "sold-out");
-        let refused = ask(server.address(), "DELETE", &path, &[], "").await;
+        let refused = ask(server.address(), "PATCH", &path, &[], "").await;
         refused.is_problem(405, "method-not-allowed");
         // GET implies HEAD.
         if methods.contains("GET") {
@@ -374,6 +383,9 @@ async fn a_reservation_is_confirmed_and_can_be_read() {
 
     let seen = ask(server.address(), "GET", confirmed.header("location"), &[], "").await;
     assert_eq!((seen.status, seen.json()), (200, body));
+    // Nothing is held here: what is confirmed cannot be cancelled.
+    let cancelled = ask(server.address(), "DELETE", confirmed.header("location"), &[], "").await;
+    cancelled.is_problem(409, "not-held");
 }
 
 #[tokio::test]

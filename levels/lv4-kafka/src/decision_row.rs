@@ -10,12 +10,23 @@ pub(crate) struct DecisionRow {
     pub(crate) earlier: Option<Uuid>,
 }
 
-impl From<Option<Refusal>> for DecisionRow {
-    fn from(refused: Option<Refusal>) -> Self {
+impl DecisionRow {
+    /// The columns of a refusal, or of a ticket with the status `granted`.
+    pub(crate) fn new(refused: Option<Refusal>, granted: &'static str) -> Self {
         Self {
-            status: if refused.is_some() { "refused" } else { "confirmed" },
+            status: match refused {
+                None => granted,
+                Some(Refusal::Expired) => "expired",
+                Some(_) => "refused",
+            },
             reason: refused.map(|refusal| ProblemKind::from(refusal).name()),
             earlier: refused.and_then(Refusal::earlier).map(|earlier| earlier.id),
         }
+    }
+}
+
+impl From<Option<Refusal>> for DecisionRow {
+    fn from(refused: Option<Refusal>) -> Self {
+        Self::new(refused, "confirmed")
     }
 }

@@ -4,8 +4,10 @@
 
 mod decision_row;
 pub mod locked;
+pub mod payment_service;
 pub mod pipeline;
 pub mod redis_lock;
+pub mod saga;
 pub mod single_writer;
 
 pub mod mutants {
@@ -14,7 +16,9 @@ pub mod mutants {
     include!(concat!(env!("OUT_DIR"), "/mutants.rs"));
 }
 
-use box_office::{FailureMode, Guarantee, Invariant, Level, Mutant, Open, Promises, Schema, Service, Strategy};
+use box_office::{
+    FailureMode, Guarantee, Improvement, Invariant, Level, Mutant, Open, Promises, Schema, Service, Strategy,
+};
 
 /// The schema without constraints: a guarantee is kept by the strategy or not at all.
 pub const BARE: Schema = Schema {
@@ -78,7 +82,8 @@ pub static LEVEL: Level = Level {
             "single-writer",
             "all orders of a sale in one partition; what has arrived is decided in one transaction",
         )
-        .needs(&[Service::Kafka]),
+        .needs(&[Service::Kafka])
+        .improvements(SINGLE_WRITER_IMPROVEMENTS),
     ],
     mutants: &[
         mutant(mutants::LOCK_PER_MESSAGE).guarantee(OVERSELLS),
@@ -158,12 +163,163 @@ pub static LEVEL: Level = Level {
                 violates: LOST,
             }]))
             .needs(&[Service::Kafka]),
+        mutant(mutants::RATE_LIMITED_IS_SOLD_OUT)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a buyer is over the rate limit, and is told that it is sold out",
+                violates: &[Invariant::NoFalseRefusal],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::RATE_LIMIT_AFTER_PRODUCE)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a buyer is over the rate limit, and the order is decided all the same",
+                violates: &[Invariant::NothingInvented],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::REPEAT_IS_RATE_LIMITED)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a buyer over the rate limit repeats an accepted order, and is answered 429",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::UNBOUNDED_BUYERS)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a million distinct buyers: each takes memory for good",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::ROW_READ_FOR_EACH_REFUSAL)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "a flood over the rate limit: each request is a query",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::TTL_AT_PRODUCE_ONLY)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "an order is older than its time to live when it is decided, and takes a ticket",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::EXPIRED_TAKES_A_TICKET)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "an order expires",
+                violates: &[Invariant::Conservation],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::EXPIRED_WITHOUT_EVENT)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "an order expires",
+                violates: LOST,
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::EXPIRED_IS_SOLD_OUT)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "an order expires, and there are tickets left",
+                violates: &[Invariant::NoFalseRefusal, Invariant::NoUndersell],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::EXPIRED_BEFORE_DEDUPLICATED)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "an order that was decided is redelivered when it is old: it has two final states",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::BACKLOG_NOT_CHECKED)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "no order is decided for as long as one may wait",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
         mutant(mutants::PRODUCE_NOTHING)
             .guarantee(KEEPS_NOTHING)
             .needs(&[Service::Kafka]),
         mutant(mutants::STOCK_IGNORED).guarantee(OVERSELLS),
         mutant(mutants::REFUSALS_STORED_AS_CONFIRMED).guarantee(OVERSELLS),
         mutant(mutants::DEDUPE_BY_BUYER).guarantee(KEEPS_NOTHING),
+        mutant(mutants::CIRCUIT_NEVER_CLOSES)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with circuit breakers: Postgres is away for a moment, and nothing is decided after it",
+                violates: LOST,
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::PAUSED_FOR_GOOD).guarantee(ANYWHERE.except(&[FailureMode {
+            trigger: "with circuit breakers: Postgres is away for a moment, and nothing is decided after it",
+            violates: LOST,
+        }])),
+        mutant(mutants::MOVED_PARTITION_STAYS_PAUSED)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with circuit breakers: a partition changes hands while it is paused, and comes back",
+                violates: LOST,
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::REFUSALS_ARE_FAILURES).guarantee(ANYWHERE.except(&[FailureMode {
+            trigger: "with circuit breakers: an order is for a sale that does not exist, and the consumers pause",
+            violates: &[],
+        }])),
+        mutant(mutants::HALF_OPEN_ADMITS_ALL)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with circuit breakers: Kafka stores nothing, and all buyers wait with each probe",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::OPEN_IS_SOLD_OUT)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with circuit breakers: Kafka stores nothing, and buyers are refused",
+                violates: &[Invariant::NoFalseRefusal, Invariant::NoUndersell],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::RELAY_MARKS_BEFORE_ACK)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with the outbox relay: it is killed between the mark and the broker's acknowledgement",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::RELAY_SKIPS_LATE_NUMBERS)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with the outbox relay: a transaction commits after one with a higher number",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        mutant(mutants::RELAY_KEYED_BY_NUMBER)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with the outbox relay: a reservation has several events",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
+        saga_mutant(
+            mutants::RELEASE_REPEATED,
+            &[FailureMode {
+                trigger: "a release command is delivered again",
+                violates: &[Invariant::Conservation],
+            }],
+        ),
+        saga_mutant(
+            mutants::TIMEOUT_IS_A_NO,
+            &[FailureMode {
+                trigger: "the payment service takes the money and answers late",
+                violates: &[Invariant::PaidOnce],
+            }],
+        ),
+        saga_mutant(
+            mutants::NO_IDEMPOTENCY_KEY,
+            &[FailureMode {
+                trigger: "the answer to a charge is lost",
+                violates: &[Invariant::PaidOnce],
+            }],
+        ),
+        saga_mutant(
+            mutants::HOLD_WITHOUT_END,
+            &[FailureMode {
+                trigger: "the payment service never answers",
+                violates: &[Invariant::Conservation, Invariant::NothingLost, Invariant::Progress],
+            }],
+        ),
+        saga_mutant(
+            mutants::LATE_PAYMENT_KEPT,
+            &[FailureMode {
+                trigger: "the payment service takes the money and never says so",
+                violates: &[Invariant::PaidOnce],
+            }],
+        ),
         mutant(mutants::ACCEPTED_IS_UNKNOWN).guarantee(ANYWHERE.except(&[FailureMode {
             trigger: "a buyer asks about an order that is not yet decided",
             violates: &[Invariant::NothingLost],
@@ -171,12 +327,41 @@ pub static LEVEL: Level = Level {
     ],
 };
 
+/// The improvements that both strategies support. `single-writer` has one more.
+const IMPROVEMENTS: &[Improvement] = &[
+    Improvement::RateLimiting,
+    Improvement::MessageTtl,
+    Improvement::CircuitBreaker,
+    Improvement::OutboxRelay,
+];
+
+/// A ticket can come back only where one writer changes the stock.
+const SINGLE_WRITER_IMPROVEMENTS: &[Improvement] = &[
+    Improvement::RateLimiting,
+    Improvement::MessageTtl,
+    Improvement::CircuitBreaker,
+    Improvement::OutboxRelay,
+    Improvement::Saga,
+];
+
 /// A strategy with the defaults of this level.
 const fn strategy<S: Open>(name: &'static str, summary: &'static str) -> Strategy {
-    Strategy::new::<S>(name, summary, BARE).needs(&[Service::Redis, Service::Kafka])
+    Strategy::new::<S>(name, summary, BARE)
+        .needs(&[Service::Redis, Service::Kafka])
+        .improvements(IMPROVEMENTS)
+}
+
+/// A mutant of `single-writer` with a mistake in its saga.
+const fn saga_mutant(mutant: Mutant, failure_modes: &'static [FailureMode]) -> Strategy {
+    Strategy::mutant(mutant, BARE)
+        .guarantee(ANYWHERE.except(failure_modes))
+        .needs(&[Service::Kafka])
+        .improvements(SINGLE_WRITER_IMPROVEMENTS)
 }
 
 /// A mutant with the defaults of this level.
 const fn mutant(mutant: Mutant) -> Strategy {
-    Strategy::mutant(mutant, BARE).needs(&[Service::Redis, Service::Kafka])
+    Strategy::mutant(mutant, BARE)
+        .needs(&[Service::Redis, Service::Kafka])
+        .improvements(IMPROVEMENTS)
 }

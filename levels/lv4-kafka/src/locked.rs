@@ -35,8 +35,8 @@ use uuid::Uuid;
 use crate::{
     decision_row::DecisionRow,
     pipeline::{
-        Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
-        Undelivered, consumer_config,
+        Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
+        consumer_config,
     },
     redis_lock::LockClient,
 };
@@ -125,6 +125,9 @@ impl Locked {
             steps.at("offsets committed").await;
             if retry_from.is_empty() {
                 backoff.reset();
+            } else if self.pipeline.postgres_is_away() {
+                let back = self.pipeline.postgres_is_back();
+                consumer.pause_until(retry_from, back, &self.pipeline.stop).await;
             } else {
                 consumer
                     .seek_back(retry_from, backoff.next_delay(), &self.pipeline.stop)
@@ -166,7 +169,7 @@ impl Locked {
             Err(poison) => return Ok(self.pipeline.dead_letters.dead_letter(message, &poison).await?),
         };
         steps.at("message taken").await;
-        let decided = self.process_locked(&order, steps).await;
+        let decided = self.pipeline.on_postgres(self.process_locked(&order, steps)).await;
         // A lock timeout is no outage: the next order may be of another sale.
         if let Err(ReserveError::Indeterminate(Indeterminate::BackendAway(_) | Indeterminate::TimedOut)) = decided {
             outage.store(true, Relaxed);
@@ -240,6 +243,10 @@ impl Locked {
         .await?
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
+        if self.pipeline.is_expired(order) {
+            self.pipeline.count_expired([&Some(Refusal::Expired)]);
+            return Ok(Some(Refusal::Expired));
+        }
 
         let earlier: Option<(Uuid, bool)> = sqlx::query_as(
             "select id, buyer_id = $2
@@ -326,8 +333,11 @@ async fn append_to_outbox(tx: &mut Transaction, id: Uuid) -> Result<(), ReserveE
 impl Reserve for Locked {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: accept
-        self.pipeline.ensure_sale(order.sale).await?;
         let id = self.pipeline.ids.for_order(order);
+        let accepted = Outcome::Accepted(Reservation { id });
+        if self.pipeline.admit(order, id).await? == Admission::Repeat {
+            return Ok(accepted);
+        }
         let message = OrderMessage::new(id, order).to_bytes();
         steps.at("order checked").await;
 
@@ -335,10 +345,10 @@ impl Reserve for Locked {
         let record = FutureRecord::to(&self.pipeline.topic)
             .key(id.as_bytes())
             .payload(&message);
-        let sent = self.pipeline.producer.send(record, Duration::ZERO).await;
-        sent.map_err(|(why, _)| Undelivered(why))?;
+        self.pipeline.send(record).await?;
         steps.at("acknowledged").await;
-        Ok(Outcome::Accepted(Reservation { id }))
+        self.pipeline.remember_accepted(id);
+        Ok(accepted)
         // ANCHOR_END: accept
     }
 

@@ -15,6 +15,11 @@
 //! It is no more than that. Whether an order was decided is known from its row only: a recreated
 //! topic counts from zero again, and a restored database lags behind the committed offsets.
 //!
+//! With `PAYMENT_URL` a ticket is held first, and may come back ([`saga`]). That is a message
+//! in the same partition, so this is still the only place that changes a stock. Nothing here relies
+//! on a stock that never rises: the stock is read in the transaction of each batch. An order that
+//! was refused stays refused, though a ticket comes back later; its buyer may order again.
+//!
 //! Guarantee: keeps every invariant except the order of arrival, on any number of instances. Orders
 //! are decided in the order in which the broker appended them.
 //!
@@ -33,8 +38,8 @@ use std::{
 
 use async_trait::async_trait;
 use box_office::{
-    BuyerId, Event, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, SaleId, Steps, StrategyContext,
-    Transaction,
+    BuyerId, Event, Indeterminate, Open, Order, Outcome, Refusal, Reservation, Reserve, ReserveError, SaleId, Steps,
+    StrategyContext, Transaction, api,
 };
 use rdkafka::producer::FutureRecord;
 use uuid::Uuid;
@@ -42,9 +47,10 @@ use uuid::Uuid;
 use crate::{
     decision_row::DecisionRow,
     pipeline::{
-        Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
-        Undelivered, consumer_config, notify_payloads,
+        Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
+        consumer_config, notify_payloads,
     },
+    saga::{self, Sagas},
 };
 
 /// The maximum number of messages of a batch.
@@ -54,6 +60,8 @@ const MAX_BATCH: usize = 2000;
 #[derive(Clone)]
 pub struct SingleWriter {
     pipeline: Arc<OrderPipeline>,
+    /// `None`: tickets are confirmed as soon as they are taken.
+    sagas: Option<Arc<Sagas>>,
 }
 
 /// The state of the database on which a batch is decided.
@@ -80,9 +88,9 @@ type Decision = (OrderMessage, Option<Refusal>);
 
 impl Open for SingleWriter {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
-        let writer = Self {
-            pipeline: OrderPipeline::open(context).await?,
-        };
+        let pipeline = OrderPipeline::open(context).await?;
+        let sagas = Sagas::start(&pipeline)?;
+        let writer = Self { pipeline, sagas };
         writer.start_consumers()?;
         Ok(writer)
     }
@@ -120,7 +128,8 @@ impl SingleWriter {
                     break; // messages not begun are redelivered to the partition's next owner
                 }
                 let (first, next) = (batch[0].offset, batch[batch.len() - 1].offset + 1);
-                match self.process(partition, batch, &consumer, &steps).await {
+                let processed = self.process(partition, batch, &consumer, &steps);
+                match self.pipeline.on_postgres(processed).await {
                     Ok(resume_at) if resume_at == next => {
                         consumer.commit_offset(partition, next);
                         self.pipeline.dead_letters.forget_below(partition, next);
@@ -137,6 +146,9 @@ impl SingleWriter {
             }
             if retry_from.is_empty() {
                 backoff.reset();
+            } else if self.pipeline.postgres_is_away() {
+                let back = self.pipeline.postgres_is_back();
+                consumer.pause_until(retry_from, back, &self.pipeline.stop).await;
             } else {
                 consumer
                     .seek_back(retry_from, backoff.next_delay(), &self.pipeline.stop)
@@ -156,7 +168,7 @@ impl SingleWriter {
     async fn process(
         &self,
         partition: i32,
-        batch: Vec<ConsumedMessage>,
+        mut batch: Vec<ConsumedMessage>,
         consumer: &OrderConsumer,
         steps: &Steps,
     ) -> Result<i64, ReserveError> {
@@ -184,8 +196,11 @@ impl SingleWriter {
             );
         }
 
+        let releases = saga::take_releases(&mut batch, &self.pipeline.ids);
         let orders = self.orders(batch).await?;
         let mut tx = self.pipeline.context.begin().await?;
+        // First: what comes back may be taken by an order of the same batch.
+        saga::release(&mut tx, &releases).await?;
         let state = read(&mut tx, &orders).await?;
         steps.at("state read").await;
         // Orders below the fence are decided, and only their commit to Kafka is missing. Their ids
@@ -204,6 +219,7 @@ impl SingleWriter {
         }
         let next = if offsets_reused { last + 1 } else { fence.max(last + 1) };
         let decisions = self.decide_batch(state, orders).await?;
+        let granted = self.granted();
         steps.at("batch decided").saw(decisions.len()).await;
         self.pipeline.context.simulate_work().await;
 
@@ -224,11 +240,15 @@ impl SingleWriter {
             tracing::warn!(partition, fence, "fenced: another consumer has processed this batch");
             return Ok(first);
         }
-        write(&mut tx, &decisions).await?;
-        append_to_outbox(&mut tx, &decisions).await?;
+        write(&mut tx, &decisions, granted).await?;
+        self.hold(&mut tx, &decisions).await?;
+        append_to_outbox(&mut tx, &decisions, granted).await?;
         steps.at("rows written").await;
         tx.commit().await?;
+        self.sagas.iter().for_each(|sagas| sagas.wake());
         steps.at("committed").await;
+        self.pipeline
+            .count_expired(decisions.iter().map(|(_, refused)| refused));
         Ok(last + 1)
     }
     // ANCHOR_END: process
@@ -246,7 +266,9 @@ impl SingleWriter {
         .bind(&self.pipeline.topic)
         .bind(partition)
         .fetch_optional(&self.pipeline.context.database)
-        .await?;
+        .await
+        // For a consumer, a pool without a connection is no load: Postgres is away.
+        .map_err(|why| Indeterminate::BackendAway(why.into()))?;
         if let Some(next) = next {
             return Ok(next);
         }
@@ -264,6 +286,26 @@ impl SingleWriter {
         Ok(earliest)
     }
     // ANCHOR_END: next-offset
+
+    /// The first status of an order that gets a ticket.
+    fn granted(&self) -> &'static str {
+        match self.sagas {
+            None => "confirmed",
+            Some(_) => api::Reservation::HELD,
+        }
+    }
+
+    /// Begins the sagas of the tickets that were taken, if tickets are held.
+    async fn hold(&self, tx: &mut Transaction, decisions: &[Decision]) -> Result<(), ReserveError> {
+        let Some(sagas) = &self.sagas else {
+            return Ok(());
+        };
+        let held = decisions.iter().filter(|(_, refused)| refused.is_none());
+        let held: Vec<_> = held
+            .map(|(order, _)| (order.id, order.sale_id, order.buyer_id))
+            .collect();
+        sagas.hold(tx, &held).await
+    }
 
     /// Decodes the orders of a batch. Poison messages are dead-lettered.
     async fn orders(&self, batch: Vec<ConsumedMessage>) -> Result<Vec<(ConsumedMessage, OrderMessage)>, ReserveError> {
@@ -299,6 +341,7 @@ impl SingleWriter {
             let key_of = state.keys.entry((sale, order.request_key.to_string()));
             let key_of = *key_of.or_insert(order.buyer_id);
             let refused = match state.tickets.get(&(sale, order.buyer_id)) {
+                _ if self.pipeline.is_expired(&order) => Some(Refusal::Expired),
                 _ if key_of != order.buyer_id => Some(Refusal::KeyOfAnotherBuyer),
                 Some(&id) => Some(Refusal::AlreadyReserved {
                     earlier: Reservation { id },
@@ -331,11 +374,11 @@ async fn read(tx: &mut Transaction, orders: &[(ConsumedMessage, OrderMessage)]) 
     .fetch_all(&mut **tx)
     .await?;
     let rows: Vec<(Uuid, SaleId, BuyerId, String, bool)> = sqlx::query_as(
-        "select r.id, r.sale_id, r.buyer_id, r.request_key, r.status = 'confirmed'
+        "select r.id, r.sale_id, r.buyer_id, r.request_key, r.status in ('confirmed', 'held')
            from unnest($1::bigint[], $2::bigint[]) as o (sale_id, buyer_id)
            join reservation r using (sale_id, buyer_id)
           union
-         select r.id, r.sale_id, r.buyer_id, r.request_key, r.status = 'confirmed'
+         select r.id, r.sale_id, r.buyer_id, r.request_key, r.status in ('confirmed', 'held')
            from unnest($1::bigint[], $3::text[]) as o (sale_id, request_key)
            join reservation r using (sale_id, request_key)",
     )
@@ -350,10 +393,10 @@ async fn read(tx: &mut Transaction, orders: &[(ConsumedMessage, OrderMessage)]) 
         tickets: HashMap::new(),
         keys: HashMap::new(),
     };
-    for (id, sale, buyer, key, confirmed) in rows {
+    for (id, sale, buyer, key, has_ticket) in rows {
         state.decided.insert(id);
         state.keys.entry((sale, key)).or_insert(buyer);
-        if confirmed {
+        if has_ticket {
             state.tickets.insert((sale, buyer), id);
         }
     }
@@ -361,7 +404,7 @@ async fn read(tx: &mut Transaction, orders: &[(ConsumedMessage, OrderMessage)]) 
 }
 
 /// Writes the decisions, and takes the tickets off the stock.
-async fn write(tx: &mut Transaction, decisions: &[Decision]) -> Result<(), ReserveError> {
+async fn write(tx: &mut Transaction, decisions: &[Decision], granted: &'static str) -> Result<(), ReserveError> {
     let mut sold: HashMap<SaleId, i64> = HashMap::new();
     for (order, _) in decisions.iter().filter(|(_, refused)| refused.is_none()) {
         *sold.entry(order.sale_id).or_default() += 1;
@@ -379,7 +422,8 @@ async fn write(tx: &mut Transaction, decisions: &[Decision]) -> Result<(), Reser
     .await?;
 
     let orders = || decisions.iter().map(|(order, _)| order);
-    let reasons: Vec<DecisionRow> = decisions.iter().map(|&(_, refused)| refused.into()).collect();
+    let reasons = decisions.iter().map(|&(_, refused)| DecisionRow::new(refused, granted));
+    let reasons: Vec<DecisionRow> = reasons.collect();
     sqlx::query(
         "insert into reservation (id, sale_id, buyer_id, request_key, status, reason, earlier)
             select id, sale_id, buyer_id, request_key, status, reason, earlier
@@ -399,10 +443,15 @@ async fn write(tx: &mut Transaction, decisions: &[Decision]) -> Result<(), Reser
 }
 
 /// Appends the events to the outbox, in the transaction of the rows: all are stored, or none is.
-async fn append_to_outbox(tx: &mut Transaction, decisions: &[Decision]) -> Result<(), ReserveError> {
+async fn append_to_outbox(tx: &mut Transaction, decisions: &[Decision], granted: &str) -> Result<(), ReserveError> {
+    // Only the event of a ticket that is held is not the last of its order.
+    let is_held = |refused: &Option<Refusal>| refused.is_none() && granted == api::Reservation::HELD;
+    let statuses = decisions.iter().map(|(_, refused)| is_held(refused).then_some(granted));
+    let statuses: Vec<Option<&str>> = statuses.collect();
     let ids: Vec<Uuid> = decisions.iter().map(|(order, _)| order.id).collect();
-    sqlx::query("insert into outbox (reservation_id) select unnest($1::uuid[])")
+    sqlx::query("insert into outbox (reservation_id, status) select * from unnest($1::uuid[], $2::text[])")
         .bind(&ids)
+        .bind(statuses)
         .execute(&mut **tx)
         .await?;
     sqlx::query("select pg_notify($1, named) from unnest($2::text[]) as named")
@@ -417,8 +466,11 @@ async fn append_to_outbox(tx: &mut Transaction, decisions: &[Decision]) -> Resul
 impl Reserve for SingleWriter {
     async fn reserve(&self, order: &Order, steps: &Steps) -> Result<Outcome, ReserveError> {
         // ANCHOR: accept
-        self.pipeline.ensure_sale(order.sale).await?;
         let id = self.pipeline.ids.for_order(order);
+        let accepted = Outcome::Accepted(Reservation { id });
+        if self.pipeline.admit(order, id).await? == Admission::Repeat {
+            return Ok(accepted);
+        }
         let message = OrderMessage::new(id, order).to_bytes();
         steps.at("order checked").await;
 
@@ -426,10 +478,13 @@ impl Reserve for SingleWriter {
         // broker appended them.
         let sale = order.sale.to_be_bytes();
         let record = FutureRecord::to(&self.pipeline.topic).key(&sale).payload(&message);
-        let sent = self.pipeline.producer.send(record, Duration::ZERO).await;
-        sent.map_err(|(why, _)| Undelivered(why))?;
+        let delivered = self.pipeline.send(record).await?;
         steps.at("acknowledged").await;
-        Ok(Outcome::Accepted(Reservation { id }))
+        if let Some(ttl) = &self.pipeline.ttl {
+            ttl.remember_partition(order.sale, delivered.partition);
+        }
+        self.pipeline.remember_accepted(id);
+        Ok(accepted)
         // ANCHOR_END: accept
     }
 
@@ -443,6 +498,10 @@ impl Reserve for SingleWriter {
 
     async fn events(&self, id: Uuid, after: i64, timeout: Duration) -> Result<Option<Vec<Event>>, ReserveError> {
         self.pipeline.outbox.events_after(id, after, timeout).await.map(Some)
+    }
+
+    async fn cancel(&self, id: Uuid) -> Result<bool, ReserveError> {
+        saga::cancel(&self.pipeline.context.database, id).await
     }
 
     async fn close(&self) {

@@ -3,7 +3,10 @@
 use std::fmt;
 
 use box_office::Invariant;
-use harness::rush::{Answers, Latency};
+use harness::{
+    history::Entry,
+    rush::{Answers, Latency, Report},
+};
 use serde::{Deserialize, Serialize};
 
 use super::RunMetadata;
@@ -72,6 +75,9 @@ pub struct StrategyResult {
     /// Retries of reservations on the server, after a conflict with others.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retries: u64,
+    /// What was paid, if the sale takes payments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payments: Option<Payments>,
     /// The clients' share of the machine's processors, from 0 to 1.
     pub client_share: f64,
     /// Every invariant that was violated.
@@ -83,6 +89,30 @@ pub struct StrategyResult {
     /// All rounds, if there were several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rounds: Option<Rounds>,
+}
+
+/// What the payment service was asked for, and what it did.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Payments {
+    /// Requests for a charge, repeats included.
+    pub calls: u64,
+    /// Charges that took money.
+    pub charges: u64,
+    /// Charges that were returned.
+    pub refunds: u64,
+}
+
+impl Payments {
+    /// The payments of a rush. `None`: it takes none.
+    pub fn of(report: &Report) -> Option<Self> {
+        let ledger = report.history.payments.as_ref()?;
+        let count = |entry| ledger.iter().filter(|payment| payment.entry == entry).count() as u64;
+        Some(Self {
+            calls: report.payment_calls?,
+            charges: count(Entry::Charge),
+            refunds: count(Entry::Refund),
+        })
+    }
 }
 
 /// Several rounds of one strategy.

@@ -150,6 +150,7 @@ fn history() -> History {
         requests,
         rows: Some(rows),
         faults: vec![],
+        payments: None,
     }
 }
 

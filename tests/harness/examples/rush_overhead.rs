@@ -59,6 +59,7 @@ static LEVEL: Level = Level {
             migrations: &MIGRATIONS,
         },
         needs: &[],
+        improvements: &[],
         open: |_| Box::pin(async { anyhow::bail!("this server is a program of its own") }),
     }],
     mutants: &[],

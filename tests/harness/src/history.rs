@@ -30,6 +30,8 @@ pub struct History {
     pub rows: Option<Vec<Row>>,
     /// The injected faults.
     pub faults: Vec<Fault>,
+    /// The ledger of the payment service at quiescence. `None`: the sale takes no payments.
+    pub payments: Option<Vec<Payment>>,
 }
 
 /// The first line: the sale and the limits of the run.
@@ -127,6 +129,8 @@ pub enum Refused {
     Expired,
     /// The payment was declined.
     Declined,
+    /// The buyer cancelled the order before it was confirmed.
+    Cancelled,
     /// Too many requests from this client.
     RateLimited,
 }
@@ -136,8 +140,8 @@ impl Refused {
     /// name is no reason of a refusal, or if the existing reservation is missing from `already-reserved`.
     pub fn from_name(name: &str, earlier: Option<Uuid>) -> Option<Self> {
         match name {
-            "expired" => return Some(Self::Expired),
             "declined" => return Some(Self::Declined),
+            "cancelled" => return Some(Self::Cancelled),
             _ => {}
         }
         match ProblemKind::from_name(name)? {
@@ -145,6 +149,7 @@ impl Refused {
             ProblemKind::AlreadyReserved => earlier.map(|earlier| Self::AlreadyReserved { earlier }),
             ProblemKind::KeyOfAnotherBuyer => Some(Self::KeyOfAnotherBuyer),
             ProblemKind::UnknownSale => Some(Self::UnknownSale),
+            ProblemKind::Expired => Some(Self::Expired),
             _ => None,
         }
     }
@@ -157,6 +162,7 @@ impl From<Refusal> for Refused {
             Refusal::AlreadyReserved { earlier } => Self::AlreadyReserved { earlier: earlier.id },
             Refusal::KeyOfAnotherBuyer => Self::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Self::UnknownSale,
+            Refusal::Expired => Self::Expired,
         }
     }
 }
@@ -235,6 +241,26 @@ pub struct Fault {
     pub healed_us: Option<Micros>,
 }
 
+/// An entry of the payment service's ledger.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Payment {
+    /// The reservation that was paid for.
+    pub reservation: Uuid,
+    /// Whether money was taken or returned.
+    pub entry: Entry,
+}
+
+/// The kind of an entry of the ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Entry {
+    /// The price of one ticket was taken.
+    Charge,
+    /// It was returned.
+    Refund,
+}
+
 /// One line of a history file.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -243,8 +269,11 @@ enum Line {
     Request(Request),
     Row(Row),
     Fault(Fault),
+    Payment(Payment),
     /// Marks the rows in the file as complete.
     RowsComplete,
+    /// Marks the payments in the file as complete.
+    PaymentsComplete,
 }
 
 /// Why a history file can't be read.
@@ -286,6 +315,12 @@ impl History {
             }
             line(&Line::RowsComplete)?;
         }
+        if let Some(payments) = &self.payments {
+            for payment in payments {
+                line(&Line::Payment(payment.clone()))?;
+            }
+            line(&Line::PaymentsComplete)?;
+        }
         Ok(())
     }
 
@@ -295,8 +330,8 @@ impl History {
     /// [`Unreadable::Line`] if a line is invalid, [`Unreadable::Io`] if reading fails.
     pub fn read(input: impl BufRead) -> Result<Self, Unreadable> {
         let mut header: Option<Header> = None;
-        let mut rows_complete = false;
-        let (mut requests, mut rows, mut faults) = (vec![], vec![], vec![]);
+        let (mut rows_complete, mut payments_complete) = (false, false);
+        let (mut requests, mut rows, mut faults, mut payments) = (vec![], vec![], vec![], vec![]);
         for (index, text) in input.lines().enumerate() {
             let wrong = |problem: String| Unreadable::Line {
                 line: index + 1,
@@ -318,24 +353,31 @@ impl History {
                 (Line::Request(request), _) => requests.push(request),
                 (Line::Row(row), _) => rows.push(row),
                 (Line::Fault(fault), _) => faults.push(fault),
+                (Line::Payment(payment), _) => payments.push(payment),
                 (Line::RowsComplete, _) => rows_complete = true,
+                (Line::PaymentsComplete, _) => payments_complete = true,
             }
         }
         let header = header.ok_or(Unreadable::Line {
             line: 1,
             problem: "the file is empty".into(),
         })?;
+        let ends_before = |marker| Unreadable::Line {
+            line: 1 + requests.len() + faults.len() + rows.len() + payments.len(),
+            problem: format!("the file ends before the line `{marker}`"),
+        };
         if !rows_complete && !rows.is_empty() {
-            return Err(Unreadable::Line {
-                line: 1 + requests.len() + faults.len() + rows.len(),
-                problem: "the file ends before the line `rows_complete`".into(),
-            });
+            return Err(ends_before("rows_complete"));
+        }
+        if !payments_complete && !payments.is_empty() {
+            return Err(ends_before("payments_complete"));
         }
         Ok(Self {
             header,
             requests,
             rows: rows_complete.then_some(rows),
             faults,
+            payments: payments_complete.then_some(payments),
         })
     }
 }

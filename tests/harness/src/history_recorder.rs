@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::{
     backends::TestEnvironment,
-    history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Request},
+    history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Payment, Request},
     judge::{Verdict, judge},
     rows,
     rush::{Classified, SALE, classify, final_state},
@@ -30,6 +30,8 @@ pub struct HistoryRecorder {
 struct Recorded {
     requests: Vec<Request>,
     faults: Vec<Fault>,
+    payments: Option<Vec<Payment>>,
+    expiry_us: Option<Micros>,
 }
 
 impl HistoryRecorder {
@@ -42,18 +44,32 @@ impl HistoryRecorder {
         }
     }
 
-    /// Sends a buyer's request to a server and records the answer. A buyer uses the same key for
-    /// every request. A broken connection is an unknown outcome. An accepted order has no ending
-    /// yet.
+    /// A recorder of orders that may be answered "expired" after this time. Some may have been
+    /// accepted before it began, up to this time and twice as long.
+    pub fn with_expiry(self, expiry: Duration) -> Self {
+        self.record_expiry(expiry);
+        Self {
+            started_us: self.started_us.saturating_sub(3 * micros(expiry)),
+            ..self
+        }
+    }
+
+    /// Sends a buyer's request to a server and records the answer, as
+    /// [`reserve_under`](Self::reserve_under) does. A buyer uses the same key for every request.
     pub async fn reserve(&self, server: &TestServer, buyer: BuyerId) -> Answer {
-        let key = key_of(buyer);
+        self.reserve_under(server, buyer, &key_of(buyer)).await
+    }
+
+    /// Sends a buyer's request under this key to a server and records the answer. A broken
+    /// connection is an unknown outcome. An accepted order has no ending yet.
+    pub async fn reserve_under(&self, server: &TestServer, buyer: BuyerId, key: &str) -> Answer {
         let number = {
             let mut recorded = self.recorded();
             let number = recorded.requests.len();
             recorded.requests.push(Request {
                 request: number as u64,
                 buyer,
-                key: key.clone(),
+                key: key.to_owned(),
                 sent_us: self.now(),
                 answered_us: None,
                 answer: Answer::Indeterminate,
@@ -61,7 +77,7 @@ impl HistoryRecorder {
             });
             number
         };
-        let Ok(answered) = server.reserve(SALE, buyer, Some(&key)).await else {
+        let Ok(answered) = server.reserve(SALE, buyer, Some(key)).await else {
             return Answer::Indeterminate;
         };
         let answer = match classify(&answered) {
@@ -79,7 +95,12 @@ impl HistoryRecorder {
 
     /// Records an order that the test itself produced to the topic, as if a server had accepted it.
     pub fn record_accepted(&self, buyer: BuyerId, reservation: Uuid) {
-        let now = self.now();
+        self.record_accepted_before(buyer, reservation, Duration::ZERO);
+    }
+
+    /// Records such an order that was accepted this time ago.
+    pub fn record_accepted_before(&self, buyer: BuyerId, reservation: Uuid, ago: Duration) {
+        let now = self.now().saturating_sub(micros(ago));
         let mut recorded = self.recorded();
         let request = Request {
             request: recorded.requests.len() as u64,
@@ -155,6 +176,16 @@ impl HistoryRecorder {
         });
     }
 
+    /// Records that orders may expire: this long after they were sent, or later.
+    pub fn record_expiry(&self, after: Duration) {
+        self.recorded().expiry_us = Some(micros(after));
+    }
+
+    /// Records the ledger of the payment service, as it is at quiescence.
+    pub fn record_payments(&self, payments: Vec<Payment>) {
+        self.recorded().payments = Some(payments);
+    }
+
     /// Records that all faults are healed.
     pub fn record_recovery(&self) {
         let now = self.now();
@@ -181,12 +212,13 @@ impl HistoryRecorder {
                 capacity: sold.capacity,
                 // The test itself limits waits.
                 deadline_us: Micros::MAX / 2,
-                expiry_us: None,
+                expiry_us: recorded.expiry_us,
                 stock: Some(sold.stock),
             },
             requests: recorded.requests.clone(),
             rows: Some(sold.rows),
             faults: recorded.faults.clone(),
+            payments: recorded.payments.clone(),
         }))
     }
 
@@ -197,6 +229,10 @@ impl HistoryRecorder {
     fn recorded(&self) -> MutexGuard<'_, Recorded> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn micros(duration: Duration) -> Micros {
+    Micros::try_from(duration.as_micros()).unwrap_or(Micros::MAX)
 }
 
 /// The one key of a buyer.

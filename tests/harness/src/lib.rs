@@ -6,6 +6,7 @@ mod delayed_commits;
 pub mod history;
 pub mod history_recorder;
 pub mod judge;
+pub mod payments;
 pub mod print;
 pub mod proxy;
 pub mod rows;

@@ -181,6 +181,21 @@ impl TestServer {
         .await
     }
 
+    /// Sends `DELETE path`.
+    ///
+    /// # Errors
+    /// Fails if the server does not answer.
+    pub async fn delete(&self, path: &str) -> anyhow::Result<HttpResponse> {
+        self.call(Call {
+            method: Method::DELETE,
+            path: path.to_owned(),
+            key: None,
+            token: None,
+            body: None,
+        })
+        .await
+    }
+
     /// Reads the events of a reservation after event `seen`, up to the last.
     ///
     /// # Errors
@@ -392,8 +407,11 @@ impl HttpResponse {
             problem.request_id
         );
         ensure!(
-            (self.status == StatusCode::SERVICE_UNAVAILABLE) == self.headers.contains_key(header::RETRY_AFTER),
-            "503, and only 503, says when to try again"
+            matches!(
+                self.status,
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS
+            ) == self.headers.contains_key(header::RETRY_AFTER),
+            "503 and 429, and only these, say when to try again"
         );
         Ok(problem)
     }

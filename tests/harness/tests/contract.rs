@@ -83,18 +83,14 @@ fn main() -> ExitCode {
 }
 
 /// A few buyers and fewer tickets, enough for a mistake in one order.
-const FEW: Rush = Rush {
-    capacity: 10,
-    buyers: 40,
-    clicks: 1,
-    instances: 1,
-    work: Duration::ZERO,
-    commit: Duration::ZERO,
-    pool_size: None,
-    timeout: Duration::from_secs(5),
-    traced: false,
-    faults: vec![],
-};
+fn few() -> Rush {
+    Rush {
+        capacity: 10,
+        buyers: 40,
+        timeout: Duration::from_secs(5),
+        ..Rush::default()
+    }
+}
 
 async fn honest() {
     let report = required(&KEPT, "honest", Rush::default(), Promises::ALL_KEPT).await;
@@ -105,9 +101,9 @@ async fn honest() {
 /// The contract names exactly the invariants that a mistake breaks, and rejects the same server if
 /// it declares to keep everything.
 async fn caught(lie: &'static Lie) {
-    required(&DECLARED, lie.name, FEW, lie.breaks).await;
+    required(&DECLARED, lie.name, few(), lie.breaks).await;
 
-    let said = denied(required(&KEPT, lie.name, FEW, Promises::ALL_KEPT)).await;
+    let said = denied(required(&KEPT, lie.name, few(), Promises::ALL_KEPT)).await;
     for invariant in lie.breaks.those(Promise::Breaks) {
         assert!(
             said.contains(invariant.code()),
@@ -119,13 +115,13 @@ async fn caught(lie: &'static Lie) {
 
 /// A run that does not show a declared violation is inconclusive.
 fn inconclusive(on: &Runtime) {
-    let said = on.block_on(denied(required(&OVERSELLS, "honest", FEW, OVERSOLD)));
+    let said = on.block_on(denied(required(&OVERSELLS, "honest", few(), OVERSOLD)));
     assert!(said.contains("inconclusive: I1, I2"), "{said}");
 }
 
 /// The test's table decides, not the strategy's own declaration.
 fn declared_otherwise(on: &Runtime) {
-    let said = on.block_on(denied(required(&OVERSELLS, "honest", FEW, Promises::ALL_KEPT)));
+    let said = on.block_on(denied(required(&OVERSELLS, "honest", few(), Promises::ALL_KEPT)));
     assert!(said.contains("declares another guarantee"), "{said}");
 }
 
@@ -215,6 +211,7 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
             migrations: &MIGRATIONS,
         },
         needs: &[],
+        improvements: &[],
         open: |_| Box::pin(async { anyhow::bail!("the stub is a program of its own") }),
     }
 }

@@ -8,14 +8,18 @@ use box_office::{
     BuyerId,
     Invariant::{
         self, Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost,
-        OneAnswer, Progress,
+        OneAnswer, PaidOnce, Progress,
     },
 };
 use harness::{
     history::{
         Answer::{self, Indeterminate, Refused as ReserveError},
-        Ending, FORMAT_VERSION, Fault, Header, History, Micros,
-        Refused::{self, AlreadyReserved, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale},
+        Ending,
+        Entry::{self, Charge, Refund},
+        FORMAT_VERSION, Fault, Header, History, Micros, Payment,
+        Refused::{
+            self, AlreadyReserved, Cancelled, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale,
+        },
         Request, Row,
         Status::{self, Confirmed, Held, Released},
     },
@@ -45,6 +49,7 @@ fn sale(capacity: u64) -> Sale {
         requests: vec![],
         rows: Some(vec![]),
         faults: vec![],
+        payments: None,
     })
 }
 
@@ -247,6 +252,32 @@ impl Sale {
         self
     }
 
+    /// The sale takes payments: every reservation that is confirmed so far has paid for its ticket.
+    fn paid(mut self) -> Self {
+        let rows = self.0.rows.iter().flatten();
+        let paid = rows.filter(|row| row.status == Confirmed).map(|row| Payment {
+            reservation: row.reservation,
+            entry: Charge,
+        });
+        self.0.payments = Some(paid.collect());
+        self
+    }
+
+    /// Adds an entry to the ledger of the payment service.
+    fn pays(mut self, number: u128, entry: Entry) -> Self {
+        self.0.payments.get_or_insert_default().push(Payment {
+            reservation: id(number),
+            entry,
+        });
+        self
+    }
+
+    /// Removes the last entry of the ledger.
+    fn unpaid(mut self) -> Self {
+        self.0.payments.as_mut().and_then(Vec::pop).expect("a payment");
+        self
+    }
+
     fn no_fault(mut self) -> Self {
         self.0.faults.clear();
         self
@@ -261,6 +292,34 @@ fn declined() -> Sale {
 /// One ticket, held and released at 20, then sold to another buyer.
 fn sold_again() -> Sale {
     declined().takes(2, 60, 70).with_row(|row| row.taken_us = 20)
+}
+
+/// One ticket, held until it expires although the buyer has paid, refunded, and sold to another
+/// buyer.
+fn paid_too_late() -> Sale {
+    sold_again()
+        .first_answer(ends(1, EXPIRY_US, Some(Expired)))
+        .paid()
+        .pays(1, Charge)
+        .pays(1, Refund)
+}
+
+/// Two tickets, which are held and released one after the other, and a buyer who is told "sold out"
+/// while both are held.
+fn held_at_once() -> Sale {
+    sale(2)
+        .declines(1)
+        .declines(2)
+        .with_row(|row| row.released_us = Some(15))
+        .ask(3, "3", 0, 60, ReserveError(SoldOut))
+}
+
+/// The same, but the second ticket is taken after the first is released.
+fn held_one_after_the_other() -> Sale {
+    let mut sale = held_at_once();
+    let row = sale.last_row();
+    (row.taken_us, row.released_us) = (21, Some(22));
+    sale
 }
 
 /// Two tickets, two buyers who have them, and a third buyer who is refused.
@@ -298,6 +357,10 @@ fn undecided() -> Sale {
 #[case::held_where_the_stock_is_unknown(sale(1).takes(1, 0, 9).no_stock(), |s: Sale| s.status(Held), &[Conservation])]
 #[case::one_left_of_those_a_foreign_server_sold(
     sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).stock(0), |s: Sale| s.stock(1), &[Conservation])]
+#[case::given_back_twice(declined(), |s: Sale| s.stock(2), &[Conservation])]
+#[case::a_held_ticket_counts(
+    sale(1).takes(1, 0, 9), |s: Sale| s.ask(2, "2", 0, 9, accepted(2)).row(2, "2", 2).status(Held),
+    &[NoOversell, Conservation, NothingLost, Progress])]
 // I3
 #[case::two_clicks(
     sale(2).takes(1, 0, 9).ask(1, "other", 0, 9, Indeterminate), |s: Sale| s.row(1, "other", 2), &[NoDuplicate])]
@@ -350,6 +413,9 @@ fn undecided() -> Sale {
 #[case::refused_and_has_it_all_the_same(
     sale(2).takes(1, 0, 9).takes(2, 0, 9),
     |s: Sale| s.answer(ReserveError(SoldOut)), &[NothingInvented, NoFalseRefusal, OneAnswer])]
+#[case::expired_and_has_it_all_the_same(
+    sale(1).takes(1, 0, 9).answer(ends(1, EXPIRY_US, None)),
+    |s: Sale| s.answer(ends(1, EXPIRY_US, Some(Expired))), &[NothingInvented, OneAnswer])]
 // I6
 #[case::sold_out_before_the_last_taker_was_sent(
     sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, ReserveError(SoldOut)),
@@ -381,10 +447,10 @@ fn undecided() -> Sale {
 #[case::a_key_that_nobody_else_had_sent(
     sale(1).takes(1, 10, 20).ask(2, "1", 0, 10, ReserveError(KeyOfAnotherBuyer)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::expired_before_its_time(
-    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, ReserveError(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal])]
+    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, ReserveError(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal, NoUndersell])]
 #[case::a_repeat_expires_with_its_order(
     sale(1).ask(1, "1", 0, 9, Indeterminate).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, ReserveError(Expired)),
-    |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal])]
+    |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal, NoUndersell])]
 #[case::an_accepted_order_that_never_had_a_ticket_took_nothing(
     declined().ask(2, "2", 0, 9, ReserveError(SoldOut)), |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
 #[case::and_the_ticket_is_sold_later(
@@ -409,6 +475,13 @@ fn undecided() -> Sale {
 #[case::confirmed_and_lost_may_have_had_its_ticket(
     sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)),
     |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
+#[case::both_were_never_held_at_once(
+    held_at_once(), |s: Sale| s.with_row(|row| (row.taken_us, row.released_us) = (21, Some(22))), &[NoFalseRefusal])]
+#[case::another_was_held_meanwhile(
+    held_one_after_the_other().takes(4, 0, 9).with_row(|row| row.taken_us = 15),
+    |s: Sale| s.with_row(|row| row.taken_us = 23), &[NoFalseRefusal])]
+#[case::a_lost_ticket_may_have_been_held_meanwhile(
+    held_one_after_the_other().takes(4, 0, 9).with_row(|row| row.taken_us = 15), |s: Sale| s.without_row(), &[NothingLost])]
 #[case::no_such_sale(sold_out(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal])]
 // I7. Without releases, a remaining ticket also makes "sold out" or a confirmation false.
 #[case::one_left_and_one_refused(
@@ -426,12 +499,28 @@ fn undecided() -> Sale {
 #[case::who_was_declined_before_holding_a_ticket_may_go_without(
     sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(Declined))),
     |s: Sale| s.answer(ends(2, 50, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
+#[case::who_came_too_late_may_go_without(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, EXPIRY_US, Some(Expired))),
+    |s: Sale| s.answer(ends(2, EXPIRY_US, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
+#[case::expired_before_its_time_is_no_excuse_for_a_ticket_that_is_left(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, EXPIRY_US, Some(Expired))),
+    |s: Sale| s.answer(ends(2, EXPIRY_US - 1, Some(Expired))), &[NoFalseRefusal, NoUndersell])]
+#[case::expired_and_another_is_told_sold_out_while_a_ticket_is_left(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, EXPIRY_US, Some(Expired))).takes(3, 0, 9),
+    |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::another_key_of_the_buyer_is_still_undecided(
     sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Indeterminate).ask(2, "b", 0, 9, ReserveError(SoldOut)).row(2, "a", 2),
     |s: Sale| s.without_row().sent(1), &[NoFalseRefusal, NoUndersell])]
 #[case::undecided_at_a_foreign_server_may_be_sold(
     sale(1).foreign().ask(1, "1", 0, 5, Indeterminate).ask(1, "1", 6, 9, ReserveError(SoldOut)),
     |s: Sale| s.first_answer(ReserveError(RateLimited)), &[NoFalseRefusal, NoUndersell])]
+#[case::more_left_than_came_back(
+    sale(3).declines(1).takes(2, 0, 70).with_row(|row| row.taken_us = 10).takes(3, 0, 70).with_row(|row| row.taken_us = 10)
+        .ask(4, "4", 0, 60, ReserveError(SoldOut)),
+    |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
+#[case::who_cancelled_may_go_without(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(Cancelled))),
+    |s: Sale| s.answer(ends(2, 50, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
 // I9
 #[case::refused_after_it_was_confirmed(
     sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, ReserveError(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
@@ -483,6 +572,23 @@ fn undecided() -> Sale {
 #[case::no_answer_after_the_healing_and_its_repeat_is_confirmed(
     undecided().never_answered().fault(5, Some(10)).sent(10).ask(2, "2", 30, 40, confirmed(2)).row(2, "2", 2),
     |s: Sale| s.fault(5, Some(9)), &[Progress])]
+// I11
+#[case::a_ticket_that_nobody_paid_for(sale(2).takes(1, 0, 9).takes(2, 0, 9).paid(), |s: Sale| s.unpaid(), &[PaidOnce])]
+#[case::paid_twice(sale(2).takes(1, 0, 9).paid(), |s: Sale| s.pays(1, Charge), &[PaidOnce])]
+#[case::paid_twice_and_both_refunded(
+    sale(2).takes(1, 0, 9).paid().pays(1, Charge).pays(1, Refund), |s: Sale| s.pays(1, Refund), &[PaidOnce])]
+#[case::refunded_and_kept(sale(2).takes(1, 0, 9).paid(), |s: Sale| s.pays(1, Refund), &[PaidOnce])]
+#[case::paid_after_the_release_and_not_refunded(paid_too_late(), |s: Sale| s.unpaid(), &[PaidOnce])]
+#[case::refunded_twice(paid_too_late(), |s: Sale| s.pays(1, Refund), &[PaidOnce])]
+#[case::refunded_what_was_never_paid(declined().paid(), |s: Sale| s.pays(1, Refund), &[PaidOnce])]
+#[case::paid_by_who_never_had_a_ticket(
+    sold_out().paid().pays(3, Charge).pays(3, Refund), |s: Sale| s.unpaid(), &[PaidOnce])]
+#[case::charged_and_refunded_under_another_name(
+    paid_too_late().unpaid().pays(1, Refund), |s: Sale| s.unpaid().pays(7, Refund), &[PaidOnce])]
+#[case::held_may_be_paid_or_not(
+    sale(1).takes(1, 0, 9).paid(), |s: Sale| s.status(Held), &[Conservation])]
+#[case::held_and_not_yet_paid(
+    sale(1).takes(1, 0, 9).paid(), |s: Sale| s.status(Held).unpaid(), &[Conservation])]
 fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> Sale, #[case] broken: &[Invariant]) {
     let changed = plant(right.clone());
 
@@ -539,6 +645,22 @@ fn a_verdict_counts_right(
         .map(|finding| (finding.invariant, finding.count))
         .collect();
     assert_eq!(counted, found, "{verdict}");
+}
+
+/// The cases of I11 are counted by reservation, and their evidence is what its buyer was told.
+#[test]
+fn a_reservation_that_is_paid_for_wrongly_is_one_case() {
+    let sale = paid_too_late().unpaid().pays(1, Charge).pays(9, Charge);
+    let verdict = judge(&sale.0);
+    let [finding] = &verdict.findings[..] else {
+        panic!("{verdict}")
+    };
+    assert_eq!((finding.invariant, finding.count), (PaidOnce, 2), "{verdict}");
+    assert!(finding.evidence.is_some(), "{verdict}");
+    assert!(
+        finding.summary.contains("2 charges, 0 refunds") || finding.summary.contains("1 charges"),
+        "{verdict}"
+    );
 }
 
 /// How hard the system was stressed: requests, the most of them in flight at once, faults.
@@ -603,6 +725,8 @@ fn the_order_of_the_lines_does_not_matter() {
     &["I8", "I7", "I6", "I1", "I3"])]
 #[case::a_buyer_who_can_not_know(undecided(), &["I8", "I7"])]
 #[case::declined_without_ever_holding_a_ticket(declined().never_had_a_row(), &["I8"])]
+#[case::payments_to_a_foreign_server(
+    sale(1).takes(1, 0, 9).paid().foreign(), &["I8", "I4", "I5", "I11", "I2"])]
 #[case::declined_by_a_foreign_server(declined().foreign(), &["I8", "I4", "I5", "I2", "I7", "I6"])]
 fn what_was_not_checked_is_said(#[case] sale: Sale, #[case] not_checked: &[&str]) {
     let verdict = judge(&sale.0);

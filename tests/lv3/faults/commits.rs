@@ -140,6 +140,7 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
         metrics: StrategyMetrics::default(),
         redis: stand.redis(LEASE * 10).unwrap(),
         kafka: None,
+        improvements: Improvements::default(),
         instrumentation: Instrumentation::default(),
     };
     let here = (strategy.open)(context).await.unwrap();

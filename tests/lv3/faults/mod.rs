@@ -14,7 +14,7 @@ use std::{
 };
 
 use box_office::{
-    Database, Instrumentation,
+    Database, Improvements, Instrumentation,
     Invariant::{self, Conservation, NoOversell, Progress},
     Order, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics,
 };

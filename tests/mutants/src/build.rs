@@ -24,7 +24,8 @@ use crate::{
 /// It holds a constant for each mutant: `FOR_UPDATE_DOES_NOTHING` of the type `box_office::Mutant`.
 ///
 /// Each mutant is a module of its own with a copy of every module of the level that the patch changes,
-/// of the strategy, and of what lies between them. All other modules are the level's own.
+/// of the strategy, and of what lies between them. All other modules are the level's own. A copy has
+/// no unit tests: they are for the level's own module, and the mistake may well make them fail.
 ///
 /// A patch that does not apply to the working tree is applied to the last commit instead, so that a
 /// reader who edits a strategy keeps its mutants. If that fails too, or more than the strategy has been
@@ -114,10 +115,8 @@ impl<'a> Level<'a> {
                 let content = mutated.get(path).unwrap_or(content);
                 let copy = copies.join(path);
                 fs::create_dir_all(copy.parent().context("a copy lies in a folder")?)?;
-                fs::write(
-                    &copy,
-                    content.replace("crate::", &format!("crate::mutants::{module}::")),
-                )?;
+                let content = content.replace("crate::", &format!("crate::mutants::{module}::"));
+                fs::write(&copy, content.replace("#[cfg(test)]", "#[cfg(any())]"))?;
                 if *path == format!("{name}.rs") || *path == format!("{name}/mod.rs") {
                     file = copy.display().to_string();
                 }

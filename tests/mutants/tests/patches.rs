@@ -222,8 +222,6 @@ fn a_context_line_that_changed_is_taken_over() {
     fs::write(&patch, format!("{text}{}", change.diff)).unwrap();
     assert_eq!(refresh(&folder, &patch).unwrap(), Refreshed::Written);
     let mutant = Mutant::read(&patch).unwrap();
-    let mutated = mutant
-        .apply(|path| fs::read_to_string(&folder.join(path)))
-        .unwrap();
+    let mutated = mutant.apply(|path| fs::read_to_string(folder.join(path))).unwrap();
     assert_eq!(mutated[0].1, "use b;\n\none\n2\nthree\n");
 }

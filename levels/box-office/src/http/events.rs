@@ -87,7 +87,7 @@ pub(super) async fn follow(
         id,
     };
     let next = &mut subscription.next;
-    if !reservation.is_final() {
+    if reservation.status == api::Reservation::ACCEPTED {
         if seen.is_none() {
             next.push_back(Event { number: 0, reservation });
         }

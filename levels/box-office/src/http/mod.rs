@@ -53,7 +53,7 @@ pub(crate) struct App {
 fn documented_routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .routes(routes!(reservations::reserve))
-        .routes(routes!(reservations::look_up))
+        .routes(routes!(reservations::look_up, reservations::cancel))
         .routes(routes!(events::follow))
         .routes(routes!(sales::look_up, sales::open))
         .routes(routes!(operations::alive))

@@ -15,7 +15,10 @@ use utoipa::{
 
 use crate::{
     api,
-    problem::ProblemKind::{self, *},
+    problem::{
+        ProblemKind::{self, *},
+        RATE_LIMIT, RATE_LIMIT_POLICY,
+    },
 };
 
 /// The problems of every operation that queries the database.
@@ -25,7 +28,7 @@ const DATABASE: &[ProblemKind] = &[Overloaded, TimedOut, BackendAway];
 const BODY: &[ProblemKind] = &[MalformedBody, InvalidBody, BodyTooLarge, BodyTooSlow, NotJson];
 
 /// The problems of every operation.
-const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
+const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 11] = [
     (
         HttpMethod::Post,
         "/api/sales/{id}/reservations",
@@ -34,12 +37,18 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 10] = [
             &[MalformedPath, MalformedKey, Crashed],
             BODY,
             DATABASE,
+            &[Backlogged, RateLimited],
         ],
     ),
     (
         HttpMethod::Get,
         "/api/reservations/{id}",
         &[&[UnknownReservation], DATABASE],
+    ),
+    (
+        HttpMethod::Delete,
+        "/api/reservations/{id}",
+        &[&[UnknownReservation, NotHeld], DATABASE],
     ),
     (
         HttpMethod::Get,
@@ -121,6 +130,7 @@ fn operation_of<'a>(item: &'a mut openapi::PathItem, method: &HttpMethod) -> Opt
         HttpMethod::Get => item.get.as_mut(),
         HttpMethod::Post => item.post.as_mut(),
         HttpMethod::Put => item.put.as_mut(),
+        HttpMethod::Delete => item.delete.as_mut(),
         _ => None,
     }
 }
@@ -161,8 +171,23 @@ fn response(problems: &[ProblemKind]) -> Response {
         let documented = HeaderBuilder::new().description(Some(format!("`{value}`")));
         (name.to_string(), documented.build())
     });
+    let limits: &[_] = match problems.contains(&RateLimited) {
+        true => &[
+            (RATE_LIMIT_POLICY, "The policies in force: `q` requests in `w` seconds"),
+            (
+                RATE_LIMIT,
+                "The policy that was exceeded: `r` requests remain, and more come in `t` seconds",
+            ),
+        ],
+        false => &[],
+    };
+    let limits = limits.iter().map(|(name, meaning)| {
+        let documented = HeaderBuilder::new().description(Some(*meaning));
+        (name.to_string(), documented.build())
+    });
     headers
         .into_iter()
+        .chain(limits)
         .fold(ResponseBuilder::new(), |response, (name, header)| {
             response.header(name, header)
         })

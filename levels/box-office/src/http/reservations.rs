@@ -138,6 +138,37 @@ pub(super) async fn look_up(
     find(&app, id).await.map(Json)
 }
 
+/// Cancels an order whose ticket is held: the ticket is released, and what was charged for it is
+/// refunded. Idempotent. Whoever knows the id may cancel: it is as secret as the buyer keeps it.
+#[utoipa::path(
+    delete,
+    path = "/api/reservations/{id}",
+    operation_id = "cancel",
+    params(("id" = Uuid, Path, description = "The reservation")),
+    responses(
+        (
+            status = 202,
+            description = "The ticket is being released. The final state follows, and as an event",
+            body = api::Reservation,
+        ),
+        (status = 200, description = "The order holds no ticket any more", body = api::Reservation),
+    )
+)]
+pub(super) async fn cancel(
+    State(app): State<Arc<App>>,
+    ReservationInPath(id): ReservationInPath,
+) -> Result<(StatusCode, Json<api::Reservation>), Problem> {
+    find(&app, id).await?;
+    let is_being_released = app.strategy.cancel(id).await?;
+    let reservation = find(&app, id).await?;
+    let code = match reservation.status.as_str() {
+        "declined" | "expired" | "cancelled" => StatusCode::OK,
+        _ if is_being_released => StatusCode::ACCEPTED,
+        _ => return Err(ProblemKind::NotHeld.into()),
+    };
+    Ok((code, Json(reservation)))
+}
+
 /// The reservation from its row, or an accepted order without a row.
 ///
 /// # Errors

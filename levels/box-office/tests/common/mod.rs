@@ -5,12 +5,12 @@
 
 #![allow(dead_code)]
 
-use std::{collections::HashMap, net::SocketAddr, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, num::NonZeroU32, time::Duration};
 
 use async_trait::async_trait;
 use box_office::{
-    DatabaseUrl, Guarantee, Indeterminate, Level, Order, Outcome, ProblemKind, Promises, Refusal, Reservation, Reserve,
-    ReserveError, Schema, Server, Settings, Steps, Strategy, StrategyContext,
+    DatabaseUrl, Guarantee, Indeterminate, Level, Order, Outcome, ProblemKind, Promises, RateLimitPolicy, RateLimited,
+    Refusal, Reservation, Reserve, ReserveError, Schema, Server, Settings, Steps, Strategy, StrategyContext,
 };
 use harness::{
     backends::{self, Database},
@@ -42,6 +42,7 @@ pub(crate) static LEVEL: Level = Level {
                 migrations: &MIGRATIONS,
             },
             needs: &[],
+            improvements: &[],
             open: |context| Box::pin(async { Ok(Box::new(Scripted { context }) as Box<dyn Reserve>) }),
         },
         Strategy {
@@ -54,6 +55,7 @@ pub(crate) static LEVEL: Level = Level {
                 migrations: &MIGRATIONS,
             },
             needs: &[],
+            improvements: &[],
             open: |_| Box::pin(async { anyhow::bail!("it was never alive") }),
         },
     ],
@@ -62,6 +64,9 @@ pub(crate) static LEVEL: Level = Level {
 
 /// The existing reservation that `already-reserved` names.
 pub(crate) const EARLIER: Uuid = Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0042);
+
+/// When a client that is sent away may come back: it is told whole seconds, rounded up.
+const RETRY_AFTER: Duration = Duration::from_millis(1);
 
 struct Scripted {
     context: StrategyContext,
@@ -81,6 +86,19 @@ impl Reserve for Scripted {
             "key-of-another-buyer" => Err(Refusal::KeyOfAnotherBuyer.into()),
             "unknown-sale" => Err(Refusal::UnknownSale.into()),
             "overloaded" => Err(Indeterminate::Overloaded.into()),
+            "backlogged" => {
+                let retry_after = RETRY_AFTER;
+                Err(Indeterminate::Backlogged { retry_after }.into())
+            }
+            "rate-limited" => Err(RateLimited {
+                exceeded: "buyer",
+                policies: vec![RateLimitPolicy {
+                    name: "buyer",
+                    quota: NonZeroU32::MIN,
+                }],
+                retry_after: RETRY_AFTER,
+            }
+            .into()),
             "timed-out" => Err(Indeterminate::TimedOut.into()),
             "backend-away" => {
                 let secret = anyhow::anyhow!("the backend's own words");

@@ -1,6 +1,11 @@
 //! A Kafka consumer: polls batches, commits offsets, and seeks back after a fault.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use box_office::{CauseLog, Indeterminate, KafkaConfig};
 use futures_util::FutureExt;
@@ -223,6 +228,61 @@ impl OrderConsumer {
                 sleep(SEEK_RETRY_DELAY).await;
             }
         }
+    }
+
+    // ANCHOR: pause_until
+    /// Pauses all partitions until `resumed` ends, and then seeks back as
+    /// [`seek_back`](Self::seek_back) does. Polls meanwhile: the consumer stays in the group, and
+    /// holds up no rebalance.
+    pub async fn pause_until(
+        &self,
+        mut offsets: BTreeMap<i32, i64>,
+        resumed: impl Future<Output = ()>,
+        stop: &CancellationToken,
+    ) {
+        let mut resumed = pin!(resumed);
+        let mut paused: BTreeSet<i32> = BTreeSet::new();
+        loop {
+            let owned = self.pause();
+            paused.extend(&owned);
+            offsets.retain(|partition, _| owned.contains(partition));
+            tokio::select! {
+                biased;
+                () = &mut resumed => break,
+                polled = self.next_message(stop) => match polled {
+                    // The first message of a partition that was assigned meanwhile.
+                    Some(message) => offsets.entry(message.partition).or_insert(message.offset),
+                    None => return,
+                },
+            };
+        }
+        // Also those that were revoked meanwhile: a client that is assigned one of them again would
+        // find it paused, and nothing would resume it.
+        let result = self.consumer.resume(&self.partitions(&paused));
+        if let Err(why) = result {
+            self.causes.warn("partitions could not be resumed", &why);
+        }
+        // Now and not before: the seek also wakes the client, which may be idle for up to a second.
+        self.seek_back(offsets, Duration::ZERO, stop).await;
+    }
+    // ANCHOR_END: pause_until
+
+    /// Pauses the partitions that this consumer owns, and returns them.
+    fn pause(&self) -> BTreeSet<i32> {
+        let owned = self.consumer.context().assignment().owned();
+        // Only a partition that was just revoked cannot be paused.
+        if let Err(why) = self.consumer.pause(&self.partitions(&owned)) {
+            self.causes.warn("partitions could not be paused", &why);
+        }
+        owned
+    }
+
+    fn partitions(&self, numbers: &BTreeSet<i32>) -> TopicPartitionList {
+        let mut partitions = TopicPartitionList::new();
+        for &number in numbers {
+            partitions.add_partition(&self.topic, number);
+        }
+        partitions
     }
 
     fn owns(&self, partition: i32) -> bool {

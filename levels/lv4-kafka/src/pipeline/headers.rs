@@ -9,6 +9,8 @@ use rdkafka::message::{Header, Headers, OwnedHeaders};
 
 /// The number of earlier attempts. A replayed dead letter carries it, too.
 pub(super) const ATTEMPTS: &str = "attempts";
+/// The name of a command. A message without it is an order.
+pub(super) const COMMAND: &str = "command";
 /// Why a message is a dead letter.
 pub(super) const REASON: &str = "reason";
 /// The place of the original message.

@@ -11,18 +11,37 @@ use rdkafka::{
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::topics::{client_config, consumer_group, orders_topic};
+use super::{
+    MessageTtl,
+    topics::{client_config, consumer_group, orders_topic},
+};
 
 /// The interval between two measurements for the metrics, and the timeout of each request.
 const LAG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The offsets of a partition.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PartitionOffsets {
+    /// The group's committed offset.
+    pub(super) committed: i64,
+    /// The end of the log.
+    pub(super) end: i64,
+}
+
+impl PartitionOffsets {
+    /// The lag, in messages.
+    pub(super) fn lag(&self) -> i64 {
+        self.end - self.committed
+    }
+}
 
 /// The lag of the group, in messages, over all partitions.
 ///
 /// # Errors
 /// If Kafka does not answer within `timeout`.
 pub fn lag(kafka: &KafkaConfig, timeout: Duration) -> anyhow::Result<u64> {
-    let lags = partition_lags(&lag_consumer(kafka)?, kafka, timeout)?;
-    Ok(u64::try_from(lags.values().sum::<i64>())?)
+    let offsets = partition_offsets(&lag_consumer(kafka)?, kafka, timeout)?;
+    Ok(u64::try_from(offsets.values().map(PartitionOffsets::lag).sum::<i64>())?)
 }
 
 /// A consumer that reads the group's committed offsets without joining the group.
@@ -30,9 +49,13 @@ fn lag_consumer(kafka: &KafkaConfig) -> KafkaResult<BaseConsumer> {
     client_config(kafka).set("group.id", consumer_group(kafka)).create()
 }
 
-/// The lag of each partition that the topic has, in messages: it may have been made with another
-/// number than ours.
-fn partition_lags(consumer: &BaseConsumer, kafka: &KafkaConfig, timeout: Duration) -> KafkaResult<BTreeMap<i32, i64>> {
+/// The offsets of each partition that the topic has: it may have been made with another number than
+/// ours.
+fn partition_offsets(
+    consumer: &BaseConsumer,
+    kafka: &KafkaConfig,
+    timeout: Duration,
+) -> KafkaResult<BTreeMap<i32, PartitionOffsets>> {
     let topic = orders_topic(kafka);
     let mut partitions = TopicPartitionList::new();
     for described in consumer.fetch_metadata(Some(&topic), timeout)?.topics() {
@@ -43,42 +66,65 @@ fn partition_lags(consumer: &BaseConsumer, kafka: &KafkaConfig, timeout: Duratio
             partitions.add_partition(&topic, partition.id());
         }
     }
-    let mut lags = BTreeMap::new();
+    let mut offsets = BTreeMap::new();
     for committed in consumer.committed_offsets(partitions, timeout)?.elements() {
         let (start, end) = consumer.fetch_watermarks(&topic, committed.partition(), timeout)?;
         // An offset outside the log is that of another one: the topic was made again.
         let offset = committed.offset().to_raw();
         let offset = offset.filter(|offset| (start..=end).contains(offset));
-        lags.insert(committed.partition(), end - offset.unwrap_or(start));
+        let known = PartitionOffsets {
+            committed: offset.unwrap_or(start),
+            end,
+        };
+        offsets.insert(committed.partition(), known);
     }
-    Ok(lags)
+    Ok(offsets)
 }
 
-/// Starts the task that reports the lag to the metrics until `stop` is cancelled.
+/// Starts the task that reports the lag to the metrics, and to the TTL if there is one, until `stop`
+/// is cancelled.
 ///
 /// # Errors
 /// If the client rejects its configuration.
-pub(super) fn spawn_reporter(kafka: &KafkaConfig, metric: ConsumerLag, stop: CancellationToken) -> KafkaResult<()> {
-    tokio::spawn(report(lag_consumer(kafka)?, kafka.clone(), metric, stop));
+pub(super) fn spawn_reporter(
+    kafka: &KafkaConfig,
+    metric: ConsumerLag,
+    ttl: Option<Arc<MessageTtl>>,
+    stop: CancellationToken,
+) -> KafkaResult<()> {
+    tokio::spawn(report(lag_consumer(kafka)?, kafka.clone(), metric, ttl, stop));
     Ok(())
 }
 
 /// Reports the lag at each interval. It asks the broker: a consumer that is frozen would report
 /// nothing.
-async fn report(consumer: BaseConsumer, kafka: KafkaConfig, lag: ConsumerLag, stop: CancellationToken) {
+async fn report(
+    consumer: BaseConsumer,
+    kafka: KafkaConfig,
+    lag: ConsumerLag,
+    ttl: Option<Arc<MessageTtl>>,
+    stop: CancellationToken,
+) {
     let consumer = Arc::new(consumer);
+    let interval = ttl
+        .as_ref()
+        .map_or(LAG_INTERVAL, |ttl| ttl.sample_interval().min(LAG_INTERVAL));
     let mut reported = 0;
-    while stop.run_until_cancelled(sleep(LAG_INTERVAL)).await.is_some() {
+    while stop.run_until_cancelled(sleep(interval)).await.is_some() {
         let (consumer, kafka) = (Arc::clone(&consumer), kafka.clone());
-        match tokio::task::spawn_blocking(move || partition_lags(&consumer, &kafka, LAG_INTERVAL)).await {
-            Ok(Ok(lags)) => {
+        match tokio::task::spawn_blocking(move || partition_offsets(&consumer, &kafka, LAG_INTERVAL)).await {
+            Ok(Ok(offsets)) => {
                 // A partition that is gone has no lag any more.
-                if lags.len() < reported {
+                if offsets.len() < reported {
                     lag.clear();
                 }
-                reported = lags.len();
-                lags.into_iter()
-                    .for_each(|(partition, messages)| lag.set(partition, messages));
+                reported = offsets.len();
+                if let Some(ttl) = &ttl {
+                    ttl.sample(&offsets);
+                }
+                offsets
+                    .into_iter()
+                    .for_each(|(partition, offsets)| lag.set(partition, offsets.lag()));
             }
             // The broker is away, or the process is shutting down.
             _ => lag.clear(),

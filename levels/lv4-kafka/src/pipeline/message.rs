@@ -3,12 +3,15 @@
 use box_office::{BuyerId, Order, RequestKey, SaleId};
 use rdkafka::{
     Message as _,
-    message::{BorrowedMessage, OwnedMessage},
+    message::{BorrowedMessage, OwnedHeaders, OwnedMessage},
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Ids, headers::attempts};
+use super::{
+    Ids,
+    headers::{COMMAND, attempts, headers_of, text},
+};
 
 /// The version of the message format that this level writes and reads.
 const VERSION: u32 = 1;
@@ -25,6 +28,10 @@ pub struct OrderMessage {
     pub buyer_id: BuyerId,
     /// The idempotency key: the same in every repeat of the order.
     pub request_key: RequestKey,
+    /// The timestamp of the message that it was read from, in milliseconds since 1970. Not in the
+    /// payload.
+    #[serde(skip)]
+    pub sent_ms: Option<i64>,
 }
 
 impl OrderMessage {
@@ -36,6 +43,7 @@ impl OrderMessage {
             sale_id: order.sale,
             buyer_id: order.buyer,
             request_key: order.key.clone(),
+            sent_ms: None,
         }
     }
 
@@ -50,6 +58,41 @@ impl OrderMessage {
             buyer: self.buyer_id,
             key: self.request_key.clone(),
         }
+    }
+}
+
+/// The payload of a release command: the writer of the sale is to take the ticket of a reservation
+/// back. It has no authority: the writer looks whether that is due. A header tells it
+/// from an order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReleaseCommand {
+    version: u32,
+    /// The id of the reservation.
+    pub id: Uuid,
+    /// Its sale.
+    pub sale_id: SaleId,
+}
+
+impl ReleaseCommand {
+    const NAME: &str = "release";
+
+    /// The command to release the ticket of this reservation.
+    pub fn new(id: Uuid, sale_id: SaleId) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            sale_id,
+        }
+    }
+
+    /// The headers that tell it from an order.
+    pub fn headers() -> OwnedHeaders {
+        headers_of(&[(COMMAND, Self::NAME)])
+    }
+
+    /// The payload as it is sent.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers are always JSON")
     }
 }
 
@@ -93,6 +136,16 @@ impl ConsumedMessage {
         }
     }
 
+    /// Decodes a release command. `None`: it is none of this version and database, so it is an order
+    /// or poison.
+    pub fn release(&self, ids: &Ids) -> Option<ReleaseCommand> {
+        if text(self.raw.headers(), COMMAND)? != ReleaseCommand::NAME {
+            return None;
+        }
+        let command: ReleaseCommand = serde_json::from_slice(self.raw.payload()?).ok()?;
+        (command.version == VERSION && ids.verify(command.id)).then_some(command)
+    }
+
     /// Decodes and validates the order.
     ///
     /// # Errors
@@ -110,10 +163,11 @@ impl ConsumedMessage {
         if version != VERSION {
             return Err(PoisonMessage::WrongVersion(version));
         }
-        let order: OrderMessage = serde_json::from_slice(bytes).map_err(not_an_order)?;
+        let mut order: OrderMessage = serde_json::from_slice(bytes).map_err(not_an_order)?;
         if ids.for_order(&order.order()) != order.id {
             return Err(PoisonMessage::WrongId(order.id));
         }
+        order.sent_ms = self.raw.timestamp().to_millis();
         Ok(order)
     }
 

@@ -2,8 +2,10 @@
 //! that reports the outcome. An order makes up to three trips, and each file is a stage of one.
 //!
 //! **Accept**: `POST` to 202.
-//! 1. [`OrderPipeline::ensure_sale`] rejects an order for an unknown sale.
-//! 2. `reservation_ids.rs` derives the reservation's id from the order.
+//! 1. `reservation_ids.rs` derives the reservation's id from the order. If a rate limit is set,
+//!    `rate_limit.rs` rejects a request over it.
+//! 2. [`OrderPipeline::admit`] rejects an order for an unknown sale. If a time to live is set,
+//!    `ttl.rs` rejects one that would expire.
 //! 3. `message.rs` encodes the order.
 //! 4. `producer.rs` sends it to the orders topic (`topics.rs`). The buyer gets 202 once the broker
 //!    has acknowledged the message.
@@ -12,15 +14,20 @@
 //! 5. `consumer.rs` polls a batch from its partitions; `rebalance.rs` tracks which ones it owns.
 //! 6. `message.rs` validates each message; `dead_letters.rs` takes the poison messages. What a
 //!    message carries in its headers (`headers.rs`) is untrusted.
-//! 7. The strategy decides the orders. It writes the rows and appends the events to the outbox in
+//! 7. The strategy decides the orders; one that is too old has expired (`ttl.rs`). It writes the rows and appends the events to the outbox in
 //!    one transaction.
 //! 8. `consumer.rs` commits the offset after the transaction. After a fault it waits (`backoff.rs`)
-//!    and seeks back.
+//!    and seeks back. During an outage of Postgres it pauses its partitions, if circuit breakers
+//!    (`circuit_breaker.rs`, `circuits.rs`) are switched on.
 //!
 //! **Observe**: stored state to the buyer and the operator.
 //! 9. `outbox_reader.rs` reads the outbox and delivers events to the clients that wait for them.
+//!     `outbox_relay.rs` publishes the events to other services, if it is switched on.
 //! 10. `replay.rs` lists dead letters, and replays or skips them.
 //! 11. `lag.rs` reports the consumer lag.
+//!
+//! Tickets that are held until they are paid for come back through stages 4 to 7: see
+//! [`saga`](crate::saga).
 //!
 //! A strategy determines the message key, how orders are decided, in which transaction, and when
 //! an offset is committed.
@@ -29,17 +36,22 @@
 //! "Transactional outbox"; librdkafka, "Introduction".
 
 mod backoff;
+mod circuit_breaker;
+mod circuits;
 mod consumer;
 mod dead_letters;
 mod headers;
 mod lag;
 mod message;
 mod outbox_reader;
+mod outbox_relay;
 mod producer;
+mod rate_limit;
 mod rebalance;
 mod replay;
 mod reservation_ids;
 mod topics;
+mod ttl;
 
 use std::{
     collections::HashSet,
@@ -51,24 +63,30 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::{CauseLog, Indeterminate, KafkaConfig, Refusal, ReserveError, SaleId, StrategyContext};
+use box_office::{CauseLog, Indeterminate, KafkaConfig, Order, Refusal, ReserveError, SaleId, StrategyContext, causes};
 use rdkafka::{
     error::KafkaResult,
     producer::{FutureProducer, Producer},
 };
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use circuits::Circuits;
+use outbox_relay::OutboxRelay;
 
 pub use backoff::Backoff;
 pub use consumer::{OrderConsumer, consumer_config};
 pub use dead_letters::DeadLetters;
 pub use lag::lag;
-pub use message::{ConsumedMessage, OrderMessage, PoisonMessage};
+pub use message::{ConsumedMessage, OrderMessage, PoisonMessage, ReleaseCommand};
 pub use outbox_reader::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
 pub use producer::{OrderProducer, Undelivered, producer};
+pub use rate_limit::{Admission, MAX_ACCEPTED, MAX_BUYERS, MAX_LOOKUPS, RateLimit};
 pub use replay::{DeadLetter, Replayed, list_dead_letters, replay, replay_all, skip};
 pub use reservation_ids::Ids;
-pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, orders_topic};
+pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, decided_topic, orders_topic};
+pub use ttl::MessageTtl;
 
 /// The timeout of a metadata request of a readiness check.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
@@ -87,12 +105,20 @@ pub struct OrderPipeline {
     pub ids: Ids,
     /// Delivers the events of orders.
     pub outbox: OutboxReader,
+    /// The rate limits, if any is set.
+    pub rate_limit: Option<RateLimit>,
+    /// The time to live of orders, if it is set.
+    pub ttl: Option<Arc<MessageTtl>>,
     /// Takes poison messages.
     pub dead_letters: DeadLetters,
     /// Cancelled on shutdown.
     pub stop: CancellationToken,
+    /// With `CIRCUIT_BREAKER`.
+    circuits: Option<Circuits>,
     causes: CauseLog,
     consumers: TaskTracker,
+    /// With `OUTBOX_RELAY`.
+    relay: TaskTracker,
     consumers_started: AtomicUsize,
     /// Each is `true` once its consumer has been assigned partitions.
     awaiting_assignment: Mutex<Vec<watch::Receiver<bool>>>,
@@ -113,7 +139,7 @@ impl OrderPipeline {
             .context("this strategy needs KAFKA_BOOTSTRAP_SERVERS")?;
         let stop = CancellationToken::new();
         let (topics, ids, outbox) = tokio::join!(
-            topics::create(&kafka),
+            topics::create(&kafka, context.improvements.outbox_relay),
             Ids::load(&context.database),
             OutboxReader::open(&context.database, stop.clone())
         );
@@ -125,16 +151,36 @@ impl OrderPipeline {
         })?;
         let producer = OrderProducer::new(&kafka)?;
         let (ids, outbox) = (ids?, outbox?);
-        lag::spawn_reporter(&kafka, context.metrics.lag.clone(), stop.clone())?;
+        let ttl = context.improvements.order_ttl;
+        let ttl = ttl.map(|ttl| Arc::new(MessageTtl::new(ttl, context.metrics.expired.clone())));
+        let relay = TaskTracker::new();
+        if let Some(metrics) = context.metrics.relay.clone() {
+            let steps = context.instrumentation.steps("relay");
+            relay.spawn(OutboxRelay::new(&context.database, &kafka, metrics, steps)?.run(stop.clone()));
+        }
+        relay.close();
+        lag::spawn_reporter(&kafka, context.metrics.lag.clone(), ttl.clone(), stop.clone())?;
         Ok(Arc::new(Self {
             topic: orders_topic(&kafka),
+            ttl,
+            rate_limit: RateLimit::new(
+                context.improvements.rate_limit_per_buyer,
+                context.improvements.rate_limit,
+                context.database.clone(),
+                context.metrics.rate_limited.clone(),
+            ),
             dead_letters: DeadLetters::new(producer.clone(), &kafka, context.metrics.clone()),
             producer,
             ids,
             outbox,
+            circuits: context
+                .improvements
+                .circuit_breaker
+                .then(|| Circuits::new(&context.metrics.circuit_breakers)),
             causes: CauseLog::default(),
             stop,
             consumers: TaskTracker::new(),
+            relay,
             consumers_started: AtomicUsize::new(0),
             awaiting_assignment: Mutex::default(),
             known_sales: Mutex::default(),
@@ -147,6 +193,12 @@ impl OrderPipeline {
     /// group has assigned partitions to the consumer.
     pub fn spawn_consumer(&self, joined: watch::Receiver<bool>, run: impl Future<Output = ()> + Send + 'static) {
         self.awaiting_assignment().push(joined);
+        self.spawn_worker(run);
+    }
+
+    /// Runs other background work of the strategy in a task of its own. Orders are not decidable
+    /// once it has ended.
+    pub fn spawn_worker(&self, run: impl Future<Output = ()> + Send + 'static) {
         self.consumers_started.fetch_add(1, Relaxed);
         self.consumers.spawn(run);
     }
@@ -180,6 +232,7 @@ impl OrderPipeline {
     pub fn log_retry(&self, why: &ReserveError) {
         if !self.stop.is_cancelled() {
             self.causes.warn("orders could not be processed and are retried", why);
+            tracing::debug!(why = causes(why), "retried");
         }
     }
 
@@ -202,6 +255,47 @@ impl OrderPipeline {
         }
         known().insert(sale);
         Ok(())
+    }
+
+    /// Checks an order before it is sent: the rate limits, its sale, and the wait that is expected.
+    ///
+    /// # Errors
+    /// [`ReserveError::RateLimited`] over a limit; [`Refusal::UnknownSale`]; [`Indeterminate`] if the
+    /// order would expire, or the database cannot be read.
+    pub async fn admit(&self, order: &Order, id: Uuid) -> Result<Admission, ReserveError> {
+        if let Some(limit) = &self.rate_limit
+            && limit.admit(order, id).await? == Admission::Repeat
+        {
+            return Ok(Admission::Repeat);
+        }
+        self.ensure_sale(order.sale).await?;
+        if let Some(ttl) = &self.ttl {
+            ttl.check_backlog(order.sale)?;
+        }
+        Ok(Admission::New)
+    }
+
+    /// Remembers an order that the broker has acknowledged: its repeat needs no other message.
+    pub fn remember_accepted(&self, id: Uuid) {
+        if let Some(limit) = &self.rate_limit {
+            limit.remember(id);
+        }
+    }
+
+    /// Whether the order is too old for a ticket.
+    pub fn is_expired(&self, order: &OrderMessage) -> bool {
+        self.ttl.as_ref().is_some_and(|ttl| ttl.is_expired(order))
+    }
+
+    /// Counts the expired orders among those that were decided. In `locked` a decision counts that is
+    /// rolled back later.
+    pub fn count_expired<'a>(&self, decided: impl IntoIterator<Item = &'a Option<Refusal>>) {
+        if let Some(ttl) = &self.ttl {
+            let expired = decided
+                .into_iter()
+                .filter(|refused| **refused == Some(Refusal::Expired));
+            ttl.count_expired(expired.count());
+        }
     }
 
     /// Readiness: orders are [decidable](Self::decidable), and every consumer of this server has its
@@ -240,12 +334,14 @@ impl OrderPipeline {
         }
     }
 
-    /// Graceful shutdown: the consumers finish their in-flight messages and leave the group.
-    /// Messages that were polled and not begun are redelivered to other consumers.
+    /// Graceful shutdown: the consumers finish their in-flight messages and leave the group, and the
+    /// relay finishes its round. Messages that were polled and not begun are redelivered to other
+    /// consumers.
     pub async fn close(&self) {
         self.stop.cancel();
         self.consumers.close();
         self.consumers.wait().await;
+        self.relay.wait().await;
     }
 }
 

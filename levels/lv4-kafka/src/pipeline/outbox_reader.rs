@@ -56,11 +56,12 @@ struct Waiter {
     reply: oneshot::Sender<Vec<Event>>,
 }
 
+/// An event as it is stored.
 #[derive(sqlx::FromRow)]
-struct Row {
-    number: i64,
+pub(super) struct Row {
+    pub(super) number: i64,
     #[sqlx(flatten)]
-    reservation: api::Reservation,
+    pub(super) reservation: api::Reservation,
 }
 
 impl OutboxReader {
@@ -257,7 +258,7 @@ async fn read(database: &Database, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, V
                 reservation.id,
                 reservation.sale_id,
                 reservation.buyer_id,
-                reservation.status,
+                coalesce(outbox.status, reservation.status) as status,
                 reservation.reason,
                 reservation.earlier
            from outbox

@@ -107,6 +107,10 @@ impl Assignment {
         }
     }
 
+    pub(super) fn owned(&self) -> BTreeSet<i32> {
+        self.owned.clone()
+    }
+
     pub(super) fn owns(&self, partition: i32) -> bool {
         self.owned.contains(&partition)
     }

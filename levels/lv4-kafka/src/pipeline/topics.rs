@@ -46,6 +46,11 @@ pub fn dead_letter_topic(kafka: &KafkaConfig) -> String {
     format!("{}orders.dead", kafka.prefix)
 }
 
+/// The name of the topic of the outbox relay.
+pub fn decided_topic(kafka: &KafkaConfig) -> String {
+    format!("{}orders.decided", kafka.prefix)
+}
+
 /// The name of the consumer group.
 pub fn consumer_group(kafka: &KafkaConfig) -> String {
     format!("{}deciders", kafka.prefix)
@@ -71,24 +76,28 @@ pub(super) fn client_config(kafka: &KafkaConfig) -> ClientConfig {
     config
 }
 
-/// Creates the topics unless they exist. A topic that the broker creates by itself has a single
+/// Creates the topics unless they exist, with that of the outbox relay if `relay`. A topic that the broker creates by itself has a single
 /// partition, and then only one consumer works.
 ///
 /// # Errors
 /// If Kafka does not answer or does not create a topic, or the orders topic has another number of
 /// partitions.
-pub(super) async fn create(kafka: &KafkaConfig) -> anyhow::Result<()> {
+pub(super) async fn create(kafka: &KafkaConfig, relay: bool) -> anyhow::Result<()> {
     let admin: AdminClient<DefaultClientContext> = client_config(kafka).create()?;
-    let (orders, dead) = (orders_topic(kafka), dead_letter_topic(kafka));
+    let (orders, dead, decided) = (orders_topic(kafka), dead_letter_topic(kafka), decided_topic(kafka));
     // ANCHOR: topics
     // -1: the broker's default replication factor.
-    let topics = [
+    let mut topics = vec![
         NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1))
             .set("max.message.bytes", MAX_MESSAGE_BYTES)
             .set("retention.ms", ORDERS_RETENTION_MS),
         NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)).set("retention.ms", DEAD_LETTER_RETENTION_MS),
     ];
     // ANCHOR_END: topics
+    if relay {
+        // Retention as the broker has it: who reads the topic decides how long it is of use.
+        topics.push(NewTopic::new(&decided, PARTITIONS, TopicReplication::Fixed(-1)));
+    }
     let options = AdminOptions::new()
         .operation_timeout(Some(STARTUP_TIMEOUT))
         .request_timeout(Some(STARTUP_TIMEOUT));

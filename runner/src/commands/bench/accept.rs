@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// Clients, unless told otherwise.
-const CLIENTS: u32 = 1000;
+pub(super) const CLIENTS: u32 = 1000;
 /// The mutant with the same route that produces nothing.
 const WITHOUT_PRODUCE: &str = lv4_kafka::mutants::PRODUCE_NOTHING.name;
 /// Records that Kafka's own producer sends for each second of a round.
@@ -45,8 +45,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One round of load on a server.
-struct AcceptRound {
-    load: WrkReport,
+pub(super) struct AcceptRound {
+    pub(super) load: WrkReport,
     /// From the start of the server's process until it was ready.
     ready: Duration,
     peak_mib: f64,
@@ -82,11 +82,13 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs) -> anyhow:
         .or_end(async {
             for number in 1..=rounds {
                 progress(&format!("round {number} of {rounds}: {}", selected.name()));
-                let round = bench.accept_round(&wrk, selected.strategy, args.pool).await?;
+                let round = bench
+                    .accept_round(&wrk, &bench.program, selected.strategy, args.pool)
+                    .await?;
                 void.extend(round.missing_messages());
                 ours.push(round);
                 progress(&format!("round {number} of {rounds}: {WITHOUT_PRODUCE}"));
-                others.push(bench.accept_round(&wrk, mutant, args.pool).await?);
+                others.push(bench.accept_round(&wrk, &bench.program, mutant, args.pool).await?);
             }
             progress("Kafka's own producer");
             let partitions = ours.iter().map(AcceptRound::partitions_used).max();
@@ -157,7 +159,7 @@ fn throughput(
 
 impl AcceptRound {
     /// A reason to void the round: the broker has fewer messages than orders were accepted.
-    fn missing_messages(&self) -> Option<String> {
+    pub(super) fn missing_messages(&self) -> Option<String> {
         let there: i64 = self.messages.iter().sum();
         let accepted = self.accepted;
         (there.cast_unsigned() < accepted)
@@ -171,9 +173,15 @@ impl AcceptRound {
 
 impl BenchEnvironment {
     /// One round: starts a server, warms it up, measures it under load, and counts the messages.
-    async fn accept_round(&self, wrk: &Wrk, strategy: &'static Strategy, pool: u32) -> anyhow::Result<AcceptRound> {
+    pub(super) async fn accept_round(
+        &self,
+        wrk: &Wrk,
+        program: &Program,
+        strategy: &'static Strategy,
+        pool: u32,
+    ) -> anyhow::Result<AcceptRound> {
         let environment = self.services.environment(strategy.schema).await?;
-        let (servers, ready) = self.start_as(&self.program, strategy, &environment, pool).await?;
+        let (servers, ready) = self.start_as(program, strategy, &environment, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
         let address = *servers.live().borrow().first().context("no server lives")?;
         let warm = wrk.run(address, self.clients, WARM_UP, 0).await?;

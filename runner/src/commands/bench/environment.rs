@@ -147,6 +147,7 @@ impl BenchEnvironment {
             requests: vec![],
             rows: Some(sold.rows),
             faults: vec![],
+            payments: None,
         };
         let mut void: Vec<String> = judge(&history)
             .findings

@@ -11,6 +11,8 @@ mod copy;
 #[cfg(feature = "lv4")]
 mod drain;
 mod environment;
+#[cfg(feature = "lv4")]
+mod improvements;
 #[cfg(feature = "lv3")]
 mod lock;
 mod pgbench;
@@ -30,7 +32,7 @@ use std::{
 };
 
 use anyhow::ensure;
-use box_office::{Service, Settings};
+use box_office::{Improvements, Service, Settings};
 use clap::Args;
 use comfy_table::{Table, presets};
 
@@ -77,6 +79,8 @@ pub(crate) struct BenchArgs {
     /// Measure how fast one consumer of LV.4 processes a backlog of this many orders [default: 100000; for lv4/locked 5000].
     #[arg(long, value_name = "ORDERS", num_args = 0..=1, conflicts_with_all = ["pools", "lock", "waiters"], value_parser = number(1..=500_000))]
     drain: Option<Option<u32>>,
+    #[command(flatten)]
+    improvements: Improvements,
     /// Write the results, with machine, commit and settings, to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -92,6 +96,12 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<ExitKind> {
     if args.lock || args.waiters.is_some() {
         return bench_lock(selected, args).await;
     }
+    let improved = !args.improvements.variables().is_empty();
+    ensure!(
+        !improved || selected.strategy.needs.contains(&Service::Kafka) && args.drain.is_none(),
+        "{}",
+        ONLY_ACCEPT
+    );
     // Of orders that are accepted first and decided later, the two halves are measured apart.
     if selected.strategy.needs.contains(&Service::Kafka) {
         return bench_orders(selected, args).await;
@@ -112,6 +122,7 @@ async fn bench_orders(selected: SelectedStrategy, args: &BenchArgs) -> anyhow::R
     );
     match args.drain {
         Some(orders) => drain::run(selected, args, orders).await,
+        None if !args.improvements.variables().is_empty() => improvements::run(selected, args).await,
         None => accept::run(selected, args).await,
     }
 }
@@ -121,6 +132,9 @@ async fn bench_orders(selected: SelectedStrategy, args: &BenchArgs) -> anyhow::R
 async fn bench_orders(_selected: SelectedStrategy, _args: &BenchArgs) -> anyhow::Result<ExitKind> {
     anyhow::bail!("{}", ONLY_LV4)
 }
+
+const ONLY_ACCEPT: &str =
+    "what an improvement costs is measured where LV.4 accepts orders: lv4/locked, lv4/single-writer, without --drain";
 
 const ONLY_LV4: &str =
     "--drain measures how fast a backlog of orders is processed, and only LV.4 has one: lv4/locked, lv4/single-writer";

@@ -11,13 +11,15 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use box_office::{Invariant, Limits, Promise, Promises, Service};
+use box_office::{Improvement, Improvements, Invariant, Limits, Promise, Promises, Service};
 use clap::Args;
 use harness::{
     backends::{Durability, Services},
     rush::{Program, Report, Rush},
 };
 use indicatif::ProgressBar;
+#[cfg(feature = "lv4")]
+use lv4_kafka::payment_service::Mix;
 
 use crate::{
     cli::number,
@@ -27,7 +29,7 @@ use crate::{
     levels::SelectedStrategy,
     results::{
         ResultFile, RunMetadata,
-        rush::{Rounds, RushResults, StrategyResult},
+        rush::{Payments, Rounds, RushResults, StrategyResult},
     },
 };
 
@@ -51,6 +53,13 @@ pub(crate) struct RushArgs {
     /// Simulated work inside the critical section, in milliseconds.
     #[arg(long, default_value_t = 0, value_parser = number(0..=10_000))]
     work_ms: u32,
+    #[command(flatten)]
+    improvements: Improvements,
+    /// Let a payment service run beside the rush, and hold each ticket until it is paid for: how often a charge is treated how, such as
+    /// approve=90,decline=8,hang=2.
+    #[cfg(feature = "lv4")]
+    #[arg(long, value_name = "NAME=WEIGHT,…", conflicts_with = "payment_url")]
+    payments: Option<Mix>,
     /// Repetitions, each on a fresh sale. The round in the middle is shown, with the range of all rounds next to it; a round that did
     /// not end as promised takes precedence.
     #[arg(long, default_value_t = 1, value_parser = number(1..=100))]
@@ -61,6 +70,34 @@ pub(crate) struct RushArgs {
     /// Write every request and row to this folder, one file of JSON lines for each strategy.
     #[arg(long, value_name = "FOLDER")]
     history: Option<PathBuf>,
+}
+
+impl RushArgs {
+    /// How the payment service is started, if one runs beside the rush.
+    fn payment_service(&self) -> anyhow::Result<Option<Program>> {
+        #[cfg(feature = "lv4")]
+        if let Some(mix) = &self.payments {
+            let program = Program::new(env::current_exe()?).argument("payment-service");
+            return Ok(Some(program.argument("--behave").argument(&mix.to_string())));
+        }
+        Ok(None)
+    }
+
+    /// What the servers are started with. With a payment service beside the rush, holds and payments are short: a rush waits for their
+    /// end. The service's address is known once it runs.
+    fn improvements(&self) -> Improvements {
+        let improvements = self.improvements.clone();
+        #[cfg(feature = "lv4")]
+        if self.payments.is_some() {
+            return Improvements {
+                payment_url: "http://127.0.0.1".parse().ok(),
+                hold: improvements.hold.or(Some(Duration::from_secs(5))),
+                payment_timeout: improvements.payment_timeout.or(Some(Duration::from_secs(1))),
+                ..improvements
+            };
+        }
+        improvements
+    }
 }
 
 /// Runs the rush on every selected strategy, and prints the table.
@@ -74,6 +111,13 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     }
     for strategy in &selected {
         check_connections(args, strategy)?;
+        let holds_tickets = strategy.strategy.improvements.contains(&Improvement::Saga);
+        ensure!(
+            args.payment_service()?.is_none() || holds_tickets,
+            "--payments is given, but {} holds no tickets; lv4/single-writer does",
+            strategy.name(),
+        );
+        args.improvements().check(strategy.level, strategy.strategy)?;
     }
     if let Some(folder) = &args.history {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -203,6 +247,8 @@ async fn run_round(
         clicks: clicks(args, selected),
         instances: args.instances as usize,
         work: Duration::from_millis(args.work_ms.into()),
+        improvements: args.improvements(),
+        payments: args.payment_service()?,
         ..Rush::default()
     };
     let program = Program::new(env::current_exe()?)
@@ -267,6 +313,7 @@ impl JudgedRound {
             last_sale_ms: report.last_sale.map(in_ms),
             greatest_overlap: verdict.coverage.greatest_overlap,
             retries: report.retries,
+            payments: Payments::of(report),
             client_share: (report.client_share * 1000.0).round() / 1000.0,
             seen: observation(&broken, &promises, report, rush),
             broken,

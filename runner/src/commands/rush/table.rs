@@ -5,7 +5,7 @@ use std::io::{IsTerminal, stdout};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 use harness::rush::{Answers, Latency};
 
-use crate::results::rush::StrategyResult;
+use crate::results::rush::{Payments, StrategyResult};
 
 const COLUMNS: [&str; 12] = [
     "strategy",
@@ -21,6 +21,19 @@ const COLUMNS: [&str; 12] = [
     "client",
     "verdict",
 ];
+
+/// A count of answers that only some rushes have.
+type Count = fn(&Answers) -> u64;
+
+/// The columns of such counts, which stand behind the other answers where they are used.
+const USED_ONLY: [(&str, Count); 3] = [
+    ("429", |answers| answers.rate_limited),
+    ("expired", |answers| answers.expired),
+    ("declined", |answers| answers.declined),
+];
+
+/// The column behind which they stand.
+const ANSWERS: usize = 5;
 
 /// The width of the table with all columns, which it has where the output is no terminal.
 const FULL_WIDTH: u16 = 170;
@@ -38,16 +51,22 @@ pub(super) fn print(results: &[StrategyResult]) {
         table.set_width(FULL_WIDTH);
     }
     let wide = table.width().is_none_or(|width| width >= FULL_WIDTH);
-    let shown = |column: usize| wide || !OPTIONAL.contains(&COLUMNS[column]);
-    let header = COLUMNS.iter().enumerate().filter(|&(number, _)| shown(number));
-    table.set_header(header.map(|(_, name)| *name));
+    let shown = |column: &str| wide || !OPTIONAL.contains(&column);
+    let is_used = |count: Count| results.iter().any(|result| count(&result.answers) > 0);
+    let used: Vec<(&str, Count)> = USED_ONLY.into_iter().filter(|&(_, count)| is_used(count)).collect();
+    let mut columns = COLUMNS.to_vec();
+    columns.splice(ANSWERS + 1..ANSWERS + 1, used.iter().map(|&(name, _)| name));
+    table.set_header(columns.iter().filter(|column| shown(column)));
     for number in 1..table.column_count() - 1 {
         let column = table.column_mut(number).expect("the header has it");
         column.set_constraint(ColumnConstraint::ContentWidth);
     }
     for result in results {
-        let row = row(result).into_iter().enumerate();
-        table.add_row(row.filter(|&(number, _)| shown(number)).map(|(_, cell)| cell));
+        let mut row = row(result).to_vec();
+        let counts = used.iter().map(|&(_, count)| count(&result.answers).to_string());
+        row.splice(ANSWERS + 1..ANSWERS + 1, counts);
+        let row = columns.iter().zip(row).filter(|(column, _)| shown(column));
+        table.add_row(row.map(|(_, cell)| cell));
     }
     println!("{table}");
 }
@@ -102,6 +121,14 @@ pub(super) fn print_verdicts(results: &[StrategyResult]) {
                 "    all answered after {:.0} ms, all completed after {completed_ms:.0} ms",
                 result.all_answered_ms
             );
+        }
+        if let Some(Payments {
+            calls,
+            charges,
+            refunds,
+        }) = result.payments
+        {
+            println!("    payments: {calls} requests for a charge, {charges} charged, {refunds} refunded");
         }
         if let Some(rounds) = &result.rounds {
             println!("    {rounds}");

@@ -125,6 +125,7 @@ fn refused_in_words(refused: &Refused) -> &'static str {
         Refused::UnknownSale => "unknown sale",
         Refused::Expired => "expired",
         Refused::Declined => "declined",
+        Refused::Cancelled => "cancelled",
         Refused::RateLimited => "rate limited",
     }
 }

@@ -6,7 +6,7 @@ use box_office::BuyerId;
 use foldhash::{HashMap, HashMapExt};
 use uuid::Uuid;
 
-use crate::history::{Answer, Ending, History, Micros, Refused, Request, Row, Status};
+use crate::history::{Answer, Ending, Entry, History, Micros, Payment, Refused, Request, Row, Status};
 
 /// An order: a buyer's key, and every request that carried it, in the order of sending.
 pub(super) struct Order<'a> {
@@ -36,6 +36,8 @@ pub(super) struct Index<'a> {
     pub(super) rows_of_buyer: Groups<&'a Row>,
     /// For each reservation, its rows, with the number of the order that asked for them.
     pub(super) rows_of_reservation: Groups<(Option<usize>, &'a Row)>,
+    /// For each reservation, its payments.
+    pub(super) payments_of_reservation: Groups<&'a Payment>,
     /// For each reservation, the requests that it was answered to, with the number of their order.
     answers_of_reservation: Groups<(usize, &'a Request)>,
     /// For each order, the earliest time at which its reservation can have existed. `None`: none of
@@ -148,7 +150,10 @@ impl Request {
 
     /// Whether it was refused after it may have held a ticket.
     fn may_have_released(&self) -> bool {
-        matches!(self.refused(), Some(Refused::Expired | Refused::Declined))
+        matches!(
+            self.refused(),
+            Some(Refused::Expired | Refused::Declined | Refused::Cancelled)
+        )
     }
 
     /// Whether it may have taken a ticket. A refused request has not; but if tickets are released,
@@ -214,6 +219,11 @@ impl<'a> Index<'a> {
             of_reservation.push((reservations.of(row.reservation), (order, row)));
         }
 
+        let payments = history.payments.iter().flatten();
+        let payments: Vec<(usize, &Payment)> = payments
+            .map(|payment| (reservations.of(payment.reservation), payment))
+            .collect();
+
         let by_sent = |request: &&Request| (request.sent_us, request.request);
         let by_taken = |row: &&Row| (row.taken_us, row.reservation);
         let requests_of_order = Groups::new(orders.len(), of_order, by_sent);
@@ -241,6 +251,9 @@ impl<'a> Index<'a> {
             rows_of_key: Groups::new(keys.len(), rows_of_key, by_taken),
             rows_of_buyer: Groups::new(buyers.len(), rows_of_buyer, by_taken),
             rows_of_reservation: Groups::new(reservations.len(), of_reservation, |(_, row)| by_taken(row)),
+            payments_of_reservation: Groups::new(reservations.len(), payments, |payment| {
+                payment.entry == Entry::Refund
+            }),
             answers_of_reservation: Groups::new(reservations.len(), answers, |(_, request)| by_sent(request)),
             reservations,
             has_releases,
@@ -283,6 +296,29 @@ impl<'a> Index<'a> {
     pub(super) fn answers_of(&self, reservation: Uuid) -> &[(usize, &'a Request)] {
         let number = self.reservations.look_up(reservation);
         number.map_or(&[], |number| self.answers_of_reservation.of(number))
+    }
+
+    /// For each reservation that has a row, a payment or an answer: its rows and its payments.
+    pub(super) fn rows_and_payments(&self) -> impl Iterator<Item = (&[(Option<usize>, &'a Row)], &[&'a Payment])> {
+        self.rows_of_reservation.all().zip(self.payments_of_reservation.all())
+    }
+
+    /// The number of confirmed reservations whose row is lost: each may have held a ticket. An
+    /// accepted order without a row never has.
+    pub(super) fn lost_tickets(&self) -> u64 {
+        let answers = self.answers_of_reservation.all().zip(self.rows_of_reservation.all());
+        let lost = answers.filter(|(answers, rows)| {
+            let mut answers = answers.iter();
+            rows.is_empty() && answers.any(|(_, request)| matches!(request.answer, Answer::Confirmed { .. }))
+        });
+        lost.count() as u64
+    }
+
+    /// Whether the order was past its time to live at this time. A repeat does not extend its life.
+    pub(super) fn may_have_expired(&self, order: &Order<'_>, at_us: Micros) -> bool {
+        let passes_us = |expiry_us| order.requests[0].sent_us.saturating_add(expiry_us);
+        let expiry_us = self.history.header.expiry_us;
+        expiry_us.is_some_and(|expiry_us| passes_us(expiry_us) <= at_us)
     }
 
     /// For every reservation with a stable confirmation, the first request that was confirmed.

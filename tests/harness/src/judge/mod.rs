@@ -12,14 +12,20 @@
 //! - A released row without release time does not count for I1 and I3.
 //! - A 202 that is decided after its deadline breaks I4 and I10. Two equal observations of a final
 //!   state count as one.
-//! - Only an order that was accepted first, expired or declined may have held a ticket and have a
+//! - Only an order that was accepted first, expired, declined or cancelled may have held a ticket and have a
 //!   released row. Other refused orders have no row (I5). With rows, an order of either kind that
 //!   has no row has never held a ticket (I6, I7). Only a 201 without a row may have had one, which
 //!   was lost (I4).
+//! - With releases, "sold out" also needs a moment, on the database's clock, at which all tickets
+//!   were held (I6), and no more tickets are left than were released (I7): each may have come back
+//!   after the last buyer had asked. A double release shows as a stock that does not add up (I2).
+//! - The charges of a reservation minus its refunds are 1 if it is confirmed, 0 if it is not. While
+//!   it is held, either is right (I11). A charge of a reservation without a row must be refunded.
 //! - "Expired" counts from the first sending of the order. "Already reserved" is false once an
 //!   answer has reported the reservation as over.
-//! - Buyers who only used another buyer's key, or whose orders only expired or were declined, do not
-//!   count for I7. A rate-limited answer is not final, neither for I7 nor for I9.
+//! - Buyers who only used another buyer's key, or whose orders only expired, were declined or
+//!   cancelled, do not count for I7; an order that is said to have expired before its time is no
+//!   excuse. A rate-limited answer is not final, neither for I7 nor for I9.
 //! - A refused order with a live row breaks I9, unless a request with unknown outcome was sent at
 //!   the same time or later, or tickets were released. A confirmed order without a row breaks I4.
 //! - An answer outside the HTTP contract breaks I10, and may have taken a ticket. So does a request

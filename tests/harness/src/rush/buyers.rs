@@ -1,5 +1,5 @@
-//! The buyers: each sends its requests, and repeats those with unknown outcome under the same key,
-//! until a timeout.
+//! The buyers: each sends its requests, and repeats those with unknown outcome or over a rate limit
+//! under the same key, until a timeout.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -215,7 +215,11 @@ impl Click {
         loop {
             let number = self.number + (requests.len() as u64) * 1_000_000;
             let ((request, sent_to), retry_after) = self.ask(number, &start).await;
-            let undecided = request.answer == Answer::Indeterminate;
+            // Neither is final: the same key comes again.
+            let undecided = matches!(
+                request.answer,
+                Answer::Indeterminate | Answer::Refused(Refused::RateLimited)
+            );
             requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
             let left = self.timeout.saturating_sub(Duration::from_micros(spent_us));
@@ -375,7 +379,8 @@ impl State {
     fn decided(&self) -> Option<Option<Refused>> {
         match (self.status.as_str(), self.reason.as_deref()) {
             ("confirmed", _) => Some(None),
-            ("refused", Some(reason)) => Refused::from_name(reason, self.earlier).map(Some),
+            ("refused" | "expired", Some(reason)) => Refused::from_name(reason, self.earlier).map(Some),
+            (ended @ ("declined" | "expired" | "cancelled"), _) => Refused::from_name(ended, None).map(Some),
             _ => None,
         }
     }

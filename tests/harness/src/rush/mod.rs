@@ -12,7 +12,7 @@ mod servers;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail, ensure};
-use box_office::{Level, SaleId, Strategy, trace::now_monotonic_us};
+use box_office::{Improvements, Level, SaleId, Strategy, trace::now_monotonic_us};
 use tokio::{
     sync::{Mutex, watch},
     time::{Instant, sleep},
@@ -26,6 +26,7 @@ pub use servers::{Program, Servers, Steps};
 use crate::{
     backends::{Database, TestEnvironment},
     history::{FORMAT_VERSION, Fault, Header, History, Micros},
+    payments::{self, PaymentService},
     rows,
 };
 
@@ -58,6 +59,10 @@ pub struct Rush {
     /// Time for which a buyer repeats a request with unknown outcome; also the deadline of a single
     /// request.
     pub timeout: Duration,
+    /// The improvements of LV.4 that the servers are started with.
+    pub improvements: Improvements,
+    /// How to start a payment service, which buyers pay at: a ticket is held until it is paid for.
+    pub payments: Option<Program>,
     /// Whether the servers trace every step of every request, as evidence for a verdict.
     pub traced: bool,
     /// Faults to inject during the sale. With faults, buyers come in waves: the first when the gate
@@ -76,6 +81,8 @@ impl Default for Rush {
             commit: Duration::ZERO,
             pool_size: None,
             timeout: Duration::from_secs(20),
+            improvements: Improvements::default(),
+            payments: None,
             traced: false,
             faults: vec![],
         }
@@ -138,6 +145,13 @@ impl Rush {
         Self { instances, ..self }
     }
 
+    /// The time after which an order may expire: too old when it is decided, or not paid for while
+    /// its ticket was held.
+    fn expiry(&self) -> Option<Duration> {
+        let hold = self.improvements.payment().map(|payment| payment.hold);
+        self.improvements.order_ttl.into_iter().chain(hold).min()
+    }
+
     /// Traces every step.
     pub fn traced(self) -> Self {
         Self { traced: true, ..self }
@@ -197,6 +211,25 @@ impl Rush {
         level: &Level,
         strategy: &Strategy,
     ) -> anyhow::Result<Report> {
+        let Some(payments) = &self.payments else {
+            return self.run_with(None, turns, environment, program, level, strategy).await;
+        };
+        let payments = PaymentService::start(payments).await?;
+        let mut rush = self.clone();
+        rush.improvements.payment_url = Some(payments.url().parse()?);
+        rush.run_with(Some(&payments), turns, environment, program, level, strategy)
+            .await
+    }
+
+    async fn run_with(
+        &self,
+        payments: Option<&PaymentService>,
+        turns: Option<&Mutex<()>>,
+        environment: &TestEnvironment,
+        program: &Program,
+        level: &Level,
+        strategy: &Strategy,
+    ) -> anyhow::Result<Report> {
         ensure!(self.instances > 0, "a rush needs an instance to run against");
         let fewest = u64::from(self.buyers) / self.waves() as u64 * u64::from(self.clicks);
         for fault in &self.faults {
@@ -230,14 +263,21 @@ impl Rush {
 
         let mut requests = released.requests;
         wait_for_zero_lag(level, environment, self.timeout).await?;
+        let pool = environment.database().pool(1).await?;
+        if payments.is_some() {
+            payments::wait_until_settled(&pool, self.timeout).await?;
+        }
         let retries = servers.retries().await?;
         drop(turn);
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
 
-        let pool = environment.database().pool(1).await?;
         let sold = rows::read(&pool, SALE).await?;
         pool.close().await;
+        let (paid, payment_calls) = match payments {
+            Some(payments) => (Some(payments.ledger().await?), Some(payments.calls().await?)),
+            None => (None, None),
+        };
         let history = History {
             header: Header {
                 version: FORMAT_VERSION,
@@ -245,16 +285,18 @@ impl Rush {
                 sale: SALE,
                 capacity: self.capacity.into(),
                 deadline_us: micros(self.timeout),
-                expiry_us: None,
+                expiry_us: self.expiry().map(micros),
                 stock: Some(sold.stock),
             },
             requests,
             rows: Some(sold.rows),
             faults,
+            payments: paid,
         };
         let mut report = Report::new(self.instances, history, retries, &released.clock);
         report.beside_requests = beside_requests;
         report.sent_to = released.sent_to;
+        report.payment_calls = payment_calls;
         report.struck = struck;
         Ok(report)
     }

@@ -50,6 +50,8 @@ pub struct Report {
     pub beside_requests: Vec<Vec<Record>>,
     /// The instance that each request was sent to, by request id.
     pub sent_to: HashMap<u64, SocketAddr>,
+    /// The number of requests for a charge, repeats included. `None`: the sale takes no payments.
+    pub payment_calls: Option<u64>,
     /// The instances that the faults struck, in the order of the history's faults.
     pub struck: Vec<Struck>,
 }
@@ -65,6 +67,15 @@ pub struct Answers {
     pub sold_out: u64,
     /// 409: the buyer has a reservation.
     pub already_reserved: u64,
+    /// 429: over a rate limit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rate_limited: u64,
+    /// 202, and the order ended as expired.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub expired: u64,
+    /// 202, and the payment was declined.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub declined: u64,
     /// Every other refusal.
     pub otherwise_refused: u64,
     /// 503, or no answer.
@@ -144,6 +155,7 @@ impl Report {
             instances,
             beside_requests: vec![],
             sent_to: HashMap::new(),
+            payment_calls: None,
             struck: vec![],
             history,
         }
@@ -155,6 +167,12 @@ impl Report {
     }
 }
 
+/// Whether a count that few rushes have is left out of the results.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 impl Answers {
     fn count(history: &History) -> Self {
         let mut answers = Self::default();
@@ -164,10 +182,21 @@ impl Answers {
                 Answer::Accepted { .. } => &mut answers.accepted,
                 Answer::Refused(Refused::SoldOut) => &mut answers.sold_out,
                 Answer::Refused(Refused::AlreadyReserved { .. }) => &mut answers.already_reserved,
+                Answer::Refused(Refused::RateLimited) => &mut answers.rate_limited,
                 Answer::Refused(_) => &mut answers.otherwise_refused,
                 Answer::Indeterminate => &mut answers.undecided,
                 Answer::Unexpected { .. } => &mut answers.unexpected,
             } += 1;
+            if let Answer::Accepted {
+                ending: Some(ending), ..
+            } = &request.answer
+            {
+                match ending.refused {
+                    Some(Refused::Expired) => answers.expired += 1,
+                    Some(Refused::Declined) => answers.declined += 1,
+                    _ => {}
+                }
+            }
         }
         answers
     }
@@ -275,6 +304,7 @@ mod tests {
             requests,
             rows: None,
             faults: vec![],
+            payments: None,
         }
     }
 

@@ -90,6 +90,14 @@ impl Program {
         self.environment.push((name, value.into()));
         self
     }
+
+    pub(crate) fn executable(&self) -> &Path {
+        &self.executable
+    }
+
+    pub(crate) fn arguments(&self) -> &[String] {
+        &self.arguments
+    }
 }
 
 impl Servers {
@@ -136,6 +144,7 @@ impl Servers {
         if let Some(pool_size) = rush.pool_size {
             environment.push(("DATABASE_POOL_SIZE", pool_size.to_string()));
         }
+        environment.extend(rush.improvements.variables());
         // Every buyer is also an open file in this process.
         box_office::raise_open_files_limit();
         let folder = reaper::folder("rush")?;

@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, Database, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps, Strategy,
-    StrategyContext, StrategyMetrics, trace::now_monotonic_us,
+    BuyerId, Database, Improvements, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps,
+    Strategy, StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
@@ -92,6 +92,7 @@ async fn cancelled_from(strategy: &'static Strategy, fewest_polls: usize) -> any
             metrics: StrategyMetrics::default(),
             redis: environment.redis(LEASE)?,
             kafka: None,
+            improvements: Improvements::default(),
             instrumentation: Instrumentation::default(),
         };
         let reserve = (strategy.open)(context).await?;
@@ -173,6 +174,7 @@ async fn all_are_served(
         requests,
         rows: Some(sold.rows),
         faults: vec![fault],
+        payments: None,
     };
     let verdict = judge(&history);
     ensure!(verdict.findings.is_empty(), "{verdict}");

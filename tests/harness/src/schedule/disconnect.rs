@@ -163,6 +163,7 @@ async fn hang_up(
         requests,
         rows: Some(sold.rows),
         faults: vec![fault],
+        payments: None,
     };
     let verdict = judge(&history);
     ensure!(verdict.findings.is_empty(), "{verdict}");

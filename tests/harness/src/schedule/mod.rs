@@ -281,6 +281,7 @@ impl Schedule<'_> {
             requests: requests.collect::<anyhow::Result<_>>()?,
             rows: Some(sold.rows),
             faults: vec![],
+            payments: None,
         })
     }
 

@@ -10,8 +10,8 @@ use std::{
 };
 
 use box_office::{
-    Instrumentation, Invariant, Outcome, Promise, Refusal, Reserve, ReserveError, SaleId, Strategy, StrategyContext,
-    StrategyMetrics, points, trace::now_monotonic_us,
+    Improvements, Instrumentation, Invariant, Outcome, Promise, Refusal, Reserve, ReserveError, SaleId, Strategy,
+    StrategyContext, StrategyMetrics, points, trace::now_monotonic_us,
 };
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use tokio::sync::Notify;
@@ -65,6 +65,7 @@ impl ScheduleRunner {
             metrics: StrategyMetrics::default(),
             redis: environment.redis(LEASE)?,
             kafka: None,
+            improvements: Improvements::default(),
             instrumentation: Instrumentation::default(),
         };
         Ok(Self {
@@ -155,7 +156,9 @@ pub(super) fn answer_of(result: Result<Outcome, ReserveError>) -> Answer {
             Refusal::AlreadyReserved { earlier } => Refused::AlreadyReserved { earlier: earlier.id },
             Refusal::KeyOfAnotherBuyer => Refused::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Refused::UnknownSale,
+            Refusal::Expired => Refused::Expired,
         }),
         Err(ReserveError::Indeterminate(_)) => Answer::Indeterminate,
+        Err(ReserveError::RateLimited(_)) => Answer::Refused(Refused::RateLimited),
     }
 }

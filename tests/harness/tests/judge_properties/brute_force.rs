@@ -6,12 +6,14 @@ use box_office::{
     BuyerId,
     Invariant::{
         self, Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost,
-        OneAnswer, Progress,
+        OneAnswer, PaidOnce, Progress,
     },
 };
 use harness::history::{
-    Answer, Ending, History, Micros,
-    Refused::{self, AlreadyReserved, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale},
+    Answer, Ending, Entry, History, Micros,
+    Refused::{
+        self, AlreadyReserved, Cancelled, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale,
+    },
     Request, Row, Status,
 };
 use uuid::Uuid;
@@ -19,7 +21,7 @@ use uuid::Uuid;
 type Rule = fn(&History) -> bool;
 
 pub(crate) fn broken(history: &History) -> BTreeSet<&'static str> {
-    let rules: [(Invariant, Rule); 9] = [
+    let rules: [(Invariant, Rule); 10] = [
         (NoOversell, oversold),
         (Conservation, not_conserved),
         (NoDuplicate, duplicated),
@@ -29,6 +31,7 @@ pub(crate) fn broken(history: &History) -> BTreeSet<&'static str> {
         (NoUndersell, undersold),
         (OneAnswer, contradicted),
         (Progress, unfinished),
+        (PaidOnce, not_paid_once),
     ];
     let broken = rules.iter().filter(|(_, is_broken)| is_broken(history));
     broken.map(|(invariant, _)| invariant.code()).collect()
@@ -130,7 +133,7 @@ fn moments(history: &History) -> RangeInclusive<Micros> {
 
 /// Refused after it may have held a ticket.
 fn ran_out(request: &Request) -> bool {
-    only_no(request) && matches!(no(request), Some(Expired | Declined))
+    only_no(request) && matches!(no(request), Some(Expired | Declined | Cancelled))
 }
 
 /// Whether a ticket was released; without rows, whether one may have been.
@@ -270,13 +273,39 @@ fn takers(history: &History) -> Vec<Micros> {
     takers
 }
 
+/// Whether every ticket may have been taken at one moment of the database's clock.
+fn all_taken_once(history: &History) -> bool {
+    if history.rows.is_none() || !releases(history) {
+        return true;
+    }
+    let mut lost: Vec<Uuid> = vec![];
+    for request in &history.requests {
+        if let Answer::Confirmed { reservation } = request.answer
+            && !lost.contains(&reservation)
+            && rows(history).iter().all(|row| row.reservation != reservation)
+        {
+            lost.push(reservation);
+        }
+    }
+    let most = moments(history).map(|at_us| {
+        let may_hold = |row: &&Row| {
+            let over = !live(row) && row.released_us.is_some_and(|released_us| released_us < at_us);
+            row.taken_us <= at_us && !over
+        };
+        rows(history).iter().filter(may_hold).count()
+    });
+    (most.max().unwrap_or(0) + lost.len()) as u64 >= history.header.capacity
+}
+
 fn falsely_refused(history: &History) -> bool {
     let takers = takers(history);
+    let all_taken_once = all_taken_once(history);
     history.requests.iter().any(|request| {
         let (Some(refused), Some(end_us)) = (no(request), end_us(request)) else {
             return false;
         };
         let is_true_at = |at_us: Micros| match refused {
+            SoldOut if !all_taken_once => false,
             SoldOut => takers.iter().filter(|sent_us| **sent_us <= at_us).count() as u64 >= history.header.capacity,
             AlreadyReserved { earlier } => had(history, request.buyer, *earlier, at_us),
             KeyOfAnotherBuyer => history
@@ -288,7 +317,7 @@ fn falsely_refused(history: &History) -> bool {
                 let mut order = history.requests.iter().filter(|other| same_order(request, other));
                 order.any(|other| at_us >= other.sent_us + expiry_us)
             }),
-            Declined | RateLimited => true,
+            Declined | Cancelled | RateLimited => true,
         };
         !(request.sent_us..=end_us).any(is_true_at)
     })
@@ -331,7 +360,7 @@ fn had(history: &History, buyer: BuyerId, id: Uuid, at_us: Micros) -> bool {
 }
 
 fn undersold(history: &History) -> bool {
-    if releases(history) {
+    if releases(history) && history.rows.is_none() {
         return false;
     }
     let requests = &history.requests;
@@ -348,10 +377,16 @@ fn undersold(history: &History) -> bool {
         {
             return false;
         }
-        if own
-            .iter()
-            .any(|request| is_final(request) && !matches!(no(request), Some(KeyOfAnotherBuyer | Expired | Declined)))
-        {
+        let excused = |request: &Request| match no(request) {
+            Some(KeyOfAnotherBuyer | Declined | Cancelled) => true,
+            Some(Expired) => end_us(request).is_none_or(|end_us| {
+                let mut order = requests.iter().filter(|other| same_order(request, other));
+                let expiry_us = history.header.expiry_us;
+                expiry_us.is_some_and(|expiry_us| order.any(|other| end_us >= other.sent_us + expiry_us))
+            }),
+            _ => false,
+        };
+        if own.iter().any(|request| is_final(request) && !excused(request)) {
             came += 1;
         }
     }
@@ -359,7 +394,30 @@ fn undersold(history: &History) -> bool {
         Some(_) => 0,
         None => requests.iter().filter(|request| cannot_say(request)).count() as u64,
     };
-    sold(history) + unsure < history.header.capacity.min(came)
+    let released = rows(history).iter().filter(|row| !live(row)).count() as u64;
+    sold(history) + unsure + released < history.header.capacity.min(came)
+}
+
+fn not_paid_once(history: &History) -> bool {
+    let (Some(payments), Some(rows)) = (&history.payments, &history.rows) else {
+        return false;
+    };
+    let named = payments.iter().map(|payment| payment.reservation);
+    let mut all = named.chain(rows.iter().map(|row| row.reservation));
+    all.any(|id| {
+        let net: i64 = payments
+            .iter()
+            .filter(|payment| payment.reservation == id)
+            .map(|payment| if payment.entry == Entry::Charge { 1 } else { -1 })
+            .sum();
+        let has = |status| rows.iter().any(|row| row.reservation == id && row.status == status);
+        let due = match (has(Status::Confirmed), has(Status::Held)) {
+            (true, _) => 1..=1,
+            (false, true) => 0..=1,
+            (false, false) => 0..=0,
+        };
+        !due.contains(&net)
+    })
 }
 
 fn contradicted(history: &History) -> bool {

@@ -2,7 +2,9 @@
 
 use box_office::BuyerId;
 use harness::history::{
-    Answer, Ending, Fault, History, Micros,
+    Answer, Ending,
+    Entry::{Charge, Refund},
+    Fault, History, Micros, Payment,
     Refused::{AlreadyReserved, Expired, KeyOfAnotherBuyer, SoldOut, UnknownSale},
     Row, Status,
 };
@@ -35,6 +37,20 @@ pub(crate) fn plant(history: &mut History, &(what, at, number): &Mistake) {
             _ => {
                 history.requests.remove(at);
             }
+        }
+        return;
+    }
+    if what >= 16 {
+        match (&mut history.payments, number % 4) {
+            (Some(payments), 0) if !payments.is_empty() => {
+                payments.remove(at.index(payments.len()));
+            }
+            (payments, 1) => *payments = None,
+            (Some(payments), _) => payments.push(Payment {
+                reservation: id(number / 8 % 8),
+                entry: if number % 4 == 2 { Charge } else { Refund },
+            }),
+            (None, _) => {}
         }
         return;
     }

@@ -2,7 +2,9 @@
 
 use box_office::BuyerId;
 use harness::history::{
-    Answer, Ending, FORMAT_VERSION, Header, History, Micros,
+    Answer, Ending,
+    Entry::{Charge, Refund},
+    FORMAT_VERSION, Header, History, Micros, Payment,
     Refused::{self, AlreadyReserved, Declined, KeyOfAnotherBuyer, RateLimited, SoldOut},
     Request, Row, Status,
 };
@@ -140,6 +142,18 @@ pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
 
 /// Builds the history of these answers and rows.
 fn history(capacity: u64, asks: &[GeneratedRequest], answers: Vec<(usize, Answer)>, rows: Vec<Row>) -> History {
+    let paid = |row: &Row| {
+        // Of those that were released, every other one had been paid for.
+        let entries: &[_] = match row.status {
+            Status::Confirmed => &[Charge],
+            _ if row.reservation.as_u128().is_multiple_of(2) => &[Charge, Refund],
+            _ => &[],
+        };
+        let reservation = row.reservation;
+        let payments = entries.iter().map(move |&entry| Payment { reservation, entry });
+        payments.collect::<Vec<_>>()
+    };
+    let payments = rows.iter().flat_map(paid).collect();
     let sold = rows.iter().filter(|row| row.status != Status::Released).count();
     let requests = asks.iter().zip(answers).map(|(ask, (number, answer))| Request {
         request: number as u64,
@@ -163,5 +177,6 @@ fn history(capacity: u64, asks: &[GeneratedRequest], answers: Vec<(usize, Answer
         requests: requests.collect(),
         rows: Some(rows),
         faults: vec![],
+        payments: Some(payments),
     }
 }

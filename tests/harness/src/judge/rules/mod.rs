@@ -3,6 +3,7 @@
 mod contradictions;
 mod duplicates;
 mod lost_and_invented;
+mod payments;
 mod progress;
 mod refusals;
 mod ticket_count;
@@ -13,6 +14,7 @@ use self::{
     contradictions::contradictions,
     duplicates::duplicates,
     lost_and_invented::{invented, lost},
+    payments::not_paid_once,
     progress::unfinished,
     refusals::false_refusals,
     ticket_count::{conservation, oversell, undersell},
@@ -50,6 +52,7 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
 fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
     use Invariant::{
         Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost, Order,
+        PaidOnce,
     };
     let mut not_checked = vec![NotChecked {
         invariant: Order,
@@ -59,6 +62,9 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
     if index.history.rows.is_none() {
         skip(NothingLost, "the rows could not be read");
         skip(NothingInvented, "the rows could not be read");
+        if index.history.payments.is_some() {
+            skip(PaidOnce, "the rows could not be read");
+        }
     }
     if index.history.rows.is_none() || index.history.header.stock.is_none() {
         skip(
@@ -67,7 +73,10 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
         );
     }
     if index.has_releases {
-        skip(NoUndersell, "tickets were released");
+        skip(
+            NoUndersell,
+            "tickets were released: only tickets that no release explains were counted",
+        );
         skip(
             NoFalseRefusal,
             "tickets were released: only what is necessary for \"sold out\" was checked",
@@ -91,7 +100,7 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
 fn findings(index: &Index<'_>, tally: &Tally) -> Vec<Finding> {
     use Invariant::{
         Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost, OneAnswer,
-        Progress,
+        PaidOnce, Progress,
     };
     let rules = [
         (
@@ -131,6 +140,11 @@ fn findings(index: &Index<'_>, tally: &Tally) -> Vec<Finding> {
             "What does the server know of a key that it has answered before?",
         ),
         (Progress, unfinished(index), "What was this request waiting for?"),
+        (
+            PaidOnce,
+            not_paid_once(index),
+            "What did the server know of this charge when the order came to its end?",
+        ),
     ];
     let findings = rules.into_iter().filter_map(|(invariant, found, question)| {
         let Found {

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use super::{Cases, Found};
+use super::{Cases, Found, most_at_once};
 use crate::{
-    history::{Micros, Refused, Request},
+    history::{Micros, Refused, Request, Row},
     judge::{
         evidence::in_words,
         index::{End, Index, Order},
@@ -17,6 +17,7 @@ use crate::{
 pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
     let takers_us = index.takers_us();
     let unsure_us = unsure_us(index);
+    let was_ever_sold_out = was_ever_sold_out(index);
     let mut had = HashMap::new();
     let mut cases = Cases::default();
     for order in index.orders() {
@@ -27,7 +28,7 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
             let is_true = match refused {
                 Refused::SoldOut => {
                     let taken = takers_us.partition_point(|&sent_us| sent_us <= ended_us);
-                    taken as u64 >= index.history.header.capacity
+                    was_ever_sold_out && taken as u64 >= index.history.header.capacity
                 }
                 Refused::AlreadyReserved { earlier } => had
                     .entry((order.buyer, *earlier))
@@ -39,13 +40,8 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
                     other.is_some_and(|&other| index.order(other).requests[0].sent_us <= ended_us)
                 }
                 Refused::UnknownSale => false,
-                // A repeat does not extend the life of an order.
-                Refused::Expired => {
-                    let passes_us = |expiry_us| order.requests[0].sent_us.saturating_add(expiry_us);
-                    let expiry_us = index.history.header.expiry_us;
-                    expiry_us.is_some_and(|expiry_us| passes_us(expiry_us) <= ended_us)
-                }
-                Refused::Declined | Refused::RateLimited => true,
+                Refused::Expired => index.may_have_expired(&order, ended_us),
+                Refused::Declined | Refused::Cancelled | Refused::RateLimited => true,
             };
             if !is_true {
                 cases.request(request, || {
@@ -66,6 +62,20 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
         }
     }
     cases.found("refusals were not true")
+}
+
+/// Whether all tickets may have been taken at one moment of the database's clock. With releases,
+/// that many takers are not enough: they may have had the same ticket one after another.
+fn was_ever_sold_out(index: &Index<'_>) -> bool {
+    if !index.has_rows() || !index.has_releases {
+        return true;
+    }
+    // Equal times count as concurrent, and a ticket released at an unknown time as never released.
+    let held = index.rows().iter().map(|row: &Row| {
+        let released_us = row.released_us.filter(|_| !row.is_live());
+        (row.taken_us, released_us.unwrap_or(Micros::MAX - 1).saturating_add(1))
+    });
+    most_at_once(held) + index.lost_tickets() >= index.history.header.capacity
 }
 
 /// The longest interval in which a buyer may have had a reservation, as far as the history shows.

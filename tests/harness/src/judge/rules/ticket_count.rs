@@ -5,7 +5,7 @@ use crate::{
     history::{Micros, Refused, Request, Row, Status},
     judge::{
         Evidence,
-        index::{End, Index},
+        index::{End, Index, Order},
         verdict::Tally,
     },
 };
@@ -57,33 +57,48 @@ pub(super) fn conservation(index: &Index<'_>, tally: &Tally) -> Option<Found> {
     })
 }
 
-/// Checks I7: no ticket is left while a buyer goes without.
+/// Checks I7: no ticket is left while a buyer goes without. With releases: no more tickets are left
+/// than were released, because each may have been released after the last buyer had asked.
 pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
-    if index.has_releases || !all_last_answers_final(index) {
+    if (index.has_releases && !index.has_rows()) || !all_last_answers_final(index) {
         return None;
     }
-    // A buyer who only used another buyer's key, or could not pay in time, may go without.
-    let came = |requests: &&[&Request]| {
-        let mut finals = requests.iter().filter(|request| request.is_final());
-        finals.any(|request| {
-            use Refused::{Declined, Expired, KeyOfAnotherBuyer};
-            !matches!(request.end(), End::Refused(KeyOfAnotherBuyer | Expired | Declined))
-        })
+    // A buyer who only used another buyer's key, or did not get to the end in time, may go without.
+    // An order that is said to have expired before its time is no excuse.
+    let goes_without = |order: &Order<'_>, request: &Request| match request.end() {
+        End::Refused(Refused::KeyOfAnotherBuyer | Refused::Declined | Refused::Cancelled) => true,
+        End::Refused(Refused::Expired) => {
+            let ended_us = request.ended_us();
+            ended_us.is_none_or(|ended_us| index.may_have_expired(order, ended_us))
+        }
+        _ => false,
     };
-    let buyers = index.requests_of_buyer.all().filter(came).count() as u64;
+    let came = |order: &Order<'_>| {
+        let mut finals = order.requests.iter().filter(|request| request.is_final());
+        finals.any(|request| !goes_without(order, request))
+    };
+    let mut buyers: Vec<usize> = index.orders().filter(came).map(|order| order.buyer).collect();
+    buyers.sort_unstable();
+    buyers.dedup();
+    let buyers = buyers.len() as u64;
     let requests = || index.history.requests.iter();
     // Without rows, every unknown outcome may have taken a ticket.
     let unsure = match index.has_rows() {
         true => 0,
         false => requests().filter(|request| request.is_uncertain()).count() as u64,
     };
-    let (sold, due) = (tally.sold + unsure, tally.capacity.min(buyers));
+    let released = index.rows().iter().filter(|row| !row.is_live()).count() as u64;
+    let (sold, due) = (tally.sold + unsure + released, tally.capacity.min(buyers));
     (sold < due).then(|| {
         let sold_out = requests().filter(|request| request.end() == End::Refused(&Refused::SoldOut));
         let first = sold_out.min_by_key(|request| (request.sent_us, request.request));
         Found {
             count: due - sold,
-            summary: format!("{sold} sold, and {buyers} buyers came for {} tickets", tally.capacity),
+            summary: format!(
+                "{} sold, and {buyers} buyers came for {} tickets",
+                sold - released,
+                tally.capacity
+            ),
             evidence: first.map(|request| Evidence::of(&[request])),
         }
     })

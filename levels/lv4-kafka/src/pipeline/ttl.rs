@@ -1,0 +1,284 @@
+//! Message TTL: an order that is decided too late takes no ticket, and ends as expired.
+//!
+//! `ORDER_TTL_MS` is checked where the ticket would be taken, in the transaction that decides the
+//! order. A check when the order is accepted would say nothing: it is always young then, and it is
+//! the queue that makes it old. Kafka's retention is no substitute: it deletes the message, and the
+//! buyer waits for ever.
+//!
+//! The age is that of the message: from its timestamp, which the accepting instance's producer sets
+//! when it is handed the message (`CreateTime`), to the clock of the instance that decides it. The
+//! broker's own time (`LogAppendTime`) would leave out how long the producer waited for the broker,
+//! and is a setting of the topic, which exists already.
+//!
+//! Guarantee: no order takes a ticket that is older than the TTL when it is decided; it has a row
+//! with the status `expired` and its event like every other order, is never a dead letter, and an
+//! order is decided once: one that is redelivered when it is old stays what it was.
+//!
+//! Limits:
+//! - The clocks of two instances differ: by as much an order expires too early or too late. Choose
+//!   a TTL many times that.
+//! - The age is taken before the batch is written: with a commit that hangs, an order may be
+//!   confirmed later than its TTL.
+//! - A repeat by the buyer makes the order no younger, as long as its first message is decided
+//!   first. A replayed dead letter begins anew: that is what the operator asked for.
+//!
+//! Backpressure: an instance accepts nothing that is going to expire. It estimates how long an order
+//! waits from the consumer lag and the rate at which the group commits offsets, and answers 503 with
+//! `Retry-After` while that is longer than the TTL. A rate is only measured while there is a backlog,
+//! as an idle consumer shows none. While nothing is committed at all, the wait is at least as long
+//! as that has lasted. The estimate is that of the last sample, so the first instant of a rush is
+//! always accepted; what expires of it says so.
+//!
+//! Cost: one comparison for each order. The samples are those of the lag, at least four within the
+//! TTL.
+//!
+//! Sources: Apache Kafka documentation, topic configuration `message.timestamp.type`; J. Little,
+//! *A proof for the queuing formula L = λW* (1961). Book: LV.4, "Message TTL".
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use box_office::{ExpiredOrders, Indeterminate, SaleId};
+use tokio::time::Instant;
+
+use super::{OrderMessage, lag::PartitionOffsets};
+
+/// The weight of a new sample of the rate, against all earlier ones.
+const SAMPLE_WEIGHT: f64 = 0.5;
+
+/// The shortest interval of the samples: each is a few requests to the broker.
+const MIN_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The longest `Retry-After`: the estimate of a longer wait is worth little.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// The time to live of orders, and the backpressure that follows from it.
+pub struct MessageTtl {
+    ttl: Duration,
+    expired: ExpiredOrders,
+    backlog: Mutex<Backlog>,
+}
+
+impl MessageTtl {
+    /// A time to live.
+    pub fn new(ttl: Duration, expired: ExpiredOrders) -> Self {
+        Self {
+            ttl,
+            expired,
+            backlog: Mutex::default(),
+        }
+    }
+
+    // ANCHOR: expired
+    /// Whether an order is older than the TTL now. One without a timestamp is not.
+    pub fn is_expired(&self, order: &OrderMessage) -> bool {
+        let Some(sent_ms) = order.sent_ms else { return false };
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now_ms = now.map_or(0, |now| now.as_millis().try_into().unwrap_or(i64::MAX));
+        now_ms.saturating_sub(sent_ms) > self.ttl.as_millis().try_into().unwrap_or(i64::MAX)
+    }
+    // ANCHOR_END: expired
+
+    /// Counts orders that have ended as expired.
+    pub fn count_expired(&self, orders: usize) {
+        self.expired.count(orders as u64);
+    }
+
+    /// Checks that an order of this sale is going to be decided within its TTL.
+    ///
+    /// # Errors
+    /// [`Indeterminate::Backlogged`] if not, with the time after which it may be.
+    pub fn check_backlog(&self, sale: SaleId) -> Result<(), Indeterminate> {
+        let expected = self.backlog().expected_wait(sale, Instant::now());
+        match expected.checked_sub(self.ttl) {
+            None | Some(Duration::ZERO) => Ok(()),
+            Some(too_long) => Err(Indeterminate::Backlogged {
+                retry_after: too_long.min(MAX_RETRY_AFTER),
+            }),
+        }
+    }
+
+    /// Remembers the partition of a sale, if all its orders are in one.
+    pub fn remember_partition(&self, sale: SaleId, partition: i32) {
+        self.backlog().partition_of.insert(sale, partition);
+    }
+
+    /// The interval of the samples.
+    pub(super) fn sample_interval(&self) -> Duration {
+        (self.ttl / 4).max(MIN_SAMPLE_INTERVAL)
+    }
+
+    /// Takes a sample of the group's offsets.
+    pub(super) fn sample(&self, offsets: &BTreeMap<i32, PartitionOffsets>) {
+        self.backlog().sample(offsets, Instant::now());
+    }
+
+    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The backlog of the orders topic, as the broker has last told it.
+#[derive(Default)]
+struct Backlog {
+    partitions: BTreeMap<i32, PartitionBacklog>,
+    /// The partition of each sale whose orders are all in one. A sale is opened by the admin, so
+    /// there are only so many.
+    partition_of: HashMap<SaleId, i32>,
+}
+
+struct PartitionBacklog {
+    lag: i64,
+    committed: i64,
+    /// Offsets committed a second while there was a backlog. `None`: there was none yet.
+    rate: Option<f64>,
+    sampled_at: Instant,
+    /// When an offset was last committed; or, since nothing has been, when the backlog was first
+    /// seen.
+    progress_at: Instant,
+}
+
+impl Backlog {
+    fn sample(&mut self, offsets: &BTreeMap<i32, PartitionOffsets>, now: Instant) {
+        self.partitions.retain(|partition, _| offsets.contains_key(partition));
+        for (&partition, offsets) in offsets {
+            let lag = offsets.lag();
+            match self.partitions.get_mut(&partition) {
+                // A topic that was made again counts from 0.
+                Some(known) if known.committed <= offsets.committed => known.update(offsets, now),
+                _ => {
+                    let new = PartitionBacklog {
+                        lag,
+                        committed: offsets.committed,
+                        rate: None,
+                        sampled_at: now,
+                        progress_at: now,
+                    };
+                    self.partitions.insert(partition, new);
+                }
+            }
+        }
+    }
+
+    // ANCHOR: wait
+    /// How long an order that is accepted now is expected to wait for its decision.
+    fn expected_wait(&self, sale: SaleId, now: Instant) -> Duration {
+        match self.partition_of.get(&sale) {
+            Some(partition) => self.partitions.get(partition).map(|partition| partition.wait(now)),
+            // Spread over all partitions: the order may come into any of them.
+            None => self.partitions.values().map(|partition| partition.wait(now)).max(),
+        }
+        .unwrap_or_default()
+    }
+    // ANCHOR_END: wait
+}
+
+impl PartitionBacklog {
+    fn update(&mut self, offsets: &PartitionOffsets, now: Instant) {
+        let committed = offsets.committed - self.committed;
+        let lag = offsets.lag();
+        let seconds = (now - self.sampled_at).as_secs_f64();
+        // Busy from one sample to the next, as far as can be seen.
+        if committed > 0 && self.lag > 0 && lag > 0 && seconds > 0.0 {
+            let rate = committed as f64 / seconds;
+            let earlier = self.rate.unwrap_or(rate);
+            self.rate = Some(earlier + SAMPLE_WEIGHT * (rate - earlier));
+        }
+        if committed > 0 || self.lag == 0 {
+            self.progress_at = now;
+        }
+        (self.lag, self.committed, self.sampled_at) = (lag, offsets.committed, now);
+    }
+
+    fn wait(&self, now: Instant) -> Duration {
+        if self.lag == 0 {
+            return Duration::ZERO;
+        }
+        let queue = self.rate.map_or(0.0, |rate| self.lag as f64 / rate);
+        let queue = Duration::try_from_secs_f64(queue).unwrap_or(Duration::MAX);
+        queue.max(now - self.progress_at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SALE: SaleId = 1;
+
+    /// A backlog after samples of one partition, one a second: committed offset and end.
+    fn after(samples: &[(i64, i64)]) -> (Backlog, Instant) {
+        let mut backlog = Backlog::default();
+        let mut now = Instant::now();
+        for &(committed, end) in samples {
+            now += Duration::from_secs(1);
+            let offsets = BTreeMap::from([(0, PartitionOffsets { committed, end })]);
+            backlog.sample(&offsets, now);
+        }
+        (backlog, now)
+    }
+
+    fn wait(samples: &[(i64, i64)]) -> f64 {
+        let (backlog, now) = after(samples);
+        backlog.expected_wait(SALE, now).as_secs_f64()
+    }
+
+    #[test]
+    fn the_wait_is_the_lag_divided_by_the_rate() {
+        assert_eq!(wait(&[]), 0.0, "nothing is known");
+        assert_eq!(wait(&[(0, 1000)]), 0.0, "no rate is known");
+        assert_eq!(wait(&[(0, 1000), (100, 1000)]), 9.0);
+        assert_eq!(wait(&[(0, 1000), (100, 1000), (200, 1000)]), 8.0);
+    }
+
+    /// An idle consumer commits as few offsets as orders come: that is not how fast it can be.
+    #[test]
+    fn the_rate_of_an_idle_consumer_is_not_its_rate() {
+        assert_eq!(wait(&[(0, 0), (1, 1), (2, 2), (2, 1000)]), 0.0);
+        // What was measured under load is still known.
+        assert_eq!(
+            wait(&[(0, 1000), (500, 1000), (1000, 1000), (1001, 1001), (1001, 1501)]),
+            1.0
+        );
+    }
+
+    #[test]
+    fn while_nothing_is_decided_the_wait_is_as_long_as_that_has_lasted() {
+        assert_eq!(wait(&[(5, 5), (5, 6), (5, 7), (5, 8)]), 2.0);
+        assert_eq!(wait(&[(5, 5), (5, 6), (5, 7), (7, 7)]), 0.0, "and it is over at once");
+        let (backlog, now) = after(&[(5, 5), (5, 6)]);
+        let later = backlog.expected_wait(SALE, now + Duration::from_secs(10));
+        assert_eq!(later.as_secs(), 10, "a broker that does not answer is no progress");
+    }
+
+    #[test]
+    fn a_sale_waits_for_its_own_partition_only() {
+        let mut backlog = Backlog::default();
+        let began = Instant::now();
+        for seconds in 0..2_i64 {
+            let offsets = BTreeMap::from([
+                (
+                    0,
+                    PartitionOffsets {
+                        committed: 10 * seconds,
+                        end: 1000,
+                    },
+                ),
+                (1, PartitionOffsets { committed: 7, end: 7 }),
+            ]);
+            backlog.sample(&offsets, began + Duration::from_secs(seconds as u64));
+        }
+        let now = began + Duration::from_secs(1);
+        assert_eq!(backlog.expected_wait(SALE, now).as_secs(), 99, "it may come into any");
+        backlog.partition_of.insert(SALE, 1);
+        assert_eq!(backlog.expected_wait(SALE, now).as_secs(), 0);
+    }
+
+    #[test]
+    fn a_topic_that_was_made_again_begins_anew() {
+        assert_eq!(wait(&[(0, 1000), (10, 1000), (0, 5)]), 0.0);
+    }
+}
