@@ -1,12 +1,12 @@
 //! Rate limiting: a flood is refused before its orders are accepted, and no repeat of an accepted
 //! order is.
 
-use std::time::Instant;
+use std::{num::NonZeroU32, time::Instant};
 
 use box_office::{
-    Database,
+    Database, Improvements,
     Invariant::{NoFalseRefusal, NothingInvented},
-    Order, ProblemKind, RequestKey,
+    ProblemKind, ReserveError, Steps, StrategyMetrics,
 };
 use futures_util::future::join_all;
 use harness::{
@@ -16,11 +16,11 @@ use harness::{
     test_server::TestServer,
     until,
 };
-use lv4_kafka::pipeline::{MAX_BUYERS, MAX_LOOKUPS};
+use lv4_kafka::pipeline::{MAX_BUYERS, MAX_LOOKUPS, RateLimit};
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::fixture::{Breaks, Expected, Fixture, Kept, TIMEOUT, kill_instance, metric, strategy};
+use crate::fixture::{Breaks, Expected, Fixture, Kept, TIMEOUT, kill_instance, metric, order, strategy};
 
 /// The requests of the flood.
 const FLOOD: u32 = 200;
@@ -326,32 +326,50 @@ async fn a_flood_over_the_limit_does_not_read_the_rows_for_each_request(#[case] 
 }
 
 /// A million distinct buyers do not take memory without bound, nor is one of them refused for it.
-macro_rules! a_million_buyers {
-    ($limit:path) => {{
-        let database = Database::lazy("postgres://127.0.0.1:1/nowhere".parse().unwrap(), 1);
-        let one = std::num::NonZeroU32::MIN;
-        let limit = <$limit>::new(Some(one), None, database, Default::default()).unwrap();
-        let key = RequestKey::try_from("key".to_owned()).unwrap();
-        for buyer in 0..1_000_000 {
-            let order = Order {
-                sale: SALE,
-                buyer,
-                key: key.clone(),
-            };
-            let admitted = limit.admit(&order, Uuid::from_u128(buyer.unsigned_abs().into())).await;
-            assert!(admitted.is_ok(), "buyer {buyer}: {admitted:?}");
-        }
-        limit.buyers()
-    }};
-}
-
 #[tokio::test]
 async fn a_million_distinct_buyers_do_not_take_memory_without_bound() {
-    let buyers = a_million_buyers!(lv4_kafka::pipeline::RateLimit);
-    assert!(buyers <= MAX_BUYERS, "{buyers} buyers are counted one by one");
-    let buyers = a_million_buyers!(lv4_kafka::mutants::unbounded_buyers::pipeline::RateLimit);
-    assert!(
-        buyers > MAX_BUYERS,
-        "the mutant was not caught: it counts {buyers} buyers"
+    let metrics = StrategyMetrics::default();
+    let database = Database::lazy("postgres://127.0.0.1:1/nowhere".parse().unwrap(), 1);
+    let limit = RateLimit::new(Some(NonZeroU32::MIN), None, database, &metrics).unwrap();
+    for buyer in 0..1_000_000_i64 {
+        let id = Uuid::from_u128(buyer.unsigned_abs().into());
+        let admitted = limit.admit(&order(SALE, buyer), id).await;
+        assert!(admitted.is_ok(), "buyer {buyer}: {admitted:?}");
+    }
+    let buyers = metrics.rate_limit_buyers.get();
+    assert!(buyers <= MAX_BUYERS as i64, "{buyers} buyers are counted one by one");
+}
+
+/// The table of buyers is bounded also where a strategy uses it.
+#[rstest]
+#[case::single_writer("single-writer", true)]
+#[case::mutant("mutants/unbounded-buyers", false)]
+#[tokio::test]
+async fn more_buyers_than_the_table_has_places_are_not_counted(#[case] name: &str, #[case] keeps: bool) {
+    let fixture = Fixture::new(name).await;
+    fixture.start_acceptor(1).await.stop().await.unwrap();
+    let mut context = fixture.context().await;
+    context.improvements = Improvements {
+        rate_limit_per_buyer: Some(NonZeroU32::MIN),
+        rate_limit: Some(NonZeroU32::MIN),
+        ..Improvements::default()
+    };
+    let buyers = context.metrics.rate_limit_buyers.clone();
+    let reserve = (fixture.strategy.open)(context).await.unwrap();
+    for buyer in 0..MAX_BUYERS as i64 + 1000 {
+        // Over the limit of all buyers, none over their own.
+        let answered = reserve.reserve(&order(SALE, buyer), &Steps::default()).await;
+        match answered {
+            Ok(_) => {}
+            Err(ReserveError::RateLimited(limited)) => assert_eq!(limited.exceeded, "overall"),
+            Err(other) => panic!("buyer {buyer}: {other:?}"),
+        }
+    }
+    reserve.close().await;
+    let buyers = buyers.get();
+    assert_eq!(
+        buyers <= MAX_BUYERS as i64,
+        keeps,
+        "{buyers} buyers are counted one by one"
     );
 }

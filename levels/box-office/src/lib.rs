@@ -40,8 +40,8 @@ pub use level::{
     Event, KafkaConfig, Level, Mutant, Open, Opening, RedisConfig, Reserve, Schema, Service, Strategy, StrategyContext,
 };
 pub use metrics::{
-    CircuitBreakerMetrics, CircuitState, ConsumerLag, ExpiredOrders, PaymentCalls, RateLimitedRequests, RelayMetrics,
-    StrategyMetrics,
+    CircuitBreakerMetrics, CircuitState, ConsumerLag, ExpiredOrders, PaymentCalls, RateLimitBuyers,
+    RateLimitedRequests, RelayMetrics, StrategyMetrics,
 };
 pub use problem::ProblemKind;
 pub use readiness::probe_new_connection;

@@ -36,6 +36,8 @@ pub struct StrategyMetrics {
     pub lag: ConsumerLag,
     /// `oversold_rate_limited_total`: requests answered 429, by the limit that was exceeded.
     pub rate_limited: RateLimitedRequests,
+    /// `oversold_rate_limit_buyers`: buyers that are counted one by one.
+    pub rate_limit_buyers: RateLimitBuyers,
     /// `oversold_orders_expired_total`: orders that were older than their time to live when they
     /// were decided.
     pub expired: ExpiredOrders,
@@ -167,6 +169,22 @@ impl RateLimitedRequests {
     }
 }
 
+/// The number of buyers that a rate limit counts one by one.
+#[derive(Clone, Debug, Default)]
+pub struct RateLimitBuyers(Gauge);
+
+impl RateLimitBuyers {
+    /// Sets the number.
+    pub fn set(&self, buyers: usize) {
+        self.0.set(buyers.try_into().unwrap_or(i64::MAX));
+    }
+
+    /// The number.
+    pub fn get(&self) -> i64 {
+        self.0.get()
+    }
+}
+
 /// The number of orders that have ended as expired.
 #[derive(Clone, Debug, Default)]
 pub struct ExpiredOrders(Counter);
@@ -268,6 +286,11 @@ impl Metrics {
                 "rate_limited",
                 "Requests over a rate limit, by the scope of the limit",
                 strategy_metrics.rate_limited.0,
+            );
+            registry.register(
+                "rate_limit_buyers",
+                "Buyers whose requests are counted one by one for the rate limit",
+                strategy_metrics.rate_limit_buyers.0,
             );
             registry.register(
                 "circuit_breaker_state",

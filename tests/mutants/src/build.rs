@@ -13,6 +13,9 @@ use crate::{
     refresh::{committed, git},
 };
 
+/// Set where a level is built again and again and its mutants are not opened: they are most of the build.
+pub const WITHOUT_MUTANTS: &str = "OVERSOLD_WITHOUT_MUTANTS";
+
 /// Generates the module `mutants` of a level from its folder of that name. The level includes it as
 ///
 /// ```text
@@ -31,6 +34,8 @@ use crate::{
 /// reader who edits a strategy keeps its mutants. If that fails too, or more than the strategy has been
 /// edited, the mutant is a stub that cannot be opened. In both cases cargo prints a warning.
 ///
+/// With [`WITHOUT_MUTANTS`] in the environment every mutant is such a stub, and nothing is warned of.
+///
 /// # Errors
 /// A patch cannot be read, or a file cannot be written.
 pub fn build() -> anyhow::Result<()> {
@@ -39,6 +44,7 @@ pub fn build() -> anyhow::Result<()> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     println!("cargo:rerun-if-changed=src");
     println!("cargo:rerun-if-changed=mutants");
+    println!("cargo:rerun-if-env-changed={WITHOUT_MUTANTS}");
 
     let level = Level::read(root, &package)?;
     let copies = out.join("mutants");
@@ -95,7 +101,11 @@ impl<'a> Level<'a> {
         } = mutant;
         let (module, constant) = (name.replace('-', "_"), name.replace('-', "_").to_uppercase());
         let description = format!("\"mutants/{name}\", {summary:?}");
-        let Some(mutated) = self.mutated(mutant) else {
+        let mutated = match env::var_os(WITHOUT_MUTANTS) {
+            Some(_) => None,
+            None => self.mutated(mutant),
+        };
+        let Some(mutated) = mutated else {
             let stub = format!("box_office::Mutant::stale({description})");
             return Ok(format!(
                 "/// {summary}\npub const {constant}: box_office::Mutant = {stub};\n"

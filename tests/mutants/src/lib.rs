@@ -15,7 +15,7 @@ use std::{fmt, fs, io, path::Path};
 use anyhow::{Context, bail, ensure};
 use diffy::Patch;
 
-pub use build::build;
+pub use build::{WITHOUT_MUTANTS, build};
 pub use refresh::{Refreshed, refresh};
 
 /// A strategy with one planted mistake, as its patch describes it.

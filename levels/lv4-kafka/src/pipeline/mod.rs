@@ -167,7 +167,7 @@ impl OrderPipeline {
                 context.improvements.rate_limit_per_buyer,
                 context.improvements.rate_limit,
                 context.database.clone(),
-                context.metrics.rate_limited.clone(),
+                &context.metrics,
             ),
             dead_letters: DeadLetters::new(producer.clone(), &kafka, context.metrics.clone()),
             producer,

@@ -38,7 +38,10 @@ use std::{
     time::Duration,
 };
 
-use box_office::{BuyerId, Database, Order, RateLimitPolicy, RateLimited, RateLimitedRequests, ReserveError};
+use box_office::{
+    BuyerId, Database, Order, RateLimitBuyers, RateLimitPolicy, RateLimited, RateLimitedRequests, ReserveError,
+    StrategyMetrics,
+};
 use governor::{
     Quota, RateLimiter,
     clock::{Clock, DefaultClock},
@@ -91,10 +94,7 @@ pub struct RateLimit {
 struct Overall(RateLimiter<NotKeyed, InMemoryState, DefaultClock>);
 
 /// One limit for each buyer.
-struct PerBuyer {
-    limiter: RateLimiter<BuyerId, BuyerStates, DefaultClock>,
-    states: BuyerStates,
-}
+struct PerBuyer(RateLimiter<BuyerId, BuyerStates, DefaultClock>);
 
 impl RateLimit {
     /// Creates the limits, in requests a second. `None`: neither is set.
@@ -102,7 +102,7 @@ impl RateLimit {
         per_buyer: Option<NonZeroU32>,
         overall: Option<NonZeroU32>,
         database: Database,
-        limited: RateLimitedRequests,
+        metrics: &StrategyMetrics,
     ) -> Option<Self> {
         let policy = |name, quota: Option<NonZeroU32>| quota.map(|quota| RateLimitPolicy { name, quota });
         let policies: Vec<_> = [policy(BUYER, per_buyer), policy(OVERALL, overall)]
@@ -110,14 +110,14 @@ impl RateLimit {
             .flatten()
             .collect();
         (!policies.is_empty()).then(|| Self {
-            per_buyer: per_buyer.map(PerBuyer::new),
+            per_buyer: per_buyer.map(|quota| PerBuyer::new(quota, metrics.rate_limit_buyers.clone())),
             overall: overall.map(Overall::new),
             policies,
             accepted: Mutex::default(),
             lookups: Overall::new(MAX_LOOKUPS),
-            lookups_per_buyer: PerBuyer::new(MAX_LOOKUPS_PER_BUYER),
+            lookups_per_buyer: PerBuyer::new(MAX_LOOKUPS_PER_BUYER, RateLimitBuyers::default()),
             database,
-            limited,
+            limited: metrics.rate_limited.clone(),
         })
     }
 
@@ -161,11 +161,6 @@ impl RateLimit {
     }
     // ANCHOR_END: admit
 
-    /// The number of buyers that are counted one by one, at most [`MAX_BUYERS`].
-    pub fn buyers(&self) -> usize {
-        self.per_buyer.as_ref().map_or(0, PerBuyer::len)
-    }
-
     /// Remembers an order that the broker has acknowledged.
     pub fn remember(&self, id: Uuid) {
         self.accepted().insert(id);
@@ -202,27 +197,21 @@ impl Overall {
 }
 
 impl PerBuyer {
-    /// A limit in requests a second.
-    fn new(quota: NonZeroU32) -> Self {
+    /// A limit in requests a second. The gauge has the number of buyers in the table.
+    fn new(quota: NonZeroU32, buyers: RateLimitBuyers) -> Self {
         let quota = Quota::per_second(quota);
         let states = BuyerStates {
             interval: quota.replenish_interval().into(),
             states: Arc::default(),
+            buyers,
         };
-        Self {
-            limiter: RateLimiter::new(quota, states.clone(), DefaultClock::default()),
-            states,
-        }
+        Self(RateLimiter::new(quota, states, DefaultClock::default()))
     }
 
     /// Lets one request of this buyer pass, or says when the next may.
     fn check(&self, buyer: BuyerId) -> Result<(), Duration> {
-        let checked = self.limiter.check_key(&buyer);
-        checked.map_err(|until| until.wait_time_from(self.limiter.clock().now()))
-    }
-
-    fn len(&self) -> usize {
-        self.states.lock().full_at.len()
+        let checked = self.0.check_key(&buyer);
+        checked.map_err(|until| until.wait_time_from(self.0.clock().now()))
     }
 }
 
@@ -232,6 +221,7 @@ struct BuyerStates {
     /// What one request adds to a state.
     interval: Nanos,
     states: Arc<Mutex<States>>,
+    buyers: RateLimitBuyers,
 }
 
 #[derive(Default)]
@@ -270,6 +260,7 @@ impl StateStore for BuyerStates {
         if states.full_at.len() < MAX_BUYERS {
             states.full_at.insert(*buyer, next);
         }
+        self.buyers.set(states.full_at.len());
         Ok(passed)
     }
     // ANCHOR_END: bounded
@@ -337,7 +328,7 @@ mod tests {
 
     #[test]
     fn a_buyer_may_send_a_second_s_worth_at_once_and_no_more() {
-        let limit: PerBuyer = PerBuyer::new(NonZeroU32::new(5).expect("not 0"));
+        let limit: PerBuyer = PerBuyer::new(NonZeroU32::new(5).expect("not 0"), RateLimitBuyers::default());
         let passed = |buyer| (0..100).filter(|_| limit.check(buyer).is_ok()).count();
         let of_one = passed(1);
         assert!((5..50).contains(&of_one), "{of_one} of 100 at once");

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, env, fs, path::PathBuf, process::Command};
 use anyhow::{Context, bail, ensure};
 use box_office::{Invariant, Level};
 use harness::RED;
-use mutants::Mutant;
+use mutants::{Mutant, WITHOUT_MUTANTS};
 
 use super::{Exercise, Start, names, read_from};
 use crate::{
@@ -186,7 +186,7 @@ impl Copy {
     fn cargo_test(&self, exercise: &Exercise) -> Command {
         let mut command = cargo_test(&self.folder, exercise.selected.level);
         let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-        command.env("CARGO_TARGET_DIR", target);
+        command.env("CARGO_TARGET_DIR", target).env(WITHOUT_MUTANTS, "1");
         command
     }
 }
