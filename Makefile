@@ -34,6 +34,9 @@ ifndef RUST_TEST_THREADS
 export RUST_TEST_THREADS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); [ "$$cores" -gt 8 ] && echo "$$cores" || echo $$((cores > 4 ? 8 : 2 * cores)))
 endif
 
+# The tests that record what an improvement is for.
+ablations := a_flood_of_one_buyer_is_accepted an_order_past_its_ttl_takes_no_ticket while_postgres_is_away_a_consumer_pauses without_the_relay_nothing_is_published a_ticket_is_sold_to_whoever_pays
+
 tools := target/tools
 mdbook := $(tools)/bin/mdbook
 mdbook_version := 0.5.4
@@ -48,7 +51,7 @@ else ifneq ($(STRATEGY),)
 $(error STRATEGY=$(STRATEGY) takes the level that it is of: LEVEL=lv2)
 endif
 
-.PHONY: help rush test red trace book book-check generated exercise exercises load bench benchmarks up down check results soak
+.PHONY: help rush test red trace book book-check ablations generated exercise exercises load bench benchmarks up down check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -84,6 +87,11 @@ book: $(mdbook) ## Read the book at http://localhost:3000
 book-check: ## Build the book, and hold what it says against the code
 	@infra/setup.sh $(services)
 	cargo test --quiet --package oversold --test docs
+
+ablations: ## Measure again what each improvement of LV.4 is for: the same fault without it and with it
+	@infra/setup.sh postgres redis kafka
+	OVERSOLD_ABLATIONS=$(CURDIR)/book/ablations cargo test --quiet --package lv4-kafka --test lv4 -- $(ablations)
+	$(MAKE) generated
 
 generated: ## Write the book's generated snippets anew
 	@infra/setup.sh $(services)

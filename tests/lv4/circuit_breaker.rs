@@ -25,10 +25,16 @@ use rdkafka::{
 };
 use rstest::rstest;
 
-use crate::fixture::{
-    Expected::{self, Breaks, Kept},
-    Fixture, LOST, OBSERVATION_TIME, TIMEOUT, assert_unreachable, happens_within, host_and_port, kill_instance, metric,
-    order, strategy,
+use crate::{
+    ablation::{
+        Improvement::{Off, On},
+        record,
+    },
+    fixture::{
+        Expected::{self, Breaks, Kept},
+        Fixture, LOST, OBSERVATION_TIME, TIMEOUT, assert_unreachable, happens_within, host_and_port, kill_instance,
+        metric, order, strategy,
+    },
 };
 
 const ON: (&str, &str) = ("CIRCUIT_BREAKER", "true");
@@ -106,12 +112,14 @@ async fn while_postgres_is_away_a_consumer_pauses_after_one_attempt(
         .await;
         assert_eq!(failed_attempts(&server).await, 1, "{}", server.log().await.unwrap());
         assert_ne!(state(&server, "postgres").await, Some(0));
+        record("circuit-breaker", On, name, "1 attempt, then probes");
     } else {
         until("the fault did not strike: the orders are not tried again", async || {
             failed_attempts(&server).await >= 2
         })
         .await;
         assert_eq!(state(&server, "postgres").await, None);
+        record("circuit-breaker", Off, name, "tried again and again");
     }
     postgres.start().await.unwrap();
     let returned = Instant::now();

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod ablation;
 mod fixture;
 
 mod contract;

@@ -17,9 +17,15 @@ use serde_json::Value;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::fixture::{
-    Expected::{self, Breaks, Kept},
-    Fixture, OBSERVATION_TIME, TIMEOUT, assert_unreachable, happens_within, kill_instance, metric, strategy,
+use crate::{
+    ablation::{
+        Improvement::{Off, On},
+        record,
+    },
+    fixture::{
+        Expected::{self, Breaks, Kept},
+        Fixture, OBSERVATION_TIME, TIMEOUT, assert_unreachable, happens_within, kill_instance, metric, strategy,
+    },
 };
 
 const RELAY: (&str, &str) = ("OUTBOX_RELAY", "true");
@@ -157,6 +163,13 @@ async fn without_the_relay_nothing_is_published_and_with_it_everything(#[case] n
     let events = published(&fixture).await;
     let told: BTreeMap<Uuid, &str> = events.iter().map(|event| (event.reservation, &*event.status)).collect();
     assert_eq!(events.len(), 5, "{events:?}");
+    record("relay", Off, name, "0 of 3 decisions published");
+    record(
+        "relay",
+        On,
+        name,
+        format!("{} of {} decisions published", events.len(), orders.len()),
+    );
     assert!(events.iter().all(|event| event.key == event.reservation.as_bytes()));
     assert_eq!(events.iter().map(|event| event.number).collect::<BTreeSet<_>>(), stored);
     assert_eq!(

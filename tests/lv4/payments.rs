@@ -189,7 +189,7 @@ async fn a_refund_is_the_last_word_about_its_key() {
 
 #[tokio::test]
 async fn what_is_being_processed_cannot_be_refunded_yet() {
-    let service = PaymentService::start(&["--late-ms", "3000"]).await;
+    let service = PaymentService::start(&["--late-ms", "8000"]).await;
     service.behave(1, "take-late").await;
     assert!(
         service.post("/charges", Some("a"), body(1)).await.is_err(),

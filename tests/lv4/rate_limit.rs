@@ -20,7 +20,13 @@ use lv4_kafka::pipeline::{MAX_BUYERS, MAX_LOOKUPS, RateLimit};
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::fixture::{Breaks, Expected, Fixture, Kept, TIMEOUT, kill_instance, metric, order, strategy};
+use crate::{
+    ablation::{
+        Improvement::{Off, On},
+        record,
+    },
+    fixture::{Breaks, Expected, Fixture, Kept, TIMEOUT, kill_instance, metric, order, strategy},
+};
 
 /// The requests of the flood.
 const FLOOD: u32 = 200;
@@ -112,6 +118,14 @@ async fn a_flood_of_one_buyer_is_accepted_up_to_the_limit_and_the_others_are_ser
         on.accepted
     );
     assert_eq!(on.accepted + on.limited, FLOOD);
+    for (improvement, flooded) in [(Off, &off), (On, &on)] {
+        record(
+            "rate-limit",
+            improvement,
+            name,
+            format!("{} of {FLOOD} accepted", flooded.accepted),
+        );
+    }
     for (flooded, what) in [(&off, "off"), (&on, "on")] {
         assert_eq!(flooded.others, OTHERS.count(), "{what}: other buyers were refused");
         // Of what was not accepted there is no message.

@@ -20,6 +20,10 @@ use rstest::rstest;
 use uuid::Uuid;
 
 use super::{
+    ablation::{
+        Improvement::{Off, On},
+        record,
+    },
     contract::{KEEPS, program, strategy},
     fixture::{Fixture, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, metric},
     outbox_relay::published,
@@ -28,6 +32,9 @@ use super::{
 
 /// How long a ticket is held, and how long a payment may take, in tests whose holds end.
 const SHORT_HOLD: [(&str, &str); 2] = [("HOLD_MS", "2000"), ("PAYMENT_TIMEOUT_MS", "300")];
+
+/// The same where each payment has all the time that it needs.
+const PATIENT: [(&str, &str); 2] = [("HOLD_MS", "600000"), ("PAYMENT_TIMEOUT_MS", "20000")];
 
 /// The same in tests whose holds must not end.
 const LONG_HOLD: [(&str, &str); 2] = [("HOLD_MS", "600000"), ("PAYMENT_TIMEOUT_MS", "300")];
@@ -146,7 +153,11 @@ async fn a_sale_with_payments_keeps_its_guarantee(#[case] instances: usize) {
         "the fault did not strike: {:?}",
         report.answers
     );
-    assert!(report.payment_calls > Some(100), "no payment had an unknown outcome");
+    let held = report.history.rows.iter().flatten().count() as u64;
+    assert!(
+        report.payment_calls > Some(held),
+        "the fault did not strike: each of {held} payments was answered at once"
+    );
 }
 // ANCHOR_END: contract
 
@@ -169,8 +180,9 @@ async fn whatever_the_payment_service_does_tickets_and_money_agree(#[case] insta
         ("huge", "expired", &[Charge, Refund]),
         ("endless", "expired", &[Charge, Refund]),
     ];
-    // So late that the holds have ended.
-    let shop = Shop::open("single-writer", 10, &["--late-ms", "4000"], SHORT_HOLD).await;
+    // So long that who pays at once is in time on a busy machine; and so late that the holds have ended.
+    let hold = [("HOLD_MS", "6000"), ("PAYMENT_TIMEOUT_MS", "500")];
+    let shop = Shop::open("single-writer", 10, &["--late-ms", "10000"], hold).await;
     let mut orders = vec![];
     for (buyer, (behaviour, ..)) in (1..).zip(ENDINGS) {
         shop.payments.behave(buyer, behaviour).await;
@@ -203,10 +215,51 @@ async fn whatever_the_payment_service_does_tickets_and_money_agree(#[case] insta
     }
 }
 
+// ANCHOR: ablation
+/// The ablation: a card is declined. Without the saga its owner keeps the ticket, and nobody has paid.
+/// With it the ticket comes back, and is sold to somebody who pays.
+#[tokio::test]
+async fn a_ticket_is_sold_to_whoever_pays_for_it() {
+    let paid = async |shop: &Shop| {
+        let sale = shop.acceptor.sale(SALE).await.unwrap();
+        format!(
+            "{} sold, {} paid for",
+            sale.reserved,
+            shop.payments.ledger().await.len()
+        )
+    };
+    let shop = Shop::open("single-writer", 1, &[], LONG_HOLD).await;
+    let orders = [shop.order(1).await, shop.order(2).await];
+    let server = shop.fixture.start_instance(&[]).await;
+    shop.wait_for_status(orders[0], "confirmed").await;
+    shop.wait_for_status(orders[1], "refused").await;
+    let off = paid(&shop).await;
+    server.stop().await.unwrap();
+
+    let shop = Shop::open("single-writer", 1, &["--behave", "approve"], LONG_HOLD).await;
+    shop.payments.behave(1, "decline").await;
+    let declined = shop.order(1).await;
+    let server = shop.start_instance(&[]).await;
+    shop.wait_for_status(declined, "declined").await;
+    let next = shop.order(2).await;
+    shop.wait_for_status(next, "confirmed").await;
+    shop.judge(&[]).await;
+    let on = paid(&shop).await;
+    server.stop().await.unwrap();
+
+    assert_eq!(
+        (off.as_str(), on.as_str()),
+        ("1 sold, 0 paid for", "1 sold, 1 paid for")
+    );
+    record("saga", Off, "single-writer", off);
+    record("saga", On, "single-writer", on);
+}
+// ANCHOR_END: ablation
+
 /// Events report each state once, and resume where a client left off.
 #[tokio::test]
 async fn a_buyer_sees_each_state_once_and_in_order() {
-    let shop = Shop::open("single-writer", 3, &["--late-ms", "1000"], LONG_HOLD).await;
+    let shop = Shop::open("single-writer", 3, &[], PATIENT).await;
     shop.payments.behave(2, "decline").await;
     let server = shop.start_instance(&[]).await;
     for (buyer, last) in [(1, "confirmed"), (2, "declined")] {
@@ -267,7 +320,8 @@ async fn a_held_order_can_be_cancelled_once_and_no_other() {
     for unknown in [Uuid::nil(), Uuid::from_u128(held.as_u128() ^ 1)] {
         cancel(unknown).await.is(ProblemKind::UnknownReservation).unwrap();
     }
-    assert_eq!(cancel(held).await.status.as_u16(), 202);
+    // 200 if the release is done by then.
+    assert!(matches!(cancel(held).await.status.as_u16(), 200 | 202));
     shop.wait_for_status(held, "cancelled").await;
     let again = cancel(held).await;
     assert_eq!(again.status.as_u16(), 200);

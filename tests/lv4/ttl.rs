@@ -16,8 +16,14 @@ use harness::{
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::fixture::{
-    Breaks, Expected, Fixture, Kept, LOST, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, metric,
+use crate::{
+    ablation::{
+        Improvement::{Off, On},
+        record,
+    },
+    fixture::{
+        Breaks, Expected, Fixture, Kept, LOST, OBSERVATION_TIME, TIMEOUT, happens_within, kill_instance, metric,
+    },
 };
 
 /// The time to live in these tests: far longer than an order takes to be decided.
@@ -109,12 +115,22 @@ async fn decided_after_a_wait(name: &str, settings: &[(&'static str, &str)], exp
 #[tokio::test]
 async fn an_order_past_its_ttl_takes_no_ticket_and_says_so(#[case] name: &str) {
     let off = decided_after_a_wait(name, &[], Kept).await;
-    assert_eq!(off.sold_too_late(), 5, "the fault did not strike: {off:?}");
+    // `locked` decides four at a time, in any order.
+    assert!(off.sold_too_late() >= 2, "the fault did not strike: {off:?}");
 
     let on = decided_after_a_wait(name, &[("ORDER_TTL_MS", TTL_MS)], Kept).await;
     assert_eq!(on.sold_too_late(), 0);
     assert_eq!(on.old, ["expired"; 5]);
     assert_eq!(on.new, ["confirmed"; 5]);
+    for (improvement, endings) in [(Off, &off), (On, &on)] {
+        let late = endings.sold_too_late();
+        record(
+            "ttl",
+            improvement,
+            name,
+            format!("{late} of 5 old orders sold a ticket"),
+        );
+    }
 }
 // ANCHOR_END: ablation
 

@@ -1,5 +1,6 @@
 //! The generated snippets of the book: the tests make each again and compare it with the committed file; `OVERSOLD_BLESS=1` writes them.
 
+mod ablations;
 mod measurements;
 mod red;
 mod road;
@@ -30,6 +31,7 @@ type Snippets = BTreeMap<PathBuf, String>;
 fn snippets() -> Snippets {
     traces::all()
         .chain(measurements::all())
+        .chain(ablations::all())
         .map(|(name, text)| (PathBuf::from(name), text.trim_end().to_owned() + "\n"))
         .collect()
 }

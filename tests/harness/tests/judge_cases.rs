@@ -466,6 +466,8 @@ fn undecided() -> Sale {
 #[case::an_accepted_order_told_sold_out_by_one_that_never_had_a_ticket(
     declined().ask(2, "2", 0, 9, ends(2, 50, Some(SoldOut))),
     |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
+#[case::declined_where_a_ticket_is_held_first_and_none_was(
+    declined().paid(), |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
 #[case::an_accepted_order_confirmed_without_ever_having_a_ticket(
     sale(1).takes(1, 0, 9).answer(ends(1, 50, None)).ask(2, "2", 0, 9, ReserveError(SoldOut)),
     |s: Sale| s.without_row(), &[NothingLost, NoFalseRefusal, NoUndersell])]

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs::{File, OpenOptions},
-    io::{self, BufRead, BufReader, Write},
+    io::{self, Read, Write},
     path::Path,
 };
 
@@ -56,12 +56,17 @@ pub(crate) struct Ledger {
 pub(crate) struct StillProcessing;
 
 impl Ledger {
-    /// Reads the ledger back from its file, which is created if it is missing.
+    /// Reads the ledger back from its file, which is created if it is missing. A line without an end
+    /// was never answered: whoever wrote it died meanwhile.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).read(true).open(path)?;
+        let mut file = OpenOptions::new().create(true).append(true).read(true).open(path)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let complete = text.rfind('\n').map_or(0, |end| end + 1);
+        file.set_len(complete as u64)?;
         let mut ledger = Self::default();
-        for line in BufReader::new(&file).lines() {
-            ledger.apply(serde_json::from_str(&line?)?);
+        for line in text[..complete].lines() {
+            ledger.apply(serde_json::from_str(line)?);
         }
         ledger.file = Some(file);
         Ok(ledger)

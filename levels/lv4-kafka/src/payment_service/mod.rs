@@ -9,8 +9,8 @@
 //!   `--behave` and `--seed` choose.
 //! - `GET /ledger` lists the charges and refunds; `GET /calls` counts the requests for a charge.
 //!
-//! It keeps its promises about money as well as a bank's does: what it has taken or returned is in
-//! a file before it answers. It is a tool for tests and has no authentication.
+//! With `--ledger` it keeps its promises about money as well as a bank's does: what it has taken or
+//! returned is in that file before it answers. It is a tool for tests and has no authentication.
 
 mod behaviour;
 mod ledger;

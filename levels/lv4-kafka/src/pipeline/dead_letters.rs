@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use box_office::{KafkaConfig, StrategyMetrics};
+use box_office::{Indeterminate, KafkaConfig, StrategyMetrics};
 use rdkafka::{Message as _, producer::FutureRecord};
 
 use super::{
@@ -50,8 +50,9 @@ impl DeadLetters {
     /// Readers of the topic recognise the duplicate by its origin.
     ///
     /// # Errors
-    /// [`Undelivered`] if the broker did not acknowledge it. The message must be retried.
-    pub async fn dead_letter(&self, message: &ConsumedMessage, why: &PoisonMessage) -> Result<(), Undelivered> {
+    /// [`Indeterminate::BackendAway`] if the broker did not acknowledge it. The message must be
+    /// retried.
+    pub async fn dead_letter(&self, message: &ConsumedMessage, why: &PoisonMessage) -> Result<(), Indeterminate> {
         let origin = (message.partition, message.offset);
         if self.written().contains(&origin) {
             return Ok(());
@@ -77,7 +78,7 @@ impl DeadLetters {
                 Duration::ZERO,
             )
             .await
-            .map_err(|(why, _)| Undelivered(why))?;
+            .map_err(|(why, _)| Indeterminate::BackendAway(Undelivered(why).into()))?;
         self.written().insert(origin);
         self.counts.dead_letters.inc();
         tracing::warn!(

@@ -318,7 +318,7 @@ impl OrderPipeline {
     /// [`Indeterminate::BackendAway`] otherwise.
     pub async fn decidable(&self) -> Result<(), ReserveError> {
         if self.consumers.len() < self.consumers_started.load(Relaxed) {
-            return Err(away(anyhow::anyhow!("a consumer has ended")));
+            return Err(away(anyhow::anyhow!("a consumer or worker has ended")));
         }
         let (orders, dead) = (self.topic.clone(), dead_letter_topic(&self.kafka));
         // The producer asks, so that it finds a topic that has come back.

@@ -29,8 +29,8 @@
 //! as that has lasted. The estimate is that of the last sample, so the first instant of a rush is
 //! always accepted; what expires of it says so.
 //!
-//! Cost: one comparison for each order. The samples are those of the lag, at least four within the
-//! TTL.
+//! Cost: one comparison for each order. The samples are those of the lag, about four within the TTL,
+//! and at most ten a second.
 //!
 //! Sources: Apache Kafka documentation, topic configuration `message.timestamp.type`; J. Little,
 //! *A proof for the queuing formula L = λW* (1961). Book: LV.4, "Message TTL".
@@ -181,11 +181,17 @@ impl PartitionBacklog {
         let committed = offsets.committed - self.committed;
         let lag = offsets.lag();
         let seconds = (now - self.sampled_at).as_secs_f64();
-        // Busy from one sample to the next, as far as can be seen.
-        if committed > 0 && self.lag > 0 && lag > 0 && seconds > 0.0 {
+        if committed > 0 && self.lag > 0 && seconds > 0.0 {
             let rate = committed as f64 / seconds;
-            let earlier = self.rate.unwrap_or(rate);
-            self.rate = Some(earlier + SAMPLE_WEIGHT * (rate - earlier));
+            self.rate = match self.rate {
+                // Busy from one sample to the next, as far as can be seen.
+                earlier if lag > 0 => {
+                    let earlier = earlier.unwrap_or(rate);
+                    Some(earlier + SAMPLE_WEIGHT * (rate - earlier))
+                }
+                // A backlog that has drained shows that it is at least as fast as this.
+                earlier => earlier.map(|earlier| earlier.max(rate)),
+            };
         }
         if committed > 0 || self.lag == 0 {
             self.progress_at = now;
@@ -243,6 +249,12 @@ mod tests {
             wait(&[(0, 1000), (500, 1000), (1000, 1000), (1001, 1001), (1001, 1501)]),
             1.0
         );
+    }
+
+    /// One slow moment must not be believed for ever: refused orders leave no backlog to measure by.
+    #[test]
+    fn a_backlog_that_drains_corrects_a_rate_that_was_too_low() {
+        assert_eq!(wait(&[(0, 100), (1, 100), (100, 100), (100, 199)]), 1.0);
     }
 
     #[test]

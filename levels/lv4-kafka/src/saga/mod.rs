@@ -12,18 +12,18 @@
 //! - **Release**, if the payment is declined, the hold ends, or the buyer cancels. A ticket that
 //!   comes back changes the stock, so it is a command in the sale's own partition: the writer takes
 //!   it, in the same transaction as the orders of its batch. There is no `stock + 1` anywhere else.
-//! - **Refund**, the compensation, if money may have been taken for a ticket that is released. It is
-//!   asked for until the service has answered.
+//! - **Refund**, the compensation, if money may have been taken for a ticket that has been released. It
+//!   is asked for until the service has answered.
 //!
-//! **Who takes a step.** Any instance that is alive: it claims sagas that are due with
+//! **Who takes a step.** Any instance that is alive and has consumers: it claims sagas that are due with
 //! `for update skip locked`, and marks them as due again later. If it dies, another takes the step
 //! again then. The owner of the partition would be the alternative, but a payment takes seconds, and
 //! a rebalance would find it half-way. A claim is no lock: two instances may take the same step. So
 //! every write names the state that it follows, and the first one wins.
 //!
 //! **A command has no authority.** Any client of the broker can write one. It names a reservation,
-//! and the writer releases that if, and only if, its row says `releasing`. A forged, repeated or
-//! lost command changes nothing, and a lost one is sent again.
+//! and a writer releases that if, and only if, its row says `releasing`. A repeated command changes
+//! nothing, a forged one nothing that is not due, and a lost one is sent again.
 //!
 //! Guarantee: every ticket that was held is confirmed and paid for once, or released once and not
 //! paid for in the end (I2, I11), whichever instances die, as long as Postgres keeps its rows and
@@ -44,21 +44,29 @@
 mod payments;
 pub mod store;
 
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use box_office::{BuyerId, CauseLog, PaymentSettings, ReserveError, SaleId, Steps, Transaction};
 use rdkafka::producer::FutureRecord;
-use tokio::{sync::Notify, task::JoinSet, time::sleep};
+use tokio::{
+    sync::Notify,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use uuid::Uuid;
 
 pub use payments::{Charge, PaymentClient, UnknownOutcome};
-use store::{Claimed, State};
+use store::{Claimed, Due, State};
 pub use store::{cancel, release};
 
 use crate::pipeline::{ConsumedMessage, Ids, OrderPipeline, ReleaseCommand};
 
-/// The maximum number of sagas whose next step is being taken by this instance.
+/// The maximum number of charges, and of releases, that are in flight on an instance.
 const MAX_CALLS: usize = 256;
+
+/// The maximum number of refunds that are in flight on an instance: nobody waits for one as for a
+/// ticket.
+const MAX_REFUNDS: usize = 64;
 
 /// The interval at which sagas that are due are looked for: another instance may have held them, or
 /// have died.
@@ -67,14 +75,19 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// How much longer than the timeouts of its step a claim lasts.
 const CLAIM_MARGIN: Duration = Duration::from_secs(1);
 
-/// How long a release may take until its command is sent again.
+/// How long a release may take until its command is sent again, the first time.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// The sagas of an instance: their settings, and what wakes its worker.
+/// How long a shutdown waits for the calls in flight. Those that are left are taken up when their
+/// claims have expired.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The sagas of an instance: their settings, and what wakes its workers.
 #[derive(Debug)]
 pub struct Sagas {
     settings: PaymentSettings,
-    wake: Notify,
+    charges: Notify,
+    releases: Notify,
 }
 
 impl Sagas {
@@ -91,12 +104,20 @@ impl Sagas {
         let payments = PaymentClient::new(&settings.url, settings.timeout)?;
         let sagas = Arc::new(Self {
             settings,
-            wake: Notify::new(),
+            charges: Notify::new(),
+            releases: Notify::new(),
         });
         if pipeline.kafka.consumers > 0 {
             let steps = pipeline.context.instrumentation.steps("saga");
-            let run = run(Arc::clone(pipeline), Arc::clone(&sagas), payments, steps);
-            pipeline.spawn_worker(run);
+            let worker = Worker {
+                pipeline: Arc::clone(pipeline),
+                sagas: Arc::clone(&sagas),
+                payments,
+                causes: Arc::new(CauseLog::default()),
+            };
+            for what in Due::ALL {
+                pipeline.spawn_worker(run(worker.clone(), what, steps.clone()));
+            }
         }
         Ok(Some(sagas))
     }
@@ -109,9 +130,9 @@ impl Sagas {
         store::hold(tx, held, self.settings.hold).await
     }
 
-    /// Wakes this instance's worker, once that transaction is committed.
+    /// Wakes this instance's worker for charges, once that transaction is committed.
     pub fn wake(&self) {
-        self.wake.notify_one();
+        self.charges.notify_one();
     }
 }
 
@@ -139,38 +160,49 @@ enum Step {
     },
 }
 
-/// Takes the steps of sagas that are due, until shutdown. The calls in flight then are finished.
-async fn run(pipeline: Arc<OrderPipeline>, sagas: Arc<Sagas>, payments: PaymentClient, steps: Steps) {
-    let worker = Worker {
-        pipeline,
-        sagas,
-        payments,
-        causes: Arc::new(CauseLog::default()),
+/// Takes the steps of sagas that are due, until shutdown. The calls in flight are finished then, if
+/// they end soon.
+async fn run(worker: Worker, what: Due, steps: Steps) {
+    let limit = match what {
+        Due::Charges | Due::Releases => MAX_CALLS,
+        Due::Refunds => MAX_REFUNDS,
+    };
+    let woken = async || match what {
+        Due::Charges => worker.sagas.charges.notified().await,
+        Due::Releases => worker.sagas.releases.notified().await,
+        Due::Refunds => pending().await,
     };
     let mut calls = JoinSet::new();
     while !worker.pipeline.stop.is_cancelled() {
-        let room = MAX_CALLS - calls.len();
-        let claimed = worker.claim(room, &steps).await;
+        let room = limit - calls.len();
+        let claimed = worker.claim(what, room, &steps).await;
         let all_claimed = claimed.len() < room;
         for saga in claimed {
             let worker = worker.clone();
             calls.spawn(async move { (saga.reservation, worker.take_step(saga).await) });
         }
         tokio::select! {
-            Some(Ok(first)) = calls.join_next() => {
-                let mut taken = vec![first];
-                while let Some(Ok(next)) = calls.try_join_next().filter(Result::is_ok) {
-                    taken.push(next);
+            Some(first) = calls.join_next() => {
+                let mut taken = Vec::from_iter(first.ok());
+                while let Some(next) = calls.try_join_next() {
+                    taken.extend(next.ok());
                 }
                 steps.at("saga step taken").saw(taken.len()).await;
                 worker.settle(taken, &steps).await;
             }
-            () = worker.sagas.wake.notified(), if all_claimed => {}
+            () = woken(), if all_claimed => {}
             () = sleep(POLL_INTERVAL), if all_claimed => {}
             () = worker.pipeline.stop.cancelled() => {}
         }
     }
-    let taken = calls.join_all().await;
+    let mut taken = vec![];
+    let finished = async {
+        while let Some(next) = calls.join_next().await {
+            taken.extend(next.ok());
+        }
+    };
+    // What is not finished by then is abandoned with the set.
+    let _ = timeout(SHUTDOWN_TIMEOUT, finished).await;
     worker.settle(taken, &steps).await;
 }
 
@@ -184,12 +216,12 @@ struct Worker {
 
 impl Worker {
     /// Claims at most this many sagas that are due.
-    async fn claim(&self, limit: usize, steps: &Steps) -> Vec<Claimed> {
+    async fn claim(&self, what: Due, limit: usize, steps: &Steps) -> Vec<Claimed> {
         if limit == 0 {
             return vec![];
         }
         let lease = self.sagas.settings.timeout.max(RELEASE_TIMEOUT) + CLAIM_MARGIN;
-        match store::claim(&self.pipeline.context.database, limit, lease).await {
+        match store::claim(&self.pipeline.context.database, what, limit, lease).await {
             Ok(claimed) => {
                 if !claimed.is_empty() {
                     steps.at("sagas claimed").saw(claimed.len()).await;
@@ -206,8 +238,8 @@ impl Worker {
     // ANCHOR: step
     /// Takes the next step of a saga.
     async fn take_step(&self, saga: Claimed) -> Step {
-        if saga.state == State::Charging {
-            return match self.payments.charge(saga.reservation, saga.buyer).await {
+        match saga.state {
+            State::Charging => match self.payments.charge(saga.reservation, saga.buyer).await {
                 Ok(charge) => {
                     self.count(match charge {
                         Charge::Approved => "approved",
@@ -221,20 +253,21 @@ impl Worker {
                         .warn("a payment has an unknown outcome, and is asked for again", &why);
                     Step::Unanswered
                 }
-            };
+            },
+            State::Releasing => {
+                self.command_release(&saga).await;
+                Step::WoundDown { refunded: false }
+            }
+            State::Released => Step::WoundDown {
+                refunded: self.refund(&saga).await,
+            },
         }
-        // Neither waits for the other: a payment service that is away must not keep the ticket.
-        let (_, refunded) = tokio::join!(self.command_release(&saga), self.refund(&saga));
-        Step::WoundDown { refunded }
     }
     // ANCHOR_END: step
 
     /// Sends the command to release the ticket to the sale's partition. If it fails, the saga is due
     /// again.
     async fn command_release(&self, saga: &Claimed) {
-        if saga.state != State::Releasing {
-            return;
-        }
         let message = ReleaseCommand::new(saga.reservation, saga.sale).to_bytes();
         let sale = saga.sale.to_be_bytes();
         let record = FutureRecord::to(&self.pipeline.topic)
@@ -302,6 +335,9 @@ impl Worker {
         store::unanswered(&mut tx, &unanswered).await?;
         store::wound_down(&mut tx, &wound_down, &refunded, RELEASE_TIMEOUT).await?;
         tx.commit().await?;
+        if !declined.is_empty() {
+            self.sagas.releases.notify_one();
+        }
         Ok(())
     }
 }

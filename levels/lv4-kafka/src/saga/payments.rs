@@ -123,7 +123,6 @@ impl PaymentClient {
             .header("idempotency-key", reservation.to_string())
             .header("content-type", "application/json")
             .body(body.to_string());
-        // The URL may contain a password.
         let no_answer = |why: reqwest::Error| UnknownOutcome::NoAnswer(why.without_url());
         let mut answered = request.send().await.map_err(no_answer)?;
         let code = answered.status();

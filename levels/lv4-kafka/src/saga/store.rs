@@ -55,13 +55,43 @@ pub async fn hold(tx: &mut Transaction, held: &[(Uuid, SaleId, BuyerId)], hold: 
 }
 // ANCHOR_END: hold
 
+/// Which sagas a worker claims. They are claimed apart: a payment service that hangs must not keep
+/// the tickets, and refunds that it does not make must not keep new buyers from paying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Due {
+    /// A charge.
+    Charges,
+    /// The release of a ticket; also of one whose hold has ended.
+    Releases,
+    /// A refund, of a ticket that has been released.
+    Refunds,
+}
+
+impl Due {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Charges, Self::Releases, Self::Refunds];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Charges => "charges",
+            Self::Releases => "releases",
+            Self::Refunds => "refunds",
+        }
+    }
+}
+
 // ANCHOR: claim
 /// Claims sagas that are due, for the time of `lease`: if their step is not stored by then, they are
 /// due again. Those whose hold has ended without an answer are to be released.
 ///
 /// # Errors
 /// The error of the database.
-pub async fn claim(database: &Database, limit: usize, lease: Duration) -> Result<Vec<Claimed>, ReserveError> {
+pub async fn claim(
+    database: &Database,
+    what: Due,
+    limit: usize,
+    lease: Duration,
+) -> Result<Vec<Claimed>, ReserveError> {
     let claimed: Vec<(Uuid, SaleId, BuyerId, String, bool)> = sqlx::query_as(
         "with due as (
              select reservation_id,
@@ -69,6 +99,10 @@ pub async fn claim(database: &Database, limit: usize, lease: Duration) -> Result
                     hold_until <= clock_timestamp() as is_over
                from saga
               where due_at <= clock_timestamp()
+                and $3 = case when state = 'released' then 'refunds'
+                              when state = 'releasing' or hold_until <= clock_timestamp() then 'releases'
+                              else 'charges'
+                         end
               order by due_at
               limit $1
                 for update skip locked
@@ -77,7 +111,7 @@ pub async fn claim(database: &Database, limit: usize, lease: Duration) -> Result
             set state = case when not is_open then state when is_over then 'releasing' else 'charging' end,
                 ending = case when is_open and is_over then 'expired' else ending end,
                 refund_due = refund_due or (is_over and state = 'charging'),
-                attempts = attempts + 1,
+                attempts = case when is_open and is_over then 1 else attempts + 1 end,
                 due_at = case when is_open and not is_over
                               then least(hold_until, clock_timestamp() + $2 * interval '1 millisecond')
                               else clock_timestamp() + $2 * interval '1 millisecond'
@@ -88,6 +122,7 @@ pub async fn claim(database: &Database, limit: usize, lease: Duration) -> Result
     )
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
     .bind(milliseconds(lease))
+    .bind(what.name())
     .fetch_all(database)
     .await?;
     let claimed = claimed
@@ -176,7 +211,7 @@ pub async fn declined(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveE
     }
     sqlx::query(
         "update saga
-            set state = 'releasing', ending = 'declined', due_at = clock_timestamp()
+            set state = 'releasing', ending = 'declined', attempts = 0, due_at = clock_timestamp()
           where reservation_id = any($1)
             and state = 'charging'",
     )
@@ -208,7 +243,8 @@ pub async fn unanswered(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), Reserv
 }
 
 /// The releases of these sagas are commanded if they were due, and the money of those `refunded` is
-/// returned. What is not done yet is due again after `retry`.
+/// returned. What is not done yet is due again: a release after `retry`, and later each time, as its
+/// command may only wait behind many orders.
 ///
 /// # Errors
 /// The error of the database.
@@ -224,7 +260,7 @@ pub async fn wound_down(
     sqlx::query(
         "update saga
             set refund_due = refund_due and reservation_id <> all($2),
-                due_at = case when state = 'releasing' then clock_timestamp() + $3 * interval '1 millisecond'
+                due_at = case when state = 'releasing' then clock_timestamp() + least(attempts, 20) * $3 * interval '1 millisecond'
                               when refund_due and reservation_id <> all($2)
                               then clock_timestamp() + least(attempts, 10) * interval '100 milliseconds'
                           end
@@ -287,7 +323,8 @@ pub async fn release(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveEr
 // ANCHOR_END: release
 
 /// Cancels a hold: the ticket is to be released, and what may have been charged is to be refunded.
-/// Returns whether the ticket is being released because of this call or an earlier one.
+/// Returns whether the ticket is being released: because of this call or an earlier one, or because
+/// the payment was declined or the hold has ended.
 ///
 /// # Errors
 /// The error of the database.
@@ -297,6 +334,7 @@ pub async fn cancel(database: &Database, id: Uuid) -> Result<bool, ReserveError>
             set state = 'releasing',
                 ending = 'cancelled',
                 refund_due = state = 'charging',
+                attempts = 0,
                 due_at = clock_timestamp()
           where reservation_id = $1
             and state in ('held', 'charging')",

@@ -314,6 +314,16 @@ impl<'a> Index<'a> {
         lost.count() as u64
     }
 
+    /// Whether the order of this request may have been declined or cancelled. A sale that takes
+    /// payments holds a ticket before it asks for one, so with complete rows there is a row.
+    pub(super) fn may_have_ended_unpaid(&self, request: &Request) -> bool {
+        if !self.has_rows() || self.history.payments.is_none() {
+            return true;
+        }
+        let reservation = request.reservation();
+        reservation.is_some_and(|reservation| !self.rows_of_reservation(reservation).is_empty())
+    }
+
     /// Whether the order was past its time to live at this time. A repeat does not extend its life.
     pub(super) fn may_have_expired(&self, order: &Order<'_>, at_us: Micros) -> bool {
         let passes_us = |expiry_us| order.requests[0].sent_us.saturating_add(expiry_us);

@@ -317,7 +317,8 @@ fn falsely_refused(history: &History) -> bool {
                 let mut order = history.requests.iter().filter(|other| same_order(request, other));
                 order.any(|other| at_us >= other.sent_us + expiry_us)
             }),
-            Declined | Cancelled | RateLimited => true,
+            Declined | Cancelled => may_be_unpaid(history, request),
+            RateLimited => true,
         };
         !(request.sent_us..=end_us).any(is_true_at)
     })
@@ -378,7 +379,8 @@ fn undersold(history: &History) -> bool {
             return false;
         }
         let excused = |request: &Request| match no(request) {
-            Some(KeyOfAnotherBuyer | Declined | Cancelled) => true,
+            Some(KeyOfAnotherBuyer) => true,
+            Some(Declined | Cancelled) => may_be_unpaid(history, request),
             Some(Expired) => end_us(request).is_none_or(|end_us| {
                 let mut order = requests.iter().filter(|other| same_order(request, other));
                 let expiry_us = history.header.expiry_us;
@@ -396,6 +398,17 @@ fn undersold(history: &History) -> bool {
     };
     let released = rows(history).iter().filter(|row| !live(row)).count() as u64;
     sold(history) + unsure + released < history.header.capacity.min(came)
+}
+
+/// Whether an order may have been declined: where payments are taken, only one that has a row.
+fn may_be_unpaid(history: &History, request: &Request) -> bool {
+    let (Some(_), Some(rows)) = (&history.payments, &history.rows) else {
+        return true;
+    };
+    let Answer::Accepted { reservation, .. } = request.answer else {
+        return false;
+    };
+    rows.iter().any(|row| row.reservation == reservation)
 }
 
 fn not_paid_once(history: &History) -> bool {

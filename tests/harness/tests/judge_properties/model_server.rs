@@ -137,11 +137,18 @@ pub(crate) fn sell(capacity: u64, asks: &[GeneratedRequest]) -> History {
         answers.push((number, answer));
     }
     answers.sort_by_key(|(number, _)| *number);
-    history(capacity, asks, answers, rows)
+    // Who takes payments declines nobody before a ticket is held.
+    history(capacity, asks, answers, rows, declined.is_empty())
 }
 
 /// Builds the history of these answers and rows.
-fn history(capacity: u64, asks: &[GeneratedRequest], answers: Vec<(usize, Answer)>, rows: Vec<Row>) -> History {
+fn history(
+    capacity: u64,
+    asks: &[GeneratedRequest],
+    answers: Vec<(usize, Answer)>,
+    rows: Vec<Row>,
+    takes_payments: bool,
+) -> History {
     let paid = |row: &Row| {
         // Of those that were released, every other one had been paid for.
         let entries: &[_] = match row.status {
@@ -177,6 +184,6 @@ fn history(capacity: u64, asks: &[GeneratedRequest], answers: Vec<(usize, Answer
         requests: requests.collect(),
         rows: Some(rows),
         faults: vec![],
-        payments: Some(payments),
+        payments: takes_payments.then_some(payments),
     }
 }

@@ -41,7 +41,8 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
                 }
                 Refused::UnknownSale => false,
                 Refused::Expired => index.may_have_expired(&order, ended_us),
-                Refused::Declined | Refused::Cancelled | Refused::RateLimited => true,
+                Refused::Declined | Refused::Cancelled => index.may_have_ended_unpaid(request),
+                Refused::RateLimited => true,
             };
             if !is_true {
                 cases.request(request, || {
@@ -50,6 +51,7 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
                         Refused::AlreadyReserved { .. } => "the reservation that was named is not the buyer's",
                         Refused::KeyOfAnotherBuyer => "no other buyer had sent this key",
                         Refused::Expired => "the order's time was not up",
+                        Refused::Declined | Refused::Cancelled => "no ticket was ever held for the order",
                         _ => "there is",
                     };
                     format!(

@@ -64,9 +64,11 @@ pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
         return None;
     }
     // A buyer who only used another buyer's key, or did not get to the end in time, may go without.
-    // An order that is said to have expired before its time is no excuse.
+    // An order that is said to have expired before its time is no excuse, nor is one that is said to be
+    // declined and never held a ticket.
     let goes_without = |order: &Order<'_>, request: &Request| match request.end() {
-        End::Refused(Refused::KeyOfAnotherBuyer | Refused::Declined | Refused::Cancelled) => true,
+        End::Refused(Refused::KeyOfAnotherBuyer) => true,
+        End::Refused(Refused::Declined | Refused::Cancelled) => index.may_have_ended_unpaid(request),
         End::Refused(Refused::Expired) => {
             let ended_us = request.ended_us();
             ended_us.is_none_or(|ended_us| index.may_have_expired(order, ended_us))
