@@ -11,6 +11,7 @@ use box_office::{
 use harness::{
     assert_after_fault, contract,
     history::Entry::{self, Charge, Refund},
+    payments::unfinished,
     rush::{Answers, Program, Rush, SALE},
     test_server::TestServer,
     until,
@@ -103,10 +104,7 @@ impl Shop {
 
     /// The number of sagas that are not finished.
     pub(crate) async fn unfinished(&self) -> i64 {
-        sqlx::query_scalar("select count(*) from saga where due_at is not null")
-            .fetch_one(&self.fixture.pool)
-            .await
-            .unwrap()
+        unfinished(&self.fixture.pool).await.unwrap()
     }
 
     /// Waits until every order is decided and every saga is finished, then judges the sale with the

@@ -13,9 +13,7 @@ use harness::{
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::{
-    fixture::{
-        Fixture, POLL_INTERVAL, TIMEOUT, assert_unreachable, happens_within, host_and_port, kill_instance, strategy,
-    },
+    fixture::{Fixture, TIMEOUT, assert_unreachable, happens_within, host_and_port, kill_instance, strategy},
     saga::Shop,
 };
 
@@ -145,7 +143,6 @@ async fn a_sale_outlives_one_fault_after_another() {
     let shop = &soak.shop;
     // What the last holds wait for is their end.
     let quiet = happens_within(3 * TIMEOUT, async || {
-        sleep(POLL_INTERVAL).await;
         shop.fixture.lag().await == 0 && shop.unfinished().await == 0
     });
     assert!(quiet.await, "{} sagas are not finished", shop.unfinished().await);

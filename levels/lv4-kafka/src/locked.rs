@@ -244,7 +244,7 @@ impl Locked {
         .ok_or(Refusal::UnknownSale)?;
         steps.at("stock read").saw(stock).await;
         if self.pipeline.is_expired(order) {
-            self.pipeline.count_expired([&Some(Refusal::Expired)]);
+            self.pipeline.count_expired(1);
             return Ok(Some(Refusal::Expired));
         }
 

@@ -247,8 +247,10 @@ impl SingleWriter {
         tx.commit().await?;
         self.sagas.iter().for_each(|sagas| sagas.wake());
         steps.at("committed").await;
-        self.pipeline
-            .count_expired(decisions.iter().map(|(_, refused)| refused));
+        let expired = decisions
+            .iter()
+            .filter(|(_, refused)| *refused == Some(Refusal::Expired));
+        self.pipeline.count_expired(expired.count());
         Ok(last + 1)
     }
     // ANCHOR_END: process
@@ -449,14 +451,27 @@ async fn append_to_outbox(tx: &mut Transaction, decisions: &[Decision], granted:
     let statuses = decisions.iter().map(|(_, refused)| is_held(refused).then_some(granted));
     let statuses: Vec<Option<&str>> = statuses.collect();
     let ids: Vec<Uuid> = decisions.iter().map(|(order, _)| order.id).collect();
+    append_events(tx, &ids, &statuses).await
+}
+
+/// Appends an event for each of these reservations, and notifies all instances once the transaction is
+/// committed. An event without a status reports the row's own.
+///
+/// # Errors
+/// The error of the database.
+pub(crate) async fn append_events(
+    tx: &mut Transaction,
+    ids: &[Uuid],
+    statuses: &[Option<&str>],
+) -> Result<(), ReserveError> {
     sqlx::query("insert into outbox (reservation_id, status) select * from unnest($1::uuid[], $2::text[])")
-        .bind(&ids)
+        .bind(ids)
         .bind(statuses)
         .execute(&mut **tx)
         .await?;
     sqlx::query("select pg_notify($1, named) from unnest($2::text[]) as named")
         .bind(NOTIFY_CHANNEL)
-        .bind(notify_payloads(&ids))
+        .bind(notify_payloads(ids))
         .execute(&mut **tx)
         .await?;
     Ok(())

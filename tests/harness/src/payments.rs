@@ -118,6 +118,16 @@ impl PaymentService {
     }
 }
 
+/// The number of tickets that were held and are neither confirmed, nor released and refunded.
+///
+/// # Errors
+/// Fails if the database cannot be read.
+pub async fn unfinished(database: &PgPool) -> sqlx::Result<i64> {
+    sqlx::query_scalar("select count(*) from saga where due_at is not null")
+        .fetch_one(database)
+        .await
+}
+
 /// Waits until every ticket that was held is confirmed or released, and every refund is made.
 ///
 /// # Errors
@@ -127,9 +137,7 @@ pub async fn wait_until_settled(database: &PgPool, within: Duration) -> anyhow::
 
     let gave_up = Instant::now() + within;
     loop {
-        let unfinished: i64 = sqlx::query_scalar("select count(*) from saga where due_at is not null")
-            .fetch_one(database)
-            .await?;
+        let unfinished = unfinished(database).await?;
         if unfinished == 0 {
             return Ok(());
         }

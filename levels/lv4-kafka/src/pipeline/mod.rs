@@ -287,14 +287,11 @@ impl OrderPipeline {
         self.ttl.as_ref().is_some_and(|ttl| ttl.is_expired(order))
     }
 
-    /// Counts the expired orders among those that were decided. In `locked` a decision counts that is
-    /// rolled back later.
-    pub fn count_expired<'a>(&self, decided: impl IntoIterator<Item = &'a Option<Refusal>>) {
+    /// Counts orders that were decided as expired. In `locked` a decision counts that is rolled back
+    /// later.
+    pub fn count_expired(&self, orders: usize) {
         if let Some(ttl) = &self.ttl {
-            let expired = decided
-                .into_iter()
-                .filter(|refused| **refused == Some(Refusal::Expired));
-            ttl.count_expired(expired.count());
+            ttl.count_expired(orders);
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use box_office::{BuyerId, Database, ReserveError, SaleId, Transaction};
 use uuid::Uuid;
 
-use crate::pipeline::{NOTIFY_CHANNEL, notify_payloads};
+use crate::single_writer::append_events;
 
 /// A saga whose next step this instance takes.
 #[derive(Clone, Debug)]
@@ -197,7 +197,7 @@ pub async fn approved(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveE
     .bind(&confirmed)
     .execute(&mut **tx)
     .await?;
-    append_events(tx, &confirmed, &vec!["confirmed"; confirmed.len()]).await
+    append_events(tx, &confirmed, &vec![Some("confirmed"); confirmed.len()]).await
 }
 // ANCHOR_END: approved
 
@@ -206,19 +206,15 @@ pub async fn approved(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveE
 /// # Errors
 /// The error of the database.
 pub async fn declined(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveError> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    sqlx::query(
+    change(
+        tx,
+        ids,
         "update saga
             set state = 'releasing', ending = 'declined', attempts = 0, due_at = clock_timestamp()
           where reservation_id = any($1)
             and state = 'charging'",
     )
-    .bind(ids)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+    .await
 }
 
 /// The outcome is unknown: the payment service is asked again soon, at the latest when the hold
@@ -227,19 +223,15 @@ pub async fn declined(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveE
 /// # Errors
 /// The error of the database.
 pub async fn unanswered(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveError> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    sqlx::query(
+    change(
+        tx,
+        ids,
         "update saga
             set due_at = least(hold_until, clock_timestamp() + least(attempts, 10) * interval '100 milliseconds')
           where reservation_id = any($1)
             and state = 'charging'",
     )
-    .bind(ids)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+    .await
 }
 
 /// The releases of these sagas are commanded if they were due, and the money of those `refunded` is
@@ -298,7 +290,7 @@ pub async fn release(tx: &mut Transaction, ids: &[Uuid]) -> Result<(), ReserveEr
     .await?;
     let ids: Vec<Uuid> = released.iter().map(|(id, ..)| *id).collect();
     let sales: Vec<SaleId> = released.iter().map(|(_, sale, _)| *sale).collect();
-    let endings: Vec<&str> = released.iter().map(|(.., ending)| ending.as_str()).collect();
+    let endings: Vec<Option<&str>> = released.iter().map(|(.., ending)| Some(ending.as_str())).collect();
     sqlx::query(
         "update reservation
             set status = ending, released_at = clock_timestamp()
@@ -353,22 +345,11 @@ pub async fn cancel(database: &Database, id: Uuid) -> Result<bool, ReserveError>
     Ok(releasing)
 }
 
-/// Appends an event with this status for each of these reservations.
-async fn append_events(tx: &mut Transaction, ids: &[Uuid], statuses: &[&str]) -> Result<(), ReserveError> {
-    sqlx::query(
-        "insert into outbox (reservation_id, status)
-            select id, status
-              from unnest($1::uuid[], $2::text[]) as changed (id, status)",
-    )
-    .bind(ids)
-    .bind(statuses)
-    .execute(&mut **tx)
-    .await?;
-    sqlx::query("select pg_notify($1, named) from unnest($2::text[]) as named")
-        .bind(NOTIFY_CHANNEL)
-        .bind(notify_payloads(ids))
-        .execute(&mut **tx)
-        .await?;
+/// Changes these sagas by a statement that takes their ids. Of none, nothing is sent.
+async fn change(tx: &mut Transaction, ids: &[Uuid], statement: &'static str) -> Result<(), ReserveError> {
+    if !ids.is_empty() {
+        sqlx::query(statement).bind(ids).execute(&mut **tx).await?;
+    }
     Ok(())
 }
 

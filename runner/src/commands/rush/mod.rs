@@ -109,15 +109,16 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     if selected.is_empty() {
         selected = SelectedStrategy::all_main_strategies();
     }
+    let (takes_payments, improvements) = (args.payment_service()?.is_some(), args.improvements());
     for strategy in &selected {
         check_connections(args, strategy)?;
         let holds_tickets = strategy.strategy.improvements.contains(&Improvement::Saga);
         ensure!(
-            args.payment_service()?.is_none() || holds_tickets,
+            !takes_payments || holds_tickets,
             "--payments is given, but {} holds no tickets; lv4/single-writer does",
             strategy.name(),
         );
-        args.improvements().check(strategy.level, strategy.strategy)?;
+        improvements.check(strategy.level, strategy.strategy)?;
     }
     if let Some(folder) = &args.history {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
