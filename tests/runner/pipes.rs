@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    process::{Command, Stdio},
+    process::Stdio,
 };
 
 use rstest::rstest;
@@ -78,9 +78,10 @@ async fn dead_letters_that_nobody_reads_end_like_any_other() {
 #[case::as_json(&["--json"])]
 fn a_verdict_that_nobody_reads_is_the_exit_code(#[case] arguments: &[&str]) {
     let folder = tempdir().unwrap();
-    let rush = ["rush", "lv1/check-then-decrement", "--history"];
-    let mut rush: Command = command(&rush);
-    assert!(rush.arg(folder.path()).output().unwrap().status.success());
+    // Work between check and decrement: requests that happen to come one after another would oversell nothing.
+    let rush = ["rush", "lv1/check-then-decrement", "--work-ms", "20", "--history"];
+    let rushed = command(&rush).arg(folder.path()).output().unwrap();
+    assert!(rushed.status.success(), "{}", String::from_utf8_lossy(&rushed.stdout));
     let file = folder.path().join("lv1-check-then-decrement.jsonl");
     let output = command(&[&["judge"], arguments].concat())
         .arg(file)
