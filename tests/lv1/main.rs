@@ -52,7 +52,7 @@ const DUPLICATES: Promises = Promises::ALL_KEPT.breaks(&[NoDuplicate]).leaves_op
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush::for_strategy(strategy(name)).instances(instances);
-    // As long as a disk would make it: while one commits, the others have looked.
+    // A commit takes 1 ms, as on a disk, so other transactions read before it completes.
     let rush = Rush {
         commit: std::time::Duration::from_millis(1),
         ..rush

@@ -113,10 +113,10 @@ fn report(output: &Output) -> ExitKind {
         println!("Nothing is red: this keeps the contract.");
     } else if printed.contains(": guarantee broken: ") {
         println!(
-            "Red, and meant to be: the contract asks for more than is kept here. What broke, and how it came about, stands above."
+            "This failure is expected: `make red` requires every invariant. See above for what broke and why."
         );
     } else {
-        eprintln!("This failed, but not as it is meant to:");
+        eprintln!("This failed, but not because of a broken guarantee:");
         eprint!("{printed}{}", String::from_utf8_lossy(&output.stderr));
         return ExitKind::Broken;
     }

@@ -65,7 +65,7 @@ async fn a_holder_that_was_frozen_past_its_lease_sells_unless_the_row_checks_its
 #[case::spin("spin", true)]
 #[case::rlock("rlock", true)]
 #[case::fenced("fenced", true)]
-#[case::no_lease("mutants/no-lease", false)]
+#[case::lease_too_long("mutants/lease-too-long", false)]
 #[case::message_alone("mutants/message-alone", false)]
 #[case::watchdog_not_tied("mutants/watchdog-not-tied", false)]
 #[tokio::test]

@@ -231,7 +231,7 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
             .fetch_one(&mut connection)
             .await?;
     if !may_create {
-        bail!("the user of {shown} may not create databases, and every test has its managed (`alter role … createdb`)");
+        bail!("the user of {shown} may not create databases, and every test has a database of its own (`alter role … createdb`)");
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))
