@@ -5,12 +5,12 @@
 #[macro_use(print, println, eprint, eprintln)]
 extern crate harness;
 
+mod checkout;
 mod cli;
 mod commands;
 mod exit;
 mod interrupt;
 mod levels;
-mod repository;
 pub mod results;
 pub mod statistics;
 

@@ -52,7 +52,7 @@ const DUPLICATES: Promises = Promises::ALL_KEPT.breaks(&[NoDuplicate]).leaves_op
 #[tokio::test]
 async fn a_sale_keeps_its_guarantee(#[case] name: &str, #[case] instances: usize, #[case] expected: Promises) {
     let rush = Rush::for_strategy(strategy(name)).instances(instances);
-    // As long as a disk would make it: while one commits, the others have looked.
+    // A commit takes 1 ms, as on a disk, so other transactions read before it completes.
     let rush = Rush {
         commit: std::time::Duration::from_millis(1),
         ..rush
@@ -82,14 +82,14 @@ const RUNS: usize = 100;
 #[case::check_then_decrement("check-then-decrement", 2, -1)]
 #[tokio::test]
 async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold: usize, #[case] stock: i64) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
     for _ in 0..RUNS {
-        let script = rehearsal.both_read_before_either_writes().await.unwrap();
-        let history = script.history().await.unwrap();
+        let schedule = runner.both_read_before_either_writes().await.unwrap();
+        let history = schedule.history().await.unwrap();
 
-        assert_eq!(history.rows.as_ref().unwrap().len(), sold, "{}", script.trace());
-        assert_eq!(history.header.stock, Some(stock), "{}", script.trace());
-        assert!(judge(&history).breaks(NoOversell), "{}", script.trace());
+        assert_eq!(history.rows.as_ref().unwrap().len(), sold, "{}", schedule.trace());
+        assert_eq!(history.header.stock, Some(stock), "{}", schedule.trace());
+        assert!(judge(&history).breaks(NoOversell), "{}", schedule.trace());
     }
 }
 // ANCHOR_END: forced
@@ -97,13 +97,13 @@ async fn one_ticket_is_sold_twice_in_every_run(#[case] name: &str, #[case] sold:
 // ANCHOR: clicks
 #[tokio::test]
 async fn two_clicks_of_one_buyer_take_two_tickets_in_every_run() {
-    let rehearsal = ScheduleRunner::of(strategy("check-then-insert")).await.unwrap();
+    let runner = ScheduleRunner::of(strategy("check-then-insert")).await.unwrap();
     for _ in 0..RUNS {
-        let script = rehearsal.both_read_before_either_writes().await.unwrap();
-        let verdict = judge(&script.history().await.unwrap());
+        let schedule = runner.both_read_before_either_writes().await.unwrap();
+        let verdict = judge(&schedule.history().await.unwrap());
 
-        assert!(verdict.breaks(NoDuplicate), "{}", script.trace());
-        assert!(!verdict.breaks(NoOversell), "{}", script.trace());
+        assert!(verdict.breaks(NoDuplicate), "{}", schedule.trace());
+        assert!(!verdict.breaks(NoOversell), "{}", schedule.trace());
     }
 }
 // ANCHOR_END: clicks
@@ -118,26 +118,26 @@ async fn one_key_gets_two_reservations_when_both_look_before_either_writes(
     #[case] name: &str,
     #[values(true, false)] same_buyer: bool,
 ) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
     for at_once in [false, true] {
-        let mut script = rehearsal.sale(2).await.unwrap();
-        let first = script.buyer("Ann");
+        let mut schedule = runner.sale(2).await.unwrap();
+        let first = schedule.buyer("Ann");
         let second = if same_buyer {
-            script.click(first)
+            schedule.click(first)
         } else {
-            script.buyer("Bob")
+            schedule.buyer("Bob")
         };
-        script.use_key_of(second, first);
+        schedule.use_key_of(second, first);
         if at_once {
-            script.run_towards(first, points::DECIDED_TO_SELL).await.unwrap();
-            script.run_towards(second, points::DECIDED_TO_SELL).await.unwrap();
+            schedule.run_towards(first, points::DECIDED_TO_SELL).await.unwrap();
+            schedule.run_towards(second, points::DECIDED_TO_SELL).await.unwrap();
         }
-        script.run_to_completion(first).await.unwrap();
-        script.run_to_completion(second).await.unwrap();
+        schedule.run_to_completion(first).await.unwrap();
+        schedule.run_to_completion(second).await.unwrap();
 
-        let history = script.history().await.unwrap();
+        let history = schedule.history().await.unwrap();
         let verdict = judge(&history);
-        assert_eq!(verdict.breaks(NoDuplicate), at_once, "{}\n{verdict}", script.trace());
+        assert_eq!(verdict.breaks(NoDuplicate), at_once, "{}\n{verdict}", schedule.trace());
         match &history.requests[1].answer {
             Answer::Refused(Refused::KeyOfAnotherBuyer) => assert!(!at_once && !same_buyer),
             repeated if !at_once => assert_eq!(*repeated, history.requests[0].answer),
@@ -150,22 +150,22 @@ async fn one_key_gets_two_reservations_when_both_look_before_either_writes(
 /// The update waits for the row's lock, the check before it does not: that is why no update is lost, and the stock is negative all the same.
 #[tokio::test]
 async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
-    let rehearsal = ScheduleRunner::of(strategy("check-then-decrement")).await.unwrap();
-    let mut script = rehearsal.sale(1).await.unwrap();
-    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+    let runner = ScheduleRunner::of(strategy("check-then-decrement")).await.unwrap();
+    let mut schedule = runner.sale(1).await.unwrap();
+    let (ann, bob) = (schedule.buyer("Ann"), schedule.buyer("Bob"));
 
-    script.run_until(bob, points::DECIDED_TO_SELL).await.unwrap();
-    script.run_until(ann, points::STOCK_WRITTEN).await.unwrap();
-    script.run_until_blocked(bob).await.unwrap();
-    script.run_to_completion(ann).await.unwrap();
-    script.run_to_completion(bob).await.unwrap();
+    schedule.run_until(bob, points::DECIDED_TO_SELL).await.unwrap();
+    schedule.run_until(ann, points::STOCK_WRITTEN).await.unwrap();
+    schedule.run_until_blocked(bob).await.unwrap();
+    schedule.run_to_completion(ann).await.unwrap();
+    schedule.run_to_completion(bob).await.unwrap();
 
-    let history = script.history().await.unwrap();
-    assert_eq!(history.header.stock, Some(-1), "{}", script.trace());
+    let history = schedule.history().await.unwrap();
+    assert_eq!(history.header.stock, Some(-1), "{}", schedule.trace());
     assert!(
-        script.trace().to_string().contains("waits for Ann's row lock"),
+        schedule.trace().to_string().contains("waits for Ann's row lock"),
         "{}",
-        script.trace()
+        schedule.trace()
     );
 }
 // ANCHOR_END: waits
@@ -178,16 +178,16 @@ async fn a_decrement_waits_for_the_one_before_it_but_its_check_did_not() {
 #[case::check_then_insert("check-then-insert")]
 #[tokio::test]
 async fn nothing_breaks_when_the_buyers_come_one_after_another(#[case] name: &str) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
-    let mut script = rehearsal.sale(2).await.unwrap();
-    let ann = script.buyer("Ann");
-    let again = script.click(ann);
-    let lanes = [ann, again, script.buyer("Bob"), script.buyer("Carol")];
-    for lane in lanes {
-        script.run_to_completion(lane).await.unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let mut schedule = runner.sale(2).await.unwrap();
+    let ann = schedule.buyer("Ann");
+    let again = schedule.click(ann);
+    let requests = [ann, again, schedule.buyer("Bob"), schedule.buyer("Carol")];
+    for request in requests {
+        schedule.run_to_completion(request).await.unwrap();
     }
-    let verdict = judge(&script.history().await.unwrap());
-    assert!(verdict.findings.is_empty(), "{verdict}\n{}", script.trace());
+    let verdict = judge(&schedule.history().await.unwrap());
+    assert!(verdict.findings.is_empty(), "{verdict}\n{}", schedule.trace());
 }
 // ANCHOR_END: alone
 
@@ -229,19 +229,25 @@ async fn a_stricter_isolation_level_breaks_nothing_and_ends_transactions_with_an
     let settings = [("default_transaction_isolation", level)];
     let runner = ScheduleRunner::with_settings(strategy(name), &settings).await.unwrap();
     let explored = runner.explore(scenario).await.unwrap();
-    let undecided = explored
+    let indeterminate = explored
         .answers
         .iter()
         .filter(|answers| answers.contains(&Answer::Indeterminate));
-    let (broken, undecided) = (explored.broken.len(), undecided.count());
+    let (broken, indeterminate) = (explored.broken.len(), indeterminate.count());
     println!(
-        "{name}, {level}: of {} orders, {broken} break it and {undecided} end with an error",
-        explored.orders
+        "{name}, {level}: of {} interleavings, {broken} break it and {indeterminate} end with an error",
+        explored.interleavings
     );
     if level == "read committed" {
-        assert!(broken > 0 && undecided == 0, "{broken} break it, {undecided} errors");
+        assert!(
+            broken > 0 && indeterminate == 0,
+            "{broken} break it, {indeterminate} errors"
+        );
     } else {
-        assert!(broken == 0 && undecided > 0, "{broken} break it, {undecided} errors");
+        assert!(
+            broken == 0 && indeterminate > 0,
+            "{broken} break it, {indeterminate} errors"
+        );
     }
 }
 
@@ -295,47 +301,51 @@ async fn two_inserts_after_two_looks_are_two_rows_below_serializable(#[case] lev
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
 
-    sells_refuses_and_repeats(&talk).await.unwrap();
-    refuses_bad_input(&talk).await.unwrap();
-    let sale = talk.sale(SALE).await.unwrap();
+    sells_refuses_and_repeats(&server).await.unwrap();
+    refuses_bad_input(&server).await.unwrap();
+    let sale = server.sale(SALE).await.unwrap();
     assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn without_its_database_a_server_is_undecided_and_recovers_by_itself() {
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy("read-then-write"))
+    let environment = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy("read-then-write"))
         .await
         .unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
+    server.create_rush_sale(1).await.unwrap();
+    assert_eq!(server.get("/readyz").await.unwrap().status, 200);
 
     postgres.stop().await.unwrap();
-    let away = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+    let away = server.reserve(SALE, 1, Some("a")).await.unwrap();
     away.is(ProblemKind::BackendAway)
         .or_else(|_| away.is(ProblemKind::Overloaded))
         .unwrap();
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
-    assert_eq!(talk.get("/livez").await.unwrap().status, 200);
+    assert_eq!(server.get("/readyz").await.unwrap().status, 503);
+    assert_eq!(server.get("/livez").await.unwrap().status, 200);
 
     postgres.start().await.unwrap();
-    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
-    talk.stop().await.unwrap();
+    assert_eq!(server.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    server.stop().await.unwrap();
 }
 
 /// A Postgres that has restarted has closed every connection; a server need not have noticed.
 #[tokio::test]
 async fn a_connection_that_was_closed_while_it_rested_is_handed_to_nobody() {
     let strategy = strategy("read-then-write");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let pool = stand.database().pool(1).await.unwrap();
-    talk.create_rush_sale(1).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    let pool = environment.database().pool(1).await.unwrap();
+    server.create_rush_sale(1).await.unwrap();
 
     // Each once it has rested: no Postgres restarts in less.
     let mut closed = 0;
@@ -353,8 +363,8 @@ async fn a_connection_that_was_closed_while_it_rested_is_handed_to_nobody() {
     .await;
     assert!(closed > 0, "the fault did not strike");
 
-    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
-    talk.stop().await.unwrap();
+    assert_eq!(server.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    server.stop().await.unwrap();
 }
 
 /// What a rush of `read-then-write` keeps in which instances come and go: the same as without.
@@ -377,9 +387,11 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("read-then-write");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
     println!("they cost {kib} KiB");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }

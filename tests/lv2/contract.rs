@@ -98,8 +98,12 @@ async fn one_buyer_clicks_at(instances: usize) -> Report {
         ..Rush::default()
     };
     let report = rush.run(&program(), &LEVEL, strategy("mutex")).await.unwrap();
-    let asked: HashSet<_> = report.sent_to.values().collect();
-    assert_eq!(asked.len(), 2, "the fault did not strike: the clicks went to {asked:?}");
+    let instances: HashSet<_> = report.sent_to.values().collect();
+    assert_eq!(
+        instances.len(),
+        2,
+        "the fault did not strike: the clicks went to {instances:?}"
+    );
     report
 }
 // ANCHOR_END: many-tickets

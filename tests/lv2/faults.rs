@@ -10,15 +10,15 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
     const BESIDES: Duration = Duration::from_secs(5);
 
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy("mutex"))
+    let environment = TestEnvironment::on(&postgres, None, BARE).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy("mutex"))
         .await
         .unwrap();
-    talk.create_rush_sale(1).await.unwrap();
+    server.create_rush_sale(1).await.unwrap();
 
     postgres.stop().await.unwrap();
-    let asking: JoinSet<_> = (1..=50).map(|buyer| status_of(talk.address(), buyer)).collect();
-    let answers = timeout(IN_TIME + BESIDES, asking.join_all())
+    let requests: JoinSet<_> = (1..=50).map(|buyer| status_of(server.address(), buyer)).collect();
+    let answers = timeout(IN_TIME + BESIDES, requests.join_all())
         .await
         .expect("a request still waits for the mutex");
     for answer in answers {
@@ -26,8 +26,8 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
     }
 
     postgres.start().await.unwrap();
-    assert_eq!(talk.reserve(SALE, 1, Some("again")).await.unwrap().status, 201);
-    talk.stop().await.unwrap();
+    assert_eq!(server.reserve(SALE, 1, Some("again")).await.unwrap().status, 201);
+    server.stop().await.unwrap();
 }
 
 /// No bytes pass on the idle connections of the pool any more, and nobody closes them. Postgres
@@ -40,21 +40,23 @@ async fn without_its_database_all_waiters_for_the_mutex_end_as_indeterminate_in_
 #[tokio::test]
 async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let behind = program()
-        .variable("DATABASE_URL", proxy.url_through(&stand.database().url()))
+        .variable("DATABASE_URL", proxy.url_through(&environment.database().url()))
         .variable("WORK_MS", "50");
-    let talk = TestServer::start(&stand, &behind, &LEVEL, strategy).await.unwrap();
-    talk.create_rush_sale(100).await.unwrap();
-    let ledger = HistoryRecorder::new(strategy);
+    let server = TestServer::start(&environment, &behind, &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.create_rush_sale(100).await.unwrap();
+    let history = HistoryRecorder::new(strategy);
     let four_buyers = async |first: i64| {
         let answers = tokio::join!(
-            ledger.reserve(&talk, first),
-            ledger.reserve(&talk, first + 1),
-            ledger.reserve(&talk, first + 2),
-            ledger.reserve(&talk, first + 3),
+            history.reserve(&server, first),
+            history.reserve(&server, first + 1),
+            history.reserve(&server, first + 2),
+            history.reserve(&server, first + 3),
         );
         for answer in <[Answer; 4]>::from(answers) {
             assert!(matches!(answer, Answer::Confirmed { .. }), "{answer:?}");
@@ -62,9 +64,9 @@ async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] nam
     };
     four_buyers(1).await;
 
-    ledger.record_fault("all open connections fall silent");
+    history.record_fault("all open connections fall silent");
     assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
-    let observer = stand.database().pool(1).await.unwrap();
+    let observer = environment.database().pool(1).await.unwrap();
     until(
         "the connections have been idle for long enough to be pinged",
         async || {
@@ -85,9 +87,9 @@ async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] nam
         proxy.chunks_discarded() > 0,
         "the fault did not strike: no silent connection was tried"
     );
-    ledger.record_recovery();
-    talk.stop().await.unwrap();
-    assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
+    history.record_recovery();
+    server.stop().await.unwrap();
+    assert_after_fault(strategy, &history.verdict(&environment).await.unwrap(), &[]);
 }
 
 /// Postgres rejects a commit at the last moment. The buyer must not be told that it succeeded, and
@@ -100,27 +102,29 @@ async fn buyers_are_served_although_all_idle_connections_fell_silent(#[case] nam
 #[tokio::test]
 async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    let held = DelayedCommits::on(&stand).await.unwrap();
-    let ledger = HistoryRecorder::new(strategy);
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.create_rush_sale(1).await.unwrap();
+    let held = DelayedCommits::on(&environment).await.unwrap();
+    let history = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(ledger.reserve(&talk, 1), async {
+    let (ann, ()) = tokio::join!(history.reserve(&server, 1), async {
         until("the fault did not strike: no commit is in flight", async || {
             held.has_struck().await.unwrap()
         })
         .await;
-        ledger.record_fault("a commit taken back");
+        history.record_fault("a failed commit");
         assert_eq!(held.fail().await.unwrap(), 1, "the fault did not strike");
         held.release().await.unwrap();
-        ledger.record_recovery();
+        history.record_recovery();
     });
     assert_eq!(ann, Answer::Indeterminate);
-    assert!(matches!(ledger.reserve(&talk, 1).await, Answer::Confirmed { .. }));
-    assert_eq!(ledger.reserve(&talk, 2).await, Answer::Refused(Refused::SoldOut));
-    talk.stop().await.unwrap();
-    assert_after_fault(strategy, &ledger.verdict(&stand).await.unwrap(), &[]);
+    assert!(matches!(history.reserve(&server, 1).await, Answer::Confirmed { .. }));
+    assert_eq!(history.reserve(&server, 2).await, Answer::Refused(Refused::SoldOut));
+    server.stop().await.unwrap();
+    assert_after_fault(strategy, &history.verdict(&environment).await.unwrap(), &[]);
 }
 
 /// The connection breaks with Ann's commit in flight, and her request releases the mutex. Bob reads
@@ -128,16 +132,18 @@ async fn a_failed_commit_confirms_no_reservation(#[case] name: &str) {
 #[tokio::test]
 async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
     let strategy = strategy("mutex");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
-    let behind = program().variable("DATABASE_URL", proxy.url_through(&stand.database().url()));
-    let talk = TestServer::start(&stand, &behind, &LEVEL, strategy).await.unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    let held = DelayedCommits::on(&stand).await.unwrap();
-    let ledger = HistoryRecorder::new(strategy);
+    let behind = program().variable("DATABASE_URL", proxy.url_through(&environment.database().url()));
+    let server = TestServer::start(&environment, &behind, &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.create_rush_sale(1).await.unwrap();
+    let held = DelayedCommits::on(&environment).await.unwrap();
+    let history = HistoryRecorder::new(strategy);
 
-    let (ann, ()) = tokio::join!(ledger.reserve(&talk, 1), async {
+    let (ann, ()) = tokio::join!(history.reserve(&server, 1), async {
         until("the fault did not strike: no commit is in flight", async || {
             held.has_struck().await.unwrap()
         })
@@ -147,17 +153,17 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
             proxy.has_struck()
         })
         .await;
-        ledger.record_fault("a commit has lost its connection");
+        history.record_fault("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
     proxy.inject(Fault::None);
-    ledger.record_recovery();
+    history.record_recovery();
     let bob = async {
         // He retries, as he may get a pooled connection that was cut as well.
         loop {
-            match ledger.reserve(&talk, 2).await {
+            match history.reserve(&server, 2).await {
                 Answer::Indeterminate => {}
-                told => break told,
+                answer => break answer,
             }
         }
     };
@@ -169,11 +175,11 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
         held.release().await.unwrap();
     });
     assert!(matches!(bob, Answer::Confirmed { .. }), "{bob:?}");
-    assert!(matches!(ledger.reserve(&talk, 1).await, Answer::Confirmed { .. }));
-    talk.stop().await.unwrap();
+    assert!(matches!(history.reserve(&server, 1).await, Answer::Confirmed { .. }));
+    server.stop().await.unwrap();
     assert_after_fault(
         strategy,
-        &ledger.verdict(&stand).await.unwrap(),
+        &history.verdict(&environment).await.unwrap(),
         &[NoOversell, Conservation],
     );
 }
@@ -188,21 +194,24 @@ async fn a_mutex_does_not_cover_a_commit_that_lost_its_connection() {
 #[tokio::test]
 async fn a_row_locked_for_too_long_leaves_the_outcome_indeterminate(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    let observer = stand.database().pool(1).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.create_rush_sale(1).await.unwrap();
+    let observer = environment.database().pool(1).await.unwrap();
     let other = lock_row(&observer, SALE).await;
 
-    talk.reserve(SALE, 1, Some("a"))
+    server
+        .reserve(SALE, 1, Some("a"))
         .await
         .unwrap()
         .is(ProblemKind::Overloaded)
         .unwrap();
     other.rollback().await.unwrap();
-    let again = talk.reserve(SALE, 1, Some("a")).await.unwrap();
-    talk.expect_confirmed(&again).await.unwrap();
-    talk.stop().await.unwrap();
+    let again = server.reserve(SALE, 1, Some("a")).await.unwrap();
+    server.expect_confirmed(&again).await.unwrap();
+    server.stop().await.unwrap();
 }
 
 /// Requests a ticket without a client time-out. Returns the status code.
@@ -234,7 +243,7 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 }
 
 #[tokio::test]
-#[should_panic(expected = "a request has an unknown outcome: an instance left before it had answered")]
+#[should_panic(expected = "a request has an unknown outcome: an instance exited before it had answered")]
 async fn a_rolling_restart_of_servers_that_do_not_drain_is_noticed() {
     let program = instance_faults::without_drain(env!("CARGO_BIN_EXE_lv2-db-lock"));
     let strategy = strategy("pessimistic");
@@ -262,11 +271,13 @@ async fn a_rush_in_which_nobody_is_replaced_says_nothing_of_restarts() {
 async fn a_replica_is_not_ready_until_it_is_promoted(#[case] name: &str) {
     let strategy = strategy(name);
     let postgres = Postgres::private(Durability::Fast).await.unwrap();
-    let stand = TestEnvironment::on(&postgres, None, strategy.schema).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    let pid = talk.pid().await.unwrap();
-    let admin = stand.database().pool(1).await.unwrap();
+    let environment = TestEnvironment::on(&postgres, None, strategy.schema).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.create_rush_sale(1).await.unwrap();
+    let pid = server.pid().await.unwrap();
+    let admin = environment.database().pool(1).await.unwrap();
     let run = async |statement: &'static str| sqlx::raw_sql(statement).execute(&admin).await.unwrap();
 
     // A program that Postgres runs is started in the data directory.
@@ -280,19 +291,19 @@ async fn a_replica_is_not_ready_until_it_is_promoted(#[case] name: &str) {
     assert!(replica, "the fault did not strike");
 
     until("the server names the reason", async || {
-        let answer = talk.get("/readyz").await.unwrap();
+        let answer = server.get("/readyz").await.unwrap();
         String::from_utf8_lossy(&answer.body).contains("read-only transaction")
     })
     .await;
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
-    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 503);
+    assert_eq!(server.get("/readyz").await.unwrap().status, 503);
+    assert_eq!(server.reserve(SALE, 1, Some("a")).await.unwrap().status, 503);
 
     run("select pg_promote()").await;
     until("the server is ready again", async || {
-        talk.get("/readyz").await.unwrap().status == 200
+        server.get("/readyz").await.unwrap().status == 200
     })
     .await;
-    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
-    assert_eq!(talk.pid().await.unwrap(), pid, "it is another process");
-    talk.stop().await.unwrap();
+    assert_eq!(server.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    assert_eq!(server.pid().await.unwrap(), pid, "it is another process");
+    server.stop().await.unwrap();
 }

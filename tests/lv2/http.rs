@@ -10,22 +10,26 @@ use super::*;
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
 
-    sells_refuses_and_repeats(&talk).await.unwrap();
-    refuses_bad_input(&talk).await.unwrap();
-    let sale = talk.sale(SALE).await.unwrap();
+    sells_refuses_and_repeats(&server).await.unwrap();
+    refuses_bad_input(&server).await.unwrap();
+    let sale = server.sale(SALE).await.unwrap();
     assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("pessimistic");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
     println!("they cost {kib} KiB");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }

@@ -20,13 +20,13 @@ async fn at_a_stricter_isolation_level_an_overtaken_transaction_ends_with_an_err
     for scenario in [TWO_BUYERS, TWO_CLICKS] {
         let explored = runner.explore(scenario).await.unwrap();
         none_broken(&explored);
-        let undecided = explored
+        let indeterminate = explored
             .answers
             .iter()
             .filter(|answers| answers.contains(&Answer::Indeterminate));
-        let (undecided, orders) = (undecided.count(), explored.orders);
-        println!("{name}, {level}: an error in {undecided} of {orders} orders");
-        assert!(undecided > 0, "no transaction was ended with an error");
+        let (indeterminate, interleavings) = (indeterminate.count(), explored.interleavings);
+        println!("{name}, {level}: an error in {indeterminate} of {interleavings} interleavings");
+        assert!(indeterminate > 0, "no transaction was ended with an error");
     }
 }
 

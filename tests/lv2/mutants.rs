@@ -56,7 +56,7 @@ fn slow() -> Rush {
     }
 }
 
-/// Buyers do not repeat an undecided request for long: those that never get a final answer must be seen.
+/// Buyers do not repeat a request with unknown outcome for long: those that never get a final answer must be seen.
 fn impatient() -> Rush {
     Rush {
         capacity: 8,
@@ -133,8 +133,8 @@ async fn an_order_of_steps_catches_it(#[case] name: &str, #[case] scenario: Scen
     let broken = explored.broken.iter().filter(|order| order.verdict.breaks(breaks));
     assert!(
         broken.count() > 0,
-        "none of {} orders breaks {breaks:?}",
-        explored.orders
+        "none of {} interleavings breaks {breaks:?}",
+        explored.interleavings
     );
 }
 
@@ -154,14 +154,14 @@ async fn two_requests_under_one_key_catch_it(
     let broken = explored.broken.iter().filter(|order| order.verdict.breaks(breaks));
     assert!(
         broken.count() > 0,
-        "none of {} orders breaks {breaks:?}",
-        explored.orders
+        "none of {} interleavings breaks {breaks:?}",
+        explored.interleavings
     );
 }
 
 #[tokio::test]
 async fn two_requests_under_one_key_catch_a_look_up_before_the_lock() {
-    let rehearsal = ScheduleRunner::of(strategy("mutants/look-up-before-lock"))
+    let runner = ScheduleRunner::of(strategy("mutants/look-up-before-lock"))
         .await
         .unwrap();
     for scenario in [
@@ -171,9 +171,13 @@ async fn two_requests_under_one_key_catch_a_look_up_before_the_lock() {
             ..TWO_BUYERS
         },
     ] {
-        let explored = rehearsal.explore_under_one_key(scenario).await.unwrap();
+        let explored = runner.explore_under_one_key(scenario).await.unwrap();
         let broken = explored.broken.iter().filter(|order| order.verdict.breaks(NoDuplicate));
-        assert!(broken.count() > 0, "none of {} orders breaks it", explored.orders);
+        assert!(
+            broken.count() > 0,
+            "none of {} interleavings breaks it",
+            explored.interleavings
+        );
     }
 }
 
@@ -189,20 +193,20 @@ async fn fifty_clicks_at_once_catch_a_look_up_before_the_lock(#[case] instances:
 // ANCHOR: guard
 #[tokio::test]
 async fn a_guard_dropped_before_the_commit_sells_the_last_ticket_twice() {
-    let rehearsal = ScheduleRunner::of(strategy("mutants/guard-before-commit"))
+    let runner = ScheduleRunner::of(strategy("mutants/guard-before-commit"))
         .await
         .unwrap();
-    let mut script = rehearsal.sale(1).await.unwrap();
-    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+    let mut schedule = runner.sale(1).await.unwrap();
+    let (ann, bob) = (schedule.buyer("Ann"), schedule.buyer("Bob"));
 
-    script.run_until(ann, "lock released").await.unwrap();
-    a_transaction_is_open(&rehearsal).await; // Ann's
-    script.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
-    script.run_to_completion(ann).await.unwrap();
-    script.run_to_completion(bob).await.unwrap();
+    schedule.run_until(ann, "lock released").await.unwrap();
+    a_transaction_is_open(&runner).await; // Ann's
+    schedule.run_until(bob, "decided to sell").await.unwrap(); // has read the stock that Ann has not committed yet
+    schedule.run_to_completion(ann).await.unwrap();
+    schedule.run_to_completion(bob).await.unwrap();
 
-    let verdict = judge(&script.history().await.unwrap());
-    assert!(verdict.breaks(NoOversell), "{}\n{verdict}", script.trace());
+    let verdict = judge(&schedule.history().await.unwrap());
+    assert!(verdict.breaks(NoOversell), "{}\n{verdict}", schedule.trace());
 }
 // ANCHOR_END: guard
 
@@ -218,11 +222,11 @@ async fn a_commit_that_fails_catches_a_commit_whose_error_is_ignored() {
     let history = HistoryRecorder::new(strategy);
 
     let (ann, ()) = tokio::join!(history.reserve(&server, 1), async {
-        until("the fault did not strike: nobody commits", async || {
+        until("the fault did not strike: no commit is in flight", async || {
             commits.has_struck().await.unwrap()
         })
         .await;
-        history.record_fault("a commit taken back");
+        history.record_fault("a failed commit");
         assert_eq!(commits.fail().await.unwrap(), 1, "the fault did not strike");
         commits.release().await.unwrap();
         history.record_recovery();

@@ -47,14 +47,14 @@ async fn eight_callers_leave_a_pool_of_eight_with_nobody_waiting() {
 /// Postgres saw connections.
 async fn kept_over_a_pool_of_eight(rush: Rush) -> Report {
     let strategy = strategy("pessimistic");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
     let (over, is_over) = oneshot::channel();
     let selling = async {
-        let report = rush.run_on(&stand, &program(), &LEVEL, strategy).await.unwrap();
+        let report = rush.run_on(&environment, &program(), &LEVEL, strategy).await.unwrap();
         over.send(()).unwrap();
         report
     };
-    let (report, seen) = tokio::join!(selling, most_connections(stand.database(), is_over));
+    let (report, seen) = tokio::join!(selling, most_connections(environment.database(), is_over));
     assert_eq!(
         report.verdict.conclude(&required(KEEPS)),
         Conclusion::AsPromised,
@@ -111,17 +111,21 @@ async fn a_request_that_waits_for_the_pool_beyond_its_time_out_ends_as_indetermi
         Duration::from_micros(answered_us - request.sent_us)
     };
     let requests = &report.history.requests;
-    let undecided = requests
+    let indeterminate = requests
         .iter()
         .filter(|request| request.answer == Answer::Indeterminate);
-    let undecided: Vec<Duration> = undecided.map(waited_of).collect();
-    println!("{} were undecided, after {:?}", undecided.len(), undecided.iter().max());
+    let indeterminate: Vec<Duration> = indeterminate.map(waited_of).collect();
+    println!(
+        "{} were indeterminate, after {:?}",
+        indeterminate.len(),
+        indeterminate.iter().max()
+    );
     assert!(
-        !undecided.is_empty(),
+        !indeterminate.is_empty(),
         "the fault did not strike: no request waited too long"
     );
-    for waited in undecided {
-        assert!(waited >= Duration::from_secs(5), "undecided after {waited:?}");
+    for waited in indeterminate {
+        assert!(waited >= Duration::from_secs(5), "indeterminate after {waited:?}");
     }
     for request in requests {
         assert!(waited_of(request) < WAITS_AT_MOST, "{request:?}");

@@ -39,8 +39,8 @@ async fn a_buyer_alone_is_no_version_storm() {
 /// back more transactions than requests were refused.
 async fn sold_in_a_version_storm(rush: Rush) -> Report {
     let strategy = strategy("optimistic");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let report = rush.run_on(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let report = rush.run_on(&environment, &program(), &LEVEL, strategy).await.unwrap();
     assert_eq!(
         report.verdict.conclude(&required(KEEPS)),
         Conclusion::AsPromised,
@@ -48,7 +48,7 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
         report.verdict
     );
 
-    let pool = stand.database().pool(1).await.unwrap();
+    let pool = environment.database().pool(1).await.unwrap();
     // A Postgres backend reports its statistics with a delay, and at the latest before it exits.
     until("the servers' connections to be gone", async || {
         let others: i64 = sqlx::query_scalar(
@@ -85,19 +85,19 @@ async fn sold_in_a_version_storm(rush: Rush) -> Report {
 
 #[tokio::test]
 async fn a_request_overtaken_too_often_is_indeterminate_and_never_sold_out() {
-    let rehearsal = ScheduleRunner::of(strategy("optimistic")).await.unwrap();
-    let pool = rehearsal.environment().database().pool(1).await.unwrap();
-    let mut script = rehearsal.sale(1).await.unwrap();
-    let ann = script.buyer("Ann");
+    let runner = ScheduleRunner::of(strategy("optimistic")).await.unwrap();
+    let pool = runner.environment().database().pool(1).await.unwrap();
+    let mut schedule = runner.sale(1).await.unwrap();
+    let ann = schedule.buyer("Ann");
 
     let mut overtaken = 0;
     loop {
-        script.run_towards(ann, "decided to sell").await.unwrap();
-        if script.movable().is_empty() {
+        schedule.run_towards(ann, "decided to sell").await.unwrap();
+        if schedule.movable().is_empty() {
             break;
         }
         sqlx::query("update sale set version = version + 1 where id = $1")
-            .bind(script.sale())
+            .bind(schedule.sale())
             .execute(&pool)
             .await
             .unwrap();
@@ -105,9 +105,14 @@ async fn a_request_overtaken_too_often_is_indeterminate_and_never_sold_out() {
     }
 
     println!("overtaken {overtaken} times");
-    let history = script.history().await.unwrap();
-    assert_eq!(history.requests[0].answer, Answer::Indeterminate, "{}", script.trace());
-    assert_eq!(history.rows.as_deref(), Some(&[][..]), "{}", script.trace());
+    let history = schedule.history().await.unwrap();
+    assert_eq!(
+        history.requests[0].answer,
+        Answer::Indeterminate,
+        "{}",
+        schedule.trace()
+    );
+    assert_eq!(history.rows.as_deref(), Some(&[][..]), "{}", schedule.trace());
     assert_eq!(history.header.stock, Some(1));
     assert!(overtaken > 1, "it tried only once");
 }

@@ -45,15 +45,24 @@ const THREE: Scenario = Scenario {
 #[case::conditional_update("conditional-update", false, 2)]
 #[tokio::test]
 async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[case] at_least: usize) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
     for scenario in [TWO_BUYERS, TWO_CLICKS, THREE] {
-        let explored = rehearsal.explore(scenario).await.unwrap();
+        let explored = runner.explore(scenario).await.unwrap();
         println!(
-            "{name}, {scenario:?}: {} orders, {} with a wait",
-            explored.orders, explored.blocked
+            "{name}, {scenario:?}: {} interleavings, {} with a wait",
+            explored.interleavings, explored.blocked
         );
-        assert!(explored.orders >= at_least, "only {} orders", explored.orders);
-        assert_eq!(explored.blocked > 0, waits, "{} orders with a wait", explored.blocked);
+        assert!(
+            explored.interleavings >= at_least,
+            "only {} interleavings",
+            explored.interleavings
+        );
+        assert_eq!(
+            explored.blocked > 0,
+            waits,
+            "{} interleavings with a wait",
+            explored.blocked
+        );
         none_broken(&explored);
     }
 }
@@ -62,9 +71,9 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str, #[case] waits: bool, #[
 pub(crate) fn none_broken(explored: &Exploration) {
     if let Some(broken) = explored.broken.first() {
         panic!(
-            "{} of {} orders break it, such as\n{}\n{}",
+            "{} of {} interleavings break it, such as\n{}\n{}",
             explored.broken.len(),
-            explored.orders,
+            explored.interleavings,
             broken.trace,
             broken.verdict
         );
@@ -78,10 +87,10 @@ pub(crate) fn none_broken(explored: &Exploration) {
 #[case::conditional_update("conditional-update")]
 #[tokio::test]
 async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] name: &str) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
 
-    let explored = rehearsal.explore_under_one_key(TWO_CLICKS).await.unwrap();
-    println!("{name}, one buyer: {} orders", explored.orders);
+    let explored = runner.explore_under_one_key(TWO_CLICKS).await.unwrap();
+    println!("{name}, one buyer: {} interleavings", explored.interleavings);
     none_broken(&explored);
     for answers in &explored.answers {
         assert!(matches!(answers[0], Answer::Confirmed { .. }), "{answers:?}");
@@ -92,8 +101,8 @@ async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] 
         capacity: 2,
         ..TWO_BUYERS
     };
-    let explored = rehearsal.explore_under_one_key(two_tickets).await.unwrap();
-    println!("{name}, two buyers: {} orders", explored.orders);
+    let explored = runner.explore_under_one_key(two_tickets).await.unwrap();
+    println!("{name}, two buyers: {} interleavings", explored.interleavings);
     none_broken(&explored);
     for answers in &explored.answers {
         let confirmed = answers
@@ -108,8 +117,8 @@ async fn in_no_order_do_two_requests_under_one_key_get_two_reservations(#[case] 
 }
 
 /// Asserts that Postgres sees one open transaction, that of the paused request.
-pub(crate) async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
-    let pool = rehearsal.environment().database().pool(1).await.unwrap();
+pub(crate) async fn a_transaction_is_open(runner: &ScheduleRunner) {
+    let pool = runner.environment().database().pool(1).await.unwrap();
     let open: i64 = sqlx::query_scalar(
         "select count(*)
            from pg_stat_activity
@@ -125,28 +134,28 @@ pub(crate) async fn a_transaction_is_open(rehearsal: &ScheduleRunner) {
 #[tokio::test]
 #[should_panic(expected = "did not strike")]
 async fn a_guard_dropped_after_the_commit_leaves_nothing_to_strike() {
-    let rehearsal = ScheduleRunner::of(strategy("mutex")).await.unwrap();
-    let mut script = rehearsal.sale(1).await.unwrap();
-    let ann = script.buyer("Ann");
+    let runner = ScheduleRunner::of(strategy("mutex")).await.unwrap();
+    let mut schedule = runner.sale(1).await.unwrap();
+    let ann = schedule.buyer("Ann");
 
-    script.run_until(ann, "lock released").await.unwrap();
-    a_transaction_is_open(&rehearsal).await;
+    schedule.run_until(ann, "lock released").await.unwrap();
+    a_transaction_is_open(&runner).await;
 }
 
 // ANCHOR: guard-kept
 #[tokio::test]
 async fn a_guard_kept_until_the_commit_makes_the_next_buyer_wait() {
-    let rehearsal = ScheduleRunner::of(strategy("mutex")).await.unwrap();
-    let mut script = rehearsal.sale(1).await.unwrap();
-    let (ann, bob) = (script.buyer("Ann"), script.buyer("Bob"));
+    let runner = ScheduleRunner::of(strategy("mutex")).await.unwrap();
+    let mut schedule = runner.sale(1).await.unwrap();
+    let (ann, bob) = (schedule.buyer("Ann"), schedule.buyer("Bob"));
 
-    script.run_until(ann, "stock written").await.unwrap();
-    script.run_until_blocked(bob).await.unwrap();
-    script.run_to_completion(ann).await.unwrap();
-    script.run_to_completion(bob).await.unwrap();
+    schedule.run_until(ann, "stock written").await.unwrap();
+    schedule.run_until_blocked(bob).await.unwrap();
+    schedule.run_to_completion(ann).await.unwrap();
+    schedule.run_to_completion(bob).await.unwrap();
 
-    let verdict = judge(&script.history().await.unwrap());
-    assert!(verdict.findings.is_empty(), "{}\n{verdict}", script.trace());
+    let verdict = judge(&schedule.history().await.unwrap());
+    assert!(verdict.findings.is_empty(), "{}\n{verdict}", schedule.trace());
 }
 // ANCHOR_END: guard-kept
 
@@ -184,7 +193,7 @@ async fn a_sale_keeps_its_guarantee_if_two_clicks_wait_for_the_row(
     schedule.run_until_blocked(first).await.unwrap();
     schedule.run_until_blocked(second).await.unwrap();
     holder.commit().await.unwrap();
-    schedule.step(first).await.unwrap(); // goes on, with the row
+    schedule.step(first).await.unwrap(); // resumes, with the row
     schedule.run_all_to_completion().await.unwrap();
 
     let verdict = judge(&schedule.history().await.unwrap());

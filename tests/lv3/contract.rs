@@ -111,18 +111,18 @@ const THREE: Scenario = Scenario {
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn no_order_of_steps_breaks_it(#[case] name: &str) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
     for scenario in [TWO_BUYERS, TWO_CLICKS, THREE] {
-        let explored = rehearsal.explore(scenario).await.unwrap();
+        let explored = runner.explore(scenario).await.unwrap();
         println!(
-            "{name}, {scenario:?}: {} orders, {} with a wait",
-            explored.orders, explored.blocked
+            "{name}, {scenario:?}: {} interleavings, {} with a wait",
+            explored.interleavings, explored.blocked
         );
         if let Some(broken) = explored.broken.first() {
             panic!(
-                "{} of {} orders break it, such as\n{}\n{}",
+                "{} of {} interleavings break it, such as\n{}\n{}",
                 explored.broken.len(),
-                explored.orders,
+                explored.interleavings,
                 broken.trace,
                 broken.verdict
             );
@@ -138,33 +138,33 @@ async fn no_order_of_steps_breaks_it(#[case] name: &str) {
 #[case::del_without_owner("mutants/del-without-owner", 1, OVERSELLS, "committed")]
 #[case::get_then_del("mutants/get-then-del", 1, OVERSELLS, "owner compared")]
 #[tokio::test]
-async fn a_sale_keeps_its_guarantee_if_a_lock_is_given_back_late(
+async fn a_sale_keeps_its_guarantee_if_a_lock_is_released_late(
     #[case] name: &str,
     #[case] _instances: usize,
     #[case] expected: Promises,
     #[case] late: &'static str,
 ) {
-    let rehearsal = ScheduleRunner::of(strategy(name)).await.unwrap();
-    let redis = rehearsal.environment().redis(Duration::ZERO).unwrap().unwrap();
+    let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
+    let redis = runner.environment().redis(Duration::ZERO).unwrap().unwrap();
     let redis = Connections::open(redis.url.expose(), &redis.prefix).await.unwrap();
-    let mut script = rehearsal.sale(2).await.unwrap();
-    let (ann, bob, carl) = (script.buyer("Ann"), script.buyer("Bob"), script.buyer("Carl"));
+    let mut schedule = runner.sale(2).await.unwrap();
+    let (ann, bob, carl) = (schedule.buyer("Ann"), schedule.buyer("Bob"), schedule.buyer("Carl"));
 
-    script.run_until(ann, late).await.unwrap(); // has sold the first ticket, and the lock is still hers
+    schedule.run_until(ann, late).await.unwrap(); // has sold the first ticket, and the lock is still hers
     let ended: i64 = redis
-        .send(Cmd::del(redis.key(&format!("sale:{}", script.sale()))))
+        .send(Cmd::del(redis.key(&format!("sale:{}", schedule.sale()))))
         .await
         .unwrap();
     assert_eq!(ended, 1, "Ann had no lock");
-    script.run_until(bob, "decided to sell").await.unwrap();
-    script.run_to_completion(ann).await.unwrap();
-    script.run_towards(carl, "decided to sell").await.unwrap();
-    script.run_all_to_completion().await.unwrap();
+    schedule.run_until(bob, "decided to sell").await.unwrap();
+    schedule.run_to_completion(ann).await.unwrap();
+    schedule.run_towards(carl, "decided to sell").await.unwrap();
+    schedule.run_all_to_completion().await.unwrap();
 
-    let verdict = judge(&script.history().await.unwrap());
+    let verdict = judge(&schedule.history().await.unwrap());
     let conclusion = verdict.conclude(&required(expected));
     let kept = matches!(conclusion, Conclusion::AsPromised);
-    assert!(kept, "lv3/{name}: {conclusion}\n\n{}\n{verdict}", script.trace());
+    assert!(kept, "lv3/{name}: {conclusion}\n\n{}\n{verdict}", schedule.trace());
     if expected == OVERSELLS {
         assert_failure_mode(strategy(name), &[NoOversell, Conservation]);
     }
@@ -224,57 +224,63 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str, #[case] 
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
 
-    sells_refuses_and_repeats(&talk).await.unwrap();
-    refuses_bad_input(&talk).await.unwrap();
-    let sale = talk.sale(SALE).await.unwrap();
+    sells_refuses_and_repeats(&server).await.unwrap();
+    refuses_bad_input(&server).await.unwrap();
+    let sale = server.sale(SALE).await.unwrap();
     assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn without_redis_the_outcome_is_unknown_and_the_server_recovers_by_itself() {
     let (strategy, redis) = (strategy("rlock"), Redis::private().await.unwrap());
     let postgres = backends::postgres().await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
+    let environment = TestEnvironment::on(&postgres, Some(&redis), strategy.schema)
         .await
         .unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    server.create_rush_sale(1).await.unwrap();
+    assert_eq!(server.get("/readyz").await.unwrap().status, 200);
 
     redis.stop().await.unwrap();
-    let away = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+    let away = server.reserve(SALE, 1, Some("a")).await.unwrap();
     away.is(ProblemKind::BackendAway).unwrap();
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 503);
-    assert_eq!(talk.get("/livez").await.unwrap().status, 200);
+    assert_eq!(server.get("/readyz").await.unwrap().status, 503);
+    assert_eq!(server.get("/livez").await.unwrap().status, 200);
 
     redis.start().await.unwrap();
     // Until the server has reconnected to Redis, the outcome is unknown and the buyer retries with
     // the same key.
-    let patience = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let answered = talk.reserve(SALE, 1, Some("a")).await.unwrap();
+        let answered = server.reserve(SALE, 1, Some("a")).await.unwrap();
         if answered.status == 201 {
             break;
         }
         answered.is(ProblemKind::BackendAway).unwrap();
-        assert!(Instant::now() < patience, "it does not recover");
+        assert!(Instant::now() < deadline, "it does not recover");
     }
-    assert_eq!(talk.get("/readyz").await.unwrap().status, 200);
-    talk.stop().await.unwrap();
+    assert_eq!(server.get("/readyz").await.unwrap().status, 200);
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("rlock");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let talk = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
-    let kib = withstands_idle_and_slow_clients(&talk).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
+    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
     println!("they cost {kib} KiB");
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 #[rstest]

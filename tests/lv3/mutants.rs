@@ -70,14 +70,14 @@ async fn an_order_of_steps_catches_it(#[case] name: &str) {
     let runner = ScheduleRunner::of(strategy(name)).await.unwrap();
     let explored = runner.explore(TWO_BUYERS).await.unwrap();
     println!(
-        "{name}: {} of {} orders break it",
+        "{name}: {} of {} interleavings break it",
         explored.broken.len(),
-        explored.orders
+        explored.interleavings
     );
     assert!(
         !explored.broken.is_empty(),
-        "none of {} orders breaks it",
-        explored.orders
+        "none of {} interleavings breaks it",
+        explored.interleavings
     );
 }
 

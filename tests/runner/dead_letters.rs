@@ -15,10 +15,10 @@ use crate::{command, err, out};
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
     let strategy = lv4_kafka::LEVEL.strategy("single-writer").unwrap();
-    let stand = harness::backends::TestEnvironment::shared(strategy).await.unwrap();
+    let environment = harness::backends::TestEnvironment::shared(strategy).await.unwrap();
     let letters = |arguments: &[&str]| {
         let mut letters = command(&[&["dead-letters"], arguments].concat());
-        letters.envs(stand.variables()).output().unwrap()
+        letters.envs(environment.variables()).output().unwrap()
     };
     let listed = || -> Vec<Value> { serde_json::from_str(&out(&letters(&["list", "--json"]))).unwrap() };
 
@@ -46,15 +46,15 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
         .argument("serve")
         .argument("lv4");
     let rush = Rush::default();
-    let servers = Servers::start(&rush, &stand, &program, &lv4_kafka::LEVEL, strategy)
+    let servers = Servers::start(&rush, &environment, &program, &lv4_kafka::LEVEL, strategy)
         .await
         .unwrap();
-    let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
-    let topic = orders_topic(&place);
+    let config = environment.kafka(0, Duration::from_secs(1)).unwrap();
+    let topic = orders_topic(&config);
     // With a key, as orders have one: it determines the partition, on the replay as well.
     let key = SALE.to_be_bytes();
     let poison = FutureRecord::to(&topic).key(&key).payload("not an order\n");
-    let sender = producer(&place).unwrap();
+    let sender = producer(&config).unwrap();
     let written = sender.send(poison, Duration::from_secs(10)).await.unwrap();
     let (partition, offset) = (written.partition, written.offset);
     let origin = format!("{topic}/{partition}/{offset}");
@@ -96,10 +96,10 @@ async fn a_dead_letter_is_listed_and_shown_and_gets_a_second_chance() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_program_wrote_is_listed_by_its_place_and_does_not_control_the_terminal() {
     let strategy = lv4_kafka::LEVEL.strategy("single-writer").unwrap();
-    let stand = harness::backends::TestEnvironment::shared(strategy).await.unwrap();
+    let environment = harness::backends::TestEnvironment::shared(strategy).await.unwrap();
     let letters = |arguments: &[&str]| {
         let mut letters = command(&[&["dead-letters"], arguments].concat());
-        let output = letters.envs(stand.variables()).output().unwrap();
+        let output = letters.envs(environment.variables()).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{}", err(&output));
         out(&output)
     };
@@ -107,14 +107,14 @@ async fn what_another_program_wrote_is_listed_by_its_place_and_does_not_control_
         .argument("serve")
         .argument("lv4")
         .variable("KAFKA_CONSUMERS", "0");
-    let servers = Servers::start(&Rush::default(), &stand, &program, &lv4_kafka::LEVEL, strategy)
+    let servers = Servers::start(&Rush::default(), &environment, &program, &lv4_kafka::LEVEL, strategy)
         .await
         .unwrap();
-    let place = stand.kafka(0, Duration::from_secs(1)).unwrap();
+    let config = environment.kafka(0, Duration::from_secs(1)).unwrap();
     let (orders, dead, sender) = (
-        orders_topic(&place),
-        dead_letter_topic(&place),
-        producer(&place).unwrap(),
+        orders_topic(&config),
+        dead_letter_topic(&config),
+        producer(&config).unwrap(),
     );
     let reason = OwnedHeaders::new().insert(Header {
         key: "reason",
@@ -148,8 +148,11 @@ async fn what_another_program_wrote_is_listed_by_its_place_and_does_not_control_
 
     assert_eq!(letters(&["skip", &origin(1)]), format!("{} is skipped\n", origin(1)));
     for replayed in [2, 0, 0] {
-        let told = letters(&["replay", "--all"]);
-        assert!(told.starts_with(&format!("{replayed} are in {orders} again")), "{told}");
+        let output = letters(&["replay", "--all"]);
+        assert!(
+            output.starts_with(&format!("{replayed} are in {orders} again")),
+            "{output}"
+        );
     }
     assert!(letters(&[]).starts_with("no dead letters"));
     servers.stop().await.unwrap();

@@ -26,9 +26,12 @@ fn doctor_tells_where_each_backend_comes_from(
     }
     let output = doctor.output().unwrap();
     assert_eq!(output.status.code(), Some(code), "{}", err(&output));
-    let said = out(&output);
-    let services: Vec<&str> = said.lines().filter_map(|line| Some(line.split_once(": ")?.0)).collect();
-    assert_eq!(services, there, "{said}");
+    let stdout = out(&output);
+    let services: Vec<&str> = stdout
+        .lines()
+        .filter_map(|line| Some(line.split_once(": ")?.0))
+        .collect();
+    assert_eq!(services, there, "{stdout}");
     assert!(err(&output).contains(missing), "{}", err(&output));
 }
 

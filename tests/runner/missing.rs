@@ -14,9 +14,9 @@ fn a_backend_that_is_not_there_is_exit_code_3_and_never_a_password() {
         .env_remove("OVERSOLD_BACKENDS")
         .output()
         .unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains("127.0.0.1:1") && !said.contains("s3cret"), "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("127.0.0.1:1") && !stderr.contains("s3cret"), "{stderr}");
 }
 
 #[test]
@@ -26,10 +26,10 @@ fn a_bench_without_wrk_says_how_to_install_it_and_is_exit_code_3() {
         .env("PATH", nothing.path())
         .output()
         .unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
-    assert!(said.contains("no wrk") && said.contains("install"), "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+    assert!(stderr.contains("no wrk") && stderr.contains("install"), "{stderr}");
 }
 
 #[test]
@@ -39,12 +39,12 @@ fn a_bench_without_redis_benchmark_says_how_to_install_it_and_is_exit_code_3() {
         .env("PATH", nothing.path())
         .output()
         .unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
     assert!(
-        said.contains("no redis-benchmark") && said.contains("install"),
-        "{said}"
+        stderr.contains("no redis-benchmark") && stderr.contains("install"),
+        "{stderr}"
     );
 }
 
@@ -56,10 +56,13 @@ fn a_server_of_lv3_needs_redis() {
         .env_remove("REDIS_URL")
         .output()
         .unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("REDIS_URL (--redis-url) is not set; expected"), "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(
+        stderr.contains("REDIS_URL (--redis-url) is not set; expected"),
+        "{stderr}"
+    );
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
 }
 
 #[rstest]
@@ -68,28 +71,28 @@ fn a_server_of_lv3_needs_redis() {
 #[tokio::test]
 async fn a_redis_that_is_not_there_is_exit_code_3_and_never_a_password(#[case] url: &str, #[case] says: &str) {
     let postgres = harness::backends::postgres().await.unwrap();
-    let stand = harness::backends::TestEnvironment::on(&postgres, None, lv3_redis_lock::BARE)
+    let environment = harness::backends::TestEnvironment::on(&postgres, None, lv3_redis_lock::BARE)
         .await
         .unwrap();
     let mut serve = command(&["serve", "lv3/rlock", "--port", "0"]);
-    serve.envs(stand.variables()).env("REDIS_URL", url);
+    serve.envs(environment.variables()).env("REDIS_URL", url);
     let output = serve.output().unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains("REDIS_URL"), "{said}");
-    assert!(said.contains(says) && !said.contains("s3cret"), "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("REDIS_URL"), "{stderr}");
+    assert!(stderr.contains(says) && !stderr.contains("s3cret"), "{stderr}");
 }
 
 #[test]
 fn dead_letters_where_nobody_answers_are_exit_code_3() {
     let nobody = ["dead-letters", "--kafka-bootstrap-servers", "127.0.0.1:1"];
     let output = oversold(&nobody);
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
     assert!(
-        said.contains("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): no answer from Kafka at 127.0.0.1:1"),
-        "{said}"
+        stderr.contains("KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers): no answer from Kafka at 127.0.0.1:1"),
+        "{stderr}"
     );
 }
 
@@ -133,10 +136,10 @@ fn a_backend_that_accepts_and_never_answers_is_named_in_time(
         waited += INTERVAL;
     }
     let output = child.wait_with_output().unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains(variable) && said.contains(&address), "{said}");
-    assert!(!said.contains("s3cret"), "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains(variable) && stderr.contains(&address), "{stderr}");
+    assert!(!stderr.contains("s3cret"), "{stderr}");
 }
 
 /// Compose files and shells have no other way to unset a variable.
@@ -147,11 +150,11 @@ fn an_empty_variable_of_a_backend_counts_as_not_set() {
         (&["dead-letters"][..], "KAFKA_BOOTSTRAP_SERVERS"),
     ] {
         let output = command(arguments).env(variable, "").output().unwrap();
-        let said = err(&output);
-        assert_eq!(output.status.code(), Some(2), "{said}");
+        let stderr = err(&output);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(
-            said.contains(&format!("{variable} (--")) && said.contains("is not set"),
-            "{said}"
+            stderr.contains(&format!("{variable} (--")) && stderr.contains("is not set"),
+            "{stderr}"
         );
     }
 }

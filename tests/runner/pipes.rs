@@ -1,9 +1,6 @@
 //! A reader that leaves before the end, as in `oversold list | head -1`: the command ends quietly, with its own exit code.
 
-use std::{
-    fs, io,
-    process::Stdio,
-};
+use std::{fs, io, process::Stdio};
 
 use rstest::rstest;
 use serde_json::Value;
@@ -35,9 +32,9 @@ fn unread() -> io::PipeWriter {
 #[case::server_help(&["serve", "--help"], 0)]
 fn a_command_whose_output_nobody_reads_ends_like_any_other(#[case] arguments: &[&str], #[case] code: i32) {
     let output = command(arguments).stdout(unread()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{said}");
-    assert!(!said.contains("panicked"), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
 }
 
 /// Without stderr as well, as in `oversold rush 2>&1 | head -1`; its results are written all the same.
@@ -68,8 +65,8 @@ async fn dead_letters_that_nobody_reads_end_like_any_other() {
     let kafka = harness::backends::kafka().await.unwrap();
     let list = ["dead-letters", "--kafka-bootstrap-servers", kafka.bootstrap_servers()];
     let output = command(&list).stdout(unread()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
 }
 
 /// A history is judged, and its verdict is the exit code.

@@ -59,13 +59,13 @@ fn a_strategy_that_breaks_as_promised_ends_well_and_its_results_have_stable_name
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
     assert!(out(&output).contains("BROKEN (I1, I2"), "{}", out(&output));
     assert!(out(&output).contains("verdict: as promised"), "{}", out(&output));
-    for said in [
+    for expected in [
         "debug build",
         "cores",
         "clients, servers and services share",
         "`fdatasync`",
     ] {
-        assert!(out(&output).contains(said), "{said}: {}", out(&output));
+        assert!(out(&output).contains(expected), "{expected}: {}", out(&output));
     }
 
     let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
@@ -141,8 +141,8 @@ fn what_is_accepted_first_and_decided_later_has_two_clocks() {
     let arguments = ["rush", "lv4", "--buyers", "50", "--capacity", "10", "--json"];
     let output = command(&arguments).arg(&json).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
-    for said in ["completed, ms", "all answered after", "all completed after"] {
-        assert!(out(&output).contains(said), "{}", out(&output));
+    for expected in ["completed, ms", "all answered after", "all completed after"] {
+        assert!(out(&output).contains(expected), "{}", out(&output));
     }
     let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
     assert_eq!(results["kafka"]["service"], "kafka", "{results}");

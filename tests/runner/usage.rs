@@ -60,10 +60,10 @@ fn bad_input_is_one_clear_line_and_exit_code_2(#[case] arguments: &[&str], #[cas
         .env_remove("KAFKA_BOOTSTRAP_SERVERS")
         .output()
         .unwrap();
-    let said = err(&output);
-    assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains(says), "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    let stderr = err(&output);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains(says), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
     assert!(out(&output).is_empty(), "{}", out(&output));
 }
 

@@ -75,7 +75,7 @@ pub static LEVEL: Level = Level {
     mutants: &[
         mutant(mutants::LOCK_PER_REQUEST).guarantee(OVERSELLS),
         mutant(mutants::LOCK_BY_BUYER).guarantee(OVERSELLS),
-        mutant(mutants::NO_LEASE).guarantee(ANYWHERE.except(&[FailureMode {
+        mutant(mutants::LEASE_TOO_LONG).guarantee(ANYWHERE.except(&[FailureMode {
             trigger: "a holder is killed",
             violates: STUCK,
         }])),

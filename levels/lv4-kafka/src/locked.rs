@@ -109,7 +109,7 @@ impl Locked {
                     }
                     Ok(()) => {} // redelivered with the message before it, and recognised by its id
                     Err(why) => {
-                        // Those behind it may only not have been begun.
+                        // Log only the first failure; later messages may simply not have been started.
                         if retry_from.is_empty() {
                             self.pipeline.log_retry(&why);
                         }

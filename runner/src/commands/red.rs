@@ -8,9 +8,9 @@ use anyhow::{Context, ensure};
 use harness::RED;
 
 use crate::{
+    checkout::{cargo_test, root},
     exit::ExitKind,
     levels,
-    repository::{cargo_test, root},
 };
 
 /// The contract test of every level. A variant, such as one in an exact order of steps, continues the name.
@@ -112,11 +112,9 @@ fn report(output: &Output) -> ExitKind {
     if printed.lines().any(|line| line.starts_with("test result: ok")) {
         println!("Nothing is red: this keeps the contract.");
     } else if printed.contains(": guarantee broken: ") {
-        println!(
-            "Red, and meant to be: the contract asks for more than is kept here. What broke, and how it came about, stands above."
-        );
+        println!("This failure is expected: `make red` requires every invariant. See above for what broke and why.");
     } else {
-        eprintln!("This failed, but not as it is meant to:");
+        eprintln!("This failed, but not because of a broken guarantee:");
         eprint!("{printed}{}", String::from_utf8_lossy(&output.stderr));
         return ExitKind::Broken;
     }

@@ -7,9 +7,9 @@ use clap::Args;
 use mutants::{Mutant, Refreshed, refresh};
 
 use crate::{
+    checkout::root,
     exit::ExitKind,
     levels::{LEVELS, SelectedStrategy},
-    repository::root,
 };
 
 #[derive(Args)]

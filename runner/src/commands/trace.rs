@@ -38,23 +38,23 @@ pub(crate) async fn run(args: &TraceArgs) -> anyhow::Result<ExitKind> {
         selected.name()
     );
     let runner = ScheduleRunner::of(selected.strategy).await?;
-    let (script, title) = match &args.order {
+    let (schedule, title) = match &args.order {
         None => (
             runner.both_read_before_either_writes().await?,
             "both look before either writes".to_owned(),
         ),
         Some(order) => {
             let capacity = args.capacity.unwrap_or_else(|| order.default_capacity());
-            let mut script = runner.sale(capacity).await?;
-            order.run(&mut script).await?;
-            (script, format!("order {order}, {capacity} on sale"))
+            let mut schedule = runner.sale(capacity).await?;
+            order.run(&mut schedule).await?;
+            (schedule, format!("order {order}, {capacity} on sale"))
         }
     };
     if args.markdown {
-        println!("{}", script.trace().markdown());
+        println!("{}", schedule.trace().markdown());
     } else {
-        println!("{}: {title}\n{}", selected.name(), script.trace());
-        print_verdict(&judge(&script.history().await?));
+        println!("{}: {title}\n{}", selected.name(), schedule.trace());
+        print_verdict(&judge(&schedule.history().await?));
     }
     Ok(ExitKind::AsPromised)
 }
@@ -103,17 +103,17 @@ impl Order {
     }
 
     /// Moves the requests letter by letter, then all of them to an answer.
-    async fn run(&self, script: &mut Schedule<'_>) -> anyhow::Result<()> {
+    async fn run(&self, schedule: &mut Schedule<'_>) -> anyhow::Result<()> {
         let mut requests: Vec<(char, RequestHandle)> = vec![];
         for (letter, name) in NAMES {
             let again = letter.to_ascii_lowercase();
             if !self.0.contains([letter, again]) {
                 continue;
             }
-            let first = script.buyer(name);
+            let first = schedule.buyer(name);
             requests.push((letter, first));
             if self.0.contains(again) {
-                requests.push((again, script.click(first)));
+                requests.push((again, schedule.click(first)));
             }
         }
         for letter in self.0.chars() {
@@ -122,12 +122,12 @@ impl Order {
                 .find(|&&(name, _)| name == letter)
                 .map(|&(_, request)| request);
             match request {
-                Some(request) if script.movable().contains(&request) => script.step(request).await?,
+                Some(request) if schedule.movable().contains(&request) => schedule.step(request).await?,
                 // It is blocked, or has its answer.
                 _ => eprintln!("{letter} can't move here: its turn passes"),
             }
         }
-        script.run_all_to_completion().await
+        schedule.run_all_to_completion().await
     }
 }
 

@@ -44,8 +44,8 @@ fn record(name: &str) -> String {
         .env_remove(BLESS)
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "oversold red {name}: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "oversold red {name}: {stderr}");
     format!(
         "```text\n{}\n```\n",
         String::from_utf8(output.stdout).unwrap().trim_end()

@@ -72,7 +72,8 @@ pub(super) fn all_levels(runs: &[RoadRun]) -> String {
 const LEGEND: &str = "
 *Last ticket sold after*: from the opening of the gate until the last buyer with a ticket knew of it. *Every buyer knows after*: until the last \
 buyer knew the result, and most results are refusals. A sale that breaks has no time until its last ticket, and a strategy that breaks it \
-sustains no sales: what it sells beyond its tickets is not there. *Sustained*: of LV.2 and LV.3 the reservations confirmed per second from a \
+sustains no sales, so no rate is shown for it: what it sells beyond its tickets is not there. *Another load*: its buyers click once, all others twice, so \
+the times cannot be compared. *Sustained*: of LV.2 and LV.3 the reservations confirmed per second from a \
 stock that does not run out, for 64 clients in a closed loop; of LV.4 the orders decided per second by one consumer from a backlog, up to 2,000 \
 of them in one commit of `single-writer`. *Within the lease*: as long as no holder of the lock is paused for longer than its lease. The lines are \
 those of the strategy's own file, without comments, and without the modules that it may use: `lock/`, `redis_lock.rs`, `decision_row.rs` and `pipeline/`.

@@ -19,8 +19,8 @@ pub(super) fn all() -> impl Iterator<Item = (String, String)> {
 fn trace(name: &str) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_oversold"));
     let output = command.args(["trace", name, "--markdown"]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "oversold trace {name}: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "oversold trace {name}: {stderr}");
     with_tokens_numbered(&String::from_utf8(output.stdout).unwrap())
 }
 

@@ -12,9 +12,9 @@ use uuid::Uuid;
 
 use crate::{
     backends::TestEnvironment,
+    final_state,
     history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Payment, Request},
     judge::{Verdict, judge},
-    rows,
     rush::{Classified, SALE, classify, final_state},
     test_server::TestServer,
 };
@@ -201,7 +201,7 @@ impl HistoryRecorder {
     /// Fails if the rows can't be read.
     pub async fn verdict(&self, environment: &TestEnvironment) -> anyhow::Result<Verdict> {
         let pool = environment.database().pool(1).await?;
-        let sold = rows::read(&pool, SALE).await?;
+        let sold = final_state::read(&pool, SALE).await?;
         pool.close().await;
         let recorded = self.recorded();
         Ok(judge(&History {

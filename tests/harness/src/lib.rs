@@ -2,14 +2,14 @@
 //! faults. It does not depend on any level.
 
 pub mod backends;
+pub mod broken_pipe;
 mod delayed_commits;
+pub mod final_state;
 pub mod history;
 pub mod history_recorder;
 pub mod judge;
 pub mod payments;
-pub mod print;
 pub mod proxy;
-pub mod rows;
 pub mod rush;
 pub mod schedule;
 pub mod shared_tests;

@@ -21,7 +21,7 @@ use crate::{
     rush::{Connection, Program},
 };
 
-/// Time limit for the service to listen, and for an answer of its.
+/// Time limit for the service to listen, and to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running payment service. It ends when this is dropped.
@@ -102,11 +102,11 @@ impl PaymentService {
     }
 
     async fn get(&self, path: &str) -> anyhow::Result<Bytes> {
-        let asked = async {
+        let request = async {
             let mut connection = Connection::open(self.address).await?;
             connection.send(Request::get(path).body(Full::default())?).await
         };
-        let answered = timeout(TIMEOUT, asked)
+        let answered = timeout(TIMEOUT, request)
             .await
             .context("the payment service does not answer")??;
         ensure!(
@@ -135,14 +135,14 @@ pub async fn unfinished(database: &PgPool) -> sqlx::Result<i64> {
 pub async fn wait_until_settled(database: &PgPool, within: Duration) -> anyhow::Result<()> {
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-    let gave_up = Instant::now() + within;
+    let deadline = Instant::now() + within;
     loop {
         let unfinished = unfinished(database).await?;
         if unfinished == 0 {
             return Ok(());
         }
         ensure!(
-            Instant::now() < gave_up,
+            Instant::now() < deadline,
             "{within:?} after the last answer {unfinished} tickets are neither confirmed nor released and refunded"
         );
         sleep(POLL_INTERVAL).await;

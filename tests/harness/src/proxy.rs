@@ -187,7 +187,7 @@ async fn client_to_server(
     let mut unsent = 0;
     loop {
         let has_sent =
-            |word: &str| word.is_empty() || beginning.windows(word.len()).any(|said| said == word.as_bytes());
+            |word: &str| word.is_empty() || beginning.windows(word.len()).any(|window| window == word.as_bytes());
         let is_closed = match *faults.borrow_and_update() {
             Fault::None | Fault::Delay(_) => false,
             Fault::CloseOn(word) => has_sent(word),

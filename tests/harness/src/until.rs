@@ -15,9 +15,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// # Panics
 /// Panics if the condition does not hold within 20 seconds.
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let gave_up = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + TIMEOUT;
     while !holds().await {
-        assert!(Instant::now() < gave_up, "waited {TIMEOUT:?} for {what}");
+        assert!(Instant::now() < deadline, "waited {TIMEOUT:?} for {what}");
         sleep(POLL_INTERVAL).await;
     }
 }

@@ -13,7 +13,7 @@ use box_office::{
 };
 use harness::{
     history::{
-        Answer::{self, Indeterminate, Refused as ReserveError},
+        Answer::{self, Indeterminate},
         Ending,
         Entry::{self, Charge, Refund},
         FORMAT_VERSION, Fault, Header, History, Micros, Payment,
@@ -63,6 +63,10 @@ fn confirmed(number: u128) -> Answer {
     }
 }
 
+fn refused(reason: Refused) -> Answer {
+    Answer::Refused(reason)
+}
+
 /// 202 without a final state.
 fn accepted(number: u128) -> Answer {
     Answer::Accepted {
@@ -100,7 +104,7 @@ fn ends_twice(number: u128, first: Option<Refused>, second: Option<Refused>) -> 
 }
 
 fn already(number: u128) -> Answer {
-    ReserveError(AlreadyReserved { earlier: id(number) })
+    refused(AlreadyReserved { earlier: id(number) })
 }
 
 impl Sale {
@@ -311,7 +315,7 @@ fn held_at_once() -> Sale {
         .declines(1)
         .declines(2)
         .with_row(|row| row.released_us = Some(15))
-        .ask(3, "3", 0, 60, ReserveError(SoldOut))
+        .ask(3, "3", 0, 60, refused(SoldOut))
 }
 
 /// The same, but the second ticket is taken after the first is released.
@@ -327,11 +331,11 @@ fn sold_out() -> Sale {
     sale(2)
         .takes(1, 0, 10)
         .takes(2, 0, 10)
-        .ask(3, "3", 0, 10, ReserveError(SoldOut))
+        .ask(3, "3", 0, 10, refused(SoldOut))
 }
 
 /// One of two tickets is sold; the other buyer's outcome is unknown.
-fn undecided() -> Sale {
+fn indeterminate() -> Sale {
     sale(2).takes(1, 0, 10).ask(2, "2", 0, 10, Indeterminate)
 }
 
@@ -339,11 +343,11 @@ fn undecided() -> Sale {
 // I1
 #[case::one_more_than_there_are(
     sale(2).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.takes(3, 0, 9), &[NoOversell, Conservation])]
-#[case::taken_before_it_was_given_back(sold_again(), |s: Sale| s.with_row(|row| row.taken_us = 19), &[NoOversell])]
-#[case::given_back_in_turn(
+#[case::taken_before_it_was_released(sold_again(), |s: Sale| s.with_row(|row| row.taken_us = 19), &[NoOversell])]
+#[case::released_in_turn(
     sold_again().ask(3, "3", 0, 9, ends(3, 50, Some(Declined))).row(3, "3", 3).released(9, 10),
     |s: Sale| s.with_row(|row| row.released_us = Some(11)), &[NoOversell])]
-#[case::undecided_with_a_row_holds_a_ticket(
+#[case::indeterminate_with_a_row_holds_a_ticket(
     sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, Indeterminate), |s: Sale| s.row(2, "2", 2), &[NoOversell, Conservation])]
 #[case::two_told_of_one_ticket_by_a_foreign_server(
     sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).ask(2, "2", 0, 9, Indeterminate),
@@ -353,33 +357,33 @@ fn undecided() -> Sale {
 #[case::a_ticket_went_nowhere(sale(3).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.stock(0), &[Conservation])]
 #[case::less_than_nothing_left(sale(1).takes(1, 0, 9), |s: Sale| s.stock(-1), &[Conservation])]
 #[case::still_held(sale(1).takes(1, 0, 9), |s: Sale| s.status(Held), &[Conservation])]
-#[case::given_back_to_nobody(declined(), |s: Sale| s.stock(0), &[Conservation])]
+#[case::released_without_a_new_holder(declined(), |s: Sale| s.stock(0), &[Conservation])]
 #[case::held_where_the_stock_is_unknown(sale(1).takes(1, 0, 9).no_stock(), |s: Sale| s.status(Held), &[Conservation])]
 #[case::one_left_of_those_a_foreign_server_sold(
     sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).stock(0), |s: Sale| s.stock(1), &[Conservation])]
-#[case::given_back_twice(declined(), |s: Sale| s.stock(2), &[Conservation])]
+#[case::released_twice(declined(), |s: Sale| s.stock(2), &[Conservation])]
 #[case::a_held_ticket_counts(
     sale(1).takes(1, 0, 9), |s: Sale| s.ask(2, "2", 0, 9, accepted(2)).row(2, "2", 2).status(Held),
     &[NoOversell, Conservation, NothingLost, Progress])]
 // I3
 #[case::two_clicks(
     sale(2).takes(1, 0, 9).ask(1, "other", 0, 9, Indeterminate), |s: Sale| s.row(1, "other", 2), &[NoDuplicate])]
-#[case::again_before_the_first_was_given_back(
+#[case::again_before_the_first_was_released(
     sale(2).ask(1, "a", 0, 9, ends(1, 50, Some(Declined))).row(1, "a", 1).released(10, 20)
         .ask(1, "b", 0, 9, confirmed(2)).row(1, "b", 2).with_row(|row| row.taken_us = 20),
     |s: Sale| s.with_row(|row| row.taken_us = 19), &[NoDuplicate])]
-#[case::a_key_that_was_given_back_is_used_up(
+#[case::a_key_that_was_released_is_used_up(
     sale(2).ask(1, "a", 0, 9, ends(1, 50, Some(Declined))).row(1, "a", 1).released(10, 20)
         .ask(1, "b", 60, 70, confirmed(2)).row(1, "b", 2).with_row(|row| row.taken_us = 20),
     |s: Sale| s.with(|request| request.key = "a".to_owned()).with_row(|row| row.key = "a".to_owned()), &[NoDuplicate])]
 #[case::one_key_of_two_buyers(
-    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, ReserveError(KeyOfAnotherBuyer)),
+    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, refused(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(confirmed(2)).row(2, "1", 2), &[NoDuplicate])]
 #[case::one_buyer_told_of_two_by_a_foreign_server(
     sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(1, "b", 0, 9, already(1)),
     |s: Sale| s.answer(confirmed(2)), &[NoDuplicate])]
 #[case::one_key_told_of_two_by_a_foreign_server(
-    sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(2, "a", 0, 9, ReserveError(KeyOfAnotherBuyer)),
+    sale(2).foreign().ask(1, "a", 0, 9, confirmed(1)).ask(2, "a", 0, 9, refused(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(confirmed(2)), &[NoDuplicate])]
 // I4
 #[case::confirmed_without_a_row(
@@ -398,39 +402,39 @@ fn undecided() -> Sale {
     sale(1).takes(1, 0, 9).answer(ends_twice(1, None, None)),
     |s: Sale| s.answer(ends_twice(1, None, Some(SoldOut))), &[NothingLost])]
 // I5
-#[case::a_row_that_nobody_asked_for(undecided(), |s: Sale| s.row(3, "3", 3), &[NothingInvented])]
+#[case::a_row_that_nobody_asked_for(indeterminate(), |s: Sale| s.row(3, "3", 3), &[NothingInvented])]
 #[case::a_row_under_another_key(
-    undecided().row(2, "2", 2), |s: Sale| s.with_row(|row| row.key = "3".to_owned()), &[NothingInvented])]
+    indeterminate().row(2, "2", 2), |s: Sale| s.with_row(|row| row.key = "3".to_owned()), &[NothingInvented])]
 #[case::a_row_of_another_buyer(
-    undecided().row(2, "2", 2), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
+    indeterminate().row(2, "2", 2), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
 #[case::confirmed_to_one_and_the_row_is_anothers(
-    undecided().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
+    indeterminate().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.with_row(|row| row.buyer = 3), &[NothingInvented])]
 #[case::turned_away_at_the_door_and_has_a_row(
-    undecided().row(2, "2", 2), |s: Sale| s.answer(ReserveError(RateLimited)), &[NothingInvented])]
+    indeterminate().row(2, "2", 2), |s: Sale| s.answer(refused(RateLimited)), &[NothingInvented])]
 #[case::refused_at_once_and_held_a_ticket(
     sold_again().ask(3, "3", 0, 60, ends(3, 60, Some(SoldOut))).row(3, "3", 3).released(1, 2),
-    |s: Sale| s.answer(ReserveError(SoldOut)), &[NothingInvented])]
+    |s: Sale| s.answer(refused(SoldOut)), &[NothingInvented])]
 #[case::refused_and_has_it_all_the_same(
     sale(2).takes(1, 0, 9).takes(2, 0, 9),
-    |s: Sale| s.answer(ReserveError(SoldOut)), &[NothingInvented, NoFalseRefusal, OneAnswer])]
+    |s: Sale| s.answer(refused(SoldOut)), &[NothingInvented, NoFalseRefusal, OneAnswer])]
 #[case::expired_and_has_it_all_the_same(
     sale(1).takes(1, 0, 9).answer(ends(1, EXPIRY_US, None)),
     |s: Sale| s.answer(ends(1, EXPIRY_US, Some(Expired))), &[NothingInvented, OneAnswer])]
 // I6
 #[case::sold_out_before_the_last_taker_was_sent(
-    sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, ReserveError(SoldOut)),
+    sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, refused(SoldOut)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::accepted_and_sold_out_before_the_last_taker_was_sent(
     sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 1, ends(3, 10, Some(SoldOut))),
     |s: Sale| s.answer(ends(3, 9, Some(SoldOut))), &[NoFalseRefusal])]
 #[case::a_repeat_takes_at_its_first_sending(
-    sale(1).ask(1, "1", 0, 5, Indeterminate).takes(1, 20, 25).ask(2, "2", 8, 10, ReserveError(SoldOut)),
-    |s: Sale| s.first_answer(ReserveError(SoldOut)), &[NoFalseRefusal])]
+    sale(1).ask(1, "1", 0, 5, Indeterminate).takes(1, 20, 25).ask(2, "2", 8, 10, refused(SoldOut)),
+    |s: Sale| s.first_answer(refused(SoldOut)), &[NoFalseRefusal])]
 #[case::what_left_no_row_took_nothing(
-    sale(1).ask(1, "1", 0, 5, Indeterminate).row(1, "1", 1).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    sale(1).ask(1, "1", 0, 5, Indeterminate).row(1, "1", 1).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.without_row(), &[NoFalseRefusal])]
-#[case::undecided_at_a_foreign_server_may_have_taken(
-    sale(1).foreign().ask(1, "1", 10, 15, Indeterminate).ask(2, "2", 0, 10, ReserveError(SoldOut)),
+#[case::indeterminate_at_a_foreign_server_may_have_taken(
+    sale(1).foreign().ask(1, "1", 10, 15, Indeterminate).ask(2, "2", 0, 10, refused(SoldOut)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::already_reserved_by_somebody_else(
     sale(2).takes(1, 0, 9).takes(2, 0, 9).ask(1, "again", 0, 9, already(1)),
@@ -445,23 +449,23 @@ fn undecided() -> Sale {
     sale(1).foreign().ask(1, "1", 10, 15, Indeterminate).ask(1, "again", 0, 10, already(1)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::a_key_that_nobody_else_had_sent(
-    sale(1).takes(1, 10, 20).ask(2, "1", 0, 10, ReserveError(KeyOfAnotherBuyer)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
+    sale(1).takes(1, 10, 20).ask(2, "1", 0, 10, refused(KeyOfAnotherBuyer)), |s: Sale| s.answered(9), &[NoFalseRefusal])]
 #[case::expired_before_its_time(
-    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, ReserveError(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal, NoUndersell])]
+    sale(1).ask(1, "1", 7, 7 + EXPIRY_US, refused(Expired)), |s: Sale| s.answered(6 + EXPIRY_US), &[NoFalseRefusal, NoUndersell])]
 #[case::a_repeat_expires_with_its_order(
-    sale(1).ask(1, "1", 0, 9, Indeterminate).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, ReserveError(Expired)),
+    sale(1).ask(1, "1", 0, 9, Indeterminate).ask(1, "1", EXPIRY_US - 1, EXPIRY_US, refused(Expired)),
     |s: Sale| s.answered(EXPIRY_US - 1), &[NoFalseRefusal, NoUndersell])]
 #[case::an_accepted_order_that_never_had_a_ticket_took_nothing(
-    declined().ask(2, "2", 0, 9, ReserveError(SoldOut)), |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
+    declined().ask(2, "2", 0, 9, refused(SoldOut)), |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
 #[case::and_the_ticket_is_sold_later(
     sale(1).takes(3, 60, 70).with_row(|row| row.taken_us = 20).declines(1)
-        .ask(2, "2", 0, 9, ReserveError(SoldOut)),
+        .ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.never_had_a_row(), &[NoFalseRefusal])]
 #[case::an_accepted_order_that_expired_and_never_had_a_ticket(
-    declined().answer(ends(1, EXPIRY_US, Some(Expired))).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    declined().answer(ends(1, EXPIRY_US, Some(Expired))).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
 #[case::an_order_that_expired_at_once_and_never_had_a_ticket(
-    declined().answer(ReserveError(Expired)).answered(EXPIRY_US).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    declined().answer(refused(Expired)).answered(EXPIRY_US).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
 #[case::an_accepted_order_told_sold_out_by_one_that_never_had_a_ticket(
     declined().ask(2, "2", 0, 9, ends(2, 50, Some(SoldOut))),
@@ -469,13 +473,13 @@ fn undecided() -> Sale {
 #[case::declined_where_a_ticket_is_held_first_and_none_was(
     declined().paid(), |s: Sale| s.never_had_a_row(), &[NoFalseRefusal, NoUndersell])]
 #[case::an_accepted_order_confirmed_without_ever_having_a_ticket(
-    sale(1).takes(1, 0, 9).answer(ends(1, 50, None)).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    sale(1).takes(1, 0, 9).answer(ends(1, 50, None)).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.without_row(), &[NothingLost, NoFalseRefusal, NoUndersell])]
 #[case::an_accepted_order_never_decided_took_nothing(
-    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.first_answer(accepted(1)).without_row(), &[NothingLost, NoFalseRefusal, Progress])]
 #[case::confirmed_and_lost_may_have_had_its_ticket(
-    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    sale(1).takes(1, 0, 9).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
 #[case::both_were_never_held_at_once(
     held_at_once(), |s: Sale| s.with_row(|row| (row.taken_us, row.released_us) = (21, Some(22))), &[NoFalseRefusal])]
@@ -484,20 +488,20 @@ fn undecided() -> Sale {
     |s: Sale| s.with_row(|row| row.taken_us = 23), &[NoFalseRefusal])]
 #[case::a_lost_ticket_may_have_been_held_meanwhile(
     held_one_after_the_other().takes(4, 0, 9).with_row(|row| row.taken_us = 15), |s: Sale| s.without_row(), &[NothingLost])]
-#[case::no_such_sale(sold_out(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal])]
+#[case::no_such_sale(sold_out(), |s: Sale| s.answer(refused(UnknownSale)), &[NoFalseRefusal])]
 // I7. Without releases, a remaining ticket also makes "sold out" or a confirmation false.
 #[case::one_left_and_one_refused(
     sale(2).takes(1, 0, 9).takes(2, 0, 9),
-    |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+    |s: Sale| s.without_row().answer(refused(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::fewer_buyers_than_tickets(
     sale(5).takes(1, 0, 9).takes(2, 0, 9),
-    |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+    |s: Sale| s.without_row().answer(refused(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::a_sold_ticket_that_is_lost(
     sale(2).takes(1, 0, 9).takes(2, 0, 9), |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
-#[case::the_last_answer_is_final(undecided(), |s: Sale| s.answer(ReserveError(UnknownSale)), &[NoFalseRefusal, NoUndersell])]
+#[case::the_last_answer_is_final(indeterminate(), |s: Sale| s.answer(refused(UnknownSale)), &[NoFalseRefusal, NoUndersell])]
 #[case::who_used_anothers_key_did_not_come_for_a_ticket(
-    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, ReserveError(KeyOfAnotherBuyer)),
-    |s: Sale| s.answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+    sale(2).takes(1, 0, 9).ask(2, "1", 0, 9, refused(KeyOfAnotherBuyer)),
+    |s: Sale| s.answer(refused(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::who_was_declined_before_holding_a_ticket_may_go_without(
     sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(Declined))),
     |s: Sale| s.answer(ends(2, 50, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
@@ -509,23 +513,23 @@ fn undecided() -> Sale {
     |s: Sale| s.answer(ends(2, EXPIRY_US - 1, Some(Expired))), &[NoFalseRefusal, NoUndersell])]
 #[case::expired_and_another_is_told_sold_out_while_a_ticket_is_left(
     sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, EXPIRY_US, Some(Expired))).takes(3, 0, 9),
-    |s: Sale| s.without_row().answer(ReserveError(SoldOut)), &[NoFalseRefusal, NoUndersell])]
-#[case::another_key_of_the_buyer_is_still_undecided(
-    sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Indeterminate).ask(2, "b", 0, 9, ReserveError(SoldOut)).row(2, "a", 2),
+    |s: Sale| s.without_row().answer(refused(SoldOut)), &[NoFalseRefusal, NoUndersell])]
+#[case::another_key_of_the_buyer_is_still_indeterminate(
+    sale(2).takes(1, 0, 9).ask(2, "a", 0, 9, Indeterminate).ask(2, "b", 0, 9, refused(SoldOut)).row(2, "a", 2),
     |s: Sale| s.without_row().sent(1), &[NoFalseRefusal, NoUndersell])]
-#[case::undecided_at_a_foreign_server_may_be_sold(
-    sale(1).foreign().ask(1, "1", 0, 5, Indeterminate).ask(1, "1", 6, 9, ReserveError(SoldOut)),
-    |s: Sale| s.first_answer(ReserveError(RateLimited)), &[NoFalseRefusal, NoUndersell])]
+#[case::indeterminate_at_a_foreign_server_may_be_sold(
+    sale(1).foreign().ask(1, "1", 0, 5, Indeterminate).ask(1, "1", 6, 9, refused(SoldOut)),
+    |s: Sale| s.first_answer(refused(RateLimited)), &[NoFalseRefusal, NoUndersell])]
 #[case::more_left_than_came_back(
     sale(3).declines(1).takes(2, 0, 70).with_row(|row| row.taken_us = 10).takes(3, 0, 70).with_row(|row| row.taken_us = 10)
-        .ask(4, "4", 0, 60, ReserveError(SoldOut)),
+        .ask(4, "4", 0, 60, refused(SoldOut)),
     |s: Sale| s.without_row(), &[NothingLost, NoUndersell])]
 #[case::who_cancelled_may_go_without(
     sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(Cancelled))),
     |s: Sale| s.answer(ends(2, 50, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
 // I9
 #[case::refused_after_it_was_confirmed(
-    sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, ReserveError(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
+    sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, refused(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
 #[case::already_reserved_is_not_the_first_answer(
     sale(1).takes(1, 0, 10).ask(1, "1", 11, 20, confirmed(1)), |s: Sale| s.answer(already(1)), &[OneAnswer])]
 #[case::another_reservation_under_the_same_key(
@@ -535,44 +539,44 @@ fn undecided() -> Sale {
     sale(2).foreign().ask(1, "1", 0, 10, confirmed(1)).ask(1, "1", 10, 20, confirmed(2)).answer(confirmed(1)).sent(11),
     |s: Sale| s.answer(confirmed(2)), &[NoDuplicate, OneAnswer])]
 #[case::another_buyer_is_confirmed_under_the_key(
-    sale(2).takes(1, 0, 10).ask(2, "1", 11, 20, ReserveError(KeyOfAnotherBuyer)),
+    sale(2).takes(1, 0, 10).ask(2, "1", 11, 20, refused(KeyOfAnotherBuyer)),
     |s: Sale| s.answer(confirmed(2)).row(2, "1", 2), &[NoDuplicate, OneAnswer])]
-#[case::undecided_then_refused_and_has_it(
+#[case::indeterminate_then_refused_and_has_it(
     sold_out().ask(2, "2", 11, 20, confirmed(2)).ask(2, "2", 21, 30, Indeterminate).ask(2, "2", 31, 40, confirmed(2)),
-    |s: Sale| s.answer(ReserveError(SoldOut)), &[OneAnswer])]
+    |s: Sale| s.answer(refused(SoldOut)), &[OneAnswer])]
 #[case::a_repeat_told_sold_out_while_the_row_is_there(
-    sale(2).takes(1, 0, 9).ask(2, "2", 0, 5, Indeterminate).row(2, "2", 2).ask(2, "2", 0, 9, ReserveError(SoldOut)),
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 5, Indeterminate).row(2, "2", 2).ask(2, "2", 0, 9, refused(SoldOut)),
     |s: Sale| s.sent(1), &[OneAnswer])]
-#[case::confirmed_and_given_back(
-    undecided().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.status(Released).back(1), &[OneAnswer])]
+#[case::confirmed_and_released(
+    indeterminate().row(2, "2", 2).answer(confirmed(2)), |s: Sale| s.status(Released).back(1), &[OneAnswer])]
 // I10
 #[case::answered_too_late(
     sale(1).takes(1, 7, 7 + DEADLINE_US), |s: Sale| s.answered(8 + DEADLINE_US), &[Progress])]
 #[case::refused_too_late(sold_out().answered(DEADLINE_US), |s: Sale| s.answered(1 + DEADLINE_US), &[Progress])]
 #[case::an_answer_that_means_nothing(
-    undecided(), |s: Sale| s.answer(Answer::Unexpected { what: "500 oops".to_owned() }), &[Progress])]
-#[case::repeated_and_still_undecided(undecided().ask(2, "2", 10, 20, Indeterminate), |s: Sale| s.sent(11), &[Progress])]
+    indeterminate(), |s: Sale| s.answer(Answer::Unexpected { what: "500 oops".to_owned() }), &[Progress])]
+#[case::repeated_and_still_indeterminate(indeterminate().ask(2, "2", 10, 20, Indeterminate), |s: Sale| s.sent(11), &[Progress])]
 #[case::never_told_in_the_end(
-    undecided().ask(2, "2", 11, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.answer(Indeterminate), &[Progress])]
-#[case::undecided_after_the_healing(undecided().fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
-#[case::undecided_after_the_last_healing(
-    undecided().fault(5, Some(10)).and_fault(2, Some(3)).sent(10), |s: Sale| s.sent(11), &[Progress])]
-#[case::undecided_after_the_last_healing_in_the_order_of_the_faults(
-    undecided().fault(2, Some(3)).and_fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
-#[case::undecided_after_it_was_healed_after_all(
-    undecided().fault(5, None).sent(10), |s: Sale| s.fault(5, Some(9)), &[Progress])]
+    indeterminate().ask(2, "2", 11, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.answer(Indeterminate), &[Progress])]
+#[case::indeterminate_after_the_healing(indeterminate().fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
+#[case::indeterminate_after_the_last_healing(
+    indeterminate().fault(5, Some(10)).and_fault(2, Some(3)).sent(10), |s: Sale| s.sent(11), &[Progress])]
+#[case::indeterminate_after_the_last_healing_in_the_order_of_the_faults(
+    indeterminate().fault(2, Some(3)).and_fault(5, Some(10)).sent(10), |s: Sale| s.sent(11), &[Progress])]
+#[case::indeterminate_after_it_was_healed_after_all(
+    indeterminate().fault(5, None).sent(10), |s: Sale| s.fault(5, Some(9)), &[Progress])]
 #[case::no_answer_and_nothing_to_excuse_it(
-    undecided().never_answered().fault(5, None), |s: Sale| s.no_fault(), &[Progress])]
+    indeterminate().never_answered().fault(5, None), |s: Sale| s.no_fault(), &[Progress])]
 #[case::no_answer_and_its_repeat_is_confirmed(
-    undecided().ask(2, "2", 10, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.first_never_answered(2), &[Progress])]
+    indeterminate().ask(2, "2", 10, 20, confirmed(2)).row(2, "2", 2), |s: Sale| s.first_never_answered(2), &[Progress])]
 #[case::no_answer_and_its_repeat_is_refused(
-    sold_out().ask(3, "3", 10, 20, ReserveError(SoldOut)),
+    sold_out().ask(3, "3", 10, 20, refused(SoldOut)),
     |s: Sale| s.first_never_answered(3), &[Progress])]
 #[case::accepted_and_never_decided_and_its_repeat_is_confirmed(
     sale(1).takes(1, 0, 9).answer(ends(1, 50, None)).ask(1, "1", 60, 70, confirmed(1)),
     |s: Sale| s.first_answer(accepted(1)), &[NothingLost, Progress])]
 #[case::no_answer_after_the_healing_and_its_repeat_is_confirmed(
-    undecided().never_answered().fault(5, Some(10)).sent(10).ask(2, "2", 30, 40, confirmed(2)).row(2, "2", 2),
+    indeterminate().never_answered().fault(5, Some(10)).sent(10).ask(2, "2", 30, 40, confirmed(2)).row(2, "2", 2),
     |s: Sale| s.fault(5, Some(9)), &[Progress])]
 // I11
 #[case::a_ticket_that_nobody_paid_for(sale(2).takes(1, 0, 9).takes(2, 0, 9).paid(), |s: Sale| s.unpaid(), &[PaidOnce])]
@@ -623,9 +627,9 @@ fn one_planted_change_is_caught(#[case] right: Sale, #[case] plant: fn(Sale) -> 
     sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, accepted(2)).ask(3, "3", 0, 9, accepted(3)),
     (1, 0, 0), &[(NothingLost, 2), (Progress, 2)])]
 #[case::two_told_no_while_there_were_tickets(
-    sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, ReserveError(SoldOut)).ask(3, "3", 0, 9, ReserveError(SoldOut)),
+    sale(3).takes(1, 0, 9).ask(2, "2", 0, 9, refused(SoldOut)).ask(3, "3", 0, 9, refused(SoldOut)),
     (1, 0, 0), &[(NoFalseRefusal, 2), (NoUndersell, 2)])]
-#[case::given_back_is_not_sold(sold_again(), (1, 0, 0), &[])]
+#[case::released_is_not_sold(sold_again(), (1, 0, 0), &[])]
 #[case::told_by_a_foreign_server(
     sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)).ask(2, "2", 0, 9, confirmed(2)).ask(3, "3", 0, 9, confirmed(3)),
     (3, 2, 0), &[(NoOversell, 2), (Conservation, 2)])]
@@ -678,7 +682,7 @@ fn a_reservation_that_is_paid_for_wrongly_is_one_case() {
 #[case::one_without_an_answer_overlaps_all_after_it(
     sale(3).ask(1, "1", 0, 9, Indeterminate).never_answered().takes(2, 5_000, 5_001).takes(3, 6_000, 6_001),
     (3, 2, 0))]
-#[case::faults(undecided().fault(5, Some(10)).and_fault(2, None), (2, 2, 2))]
+#[case::faults(indeterminate().fault(5, Some(10)).and_fault(2, None), (2, 2, 2))]
 fn a_verdict_grades_how_hard_the_system_was_stressed(
     #[case] sale: Sale,
     #[case] (requests, greatest_overlap, faults): (u64, u64, u64),
@@ -699,9 +703,9 @@ fn the_order_of_the_lines_does_not_matter() {
         let key = buyer.to_string();
         sale = sale
             .ask(buyer, &key, 0, late, accepted(100))
-            .ask(buyer, &key, 0, 1, ReserveError(UnknownSale))
+            .ask(buyer, &key, 0, 1, refused(UnknownSale))
             .ask(buyer, &key, 3, 9, confirmed(101))
-            .ask(buyer, &key, 10, 19, ReserveError(SoldOut))
+            .ask(buyer, &key, 10, 19, refused(SoldOut))
             .row(buyer + 10, &key, 200);
     }
     let one = sale.0;
@@ -711,21 +715,21 @@ fn the_order_of_the_lines_does_not_matter() {
 
     let shown = judge(&one).to_string();
     assert_eq!(shown, judge(&other).to_string());
-    let told = |code| shown.contains(&format!("BROKEN {code} "));
+    let names = |code| shown.contains(&format!("BROKEN {code} "));
     for code in ["I1", "I2", "I3", "I4", "I5", "I6", "I9", "I10"] {
-        assert!(told(code), "not {code}:\n{shown}");
+        assert!(names(code), "not {code}:\n{shown}");
     }
 }
 
 /// The verdict names what it could not check.
 #[rstest]
 #[case::a_foreign_server(sale(1).foreign().ask(1, "1", 0, 9, confirmed(1)), &["I8", "I4", "I5", "I2"])]
-#[case::tickets_given_back(sold_again(), &["I8", "I7", "I6"])]
-#[case::given_back_at_an_unknown_time(
+#[case::released_tickets(sold_again(), &["I8", "I7", "I6"])]
+#[case::released_at_an_unknown_time(
     sold_again().ask(3, "3", 0, 9, ends(3, 50, Some(Declined))).row(3, "3", 3).released(1, 2)
         .with_row(|row| row.released_us = None),
     &["I8", "I7", "I6", "I1", "I3"])]
-#[case::a_buyer_who_can_not_know(undecided(), &["I8", "I7"])]
+#[case::a_buyer_who_can_not_know(indeterminate(), &["I8", "I7"])]
 #[case::declined_without_ever_holding_a_ticket(declined().never_had_a_row(), &["I8"])]
 #[case::payments_to_a_foreign_server(
     sale(1).takes(1, 0, 9).paid().foreign(), &["I8", "I4", "I5", "I11", "I2"])]

@@ -27,35 +27,35 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
     #[case] carried: CarriedOut,
     #[case] keeps: bool,
 ) {
-    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let (redis, postgres) = tokio::join!(backends::redis(), backends::postgres());
     let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
-    let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = HistoryRecorder::new(strategy(name));
+    let lock = Lock::of(SALE, &environment, &redis);
+    let history = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let lease = match carried {
         // Bob waits for it to expire.
         CarriedOut::InTime => LEASE * 2,
         CarriedOut::TooLate => LEASE,
     };
-    let behind = program(lease).variable("DATABASE_URL", proxy.url_through(&stand.database().url()));
+    let behind = program(lease).variable("DATABASE_URL", proxy.url_through(&environment.database().url()));
     let (first, second) = tokio::join!(
         async {
-            let first = TestServer::start(&stand, &behind, &LEVEL, strategy(name));
+            let first = TestServer::start(&environment, &behind, &LEVEL, strategy(name));
             first.await.unwrap()
         },
-        instance(&stand, name, lease)
+        instance(&environment, name, lease)
     );
     second.create_rush_sale(1).await.unwrap();
-    let held = DelayedCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&environment).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
+    let (ann, ()) = tokio::join!(history.reserve(&first, 1), async {
         wait_for_commit(&held).await;
         inject(&proxy, Fault::CloseAll).await;
-        ledger.record_fault("a commit has lost its connection");
+        history.record_fault("a commit has lost its connection");
     });
     assert_eq!(ann, Answer::Indeterminate);
-    let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
+    let (bob, ()) = tokio::join!(history.reserve(&second, 2), async {
         let at_the_row = async || held.waiting("transactionid tuple").await.unwrap() > 0;
         if carried == CarriedOut::InTime && keeps && name != "fenced" {
             // The lock is neither renewed nor released.
@@ -74,18 +74,18 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
         held.release().await.unwrap();
     });
     proxy.inject(Fault::None);
-    ledger.record_recovery();
+    history.record_recovery();
     match keeps {
         true => assert_eq!(bob, SOLD_OUT),
         false => assert!(is_confirmed(&bob), "{bob:?}"),
     }
     assert!(
-        is_confirmed(&ledger.reserve(&second, 1).await),
+        is_confirmed(&history.reserve(&second, 1).await),
         "her commit was carried out"
     );
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    let verdict = ledger.verdict(&stand).await.unwrap();
+    let verdict = history.verdict(&environment).await.unwrap();
     assert_after_fault(strategy(name), &verdict, if keeps { &[] } else { OVERSOLD });
 }
 
@@ -94,18 +94,18 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock_for_a_leas
 #[tokio::test]
 async fn a_buyer_who_retries_while_her_commit_is_in_flight_has_one_reservation() {
     let name = "fenced";
-    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = HistoryRecorder::new(strategy(name));
-    let (first, second) = tokio::join!(instance(&stand, name, LEASE), instance(&stand, name, LEASE));
+    let lock = Lock::of(SALE, &environment, &redis);
+    let history = HistoryRecorder::new(strategy(name));
+    let (first, second) = tokio::join!(instance(&environment, name, LEASE), instance(&environment, name, LEASE));
     first.create_rush_sale(2).await.unwrap();
-    let held = DelayedCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&environment).await.unwrap();
 
-    let (once, again) = tokio::join!(ledger.reserve(&first, 1), async {
+    let (once, again) = tokio::join!(history.reserve(&first, 1), async {
         wait_for_commit(&held).await;
         lock.expire().await;
-        let (again, ()) = tokio::join!(ledger.reserve(&second, 1), async {
+        let (again, ()) = tokio::join!(history.reserve(&second, 1), async {
             until("she waits for the row", async || {
                 held.waiting("transactionid tuple").await.unwrap() > 0
             })
@@ -118,7 +118,7 @@ async fn a_buyer_who_retries_while_her_commit_is_in_flight_has_one_reservation()
     assert_eq!(again, once);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
+    assert_after_fault(strategy(name), &history.verdict(&environment).await.unwrap(), &[]);
 }
 
 /// The caller of a commit in flight is dropped. The lock is held until the commit is carried out.
@@ -128,17 +128,17 @@ async fn a_buyer_who_retries_while_her_commit_is_in_flight_has_one_reservation()
 #[tokio::test]
 async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let lock = Lock::of(SALE, &stand, &redis);
-    let second = instance(&stand, name, LEASE * 10).await;
+    let lock = Lock::of(SALE, &environment, &redis);
+    let second = instance(&environment, name, LEASE * 10).await;
     second.create_rush_sale(1).await.unwrap();
-    let held = DelayedCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&environment).await.unwrap();
     let context = StrategyContext {
-        database: Database::lazy(stand.database().url().parse().unwrap(), 1),
+        database: Database::lazy(environment.database().url().parse().unwrap(), 1),
         work: Duration::ZERO,
         metrics: StrategyMetrics::default(),
-        redis: stand.redis(LEASE * 10).unwrap(),
+        redis: environment.redis(LEASE * 10).unwrap(),
         kafka: None,
         improvements: Improvements::default(),
         instrumentation: Instrumentation::default(),
@@ -158,8 +158,8 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
             () = wait_for_commit(&held) => {}
         }
     }
-    let ledger = HistoryRecorder::new(strategy);
-    let (bob, ()) = tokio::join!(ledger.reserve(&second, 2), async {
+    let history = HistoryRecorder::new(strategy);
+    let (bob, ()) = tokio::join!(history.reserve(&second, 2), async {
         // Far longer than he needs to reach the row, if the lock does not stop him.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let at_the_row = held.waiting("transactionid tuple").await.unwrap();

@@ -44,7 +44,7 @@ use tokio::time::timeout;
 const LEASE: Duration = Duration::from_secs(2);
 
 /// The time limit for anything that should happen at once, on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(8);
+const TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The scheduling point at which a request holds the lock and has read that a ticket is left.
 const DECIDED: &str = "decided to sell";
@@ -60,16 +60,16 @@ fn program(lease: Duration) -> Program {
 }
 
 /// Starts one instance.
-async fn instance(stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
-    TestServer::start(stand, &program(lease), &LEVEL, strategy(name))
+async fn instance(environment: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
+    TestServer::start(environment, &program(lease), &LEVEL, strategy(name))
         .await
         .unwrap()
 }
 
 /// Starts an instance that freezes when the first reservation reaches this point.
-async fn instance_frozen_at(point: &str, stand: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
+async fn instance_frozen_at(point: &str, environment: &TestEnvironment, name: &str, lease: Duration) -> TestServer {
     let program = program(lease).variable("OVERSOLD_STOP_AT", format!("{point}#1"));
-    TestServer::start(stand, &program, &LEVEL, strategy(name))
+    TestServer::start(environment, &program, &LEVEL, strategy(name))
         .await
         .unwrap()
 }
@@ -81,8 +81,10 @@ struct Lock<'a> {
 }
 
 impl<'a> Lock<'a> {
-    fn of(sale: SaleId, stand: &TestEnvironment, redis: &'a Redis) -> Self {
-        let prefix = stand.prefix().expect("a strategy of this level has a place in Redis");
+    fn of(sale: SaleId, environment: &TestEnvironment, redis: &'a Redis) -> Self {
+        let prefix = environment
+            .prefix()
+            .expect("a strategy of this level has a prefix in Redis");
         Self {
             redis,
             key: format!("{prefix}lock:{{sale:{sale}}}"),
@@ -123,9 +125,9 @@ impl<'a> Lock<'a> {
     async fn listeners(&self) -> i64 {
         let channel = format!("{}:released", self.key);
         match self.redis.command(&["PUBSUB", "NUMSUB", &channel]).await.unwrap() {
-            Reply::Array(told) => match told[..] {
+            Reply::Array(reply) => match reply[..] {
                 [_, Reply::Int(listeners)] => listeners,
-                _ => panic!("NUMSUB is answered with {told:?}"),
+                _ => panic!("NUMSUB is answered with {reply:?}"),
             },
             other => panic!("NUMSUB is answered with {other:?}"),
         }
@@ -133,20 +135,20 @@ impl<'a> Lock<'a> {
 }
 
 /// Waits until the process is frozen at its point.
-async fn wait_until_frozen(talk: &TestServer, patience: Duration) {
-    let frozen = talk.wait_until_stopped(patience).await;
+async fn wait_until_frozen(server: &TestServer, timeout: Duration) {
+    let frozen = server.wait_until_stopped(timeout).await;
     frozen.expect("the fault did not strike: the process runs on");
 }
 
 /// Kills a frozen process.
-async fn kill_frozen(talk: &TestServer) {
-    let left = talk.kill().await.unwrap().to_string();
-    assert!(left.contains("signal: 9"), "the fault did not strike: {left}");
+async fn kill_frozen(server: &TestServer) {
+    let exit = server.kill().await.unwrap().to_string();
+    assert!(exit.contains("signal: 9"), "the fault did not strike: {exit}");
 }
 
 /// Injects a fault at the proxy, and waits until it has affected a connection.
-async fn inject(proxy: &Proxy, cut: Fault) {
-    proxy.inject(cut);
+async fn inject(proxy: &Proxy, fault: Fault) {
+    proxy.inject(fault);
     until("the fault did not strike: no connection passed the proxy", async || {
         proxy.has_struck()
     })
@@ -164,16 +166,16 @@ async fn wait_for_commit(held: &DelayedCommits) {
 /// Each helper above must fail if its fault takes no effect.
 #[tokio::test]
 async fn a_fault_that_does_not_strike_is_noticed() {
-    let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
+    let environment = TestEnvironment::shared(strategy("rlock")).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let talk = instance(&stand, "rlock", LEASE).await;
-    let lock = Lock::of(SALE, &stand, &redis);
+    let server = instance(&environment, "rlock", LEASE).await;
+    let lock = Lock::of(SALE, &environment, &redis);
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    let held = DelayedCommits::on(&stand).await.unwrap();
+    let held = DelayedCommits::on(&environment).await.unwrap();
     let does_not = tokio::join!(
         panic_of(lock.expire()),
         panic_of(lock.wait_for_renewal()),
-        panic_of(wait_until_frozen(&talk, PATIENCE)),
+        panic_of(wait_until_frozen(&server, TIMEOUT)),
         panic_of(inject(&proxy, Fault::CloseAll)),
         panic_of(wait_for_commit(&held)),
     );
@@ -181,32 +183,33 @@ async fn a_fault_that_does_not_strike_is_noticed() {
         assert!(panic.contains("did not strike"), "{panic}");
     }
     held.release().await.unwrap();
-    talk.stop().await.unwrap();
+    server.stop().await.unwrap();
 }
 
 /// The panic message of a future.
 async fn panic_of(fault: impl Future<Output = ()>) -> String {
     let panic = AssertUnwindSafe(fault).catch_unwind().await.expect_err("it panics");
-    let said = panic.downcast_ref::<String>().cloned();
-    said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned()))
-        .expect("a panic says why")
+    let message = panic.downcast_ref::<String>().cloned();
+    message
+        .or_else(|| panic.downcast_ref::<&str>().map(|message| (*message).to_owned()))
+        .expect("a panic has a message")
 }
 
 /// A private Redis, and a test environment on it.
 async fn private_environment(name: &str) -> (Private<Redis>, TestEnvironment) {
     let redis = Redis::private().await.unwrap();
     let postgres = backends::postgres().await.unwrap();
-    let stand = TestEnvironment::on(&postgres, Some(&*redis), strategy(name).schema)
+    let environment = TestEnvironment::on(&postgres, Some(&*redis), strategy(name).schema)
         .await
         .unwrap();
-    (redis, stand)
+    (redis, environment)
 }
 
 /// Polls until the condition holds.
 async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
-    let gave_up = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !is_so().await {
-        assert!(Instant::now() < gave_up, "after {PATIENCE:?} still not so: {what}");
+        assert!(Instant::now() < deadline, "after {TIMEOUT:?} still not so: {what}");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
@@ -241,9 +244,9 @@ impl StaleHolder {
 }
 
 /// Asserts the answer to a holder that resumes without its lock.
-fn assert_stale_answer(told: &Answer, late: StaleHolder) {
+fn assert_stale_answer(answer: &Answer, late: StaleHolder) {
     match late {
-        StaleHolder::Oversells => assert!(is_confirmed(told), "{told:?}"),
-        StaleHolder::IsRejected => assert_eq!(*told, Answer::Indeterminate),
+        StaleHolder::Oversells => assert!(is_confirmed(answer), "{answer:?}"),
+        StaleHolder::IsRejected => assert_eq!(*answer, Answer::Indeterminate),
     }
 }

@@ -8,43 +8,43 @@ use super::*;
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn an_unreachable_redis_sells_nothing_twice_and_sales_resume_by_themselves(#[case] name: &str) {
-    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let mut environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let ledger = HistoryRecorder::new(strategy(name));
+    let history = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redirect_redis(proxy.port()).unwrap();
+    environment.redirect_redis(proxy.port()).unwrap();
     let (first, second) = tokio::join!(
-        instance_frozen_at(DECIDED, &stand, name, LEASE),
-        instance(&stand, name, LEASE)
+        instance_frozen_at(DECIDED, &environment, name, LEASE),
+        instance(&environment, name, LEASE)
     );
     first.create_rush_sale(2).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
-        wait_until_frozen(&first, PATIENCE).await;
+    let (ann, ()) = tokio::join!(history.reserve(&first, 1), async {
+        wait_until_frozen(&first, TIMEOUT).await;
         inject(&proxy, Fault::CloseAll).await;
-        ledger.record_fault("Redis is cut");
+        history.record_fault("Redis is cut");
         let sent = proxy.bytes_to_server();
-        let bob = ledger.reserve(&second, 2).await;
+        let bob = history.reserve(&second, 2).await;
         assert_eq!(bob, Answer::Indeterminate);
         assert_eq!(proxy.bytes_to_server(), sent, "the fault did not strike");
         first.resume().await.unwrap();
     });
     assert!(is_confirmed(&ann) || ann == Answer::Indeterminate, "{ann:?}");
-    assert_eq!(ledger.reserve(&second, 3).await, Answer::Indeterminate);
+    assert_eq!(history.reserve(&second, 3).await, Answer::Indeterminate);
     proxy.inject(Fault::None);
-    ledger.record_recovery();
+    history.record_recovery();
 
-    for (talk, what) in [(&first, "the first is ready"), (&second, "the second is ready")] {
-        until(what, async || talk.get("/readyz").await.unwrap().status.is_success()).await;
+    for (server, what) in [(&first, "the first is ready"), (&second, "the second is ready")] {
+        until(what, async || server.get("/readyz").await.unwrap().status.is_success()).await;
     }
-    for (talk, buyer) in [(&first, 1), (&second, 2)] {
-        let told = ledger.reserve(talk, buyer).await;
-        assert!(is_confirmed(&told), "buyer {buyer} gets {told:?}");
+    for (server, buyer) in [(&first, 1), (&second, 2)] {
+        let answer = history.reserve(server, buyer).await;
+        assert!(is_confirmed(&answer), "buyer {buyer} gets {answer:?}");
     }
-    assert_eq!(ledger.reserve(&second, 3).await, SOLD_OUT);
+    assert_eq!(history.reserve(&second, 3).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    let verdict = ledger.verdict(&stand).await.unwrap();
+    let verdict = history.verdict(&environment).await.unwrap();
     assert_after_fault(strategy(name), &verdict, &[]);
 }
 
@@ -56,28 +56,28 @@ async fn an_unreachable_redis_sells_nothing_twice_and_sales_resume_by_themselves
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn connections_to_redis_that_fell_silent_are_replaced(#[case] name: &str) {
-    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let mut environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let ledger = HistoryRecorder::new(strategy(name));
+    let history = HistoryRecorder::new(strategy(name));
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redirect_redis(proxy.port()).unwrap();
-    let talk = instance(&stand, name, LEASE).await;
-    talk.create_rush_sale(2).await.unwrap();
-    assert!(is_confirmed(&ledger.reserve(&talk, 1).await));
+    environment.redirect_redis(proxy.port()).unwrap();
+    let server = instance(&environment, name, LEASE).await;
+    server.create_rush_sale(2).await.unwrap();
+    assert!(is_confirmed(&history.reserve(&server, 1).await));
 
-    ledger.record_fault("all connections to Redis fall silent");
+    history.record_fault("all connections to Redis fall silent");
     assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
     until("a buyer is served", async || {
-        is_confirmed(&ledger.reserve(&talk, 2).await)
+        is_confirmed(&history.reserve(&server, 2).await)
     })
     .await;
     assert!(
         proxy.chunks_discarded() > 0,
         "the fault did not strike: no silent connection was tried"
     );
-    ledger.record_recovery();
-    talk.stop().await.unwrap();
-    assert_after_fault(strategy(name), &ledger.verdict(&stand).await.unwrap(), &[]);
+    history.record_recovery();
+    server.stop().await.unwrap();
+    assert_after_fault(strategy(name), &history.verdict(&environment).await.unwrap(), &[]);
 }
 
 #[rstest]
@@ -88,27 +88,27 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
     /// The tickets sold before the fault, each with a token.
     const BEFORE: u32 = 5;
 
-    let (redis, stand) = private_environment(name).await;
-    let database = stand.database().pool(1).await.unwrap();
+    let (redis, environment) = private_environment(name).await;
+    let database = environment.database().pool(1).await.unwrap();
     let fence = async || -> i64 {
         let fence = sqlx::query_scalar("select fence from sale where id = $1").bind(SALE);
         fence.fetch_one(&database).await.unwrap()
     };
-    let ledger = HistoryRecorder::new(strategy(name));
+    let history = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(
-        instance_frozen_at(DECIDED, &stand, name, LEASE),
-        instance(&stand, name, LEASE)
+        instance_frozen_at(DECIDED, &environment, name, LEASE),
+        instance(&environment, name, LEASE)
     );
     second.create_rush_sale(BEFORE + 1).await.unwrap();
     for buyer in 1..=BEFORE {
-        assert!(is_confirmed(&ledger.reserve(&second, buyer.into()).await));
+        assert!(is_confirmed(&history.reserve(&second, buyer.into()).await));
     }
 
     let (late, early) = (100, 101);
-    let (told_late, ()) = tokio::join!(ledger.reserve(&first, late), async {
-        wait_until_frozen(&first, PATIENCE).await;
+    let (told_late, ()) = tokio::join!(history.reserve(&first, late), async {
+        wait_until_frozen(&first, TIMEOUT).await;
         let before = fence().await;
-        ledger.record_fault("Redis has lost its memory");
+        history.record_fault("Redis has lost its memory");
         let pid = redis.pid().await.unwrap();
         redis.kill().await.unwrap();
         redis.start().await.unwrap();
@@ -118,35 +118,35 @@ async fn tokens_never_go_back_when_redis_starts_again_empty(#[case] name: &str, 
             Reply::Int(0),
             "the fault did not strike"
         );
-        ledger.record_recovery();
+        history.record_recovery();
         until("the second is ready", async || {
             second.get("/readyz").await.unwrap().status.is_success()
         })
         .await;
 
-        let told = ledger.reserve(&second, early).await;
+        let answer = history.reserve(&second, early).await;
         let after = fence().await;
         if grow {
-            assert!(is_confirmed(&told), "{told:?}");
+            assert!(is_confirmed(&answer), "{answer:?}");
             assert!(after > before, "the token went back from {before} to {after}");
         } else {
             // The tokens restart at 1, and the row has seen greater ones.
-            assert_eq!(told, Answer::Indeterminate);
-            assert_eq!(ledger.reserve(&second, early).await, Answer::Indeterminate);
+            assert_eq!(answer, Answer::Indeterminate);
+            assert_eq!(history.reserve(&second, early).await, Answer::Indeterminate);
             assert_eq!(after, before);
         }
         first.resume().await.unwrap();
     });
     if grow {
         assert_eq!(told_late, Answer::Indeterminate, "the late holder's write");
-        assert_eq!(ledger.reserve(&second, late).await, SOLD_OUT);
+        assert_eq!(history.reserve(&second, late).await, SOLD_OUT);
     } else {
         assert!(is_confirmed(&told_late), "{told_late:?}");
     }
     first.stop().await.unwrap();
     second.stop().await.unwrap();
     database.close().await;
-    let verdict = ledger.verdict(&stand).await.unwrap();
+    let verdict = history.verdict(&environment).await.unwrap();
     assert_after_fault(strategy(name), &verdict, if grow { &[] } else { STUCK });
 }
 
@@ -177,7 +177,7 @@ impl Forgets {
                 set("maxmemory", "1").await;
                 until("the lock is evicted", async || !lock.is_held().await).await;
                 let Reply::Bulk(stats) = redis.command(&["INFO", "stats"]).await.unwrap() else {
-                    panic!("INFO tells nothing")
+                    panic!("INFO is not answered with text")
                 };
                 let evicted = stats.lines().find_map(|line| line.strip_prefix("evicted_keys:"));
                 assert_ne!(evicted, Some("0"), "the fault did not strike: the lock has expired");
@@ -200,33 +200,33 @@ async fn a_lock_that_redis_forgets_has_two_holders(
 ) {
     // So long that it does not expire.
     let lease = Duration::from_secs(60);
-    let (redis, stand) = private_environment(name).await;
-    let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = HistoryRecorder::new(strategy(name));
+    let (redis, environment) = private_environment(name).await;
+    let lock = Lock::of(SALE, &environment, &redis);
+    let history = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(
-        instance_frozen_at(DECIDED, &stand, name, lease),
-        instance(&stand, name, lease)
+        instance_frozen_at(DECIDED, &environment, name, lease),
+        instance(&environment, name, lease)
     );
     second.create_rush_sale(1).await.unwrap();
 
-    let (ann, ()) = tokio::join!(ledger.reserve(&first, 1), async {
-        wait_until_frozen(&first, PATIENCE).await;
+    let (ann, ()) = tokio::join!(history.reserve(&first, 1), async {
+        wait_until_frozen(&first, TIMEOUT).await;
         assert!(lock.is_held().await, "the fault did not strike: the lock was free");
         forgets.strike(&redis, &lock).await;
-        ledger.record_fault("Redis has forgotten the lock");
+        history.record_fault("Redis has forgotten the lock");
         until("the second is ready", async || {
             second.get("/readyz").await.unwrap().status.is_success()
         })
         .await;
-        let bob = ledger.reserve(&second, 2).await;
+        let bob = history.reserve(&second, 2).await;
         assert!(is_confirmed(&bob), "the lock is free, and Bob gets {bob:?}");
         first.resume().await.unwrap();
-        ledger.record_recovery();
+        history.record_recovery();
     });
     assert_stale_answer(&ann, forgotten);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    let verdict = ledger.verdict(&stand).await.unwrap();
+    let verdict = history.verdict(&environment).await.unwrap();
     assert_after_fault(strategy(name), &verdict, forgotten.breaks());
 }
 
@@ -239,15 +239,15 @@ async fn a_lock_that_redis_forgets_has_two_holders(
 async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #[case] release: &str) {
     // So long that only a release frees the lock.
     let lease = Duration::from_secs(60);
-    let (redis, stand) = private_environment(name).await;
-    let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = HistoryRecorder::new(strategy(name));
+    let (redis, environment) = private_environment(name).await;
+    let lock = Lock::of(SALE, &environment, &redis);
+    let history = HistoryRecorder::new(strategy(name));
     let (first, second) = tokio::join!(
-        instance_frozen_at(DECIDED, &stand, name, lease),
-        instance(&stand, name, lease)
+        instance_frozen_at(DECIDED, &environment, name, lease),
+        instance(&environment, name, lease)
     );
     first.create_rush_sale(3).await.unwrap();
-    assert!(is_confirmed(&ledger.reserve(&second, 1).await));
+    assert!(is_confirmed(&history.reserve(&second, 1).await));
     let release = Script::new(release);
     let bare = ["EVALSHA", release.get_hash(), "1", "nothing", "nobody"];
     let flush = async || {
@@ -260,29 +260,29 @@ async fn scripts_that_redis_has_forgotten_are_loaded_again(#[case] name: &str, #
     };
 
     flush().await;
-    assert!(is_confirmed(&ledger.reserve(&second, 2).await));
+    assert!(is_confirmed(&history.reserve(&second, 2).await));
     if name == "mutants/bare-evalsha" {
         assert!(lock.is_held().await, "the lock was released");
-        assert_eq!(ledger.reserve(&second, 3).await, Answer::Indeterminate);
+        assert_eq!(history.reserve(&second, 3).await, Answer::Indeterminate);
         first.stop().await.unwrap();
         second.stop().await.unwrap();
-        let verdict = ledger.verdict(&stand).await.unwrap();
+        let verdict = history.verdict(&environment).await.unwrap();
         assert_after_fault(strategy(name), &verdict, STUCK);
         return;
     }
     // And while the lock is held.
-    let (ann, ()) = tokio::join!(ledger.reserve(&first, 3), async {
-        wait_until_frozen(&first, PATIENCE).await;
+    let (ann, ()) = tokio::join!(history.reserve(&first, 3), async {
+        wait_until_frozen(&first, TIMEOUT).await;
         flush().await;
         assert!(lock.is_held().await);
         first.resume().await.unwrap();
     });
     assert!(is_confirmed(&ann));
     until("the lock is released", async || !lock.is_held().await).await;
-    assert_eq!(ledger.reserve(&second, 4).await, SOLD_OUT);
+    assert_eq!(history.reserve(&second, 4).await, SOLD_OUT);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    let verdict = ledger.verdict(&stand).await.unwrap();
+    let verdict = history.verdict(&environment).await.unwrap();
     assert_after_fault(strategy(name), &verdict, &[]);
 }
 

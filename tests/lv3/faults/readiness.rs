@@ -50,10 +50,10 @@ impl Rejects {
 #[case::rlock_without_replicas("rlock", Rejects::WithoutReplicas)]
 #[tokio::test]
 async fn a_redis_that_rejects_writes_is_not_ready_until_it_takes_them(#[case] name: &str, #[case] rejects: Rejects) {
-    let (redis, stand) = private_environment(name).await;
-    let talk = instance(&stand, name, LEASE).await;
-    talk.create_rush_sale(1).await.unwrap();
-    let pid = talk.pid().await.unwrap();
+    let (redis, environment) = private_environment(name).await;
+    let server = instance(&environment, name, LEASE).await;
+    server.create_rush_sale(1).await.unwrap();
+    let pid = server.pid().await.unwrap();
     let ([fault, remedy], code, reason) = rejects.commands();
 
     assert_eq!(redis.command(fault).await.unwrap(), Reply::Status("OK".to_owned()));
@@ -62,25 +62,25 @@ async fn a_redis_that_rejects_writes_is_not_ready_until_it_takes_them(#[case] na
         matches!(&rejected, Reply::Error(why) if why.starts_with(code)),
         "the fault did not strike: {rejected:?}"
     );
-    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 503);
+    assert_eq!(server.reserve(SALE, 1, Some("a")).await.unwrap().status, 503);
     if name == "mutants/ready-is-a-ping" {
-        assert_eq!(unready(&talk).await, "");
+        assert_eq!(unready(&server).await, "");
         assert_failure_mode(strategy(name), &[]);
-        talk.stop().await.unwrap();
+        server.stop().await.unwrap();
         return;
     }
-    until("the reason is named", async || unready(&talk).await.contains(reason)).await;
+    until("the reason is named", async || unready(&server).await.contains(reason)).await;
 
     assert_eq!(redis.command(remedy).await.unwrap(), Reply::Status("OK".to_owned()));
-    until("it is ready again", async || unready(&talk).await.is_empty()).await;
-    assert_eq!(talk.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
-    assert_eq!(talk.pid().await.unwrap(), pid, "it is another process");
-    talk.stop().await.unwrap();
+    until("it is ready again", async || unready(&server).await.is_empty()).await;
+    assert_eq!(server.reserve(SALE, 1, Some("a")).await.unwrap().status, 201);
+    assert_eq!(server.pid().await.unwrap(), pid, "it is another process");
+    server.stop().await.unwrap();
 }
 
 /// Why the server is not ready; empty if it is.
-async fn unready(talk: &TestServer) -> String {
-    let answer = talk.get("/readyz").await.unwrap();
+async fn unready(server: &TestServer) -> String {
+    let answer = server.get("/readyz").await.unwrap();
     match answer.status.is_success() {
         true => String::new(),
         false => String::from_utf8_lossy(&answer.body).into_owned(),
@@ -105,12 +105,12 @@ async fn a_user_without_the_permissions_of_a_lock_does_not_start(
     #[values("rlock", "fenced")] name: &str,
     #[case] rules: &[&str],
 ) {
-    let (redis, stand) = private_environment(name).await;
+    let (redis, environment) = private_environment(name).await;
     let program = program(LEASE).variable("REDIS_URL", user(&redis, rules).await);
-    let started = TestServer::start(&stand, &program, &LEVEL, strategy(name)).await;
+    let started = TestServer::start(&environment, &program, &LEVEL, strategy(name)).await;
     let Err(why) = started else { panic!("it starts") };
     let why = format!("{why:#}");
-    let pattern = format!("{}lock:*", stand.prefix().unwrap());
+    let pattern = format!("{}lock:*", environment.prefix().unwrap());
     let named: Vec<&str> = why.lines().filter(|line| line.contains("error: ")).collect();
     let [line] = named[..] else { panic!("{why}") };
     assert!(
@@ -123,15 +123,15 @@ async fn a_user_without_the_permissions_of_a_lock_does_not_start(
 /// `spin` publishes nothing.
 #[tokio::test]
 async fn a_lock_that_uses_no_channel_needs_none() {
-    let (redis, stand) = private_environment("spin").await;
+    let (redis, environment) = private_environment("spin").await;
     let url = user(&redis, &["~*", "+@all", "resetchannels"]).await;
     let program = program(LEASE).variable("REDIS_URL", url);
-    let talk = TestServer::start(&stand, &program, &LEVEL, strategy("spin"))
+    let server = TestServer::start(&environment, &program, &LEVEL, strategy("spin"))
         .await
         .unwrap();
-    talk.create_rush_sale(1).await.unwrap();
-    assert_eq!(talk.reserve(SALE, 1, None).await.unwrap().status, 201);
-    talk.stop().await.unwrap();
+    server.create_rush_sale(1).await.unwrap();
+    assert_eq!(server.reserve(SALE, 1, None).await.unwrap().status, 201);
+    server.stop().await.unwrap();
 }
 
 /// The permission is withdrawn while the server runs. Its locks are released all the same.
@@ -142,31 +142,31 @@ async fn a_lock_that_uses_no_channel_needs_none() {
 async fn a_server_that_may_not_publish_any_more_is_not_ready_and_releases_its_locks(#[case] name: &str) {
     // So long that only a release frees the lock.
     let lease = Duration::from_secs(60);
-    let (redis, stand) = private_environment(name).await;
-    let lock = Lock::of(SALE, &stand, &redis);
+    let (redis, environment) = private_environment(name).await;
+    let lock = Lock::of(SALE, &environment, &redis);
     let url = user(&redis, &["~*", "&*", "+@all"]).await;
     let program = program(lease).variable("REDIS_URL", url);
-    let talk = TestServer::start(&stand, &program, &LEVEL, strategy(name))
+    let server = TestServer::start(&environment, &program, &LEVEL, strategy(name))
         .await
         .unwrap();
-    talk.create_rush_sale(20).await.unwrap();
+    server.create_rush_sale(20).await.unwrap();
 
     user(&redis, &["resetchannels"]).await;
     until("the reason is named", async || {
-        unready(&talk).await.contains("acl setuser app")
+        unready(&server).await.contains("acl setuser app")
     })
     .await;
     for buyer in 1..=20 {
-        let sold = talk.reserve(SALE, buyer, None).await.unwrap();
+        let sold = server.reserve(SALE, buyer, None).await.unwrap();
         assert_eq!(sold.status, 201, "buyer {buyer}");
         until("the lock is released", async || !lock.is_held().await).await;
     }
-    let log = talk.log().await.unwrap();
+    let log = server.log().await.unwrap();
     assert!(!log.contains("was not released"), "{log}");
-    let said = log.matches("its waiters could not be notified").count();
-    assert_eq!(said, 1, "{log}");
+    let count = log.matches("its waiters could not be notified").count();
+    assert_eq!(count, 1, "{log}");
 
     user(&redis, &["&*"]).await;
-    until("it is ready again", async || unready(&talk).await.is_empty()).await;
-    talk.stop().await.unwrap();
+    until("it is ready again", async || unready(&server).await.is_empty()).await;
+    server.stop().await.unwrap();
 }

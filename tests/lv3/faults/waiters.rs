@@ -9,9 +9,9 @@ enum AnyLock {
 }
 
 impl AnyLock {
-    async fn open(stand: &TestEnvironment, name: &str, lease: Duration) -> Self {
-        let place = stand.redis(lease).unwrap().unwrap();
-        let connections = Connections::open(place.url.expose(), &place.prefix).await.unwrap();
+    async fn open(environment: &TestEnvironment, name: &str, lease: Duration) -> Self {
+        let config = environment.redis(lease).unwrap().unwrap();
+        let connections = Connections::open(config.url.expose(), &config.prefix).await.unwrap();
         match name {
             "spin" => Self::Spin(SpinLock::new(connections, Lease::Fixed(lease), Backoff::default()).unwrap()),
             _ => Self::RLock(RLock::new(connections, Lease::Renewed(lease), FencingTokens::None).unwrap()),
@@ -32,15 +32,18 @@ impl AnyLock {
 #[case::rlock("rlock")]
 #[tokio::test]
 async fn a_release_by_another_owner_is_rejected_and_the_owner_keeps_the_lock(#[case] name: &str) {
-    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let lock = Lock::of(SALE, &stand, &redis);
+    let lock = Lock::of(SALE, &environment, &redis);
     let lease = Duration::from_secs(60);
-    let (here, there) = tokio::join!(AnyLock::open(&stand, name, lease), AnyLock::open(&stand, name, lease));
+    let (here, there) = tokio::join!(
+        AnyLock::open(&environment, name, lease),
+        AnyLock::open(&environment, name, lease)
+    );
 
-    let late = here.acquire(PATIENCE).await.unwrap();
+    let late = here.acquire(TIMEOUT).await.unwrap();
     lock.expire().await;
-    let owner = there.acquire(PATIENCE).await.unwrap();
+    let owner = there.acquire(TIMEOUT).await.unwrap();
     assert_eq!(late.release().await.unwrap(), Released::NotOwner);
     assert!(lock.is_held().await, "it opened the owner's lock");
     assert_eq!(owner.release().await.unwrap(), Released::Free);
@@ -57,27 +60,27 @@ async fn a_release_by_another_owner_is_rejected_and_the_owner_keeps_the_lock(#[c
 async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[case] name: &str, #[case] gets_in: bool) {
     // Long enough that the release comes first.
     let lease = Duration::from_secs(4);
-    let mut stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let mut environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let lock = Lock::of(SALE, &stand, &redis);
-    let ledger = HistoryRecorder::new(strategy(name));
-    let first = instance_frozen_at(DECIDED, &stand, name, lease).await;
+    let lock = Lock::of(SALE, &environment, &redis);
+    let history = HistoryRecorder::new(strategy(name));
+    let first = instance_frozen_at(DECIDED, &environment, name, lease).await;
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
-    stand.redirect_redis(proxy.port()).unwrap();
-    let second = instance(&stand, name, lease).await;
+    environment.redirect_redis(proxy.port()).unwrap();
+    let second = instance(&environment, name, lease).await;
     first.create_rush_sale(2).await.unwrap();
 
     let holds = async {
-        let ann = ledger.reserve(&first, 1).await;
+        let ann = history.reserve(&first, 1).await;
         assert!(is_confirmed(&ann), "{ann:?}");
     };
     let waits = async {
-        wait_until_frozen(&first, PATIENCE).await;
-        let mut bob = Box::pin(ledger.reserve(&second, 2));
+        wait_until_frozen(&first, TIMEOUT).await;
+        let mut bob = Box::pin(history.reserve(&second, 2));
         let strikes = async {
             until("Bob listens", async || lock.listeners().await == 1).await;
             inject(&proxy, Fault::CloseOn("SUBSCRIBE")).await;
-            ledger.record_fault("the messages of releases are lost");
+            history.record_fault("the messages of releases are lost");
             until("there are no subscribers", async || lock.listeners().await == 0).await;
             assert!(
                 lock.is_held().await,
@@ -92,28 +95,28 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
             );
         };
         tokio::select! {
-            told = &mut bob => panic!("Bob got {told:?} before the release and without a message"),
+            answer = &mut bob => panic!("Bob got {answer:?} before the release and without a message"),
             () = strikes => {}
         }
-        let told = timeout(lease + Duration::from_secs(3), &mut bob).await;
-        assert_eq!(told.is_ok(), gets_in, "Bob, whose message is lost, gets {told:?}");
-        let told = match told {
-            Ok(told) => told,
+        let answer = timeout(lease + Duration::from_secs(3), &mut bob).await;
+        assert_eq!(answer.is_ok(), gets_in, "Bob, whose message is lost, gets {answer:?}");
+        let answer = match answer {
+            Ok(answer) => answer,
             Err(_) => {
                 assert!(!lock.is_held().await, "the lock is held");
                 // He waits for the message alone.
                 proxy.inject(Fault::None);
-                timeout(PATIENCE, bob).await.expect("he still waits")
+                timeout(TIMEOUT, bob).await.expect("he still waits")
             }
         };
-        assert!(is_confirmed(&told));
+        assert!(is_confirmed(&answer));
         proxy.inject(Fault::None);
-        ledger.record_recovery();
+        history.record_recovery();
     };
     tokio::join!(holds, waits);
     first.stop().await.unwrap();
     second.stop().await.unwrap();
-    let verdict = ledger.verdict(&stand).await.unwrap();
+    let verdict = history.verdict(&environment).await.unwrap();
     assert_after_fault(strategy(name), &verdict, &[]);
 }
 
@@ -122,17 +125,20 @@ async fn a_waiter_whose_message_is_lost_gets_in_when_the_lease_has_run_out(#[cas
 #[case::rlock("rlock", 1)]
 #[tokio::test]
 async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str, #[case] listens: i64) {
-    let stand = TestEnvironment::shared(strategy(name)).await.unwrap();
+    let environment = TestEnvironment::shared(strategy(name)).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let lock = Lock::of(SALE, &stand, &redis);
+    let lock = Lock::of(SALE, &environment, &redis);
     // No acquisition comes from an expired lease.
     let lease = Duration::from_secs(60);
-    let (here, there) = tokio::join!(AnyLock::open(&stand, name, lease), AnyLock::open(&stand, name, lease));
-    let held = here.acquire(PATIENCE).await.unwrap();
+    let (here, there) = tokio::join!(
+        AnyLock::open(&environment, name, lease),
+        AnyLock::open(&environment, name, lease)
+    );
+    let held = here.acquire(TIMEOUT).await.unwrap();
 
     // One waiter times out at the head of its process's queue; one behind it is dropped.
     let short = Duration::from_millis(300);
-    let (gives_up, dropped) = tokio::join!(there.acquire(short), timeout(short, there.acquire(PATIENCE)));
+    let (gives_up, dropped) = tokio::join!(there.acquire(short), timeout(short, there.acquire(TIMEOUT)));
     assert!(matches!(gives_up, Err(LockError::NotAcquired(_))));
     assert!(dropped.is_err());
     until("there are no subscribers any more", async || {
@@ -142,7 +148,7 @@ async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str
 
     // The waiter at the head is dropped, with another behind it.
     {
-        let mut head = Box::pin(there.acquire(PATIENCE));
+        let mut head = Box::pin(there.acquire(TIMEOUT));
         let queued = async {
             let what = "the fault did not strike: it is not in the queue";
             until(what, async || lock.listeners().await == listens).await;
@@ -156,7 +162,7 @@ async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str
         drop(head);
         assert!(timeout(Duration::from_millis(50), &mut next).await.is_err());
         assert_eq!(held.release().await.unwrap(), Released::Free);
-        let got = timeout(PATIENCE, next)
+        let got = timeout(TIMEOUT, next)
             .await
             .expect("the queue does not move on")
             .unwrap();
@@ -172,14 +178,14 @@ async fn a_waiter_that_gives_up_or_is_dropped_blocks_no_other(#[case] name: &str
 /// The test above detects a wait that outlives its caller, such as one in a detached task.
 #[tokio::test]
 async fn a_wait_that_outlives_its_caller_is_detected() {
-    let stand = TestEnvironment::shared(strategy("rlock")).await.unwrap();
+    let environment = TestEnvironment::shared(strategy("rlock")).await.unwrap();
     let redis = backends::redis().await.unwrap();
-    let lock = Lock::of(SALE, &stand, &redis);
+    let lock = Lock::of(SALE, &environment, &redis);
     let (here, there) = tokio::join!(
-        AnyLock::open(&stand, "rlock", LEASE),
-        AnyLock::open(&stand, "rlock", LEASE)
+        AnyLock::open(&environment, "rlock", LEASE),
+        AnyLock::open(&environment, "rlock", LEASE)
     );
-    let _held = here.acquire(PATIENCE).await.unwrap();
+    let _held = here.acquire(TIMEOUT).await.unwrap();
     drop(tokio::spawn(async move { there.acquire(Duration::MAX).await }));
     until("it is in the queue", async || lock.listeners().await == 1).await;
     let no_subscribers = "there are no subscribers any more";

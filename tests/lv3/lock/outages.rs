@@ -136,12 +136,12 @@ async fn all_tasks_in_a_local_queue_fail_together_when_redis_does_not_answer(#[c
     eventually("they listen", async || env.listeners(&key).await == 1).await;
     proxy.inject(Fault::Blackhole(""));
     for waiter in waiters {
-        let told = waiter.await.unwrap();
-        assert!(matches!(told, Err(LockError::Redis(_))), "{:?}", told.err());
+        let result = waiter.await.unwrap();
+        assert!(matches!(result, Err(LockError::Redis(_))), "{:?}", result.err());
     }
     assert!(proxy.connections_blackholed() > 0, "the fault did not strike");
-    let asked = proxy.chunks_discarded();
-    assert!(asked < WAITERS as u64, "Redis was asked {asked} times");
+    let requests = proxy.chunks_discarded();
+    assert!(requests < WAITERS as u64, "Redis got {requests} requests");
 }
 
 /// An earlier error does not fail later waiters: the lock is held, so they wait.

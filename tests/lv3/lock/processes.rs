@@ -30,16 +30,16 @@ const ROUNDS: usize = 8;
 #[tokio::test]
 async fn plays_a_role_in_another_test() {
     let Ok(role) = std::env::var(ROLE) else { return };
-    let told = |what: &str| std::env::var(format!("LV3_LOCK_{what}")).unwrap();
-    let kind = match told("KIND").as_str() {
+    let setting = |what: &str| std::env::var(format!("LV3_LOCK_{what}")).unwrap();
+    let kind = match setting("KIND").as_str() {
         "Rlock" => Rlock,
         "Fenced" => Fenced,
         _ => Spin,
     };
     let env = LockEnvironment {
-        raw: raw(&told("URL")).await,
-        url: told("URL"),
-        prefix: told("PREFIX"),
+        raw: raw(&setting("URL")).await,
+        url: setting("URL"),
+        prefix: setting("PREFIX"),
         _prefix: None,
         _server: None,
     };
@@ -78,8 +78,10 @@ async fn plays_a_role_in_another_test() {
                     redis::cmd("SET").arg(&holds).arg("yes").query_async(&mut raw).await;
             });
             lost(&held).await;
-            let told = format!("{:?}", held.release().await.unwrap());
-            let _: String = env.command(&["SET", &format!("{}told", env.prefix), &told]).await;
+            let released = format!("{:?}", held.release().await.unwrap());
+            let _: String = env
+                .command(&["SET", &format!("{}released", env.prefix), &released])
+                .await;
         }
         "takes it again and again" => {
             let lock = env.lock(kind, SHORT).await;
@@ -206,8 +208,8 @@ async fn a_frozen_holder_loses_the_lock_and_notices_when_it_resumes(#[case] kind
     let (next, _) = lock.spawn_waiter("sale", LONG_WAIT).await.unwrap().unwrap();
     signal("CONT", pid).await;
     assert!(holder.wait().await.unwrap().success());
-    let told: String = env.command(&["GET", &format!("{}told", env.prefix)]).await;
-    assert_eq!(told, "NotOwner");
+    let released: String = env.command(&["GET", &format!("{}released", env.prefix)]).await;
+    assert_eq!(released, "NotOwner");
     assert!(!next.is_lost());
     assert_eq!(next.release().await.unwrap(), Released::Free);
 }

@@ -340,19 +340,19 @@ async fn a_process_with_an_endless_queue_does_not_starve_others(#[case] kind: Ki
     let server = Redis::private().await.unwrap();
     let direct = LockEnvironment::on(&server).await;
     let (env, proxy) = behind_a_proxy(&server).await;
-    let (crowd, elsewhere) = (env.lock(kind, LONG).await, direct.lock(kind, LONG).await);
+    let (local, elsewhere) = (env.lock(kind, LONG).await, direct.lock(kind, LONG).await);
     // On a network with other traffic, a release and the command behind it arrive together.
     proxy.inject(Fault::Delay(ms(1)));
     let others: Vec<_> = (0..4)
         .map(|_| {
-            let redis = crowd.connections().clone();
+            let redis = local.connections().clone();
             tokio::spawn(async move { while redis.send::<String>(redis::cmd("PING")).await.is_ok() {} })
         })
         .collect();
     let turns = Arc::<AtomicU32>::default();
     let queueing: Vec<_> = (0..8)
         .map(|_| {
-            let (lock, turns) = (crowd.clone(), turns.clone());
+            let (lock, turns) = (local.clone(), turns.clone());
             tokio::spawn(async move {
                 loop {
                     let held = lock.acquire("sale", &Owner::fresh(), LONG_WAIT).await.unwrap();

@@ -1,4 +1,4 @@
--- The schema `guarded`: the rules of a sale stand in the tables, and hold whatever the code forgets.
+-- The schema `guarded`: constraints enforce the rules of a sale, even if the code does not.
 
 create table sale (
     id       bigint primary key,
@@ -19,7 +19,7 @@ create table reservation (
     constraint one_reservation_for_a_key unique (sale_id, request_key)
 );
 
--- What the theatre and the judge read, the same two views in every level.
+-- Views that the server and the judge read; the same in every level.
 create view sale_now as
     select id as sale_id, name, capacity, stock
       from sale;

@@ -1,7 +1,7 @@
--- The schema `bare`: tables, and no constraint that could keep a guarantee in a strategy's place.
+-- The schema `bare`: tables, and no constraint that could do the strategy's work.
 --
--- No unique key on (sale_id, buyer_id), no check on stock, and no foreign key either: an insert would lock the sale's row to honour it.
--- What keeps a sale right on these tables is the strategy alone.
+-- No unique key on (sale_id, buyer_id), no check on stock, and no foreign key, whose check on every insert would lock the sale's row.
+-- Only the strategy keeps a sale correct on these tables.
 
 create table sale (
     id       bigint primary key,
@@ -19,12 +19,12 @@ create table reservation (
     changed_at  timestamptz not null default clock_timestamp()
 );
 
--- Not unique: they only make the look-ups quick. The sale comes last: a plan that was made while the table was empty would else be
--- content with it, and read through all reservations of the sale.
+-- Not unique: these indexes only speed up queries. `sale_id` is last: a plan cached while the table was empty could otherwise use it
+-- alone and scan the whole sale.
 create index reservation_by_buyer on reservation (buyer_id, sale_id);
 create index reservation_by_key on reservation (request_key, sale_id);
 
--- What the theatre and the judge read, the same two views in every level.
+-- Views that the server and the judge read; the same in every level.
 create view sale_now as
     select id as sale_id, name, capacity, stock
       from sale;

@@ -293,8 +293,8 @@ impl Guard {
     }
 
     // ANCHOR: lost
-    /// Whether the lock is known to be lost, or its lease has expired. `false` is true only at the
-    /// moment of the call.
+    /// Whether the lock is known to be lost, or its lease has expired. A result of `false` may be
+    /// outdated as soon as it is returned.
     pub fn is_lost(&self) -> bool {
         self.held.as_ref().is_none_or(|held| held.is_lost())
     }

@@ -1,6 +1,6 @@
--- The schema `bare`: tables, and no constraint that could keep a guarantee in a strategy's place.
+-- The schema `bare`: tables, and no constraint that could do the strategy's work.
 --
--- Not even the id of a reservation is unique: that an order is decided once is for the strategy to see to.
+-- Not even the id of a reservation is unique: the strategy has to decide each order once.
 
 create table sale (
     id       bigint primary key,
@@ -10,7 +10,7 @@ create table sale (
 );
 
 -- ANCHOR: tables
--- What was decided, one row for each order: also for those who got no ticket, as their buyers ask as well.
+-- The decisions, one row for each order. A refused order has a row, too: its buyer asks for the result.
 create table reservation (
     id          uuid        not null,
     sale_id     bigint      not null,
@@ -18,22 +18,22 @@ create table reservation (
     request_key text        not null,
     status      text        not null default 'confirmed', -- or 'refused'
     reason      text,                                     -- why it was refused
-    earlier     uuid,                                     -- the reservation that the buyer had already
+    earlier     uuid,                                     -- the reservation that the buyer already had
     changed_at  timestamptz not null default clock_timestamp()
 );
 create index reservation_by_id on reservation (id);
 create index reservation_by_buyer on reservation (buyer_id, sale_id);
 create index reservation_by_key on reservation (request_key, sale_id);
 
--- What became of the orders, in the order in which it is told: a log of events. Who was told what is not kept, as a client may come back and ask
--- again. So nothing here goes by itself: whoever runs this prunes it, once nobody will ask for the orders of a sale any more.
+-- The results of orders: a log of events, in the order in which they are sent. Deliveries to buyers are not recorded: a client may
+-- reconnect and ask again. Nothing is deleted automatically. An operator may delete the events of a sale once nobody asks for its orders.
 create table outbox (
     number         bigint generated always as identity primary key,
     reservation_id uuid   not null
 );
 create index outbox_by_reservation on outbox (reservation_id);
 
--- How far each partition has been decided: the next offset to decide. It tells batches apart; whether an order was decided, its row tells.
+-- The next offset of each partition to decide. It identifies a batch that is too late. Whether an order is decided, its row shows.
 create table partition_offset (
     topic       text    not null,
     partition   integer not null,
@@ -42,14 +42,14 @@ create table partition_offset (
 );
 -- ANCHOR_END: tables
 
--- The secret that ids are made with. It is the database's own: whoever has these rows has it, and all instances have the same.
+-- The secret key from which reservation ids are derived. All instances share it, because they share this database.
 create table id_key (
     key bytea not null
 );
 insert into id_key (key)
     select uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid());
 
--- What the theatre and the judge read, the same two views in every level; here with why a buyer was refused.
+-- Views that the server and the judge read; the same in every level, here with the reason of a refusal.
 create view sale_now as
     select id as sale_id, name, capacity, stock
       from sale;

@@ -1,6 +1,6 @@
--- Tickets that are held until they are paid for, and may come back: PAYMENT_URL.
+-- Tickets that are held until they are paid for, and may be released: PAYMENT_URL.
 
--- When the ticket came back. `changed_at` is when it was taken.
+-- When the ticket was released. `changed_at` is when it was taken.
 alter table reservation add column released_at timestamptz;
 
 -- The status that an event reports. Null: the row's own, of an order whose first status is its last.

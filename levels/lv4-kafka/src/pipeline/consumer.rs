@@ -104,9 +104,9 @@ impl OrderConsumer {
     /// Polls a batch: at least one message and at most `max`, without waiting for more than one.
     /// `None` on shutdown.
     ///
-    /// Between two calls no partition is revoked: the consumer finishes its batch first. The
-    /// exception is a batch that takes longer than the session, after which the group considers
-    /// the consumer dead.
+    /// Between two calls no partition is revoked: the consumer finishes its batch first. There are
+    /// two exceptions: a batch that takes longer than `max.poll.interval.ms`, and a process that is
+    /// paused for longer than its session. In both the group considers the consumer dead.
     pub async fn poll_batch(&self, max: usize, stop: &CancellationToken) -> Option<Vec<ConsumedMessage>> {
         loop {
             let first = self.next_message(stop).await?;

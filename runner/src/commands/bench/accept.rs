@@ -18,7 +18,7 @@ use rdkafka::{
 
 use super::{
     BenchArgs, MeasurementTable,
-    environment::{BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, Rounds, STOCK, WARM_UP},
+    bench_setup::{BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, Rounds, STOCK, WARM_UP},
     producer_perf_test, progress, resources,
     wrk::Wrk,
 };
@@ -183,7 +183,7 @@ impl BenchEnvironment {
         let environment = self.services.environment(strategy.schema).await?;
         let (servers, ready) = self.start_as(program, strategy, &environment, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
-        let address = *servers.live().borrow().first().context("no server lives")?;
+        let address = *servers.live().borrow().first().context("no server is running")?;
         let warm = wrk.run(address, self.clients, WARM_UP, 0).await?;
         let load = wrk
             .run(address, self.clients, self.duration, FIRST_MEASURED_BUYER)
@@ -262,11 +262,11 @@ fn messages(kafka: &KafkaConfig) -> anyhow::Result<Vec<i64>> {
         .set("bootstrap.servers", &kafka.bootstrap_servers)
         .create()?;
     let topic = orders_topic(kafka);
-    let gave_up = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + TIMEOUT;
     let count = |partition| loop {
         match consumer.fetch_watermarks(&topic, partition, TIMEOUT) {
             // For a moment a broker does not lead the partitions of a new topic.
-            Err(why) if why.rdkafka_error_code() == Some(NotLeaderForPartition) && Instant::now() < gave_up => {
+            Err(why) if why.rdkafka_error_code() == Some(NotLeaderForPartition) && Instant::now() < deadline => {
                 sleep(POLL_INTERVAL);
             }
             counted => {

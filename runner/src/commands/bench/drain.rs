@@ -12,7 +12,7 @@ use box_office::{BuyerId, api::NewReservation};
 use futures_util::future::try_join_all;
 use harness::{
     backends::TestEnvironment,
-    rows,
+    final_state,
     rush::{Connection, Program, SALE, Servers},
 };
 use hyper::{Request, StatusCode, header};
@@ -22,8 +22,8 @@ use tokio::time::sleep;
 use super::{
     BenchArgs, MeasurementTable,
     accept::without_consumers,
+    bench_setup::{BenchEnvironment, Rounds, STOCK},
     copy::{self, TableRows},
-    environment::{BenchEnvironment, Rounds, STOCK},
     pgbench::{Length, Pgbench},
     progress, resources,
 };
@@ -214,7 +214,7 @@ impl BenchEnvironment {
     ) -> anyhow::Result<usize> {
         let (rows, broken) = self.check_rows(environment.database(), orders.into()).await?;
         void.extend(broken);
-        let sold = rows::read(database, SALE).await?;
+        let sold = final_state::read(database, SALE).await?;
         let ids: HashSet<_> = sold.rows.iter().map(|row| row.reservation).collect();
         if ids.len() != orders as usize || rows != ids.len() {
             let ids = ids.len();
@@ -271,7 +271,7 @@ fn print(strategy: &str, throughput: &DrainThroughput, rounds: usize) {
 /// # Errors
 /// An order was not accepted.
 async fn fill(servers: &Servers, orders: u32) -> anyhow::Result<()> {
-    let address = *servers.live().borrow().first().context("no server lives")?;
+    let address = *servers.live().borrow().first().context("no server is running")?;
     let next = AtomicU64::new(1);
     let connection = async || {
         let mut connection = Connection::open(address).await?;

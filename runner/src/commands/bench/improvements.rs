@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use super::{
     BenchArgs, MeasurementTable,
     accept::{CLIENTS, without_consumers},
-    environment::BenchEnvironment,
+    bench_setup::BenchEnvironment,
     progress,
     wrk::Wrk,
 };

@@ -6,11 +6,11 @@
 
 #[cfg(feature = "lv4")]
 mod accept;
+mod bench_setup;
 #[cfg(feature = "lv4")]
 mod copy;
 #[cfg(feature = "lv4")]
 mod drain;
-mod environment;
 #[cfg(feature = "lv4")]
 mod improvements;
 #[cfg(feature = "lv3")]

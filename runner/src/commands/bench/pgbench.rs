@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, thread::available_parallelism, time::Duration};
 
-use crate::{levels::SelectedStrategy, repository::root};
+use crate::{checkout::root, levels::SelectedStrategy};
 use anyhow::Context;
 use harness::{
     backends::{Database, postgres_program},

@@ -4,7 +4,7 @@ use comfy_table::{Table, presets};
 
 use super::{
     BenchArgs,
-    environment::{BenchEnvironment, ROWS_CHECKED, Rounds},
+    bench_setup::{BenchEnvironment, ROWS_CHECKED, Rounds},
     progress,
     throughput::CLIENTS,
     wrk::Wrk,

@@ -7,7 +7,7 @@ use harness::rush::SALE;
 
 use super::{
     BenchArgs, MeasurementTable,
-    environment::{
+    bench_setup::{
         BenchEnvironment, CONNECTIONS, FIRST_MEASURED_BUYER, LoadRound, ROWS_CHECKED, Rounds, STOCK, WARM_UP,
     },
     pgbench::{Length, Pgbench},

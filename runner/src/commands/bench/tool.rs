@@ -36,8 +36,8 @@ pub(super) fn command(file: &PathBuf) -> anyhow::Result<tokio::process::Command>
 pub(super) async fn output(command: &mut tokio::process::Command, name: &str) -> anyhow::Result<String> {
     let output = command.output().await.with_context(|| format!("running {name}"))?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{name} failed ({}): {}", output.status, said.trim());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("{name} failed ({}): {}", output.status, stderr.trim());
     }
     Ok(String::from_utf8(output.stdout)?)
 }

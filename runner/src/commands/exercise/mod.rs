@@ -14,9 +14,9 @@ use mutants::Mutant;
 use serde::Deserialize;
 
 use crate::{
+    checkout::{git, root},
     exit::ExitKind,
     levels::SelectedStrategy,
-    repository::{git, root},
 };
 
 #[derive(Args)]

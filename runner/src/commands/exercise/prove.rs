@@ -10,9 +10,9 @@ use mutants::{Mutant, WITHOUT_MUTANTS};
 
 use super::{Exercise, Start, names, read_from};
 use crate::{
+    checkout::{cargo_test, git, root},
     commands::red::{CONTRACT_TEST, tests_of},
     exit::ExitKind,
-    repository::{cargo_test, git, root},
 };
 
 /// The test that runs a strategy through every order of steps, where a level has one.

@@ -78,7 +78,7 @@ fn row(result: &StrategyResult) -> [String; COLUMNS.len()] {
         sold_out,
         already_reserved,
         otherwise_refused,
-        undecided,
+        undecided: indeterminate,
         ..
     } = result.answers;
     let Latency {
@@ -91,7 +91,7 @@ fn row(result: &StrategyResult) -> [String; COLUMNS.len()] {
         result.stock.map_or_else(|| "?".to_owned(), |stock| stock.to_string()),
         result.duplicates.to_string(),
         format!(
-            "{} / {} / {undecided}",
+            "{} / {} / {indeterminate}",
             confirmed + accepted,
             sold_out + already_reserved + otherwise_refused
         ),

@@ -27,7 +27,7 @@ use testcontainers_modules::testcontainers::{
 use tokio::{runtime::Runtime, sync::Mutex};
 
 use super::{free_port, is_port_taken, reaper, root, setting};
-use crate::print;
+use crate::broken_pipe;
 
 /// Seconds of a graceful shutdown after which the engine kills the container.
 const SHUTDOWN_TIMEOUT_S: i32 = 30;
@@ -308,7 +308,7 @@ async fn pull(service: &str, engine: &Docker, image: &str) -> Result<(), String>
             note.display()
         ));
     }
-    print::notice(format_args!("{service}: pulling the image {image}"));
+    broken_pipe::notice(format_args!("{service}: pulling the image {image}"));
     // Without a login: set-up pulls with the docker CLI, which has one.
     let options = CreateImageOptionsBuilder::new().from_image(image).build();
     let pulled: Result<Vec<_>, _> = engine.create_image(Some(options), None, None).try_collect().await;

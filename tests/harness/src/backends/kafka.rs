@@ -136,10 +136,10 @@ impl Kafka {
     /// # Errors
     /// Fails if no broker answers.
     pub async fn topics(&self, prefix: &str) -> anyhow::Result<BTreeMap<String, usize>> {
-        let asking = async { Connection::open(&self.servers).await?.metadata().await };
-        let metadata = asking
+        let request = async { Connection::open(&self.servers).await?.metadata().await };
+        let metadata = request
             .await
-            .with_context(|| format!("asking Kafka at {}", self.servers))?;
+            .with_context(|| format!("querying Kafka at {}", self.servers))?;
         let topics = metadata.topics.into_iter();
         Ok(topics
             .filter(|topic| topic.name.starts_with(prefix))
@@ -176,13 +176,13 @@ async fn external(servers: &str) -> anyhow::Result<Run> {
         .try_for_each(|server| named(server).ok_or(()))
         .ok()
         .with_context(|| format!("{URL_VARIABLE} is no list of brokers, such as host:9092,other-host:9092"))?;
-    let asking = async {
+    let connecting = async {
         let mut connection = Connection::open(servers).await?;
         connection.version().await?;
         Run::begin(&mut connection).await
     };
     // A broker that requires TLS or a login closes the connection.
-    asking.await.map_err(|error: io::Error| {
+    connecting.await.map_err(|error: io::Error| {
         anyhow::anyhow!("{servers} does not answer to a client without TLS and login: {error}")
     })
 }
@@ -198,8 +198,8 @@ async fn start(source: Source) -> anyhow::Result<ManagedServer> {
 
 /// The readiness probe: the broker has joined its cluster and leads its partitions.
 async fn probe(server: String) -> Result<(), NotReady> {
-    let asked = async { Connection::open(&server).await?.metadata().await };
-    let error = match asked.await {
+    let request = async { Connection::open(&server).await?.metadata().await };
+    let error = match request.await {
         Ok(metadata) if metadata.brokers > 0 && metadata.topics.iter().all(|topic| topic.led) => return Ok(()),
         Ok(_) => anyhow::anyhow!("it does not lead its partitions yet"),
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {

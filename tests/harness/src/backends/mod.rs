@@ -217,8 +217,8 @@ fn free_port() -> std::io::Result<u16> {
 
 /// Whether an error or a log says that another process has taken the port in the meantime: in the
 /// words of Docker's proxy, of the kernel, of Docker Desktop, and of rootless engines.
-fn is_port_taken(said: &str) -> bool {
-    let said = said.to_lowercase();
+fn is_port_taken(output: &str) -> bool {
+    let output = output.to_lowercase();
     [
         "port is already allocated",
         "address already in use",
@@ -227,7 +227,7 @@ fn is_port_taken(said: &str) -> bool {
         "ports are not available",
     ]
     .iter()
-    .any(|wording| said.contains(wording))
+    .any(|wording| output.contains(wording))
 }
 
 #[cfg(test)]
@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn a_port_that_was_taken_is_recognised_in_every_wording() {
-        for said in [
+        for output in [
             "driver failed programming external connectivity on endpoint oversold-redis-1 (b0c1): Bind for 0.0.0.0:17001 failed: port is already allocated",
             "failed to set up container networking: driver failed programming external connectivity on endpoint oversold-redis-1 (b0c1): failed to bind host port for 0.0.0.0:17001:172.17.0.2:6379/tcp: address already in use",
             "driver failed programming external connectivity on endpoint oversold-redis-1 (b0c1): Error starting userland proxy: listen tcp4 0.0.0.0:17001: bind: address already in use",
@@ -249,15 +249,15 @@ mod tests {
             "org.apache.kafka.common.KafkaException: Socket server failed to bind to 127.0.0.1:17001: Address already in use.",
             "java.net.BindException: Address already in use: bind",
         ] {
-            assert!(is_port_taken(said), "{said}");
+            assert!(is_port_taken(output), "{output}");
         }
-        for said in [
+        for output in [
             "No such image: redis:7-alpine",
             "Conflict. The container name \"/oversold-redis-1\" is already in use by container \"b0c1\"",
             "FATAL:  lock file \"postmaster.pid\" already exists",
             "failed to create task for container: OCI runtime create failed",
         ] {
-            assert!(!is_port_taken(said), "{said}");
+            assert!(!is_port_taken(output), "{output}");
         }
     }
 

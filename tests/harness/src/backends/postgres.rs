@@ -197,8 +197,8 @@ async fn probe(admin: PgConnectOptions) -> Result<(), NotReady> {
     /// SQLSTATE of a server that is starting up or shutting down.
     const CANNOT_CONNECT_NOW: &str = "57P03";
 
-    let asked = async { admin.connect().await?.close().await };
-    asked.await.map_err(|error| NotReady {
+    let request = async { admin.connect().await?.close().await };
+    request.await.map_err(|error| NotReady {
         may_become_ready: match &error {
             sqlx::Error::Io(_) => true,
             sqlx::Error::Database(refused) => refused.code().as_deref() == Some(CANNOT_CONNECT_NOW),
@@ -231,7 +231,9 @@ async fn external(url: &str) -> anyhow::Result<(Server, PgConnectOptions)> {
             .fetch_one(&mut connection)
             .await?;
     if !may_create {
-        bail!("the user of {shown} may not create databases, and every test has its managed (`alter role … createdb`)");
+        bail!(
+            "the user of {shown} may not create databases, and every test has a database of its own (`alter role … createdb`)"
+        );
     }
     let owner = ExternalOwner::register(&admin, connection).await?;
     Ok((Server::External(owner), admin))

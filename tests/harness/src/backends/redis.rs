@@ -18,7 +18,7 @@ use super::{
 use prefix::ExternalOwner;
 pub use prefix::Prefix;
 pub use resp::Reply;
-use resp::{Connection, Place};
+use resp::{Connection, Endpoint};
 
 const SERVICE: Service = Service {
     name: "redis",
@@ -41,7 +41,7 @@ fn settings(password: &str) -> [(&'static str, &str); 3] {
 /// A Redis server.
 pub struct Redis {
     server: Server,
-    place: Place,
+    endpoint: Endpoint,
     url: String,
     report: Report,
 }
@@ -78,33 +78,33 @@ impl Redis {
     async fn search(order: &[Source]) -> Result<Self, Missing> {
         search(&SERVICE, order, async |candidate| match candidate.source {
             Source::External => {
-                let (owner, place) = external(&candidate.url).await?;
+                let (owner, endpoint) = external(&candidate.url).await?;
                 let url = candidate.url.clone();
-                Self::new(Server::External(owner), place, url, candidate).await
+                Self::new(Server::External(owner), endpoint, url, candidate).await
             }
             managed => {
                 let password = Alphanumeric.sample_string(&mut rand::rng(), 32);
                 let managed = start(managed, &password).await?;
                 let (host, port) = managed.address();
-                let place = Place::with_password(host, port, &password);
+                let endpoint = Endpoint::with_password(host, port, &password);
                 let url = format!("redis://:{password}@{host}:{port}/0");
-                Self::new(Server::Managed(Arc::new(managed)), place, url, candidate).await
+                Self::new(Server::Managed(Arc::new(managed)), endpoint, url, candidate).await
             }
         })
         .await
     }
 
-    async fn new(server: Server, place: Place, url: String, candidate: Candidate) -> anyhow::Result<Self> {
-        let mut connection = place.connect().await?;
+    async fn new(server: Server, endpoint: Endpoint, url: String, candidate: Candidate) -> anyhow::Result<Self> {
+        let mut connection = endpoint.connect().await?;
         let version = version(&mut connection).await?;
         let mut durability = BTreeMap::new();
         for setting in ["save", "appendonly"] {
             durability.insert(setting, configured(&mut connection, setting).await?);
         }
-        let address = format!("{}:{}", place.host, place.port);
+        let address = format!("{}:{}", endpoint.host, endpoint.port);
         Ok(Self {
             server,
-            place,
+            endpoint,
             url,
             report: candidate.report(version, address, durability)?,
         })
@@ -127,38 +127,38 @@ impl Redis {
     /// # Errors
     /// Fails if the server does not answer.
     pub async fn command(&self, words: &[impl AsRef<str>]) -> anyhow::Result<Reply> {
-        let asking = async { self.place.connect().await?.command(words).await };
-        asking.await.with_context(|| {
+        let request = async { self.endpoint.connect().await?.command(words).await };
+        request.await.with_context(|| {
             let name = words.first().map_or("nothing", AsRef::as_ref);
-            format!("asking Redis at {} for {name}", self.report.address)
+            format!("querying Redis at {} for {name}", self.report.address)
         })
     }
 }
 
 /// Connects to the server at the user's URL, and checks that it accepts writes and lists its
 /// clients.
-async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Place)> {
-    let place = Place::parse(url).with_context(|| {
+async fn external(url: &str) -> anyhow::Result<(ExternalOwner, Endpoint)> {
+    let endpoint = Endpoint::parse(url).with_context(|| {
         format!("{URL_VARIABLE} is no URL of a Redis server, such as redis://user:password@host:6379/0")
     })?;
     let shown = super::without_secrets(url);
     let does_not_answer = |error: io::Error| anyhow::anyhow!("{shown} does not answer: {error}");
-    let mut connection = place.connect().await.map_err(does_not_answer)?;
+    let mut connection = endpoint.connect().await.map_err(does_not_answer)?;
     connection.obeyed(&["PING"]).await.map_err(does_not_answer)?;
     // A write command without effect: a replica rejects it, and so does a server on which this user
     // may only read.
     let deleting = connection.obeyed(&["DEL", "oversold:{0.0}:none"]).await;
     deleting.with_context(|| format!("{shown} can't be written to"))?;
-    let owner = ExternalOwner::register(&place).await;
+    let owner = ExternalOwner::register(&endpoint).await;
     let owner = owner.with_context(|| format!("{shown} does not list its clients"))?;
-    Ok((owner, place))
+    Ok((owner, endpoint))
 }
 
 /// Starts a server, and waits until it is ready.
 async fn start(source: Source, password: &str) -> anyhow::Result<ManagedServer> {
     let probe: ReadinessProbe = {
         let password = password.to_owned();
-        Box::new(move |host, port| Box::pin(probe(Place::with_password(&host, port, &password))))
+        Box::new(move |host, port| Box::pin(probe(Endpoint::with_password(&host, port, &password))))
     };
     match source {
         Source::Docker => ManagedServer::in_container(docker::start(password).await?, probe).await,
@@ -167,9 +167,9 @@ async fn start(source: Source, password: &str) -> anyhow::Result<ManagedServer> 
 }
 
 /// The readiness probe: sends PING.
-async fn probe(place: Place) -> Result<(), NotReady> {
-    let asked = async { place.connect().await?.obeyed(&["PING"]).await };
-    asked.await.map(drop).map_err(|error| NotReady {
+async fn probe(endpoint: Endpoint) -> Result<(), NotReady> {
+    let request = async { endpoint.connect().await?.obeyed(&["PING"]).await };
+    request.await.map(drop).map_err(|error| NotReady {
         may_become_ready: !matches!(
             error.kind(),
             io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData
@@ -189,13 +189,13 @@ async fn version(connection: &mut Connection) -> io::Result<String> {
     Ok(version.to_owned())
 }
 
-/// The effective value of a setting, or `not told` if the server does not report it.
+/// The effective value of a setting, or `not reported` if the server does not report it.
 async fn configured(connection: &mut Connection, setting: &str) -> io::Result<String> {
     Ok(match connection.command(&["CONFIG", "GET", setting]).await? {
-        Reply::Array(told) => match told.as_slice() {
+        Reply::Array(reply) => match reply.as_slice() {
             [_, Reply::Bulk(value)] => value.clone(),
-            _ => "not told".to_owned(),
+            _ => "not reported".to_owned(),
         },
-        _ => "not told".to_owned(),
+        _ => "not reported".to_owned(),
     })
 }

@@ -10,9 +10,9 @@ use anyhow::Context;
 use tokio::time::timeout;
 
 use super::{Missing, Report, Source, native, setting, without_secrets};
-use crate::print;
+use crate::broken_pipe;
 
-/// Time limit until an external server has answered everything that is asked of it first.
+/// Time limit until an external server has answered the first requests.
 const EXTERNAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A service as the search knows it.
@@ -53,7 +53,7 @@ impl Candidate {
             start_up_ms: u64::try_from(self.began.elapsed().as_millis())?,
             durability,
         };
-        print::notice(format_args!("{report}"));
+        broken_pipe::notice(format_args!("{report}"));
         Ok(report)
     }
 }

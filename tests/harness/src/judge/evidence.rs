@@ -1,4 +1,4 @@
-//! The evidence of a finding: its smallest case, as a table with a lane for each request.
+//! The evidence of a finding: its smallest case, as a table with a column for each request.
 
 use std::fmt;
 
@@ -10,19 +10,19 @@ use crate::history::{Answer, Micros, Refused, Request, Row};
 /// One or two requests, or a row, that show what is broken.
 #[derive(Clone, Debug, Serialize)]
 pub struct Evidence {
-    /// The name of each lane: one for each request.
-    pub lanes: Vec<String>,
+    /// The name of each column: one for each request.
+    pub columns: Vec<String>,
     /// The steps, in order of time.
-    pub steps: Vec<LaneStep>,
+    pub steps: Vec<EvidenceStep>,
 }
 
-/// One step of one lane.
+/// One step of one column.
 #[derive(Clone, Debug, Serialize)]
-pub struct LaneStep {
+pub struct EvidenceStep {
     /// Microseconds since the first step shown.
     pub at_us: Micros,
-    /// Index into [`Evidence::lanes`].
-    pub lane: usize,
+    /// Index into [`Evidence::columns`].
+    pub column: usize,
     /// What happened.
     pub what: String,
     /// The source line, if the step was traced.
@@ -33,12 +33,12 @@ pub struct LaneStep {
 impl Evidence {
     /// The steps of these requests.
     pub(super) fn of(requests: &[&Request]) -> Self {
-        let mut steps: Vec<LaneStep> = vec![];
-        for (lane, request) in requests.iter().enumerate() {
+        let mut steps: Vec<EvidenceStep> = vec![];
+        for (column, request) in requests.iter().enumerate() {
             let mut step = |at_us, what: String, place: Option<String>| {
-                steps.push(LaneStep {
+                steps.push(EvidenceStep {
                     at_us,
-                    lane,
+                    column,
                     what,
                     place,
                 });
@@ -59,7 +59,7 @@ impl Evidence {
             step.at_us -= start_us;
         }
         Self {
-            lanes: requests
+            columns: requests
                 .iter()
                 .map(|request| format!("buyer {}", request.buyer))
                 .collect(),
@@ -67,17 +67,17 @@ impl Evidence {
         }
     }
 
-    /// These rows, each in a lane with its buyer's name.
+    /// These rows, each in a column with its buyer's name.
     pub(super) fn of_rows(rows: &[&Row]) -> Self {
         let start_us = rows.iter().map(|row| row.taken_us).min().unwrap_or(0);
-        let steps = rows.iter().enumerate().map(|(lane, row)| LaneStep {
+        let steps = rows.iter().enumerate().map(|(column, row)| EvidenceStep {
             at_us: row.taken_us - start_us,
-            lane,
+            column,
             what: format!("reservation {}, key {}, {:?}", row.reservation, row.key, row.status),
             place: None,
         });
         Self {
-            lanes: rows.iter().map(|row| format!("row of buyer {}", row.buyer)).collect(),
+            columns: rows.iter().map(|row| format!("row of buyer {}", row.buyer)).collect(),
             steps: steps.collect(),
         }
     }
@@ -87,13 +87,13 @@ impl fmt::Display for Evidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
         table.load_style(presets::UTF8_FULL_CONDENSED);
-        let lanes = self.lanes.iter().map(String::as_str);
-        table.set_header(["ms"].into_iter().chain(lanes).chain(["where"]));
+        let columns = self.columns.iter().map(String::as_str);
+        table.set_header(["ms"].into_iter().chain(columns).chain(["where"]));
         for step in &self.steps {
-            let mut cells = vec![String::new(); self.lanes.len() + 2];
+            let mut cells = vec![String::new(); self.columns.len() + 2];
             cells[0] = format!("{:.3}", step.at_us as f64 / 1000.0);
-            cells[step.lane + 1].clone_from(&step.what);
-            cells[self.lanes.len() + 1] = step.place.clone().unwrap_or_default();
+            cells[step.column + 1].clone_from(&step.what);
+            cells[self.columns.len() + 1] = step.place.clone().unwrap_or_default();
             table.add_row(cells);
         }
         write!(f, "{table}")
@@ -112,7 +112,7 @@ pub(crate) fn in_words(answer: &Answer) -> String {
             Some(refused) => format!("accepted, then {}", refused_in_words(refused)),
         },
         Answer::Refused(refused) => refused_in_words(refused).to_owned(),
-        Answer::Indeterminate => "undecided".to_owned(),
+        Answer::Indeterminate => "outcome unknown".to_owned(),
         Answer::Unexpected { what } => what.clone(),
     }
 }

@@ -18,7 +18,7 @@
 //!   was lost (I4).
 //! - With releases, "sold out" also needs a moment, on the database's clock, at which all tickets
 //!   were held (I6), and no more tickets are left than were released (I7): each may have come back
-//!   after the last buyer had asked. A double release shows as a stock that does not add up (I2).
+//!   after the last buyer had sent a request. A double release shows as a stock that does not add up (I2).
 //! - The charges of a reservation minus its refunds are 1 if it is confirmed, 0 if it is not. While
 //!   it is held, either is right (I11). A charge of a reservation without a row must be refunded.
 //! - "Expired" counts from the first sending of the order. "Already reserved" is false once an
@@ -34,7 +34,7 @@
 //!   healing count.
 
 mod evidence;
-mod index;
+mod history_index;
 mod rules;
 mod verdict;
 
@@ -46,5 +46,5 @@ use crate::history::History;
 
 /// Judges a history, in time that is nearly linear in its length.
 pub fn judge(history: &History) -> Verdict {
-    rules::judge(&index::Index::new(history))
+    rules::judge(&history_index::HistoryIndex::new(history))
 }

@@ -216,14 +216,14 @@ impl Click {
             let number = self.number + (requests.len() as u64) * 1_000_000;
             let ((request, sent_to), retry_after) = self.ask(number, &start).await;
             // Neither is final: the same key comes again.
-            let undecided = matches!(
+            let indeterminate = matches!(
                 request.answer,
                 Answer::Indeterminate | Answer::Refused(Refused::RateLimited)
             );
             requests.push((request, sent_to));
             let spent_us = now_monotonic_us() - start.started_us - first_sent_us;
             let left = self.timeout.saturating_sub(Duration::from_micros(spent_us));
-            if !undecided || left.is_zero() {
+            if !indeterminate || left.is_zero() {
                 return requests;
             }
             sleep(retry_after.min(left)).await;
@@ -278,7 +278,7 @@ impl Click {
             Some(connection) => connection,
             None => {
                 let at = rand::rng().random_range(0..live.len().max(1));
-                self.address = *live.get(at).ok_or_else(|| anyhow!("no instance lives"))?;
+                self.address = *live.get(at).ok_or_else(|| anyhow!("no instance is running"))?;
                 Connection::open(self.address).await?
             }
         };
@@ -307,9 +307,9 @@ impl Click {
             let state = match self.connection().await {
                 Err(_) => None,
                 Ok(connection) if events => {
-                    let told = State::from_events(connection, location).await;
-                    events = told.as_ref().map_or(true, Option::is_some);
-                    told.ok().flatten()
+                    let state = State::from_events(connection, location).await;
+                    events = state.as_ref().map_or(true, Option::is_some);
+                    state.ok().flatten()
                 }
                 Ok(connection) => State::read(connection, location).await.ok(),
             };

@@ -25,9 +25,9 @@ pub use servers::{Program, Servers, Steps};
 
 use crate::{
     backends::{Database, TestEnvironment},
+    final_state,
     history::{FORMAT_VERSION, Fault, Header, History, Micros},
     payments::{self, PaymentService},
-    rows,
 };
 
 /// Serialises rushes. Concurrent rushes would load each other, and if a thousand buyers wait for a
@@ -272,7 +272,7 @@ impl Rush {
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
 
-        let sold = rows::read(&pool, SALE).await?;
+        let sold = final_state::read(&pool, SALE).await?;
         pool.close().await;
         let (paid, payment_calls) = match payments {
             Some(payments) => (Some(payments.ledger().await?), Some(payments.calls().await?)),
@@ -305,21 +305,21 @@ impl Rush {
 /// Waits until the consumer lag is 0. An order decided after the rows were read could be an
 /// unnoticed oversell.
 async fn wait_for_zero_lag(level: &Level, environment: &TestEnvironment, timeout: Duration) -> anyhow::Result<()> {
-    const ANSWER: Duration = Duration::from_secs(5);
+    const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
     const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-    let (Some(lag), Some(place)) = (level.lag, environment.kafka(0, ANSWER)) else {
+    let (Some(lag), Some(config)) = (level.lag, environment.kafka(0, REQUEST_TIMEOUT)) else {
         return Ok(());
     };
-    let gave_up = Instant::now() + timeout;
+    let deadline = Instant::now() + timeout;
     loop {
-        let place = place.clone();
-        let waiting = tokio::task::spawn_blocking(move || lag(&place, ANSWER)).await?;
+        let config = config.clone();
+        let waiting = tokio::task::spawn_blocking(move || lag(&config, REQUEST_TIMEOUT)).await?;
         if let Ok(0) = waiting {
             return Ok(());
         }
         // An error may be transient: for a moment the broker does not know a new group or topic.
-        if gave_up <= Instant::now() {
+        if deadline <= Instant::now() {
             let waiting = waiting.context("the consumer lag is unknown")?;
             bail!(
                 "{timeout:?} after the last answer the consumer lag is still {waiting} messages, so the number of tickets sold is unknown"

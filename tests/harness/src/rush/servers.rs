@@ -179,7 +179,7 @@ impl Servers {
     /// # Errors
     /// Fails if the sale is open already or the server does not answer.
     pub async fn open_sale(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
-        let address = *self.live.borrow().first().context("no instance lives")?;
+        let address = *self.live.borrow().first().context("no instance is running")?;
         let body = serde_json::to_vec(&api::NewSale {
             name: "the last tickets".to_owned(),
             capacity: capacity.into(),
@@ -206,7 +206,7 @@ impl Servers {
     /// Kills an instance (SIGKILL). Clients stop using it at once.
     pub(crate) async fn kill(&self, instance: usize) -> anyhow::Result<ExitStatus> {
         let mut instance = self.instance(instance)?.lock().await;
-        self.leave_out(instance.address);
+        self.remove_from_live(instance.address);
         instance.process.start_kill()?;
         Ok(instance.process.wait().await?)
     }
@@ -214,7 +214,7 @@ impl Servers {
     /// Terminates an instance (SIGTERM), and starts a new one once it has exited.
     pub(super) async fn restart(&self, number: usize) -> anyhow::Result<ExitStatus> {
         let mut instance = self.instance(number)?.lock().await;
-        self.leave_out(instance.address);
+        self.remove_from_live(instance.address);
         let status = instance.terminate().await?;
         let traces = std::mem::take(&mut instance.traces);
         *instance = self.launch(number, traces.len()).await?;
@@ -238,7 +238,7 @@ impl Servers {
             .await
             .process
             .id()
-            .context("it has left")
+            .context("it has exited")
     }
 
     /// What an instance has logged.
@@ -280,7 +280,11 @@ impl Servers {
             let mut instance = instance.into_inner();
             if instance.process.try_wait()?.is_none() {
                 let status = instance.terminate().await?;
-                ensure!(status.success(), "a server left with {status}\n{}", tail(&instance.log));
+                ensure!(
+                    status.success(),
+                    "a server exited with {status}\n{}",
+                    tail(&instance.log)
+                );
             }
             let mut beside = vec![];
             for trace in instance.traces.iter().filter(|trace| trace.exists()) {
@@ -299,13 +303,13 @@ impl Servers {
     }
 
     fn instance(&self, number: usize) -> anyhow::Result<&Mutex<Instance>> {
-        let running = self.instances.len();
+        let started = self.instances.len();
         self.instances
             .get(number)
-            .with_context(|| format!("there is no instance {}, only {running}", number + 1))
+            .with_context(|| format!("there is no instance {}: {started} were started", number + 1))
     }
 
-    fn leave_out(&self, address: SocketAddr) {
+    fn remove_from_live(&self, address: SocketAddr) {
         self.live.send_modify(|live| live.retain(|&other| other != address));
     }
 
@@ -346,13 +350,10 @@ impl Servers {
                 log,
                 traces,
             }),
-            (Err(_), _) => bail!(
-                "after {TIMEOUT:?} the server did not say where it listens\n{}",
-                tail(&log)
-            ),
+            (Err(_), _) => bail!("after {TIMEOUT:?} the server did not print its address\n{}", tail(&log)),
             (Ok(read), _) => {
                 read?;
-                bail!("the server did not say where it listens\n{}", tail(&log))
+                bail!("the server did not print its address\n{}", tail(&log))
             }
         }
     }
@@ -361,7 +362,7 @@ impl Servers {
 impl Instance {
     async fn terminate(&mut self) -> anyhow::Result<ExitStatus> {
         let pid = self.process.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
-        kill_process(pid.context("it has left already")?, Signal::TERM)?;
+        kill_process(pid.context("it has exited already")?, Signal::TERM)?;
         timeout(TIMEOUT, self.process.wait())
             .await
             .map_err(|_| anyhow!("{TIMEOUT:?} after SIGTERM the server still runs\n{}", tail(&self.log)))?
@@ -396,7 +397,7 @@ impl Steps {
 
 /// Waits until a server is ready; a consumer is ready once it has its partitions.
 async fn ready(instance: &Instance) -> anyhow::Result<()> {
-    let asked = async {
+    let polling = async {
         loop {
             let request = Request::get("/readyz").body(Full::default())?;
             let answered = Connection::open(instance.address).await?.send(request).await?;
@@ -406,7 +407,7 @@ async fn ready(instance: &Instance) -> anyhow::Result<()> {
             sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(TIMEOUT, asked)
+    timeout(TIMEOUT, polling)
         .await
         .map_err(|_| anyhow!("after {TIMEOUT:?} the server is not ready\n{}", tail(&instance.log)))?
 }

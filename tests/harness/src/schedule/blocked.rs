@@ -19,7 +19,7 @@ pub(super) struct Holders(Arc<Mutex<HashMap<i32, Holder>>>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
     pub(super) schedule: i64,
-    pub(super) lane: usize,
+    pub(super) request: usize,
 }
 
 tokio::task_local! {

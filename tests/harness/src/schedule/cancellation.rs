@@ -19,9 +19,9 @@ use tokio::time::timeout;
 use super::runner::{answer_of, open_sale};
 use crate::{
     backends::TestEnvironment,
+    final_state,
     history::{Answer, FORMAT_VERSION, Fault, Header, History, Micros, Request},
     judge::judge,
-    rows,
 };
 
 /// Size of the strategy's pool: small, so that a leaked connection is noticed.
@@ -160,7 +160,7 @@ async fn all_are_served(
         );
         requests.push(request);
     }
-    let sold = rows::read(observer, sale).await?;
+    let sold = final_state::read(observer, sale).await?;
     let history = History {
         header: Header {
             version: FORMAT_VERSION,
@@ -184,10 +184,10 @@ async fn all_are_served(
 /// Waits until no idle transaction holds locks in this database.
 pub(super) async fn nothing_left_open(observer: &PgPool) -> anyhow::Result<()> {
     let mut locked = true;
-    let gave_up = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + TIMEOUT;
     while locked {
         ensure!(
-            Instant::now() < gave_up,
+            Instant::now() < deadline,
             "a transaction is still open, and holds its locks"
         );
         locked = sqlx::query_scalar(

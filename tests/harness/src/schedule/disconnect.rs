@@ -15,9 +15,9 @@ use tokio::{
 use super::cancellation::{abandoned, nothing_left_open, order, request};
 use crate::{
     backends::TestEnvironment,
+    final_state,
     history::{Answer, FORMAT_VERSION, Header, History, Micros},
     judge::judge,
-    rows,
     rush::{Program, Rush},
     test_server::TestServer,
 };
@@ -125,7 +125,7 @@ async fn hang_up(
     server.resume().await?;
 
     let made = async {
-        while rows::read(observer, sale).await?.rows.is_empty() {
+        while final_state::read(observer, sale).await?.rows.is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         anyhow::Ok(())
@@ -149,7 +149,7 @@ async fn hang_up(
         requests.push(request);
     }
     nothing_left_open(observer).await?;
-    let sold = rows::read(observer, sale).await?;
+    let sold = final_state::read(observer, sale).await?;
     let history = History {
         header: Header {
             version: FORMAT_VERSION,

@@ -1,8 +1,8 @@
-//! Exploration: every feasible order of the steps of a few requests.
+//! Exploration: every feasible interleaving of a few requests.
 //!
 //! The search is depth first, by replay. A run follows the choices of its prefix, then always moves
 //! the first request that can move. The next run changes the last choice that had an untried
-//! alternative. A decision of the engine, such as which waiter gets a lock, is not a choice: a
+//! alternative. A decision of Postgres or Redis, such as which waiter gets a lock, is not a choice: a
 //! replay that meets another set of movable requests continues with that set.
 
 use anyhow::ensure;
@@ -14,9 +14,9 @@ use crate::{
 };
 
 /// Upper bound of the search: more runs are a mistake in the test.
-const MOST_RUNS: usize = 5_000;
+const MAX_RUNS: usize = 5_000;
 
-/// The requests that are run in every order.
+/// The requests that are run in every interleaving.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
     /// Tickets on sale.
@@ -30,21 +30,21 @@ pub struct Scenario {
     pub preemptions: Option<usize>,
 }
 
-/// The results of all orders.
+/// The results of all interleavings.
 #[derive(Debug)]
 pub struct Exploration {
-    /// The number of orders.
-    pub orders: usize,
-    /// The number of orders in which a request was blocked, so that the run deviated from the
+    /// The number of interleavings.
+    pub interleavings: usize,
+    /// The number of those in which a request was blocked, so that the run deviated from the
     /// choices.
     pub blocked: usize,
-    /// The orders that broke an invariant.
+    /// The interleavings that broke an invariant.
     pub broken: Vec<Broken>,
-    /// For each order, the answer to each request, in the order of the buyers.
+    /// For each interleaving, the answer to each request, in the order of the buyers.
     pub answers: Vec<Vec<Answer>>,
 }
 
-/// An order that broke an invariant.
+/// An interleaving that broke an invariant.
 #[derive(Debug)]
 pub struct Broken {
     /// The judge's verdict.
@@ -67,26 +67,26 @@ struct Decision {
 }
 
 impl ScheduleRunner {
-    /// Runs the scenario in every feasible order.
+    /// Runs the scenario in every feasible interleaving.
     ///
     /// # Errors
-    /// Fails if a step times out or there are too many orders.
+    /// Fails if a step times out or there are too many interleavings.
     pub async fn explore(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
-        self.every_order(scenario, Keys::Own).await
+        self.every_interleaving(scenario, Keys::Own).await
     }
 
-    /// Runs the scenario in every feasible order, with the key of the first request for all
+    /// Runs the scenario in every feasible interleaving, with the key of the first request for all
     /// requests.
     ///
     /// # Errors
     /// As [`explore`](Self::explore).
     pub async fn explore_under_one_key(&self, scenario: Scenario) -> anyhow::Result<Exploration> {
-        self.every_order(scenario, Keys::First).await
+        self.every_interleaving(scenario, Keys::First).await
     }
 
-    async fn every_order(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Exploration> {
+    async fn every_interleaving(&self, scenario: Scenario, keys: Keys) -> anyhow::Result<Exploration> {
         let mut explored = Exploration {
-            orders: 0,
+            interleavings: 0,
             blocked: 0,
             broken: vec![],
             answers: vec![],
@@ -94,11 +94,11 @@ impl ScheduleRunner {
         let mut prefix: Vec<usize> = vec![];
         loop {
             ensure!(
-                explored.orders < MOST_RUNS,
-                "more than {MOST_RUNS} orders: take fewer requests or preemptions"
+                explored.interleavings < MAX_RUNS,
+                "more than {MAX_RUNS} interleavings: take fewer requests or preemptions"
             );
-            let (schedule, decisions) = self.one_order(scenario, keys, &prefix).await?;
-            explored.orders += 1;
+            let (schedule, decisions) = self.one_interleaving(scenario, keys, &prefix).await?;
+            explored.interleavings += 1;
             explored.blocked += usize::from(schedule.was_blocked());
             let history: History = schedule.history().await?;
             let verdict = judge(&history);
@@ -122,7 +122,7 @@ impl ScheduleRunner {
         }
     }
 
-    async fn one_order(
+    async fn one_interleaving(
         &self,
         scenario: Scenario,
         keys: Keys,
@@ -139,9 +139,9 @@ impl ScheduleRunner {
             }
         }
         if keys == Keys::First {
-            let lanes = schedule.movable();
-            for &lane in &lanes[1..] {
-                schedule.use_key_of(lane, lanes[0]);
+            let requests = schedule.movable();
+            for &request in &requests[1..] {
+                schedule.use_key_of(request, requests[0]);
             }
         }
         let mut decisions: Vec<Decision> = vec![];
@@ -153,7 +153,7 @@ impl ScheduleRunner {
                 break;
             }
             // The moving request comes first, so that the first run has no preemption.
-            if let Some(at) = moving.and_then(|lane| movable.iter().position(|&other| other == lane)) {
+            if let Some(at) = moving.and_then(|request| movable.iter().position(|&other| other == request)) {
                 movable.swap(0, at);
                 if scenario.preemptions.is_some_and(|most| preemptions == most) {
                     movable.truncate(1);
@@ -162,7 +162,7 @@ impl ScheduleRunner {
             let wanted = prefix.get(decisions.len()).copied().unwrap_or(0);
             let chosen = wanted.min(movable.len() - 1);
             let next = movable[chosen];
-            preemptions += usize::from(moving.is_some_and(|lane| lane != next && movable.contains(&lane)));
+            preemptions += usize::from(moving.is_some_and(|request| request != next && movable.contains(&request)));
             moving = Some(next);
             decisions.push(Decision { chosen, movable });
             schedule.step(next).await?;

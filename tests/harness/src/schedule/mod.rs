@@ -26,11 +26,11 @@ use box_office::{BuyerId, Order, RequestKey, SaleId};
 use tokio::sync::Semaphore;
 
 use advance::TIMEOUT;
-use state::{LaneState, RequestStatus, Shared, StepOutcome};
+use state::{RequestState, RequestStatus, Shared, StepOutcome};
 
 use crate::{
+    final_state,
     history::{FORMAT_VERSION, Header, History, Micros, Request},
-    rows,
 };
 
 /// Identifies a request of a schedule.
@@ -90,12 +90,12 @@ impl Schedule<'_> {
 
     /// Gives a request that has not started the key of another: a repeated order, or another
     /// buyer's request under the same key.
-    pub fn use_key_of(&mut self, lane: RequestHandle, other: RequestHandle) {
-        self.requests[lane.0].order.key = self.requests[other.0].order.key.clone();
+    pub fn use_key_of(&mut self, request: RequestHandle, other: RequestHandle) {
+        self.requests[request.0].order.key = self.requests[other.0].order.key.clone();
     }
 
     fn request(&mut self, name: String, buyer: BuyerId) -> RequestHandle {
-        let lane = self.requests.len();
+        let request = self.requests.len();
         self.requests.push(PlannedRequest {
             order: Order {
                 sale: self.sale,
@@ -105,34 +105,34 @@ impl Schedule<'_> {
             permits: Arc::new(Semaphore::new(0)),
         });
         let mut state = self.shared.state();
-        state.trace.lanes.push(name);
-        state.lanes.push(LaneState {
+        state.trace.requests.push(name);
+        state.requests.push(RequestState {
             status: RequestStatus::NotStarted,
             sent_us: 0,
             answered_us: None,
             answer: None,
             steps: vec![],
         });
-        RequestHandle(lane)
+        RequestHandle(request)
     }
 
     /// Moves a request until it reaches the point `step`.
     ///
     /// # Errors
     /// Fails if the request answers or is blocked first. The error contains the trace.
-    pub async fn run_until(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
+    pub async fn run_until(&mut self, request: RequestHandle, step: &'static str) -> anyhow::Result<()> {
         loop {
-            match self.advance(lane.0).await? {
+            match self.advance(request.0).await? {
                 StepOutcome::Held(reached) if reached == step => return Ok(()),
                 StepOutcome::Held(_) => {}
                 StepOutcome::Answered => bail!(
                     "{} answered and never reached \"{step}\"\n{}",
-                    self.name(lane.0),
+                    self.name(request.0),
                     self.trace()
                 ),
                 StepOutcome::Blocked => bail!(
                     "{} is blocked and did not reach \"{step}\"\n{}",
-                    self.name(lane.0),
+                    self.name(request.0),
                     self.trace()
                 ),
             }
@@ -144,8 +144,8 @@ impl Schedule<'_> {
     ///
     /// # Errors
     /// Fails if a step times out.
-    pub async fn run_towards(&mut self, lane: RequestHandle, step: &'static str) -> anyhow::Result<()> {
-        while let StepOutcome::Held(reached) = self.advance(lane.0).await? {
+    pub async fn run_towards(&mut self, request: RequestHandle, step: &'static str) -> anyhow::Result<()> {
+        while let StepOutcome::Held(reached) = self.advance(request.0).await? {
             if reached == step {
                 break;
             }
@@ -158,13 +158,17 @@ impl Schedule<'_> {
     ///
     /// # Errors
     /// Fails if the request answers without being blocked.
-    pub async fn run_until_blocked(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
+    pub async fn run_until_blocked(&mut self, request: RequestHandle) -> anyhow::Result<()> {
         loop {
-            match self.advance(lane.0).await? {
+            match self.advance(request.0).await? {
                 StepOutcome::Blocked => return Ok(()),
                 StepOutcome::Held(_) => {}
                 StepOutcome::Answered => {
-                    bail!("{} answered and was never blocked\n{}", self.name(lane.0), self.trace())
+                    bail!(
+                        "{} answered and was never blocked\n{}",
+                        self.name(request.0),
+                        self.trace()
+                    )
                 }
             }
         }
@@ -174,12 +178,16 @@ impl Schedule<'_> {
     ///
     /// # Errors
     /// Fails if the request is blocked by one that is held. Move that one first.
-    pub async fn run_to_completion(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
+    pub async fn run_to_completion(&mut self, request: RequestHandle) -> anyhow::Result<()> {
         loop {
-            match self.advance(lane.0).await? {
+            match self.advance(request.0).await? {
                 StepOutcome::Answered => return Ok(()),
                 StepOutcome::Held(_) => {}
-                StepOutcome::Blocked => bail!("{} is blocked and can't complete\n{}", self.name(lane.0), self.trace()),
+                StepOutcome::Blocked => bail!(
+                    "{} is blocked and can't complete\n{}",
+                    self.name(request.0),
+                    self.trace()
+                ),
             }
         }
     }
@@ -188,17 +196,17 @@ impl Schedule<'_> {
     ///
     /// # Errors
     /// Fails if the step times out.
-    pub async fn step(&mut self, lane: RequestHandle) -> anyhow::Result<()> {
-        self.advance(lane.0).await.map(drop)
+    pub async fn step(&mut self, request: RequestHandle) -> anyhow::Result<()> {
+        self.advance(request.0).await.map(drop)
     }
 
     /// The requests that can move: neither answered nor blocked.
     pub fn movable(&self) -> Vec<RequestHandle> {
         let state = self.shared.state();
-        let lanes = state.lanes.iter().enumerate();
-        lanes
+        let requests = state.requests.iter().enumerate();
+        requests
             .filter(|(_, state)| matches!(state.status, RequestStatus::NotStarted | RequestStatus::Held(_)))
-            .map(|(lane, _)| RequestHandle(lane))
+            .map(|(request, _)| RequestHandle(request))
             .collect()
     }
 
@@ -230,12 +238,16 @@ impl Schedule<'_> {
     pub fn ensure_all_answered(&self) -> anyhow::Result<()> {
         let state = self.shared.state();
         match state
-            .lanes
+            .requests
             .iter()
             .position(|state| state.status != RequestStatus::Answered)
         {
             None => Ok(()),
-            Some(lane) => bail!("{} never gets an answer\n{}", state.trace.lanes[lane], state.trace),
+            Some(request) => bail!(
+                "{} never gets an answer\n{}",
+                state.trace.requests[request],
+                state.trace
+            ),
         }
     }
 
@@ -249,23 +261,23 @@ impl Schedule<'_> {
     /// # Errors
     /// Fails if a request has no answer or the rows can't be read.
     pub async fn history(&self) -> anyhow::Result<History> {
-        let sold = rows::read(&self.runner.observer, self.sale).await?;
+        let sold = final_state::read(&self.runner.observer, self.sale).await?;
         let state = self.shared.state();
         let requests = state
-            .lanes
+            .requests
             .iter()
             .zip(&self.requests)
             .enumerate()
-            .map(|(index, (lane, request))| {
-                let answer = lane.answer.clone();
+            .map(|(index, (progress, planned))| {
+                let answer = progress.answer.clone();
                 Ok(Request {
                     request: index as u64,
-                    buyer: request.order.buyer,
-                    key: request.order.key.to_string(),
-                    sent_us: lane.sent_us,
-                    answered_us: lane.answered_us,
-                    answer: answer.ok_or_else(|| anyhow!("{} has no answer yet", state.trace.lanes[index]))?,
-                    steps: lane.steps.clone(),
+                    buyer: planned.order.buyer,
+                    key: planned.order.key.to_string(),
+                    sent_us: progress.sent_us,
+                    answered_us: progress.answered_us,
+                    answer: answer.ok_or_else(|| anyhow!("{} has no answer yet", state.trace.requests[index]))?,
+                    steps: progress.steps.clone(),
                 })
             });
         Ok(History {
@@ -285,8 +297,8 @@ impl Schedule<'_> {
         })
     }
 
-    fn name(&self, lane: usize) -> String {
-        self.shared.state().trace.lanes[lane].clone()
+    fn name(&self, request: usize) -> String {
+        self.shared.state().trace.requests[request].clone()
     }
 }
 

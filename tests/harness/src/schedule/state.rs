@@ -22,7 +22,7 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct State {
     pub(super) trace: Trace,
-    pub(super) lanes: Vec<LaneState>,
+    pub(super) requests: Vec<RequestState>,
     /// Locks that were released while a request waited, each of which one waiter is about to take.
     /// Negative if a waiter reported its lock before the holder reported the release.
     pub(super) releases: isize,
@@ -30,7 +30,7 @@ pub(super) struct State {
     pub(super) passes: &'static [&'static str],
 }
 
-pub(super) struct LaneState {
+pub(super) struct RequestState {
     pub(super) status: RequestStatus,
     pub(super) sent_us: Micros,
     pub(super) answered_us: Option<Micros>,
@@ -64,7 +64,7 @@ impl Shared {
 
 /// Holds one request at every point until the schedule resumes it.
 pub(super) struct HoldingObserver {
-    pub(super) lane: usize,
+    pub(super) request: usize,
     pub(super) shared: Arc<Shared>,
     pub(super) permits: Arc<Semaphore>,
     pub(super) started_us: Micros,
@@ -81,19 +81,19 @@ impl Observer for HoldingObserver {
             } else {
                 RequestStatus::Held(sighting.step)
             };
-            state.transition(self.lane, status);
+            state.transition(self.request, status);
             if sighting.step == points::LOCK_RELEASED {
                 state.releases += 1;
                 state.releases = state.releases.min(state.waiting().cast_signed());
             }
-            state.lanes[self.lane].steps.push(Step {
+            state.requests[self.request].steps.push(Step {
                 at_us: now_monotonic_us() - self.started_us,
                 step: sighting.step.to_owned(),
                 saw: sighting.saw.clone(),
                 place: place.clone(),
             });
             state.trace.events.push(Event {
-                lane: self.lane,
+                request: self.request,
                 kind: EventKind::Passed {
                     step: sighting.step,
                     saw: sighting.saw,
@@ -115,9 +115,9 @@ impl Observer for HoldingObserver {
     fn blocked(&self, sighting: Sighting) {
         {
             let mut state = self.shared.state();
-            state.lanes[self.lane].status = RequestStatus::Waiting;
+            state.requests[self.request].status = RequestStatus::Waiting;
             state.trace.events.push(Event {
-                lane: self.lane,
+                request: self.request,
                 kind: EventKind::Waits {
                     why: sighting.step.to_owned(),
                 },
@@ -129,17 +129,17 @@ impl Observer for HoldingObserver {
 
 impl State {
     /// Sets the status of a request that moved by itself. If it was waiting, it has taken the lock.
-    pub(super) fn transition(&mut self, lane: usize, status: RequestStatus) {
-        if self.lanes[lane].status == RequestStatus::Waiting {
+    pub(super) fn transition(&mut self, request: usize, status: RequestStatus) {
+        if self.requests[request].status == RequestStatus::Waiting {
             self.releases -= 1;
         }
-        self.lanes[lane].status = status;
+        self.requests[request].status = status;
     }
 
     pub(super) fn waiting(&self) -> usize {
-        self.lanes
+        self.requests
             .iter()
-            .filter(|lane| lane.status == RequestStatus::Waiting)
+            .filter(|request| request.status == RequestStatus::Waiting)
             .count()
     }
 }

@@ -5,20 +5,20 @@ use std::fmt;
 
 use comfy_table::{Table, TableStyle, presets};
 
-/// What kind, in order.
+/// The events of a schedule, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Trace {
-    /// The name of each lane, in the order in which the requests were added.
-    pub lanes: Vec<String>,
-    /// Every step of every lane.
+    /// The name of each request, in the order in which they were added.
+    pub requests: Vec<String>,
+    /// Every step of every request, in order.
     pub events: Vec<Event>,
 }
 
-/// One step of one lane.
+/// One step of one request.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// Index into [`Trace::lanes`].
-    pub lane: usize,
+    /// Index into [`Trace::requests`].
+    pub request: usize,
     /// What happened.
     pub kind: EventKind,
 }
@@ -53,11 +53,11 @@ impl Trace {
         self.table(presets::ASCII_MARKDOWN)
     }
 
-    /// A column for each lane, a row for each event.
+    /// A column for each request, a row for each event.
     fn table(&self, style: TableStyle) -> String {
         let mut table = Table::new();
         table.load_style(style);
-        let names = self.lanes.iter().map(String::as_str);
+        let names = self.requests.iter().map(String::as_str);
         table.set_header(["#"].into_iter().chain(names).chain(["where"]));
         for (index, event) in self.events.iter().enumerate() {
             let (text, place) = match &event.kind {
@@ -69,10 +69,10 @@ impl Trace {
                 EventKind::Waits { why } => (why.clone(), ""),
                 EventKind::Answered { answer } => (format!("→ {answer}"), ""),
             };
-            let mut cells = vec![String::new(); self.lanes.len() + 2];
+            let mut cells = vec![String::new(); self.requests.len() + 2];
             cells[0] = (index + 1).to_string();
-            cells[event.lane + 1] = text;
-            cells[self.lanes.len() + 1] = place.to_owned();
+            cells[event.request + 1] = text;
+            cells[self.requests.len() + 1] = place.to_owned();
             table.add_row(cells);
         }
         table.trim_fmt()

@@ -133,11 +133,11 @@ pub async fn refuses_bad_input(server: &TestServer) -> anyhow::Result<()> {
     ] {
         let start = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         let answered = server.post(SALE, None, body).await.with_context(|| start.clone())?;
-        let told = answered.is(problem).with_context(|| start.clone())?;
+        let problem_body = answered.is(problem).with_context(|| start.clone())?;
         ensure!(
-            told.detail.contains(says),
+            problem_body.detail.contains(says),
             "{start} is answered with {:?}, which does not say {says:?}",
-            told.detail
+            problem_body.detail
         );
     }
     for key in ["with space", "", &"k".repeat(129)] {

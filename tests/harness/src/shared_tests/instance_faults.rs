@@ -61,14 +61,14 @@ async fn kill(rush: &Rush, program: &Program, level: &Level, strategy: &Strategy
         in_flight(&report, fault, killed.address) > 0,
         "the fault did not strike: nothing was in flight on the instance"
     );
-    for request in undecided(&report) {
+    for request in indeterminate(&report) {
         assert!(
             request.sent_us <= fault.struck_us,
-            "sent after the kill, and yet undecided: {request:?}"
+            "sent after the kill, and yet indeterminate: {request:?}"
         );
         assert_eq!(
             report.sent_to[&request.request], killed.address,
-            "undecided on an instance that lives: {request:?}"
+            "indeterminate on a running instance: {request:?}"
         );
     }
 }
@@ -118,9 +118,9 @@ async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strat
         });
         assert!(served, "the new instance served no request: {}", fault.fault);
     }
-    if let Some(first) = undecided(&report).next() {
+    if let Some(first) = indeterminate(&report).next() {
         panic!(
-            "a request has an unknown outcome: an instance left before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
+            "a request has an unknown outcome: an instance exited before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
             report.sent_to[&first.request], report.struck, report.history.faults, report.verdict
         );
     }
@@ -200,7 +200,7 @@ fn ended_us(request: &Request) -> Micros {
     ended_us.unwrap_or(Micros::MAX)
 }
 
-fn undecided(report: &Report) -> impl Iterator<Item = &Request> {
+fn indeterminate(report: &Report) -> impl Iterator<Item = &Request> {
     let requests = report.history.requests.iter();
     requests.filter(|request| request.answer == Answer::Indeterminate)
 }

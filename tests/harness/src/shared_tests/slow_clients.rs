@@ -130,10 +130,10 @@ fn memory_kib(pid: u32, field: &str) -> anyhow::Result<u64> {
     let resident = match status.as_deref().and_then(|status| status.split_once(field)) {
         Some((_, rest)) => rest.split_whitespace().next().unwrap_or_default().to_owned(),
         None => {
-            let told = Command::new("ps")
+            let output = Command::new("ps")
                 .args(["-o", "rss=", "-p", &pid.to_string()])
                 .output()?;
-            String::from_utf8_lossy(&told.stdout).trim().to_owned()
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
         }
     };
     resident

@@ -76,7 +76,7 @@ impl Role {
     }
 
     /// Runs the child, and returns its JSON from stdout.
-    pub(crate) fn said(self) -> Value {
+    pub(crate) fn json(self) -> Value {
         let output = self.succeeds();
         serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output)))
     }
@@ -84,13 +84,13 @@ impl Role {
     /// Starts the child, and waits for its first line.
     pub(crate) fn held(mut self) -> Held {
         let mut child = self.0.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut said = String::new();
+        let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut said)
+            .read_line(&mut line)
             .unwrap();
         let stdin = child.stdin.take();
-        let said = serde_json::from_str(&said).expect("the child says what it holds");
-        Held { child, stdin, said }
+        let report = serde_json::from_str(&line).expect("the child reports what it holds");
+        Held { child, stdin, report }
     }
 }
 
@@ -114,12 +114,12 @@ fn with_ctrl_c(program: PathBuf) -> Command {
 pub(crate) struct Held {
     pub(crate) child: Child,
     pub(crate) stdin: Option<ChildStdin>,
-    pub(crate) said: Value,
+    pub(crate) report: Value,
 }
 
 impl Held {
     pub(crate) fn word(&self, word: &str) -> &str {
-        self.said[word].as_str().unwrap()
+        self.report[word].as_str().unwrap()
     }
 
     pub(crate) fn folder(&self) -> PathBuf {

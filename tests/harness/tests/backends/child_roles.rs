@@ -30,13 +30,13 @@ pub(crate) fn play(role: &str) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     match role {
         "find" => {
-            let said = match runtime.block_on(report(service)) {
+            let result = match runtime.block_on(report(service)) {
                 Ok(report) => serde_json::to_value(report).unwrap(),
                 Err(missing) => {
                     json!({ "error": missing.to_string(), "setting": matches!(missing, Missing::BadSetting { .. }) })
                 }
             };
-            println!("{said}");
+            println!("{result}");
         }
         "hold" => hold(service, &runtime),
         "keep" => {
@@ -138,7 +138,7 @@ fn hold(service: Service, runtime: &tokio::runtime::Runtime) {
     say(&json!({ "folder": folder.parent(), "address": address, "holds": holds }));
     let mut how = String::new();
     io::stdin().read_line(&mut how).unwrap();
-    assert_ne!(how.trim(), "panic", "as it was told to");
+    assert_ne!(how.trim(), "panic", "as it was set to");
 }
 
 fn share(service: Service) {

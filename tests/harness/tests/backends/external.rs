@@ -156,9 +156,12 @@ fn an_external_server_is_used_and_left_as_it_was(service: Service) {
     assert_eq!(external.contents(), before);
     temp.becomes_empty();
 
-    let said = external.role("find", temp.path()).said();
+    let report = external.role("find", temp.path()).json();
     let reason = format!("{} is set", service.url_variable());
-    assert_eq!((&said["source"], &said["reason"]), (&json!("external"), &json!(reason)));
+    assert_eq!(
+        (&report["source"], &report["reason"]),
+        (&json!("external"), &json!(reason))
+    );
 }
 
 fn an_absent_external_server(service: Service) {
@@ -178,8 +181,8 @@ fn an_absent_external_server(service: Service) {
         ("s3cret".to_owned(), not_understood),
     ] {
         let output = Role::new(service, "find", temp().path()).set(variable, url).succeeds();
-        let said: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let error = said["error"].as_str().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let error = report["error"].as_str().unwrap();
         assert!(error.contains(&part), "{error}");
         let remedy = format!("Set {variable} to a server that answers, or unset it to have one started.");
         assert!(error.ends_with(&remedy), "{error}");
@@ -260,13 +263,13 @@ fn an_external_user_must_be_allowed_to_write() {
 fn a_guest_is_refused(external: &External, part: &str) {
     let (scheme, rest) = external.url.split_once("://").unwrap();
     let (_, place) = rest.rsplit_once('@').unwrap();
-    let said = Role::new(external.service, "find", temp().path())
+    let report = Role::new(external.service, "find", temp().path())
         .set(
             external.service.url_variable(),
             format!("{scheme}://guest:guest@{place}"),
         )
-        .said();
-    let error = said["error"].as_str().unwrap();
+        .json();
+    let error = report["error"].as_str().unwrap();
     assert!(error.contains(part), "{error}");
     assert!(!error.contains("guest:guest"), "{error}");
 }

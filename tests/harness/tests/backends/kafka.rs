@@ -109,13 +109,13 @@ fn no_java_is_said_so() {
     let path = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink("/usr/bin/env", path.path().join("env")).unwrap();
     fs::write(temp.path().join("kafka_2.13-0.jar"), "").unwrap();
-    let said = Role::new(Service::Kafka, "find", temp.path())
+    let report = Role::new(Service::Kafka, "find", temp.path())
         .forced(Source::Native)
         .set("OVERSOLD_KAFKA_JARS", temp.path())
         .set("JAVA_HOME", "/nowhere")
         .set("PATH", path.path())
-        .said();
-    let error = said["error"].as_str().unwrap();
+        .json();
+    let error = report["error"].as_str().unwrap();
     assert!(error.contains("java is neither in JAVA_HOME nor on PATH"), "{error}");
     fs::remove_file(temp.path().join("kafka_2.13-0.jar")).unwrap();
 }
@@ -123,11 +123,11 @@ fn no_java_is_said_so() {
 fn jars_that_do_not_start_show_the_end_of_the_log() {
     let jars = temp();
     fs::write(jars.path().join("kafka_2.13-0.jar"), "").unwrap();
-    let said = Role::new(Service::Kafka, "find", temp().path())
+    let report = Role::new(Service::Kafka, "find", temp().path())
         .forced(Source::Native)
         .set("OVERSOLD_KAFKA_JARS", jars.path())
-        .said();
-    let error = said["error"].as_str().unwrap();
+        .json();
+    let error = report["error"].as_str().unwrap();
     assert!(error.contains("could not format its data folder"), "{error}");
     assert!(error.contains("kafka.tools.StorageTool"), "{error}");
     fs::remove_file(jars.path().join("kafka_2.13-0.jar")).unwrap();
@@ -136,11 +136,11 @@ fn jars_that_do_not_start_show_the_end_of_the_log() {
 /// Uses a present image that does not contain Kafka.
 fn an_image_that_does_not_start_shows_the_end_of_its_log() {
     let other = env::var("OVERSOLD_REDIS_IMAGE").unwrap_or_else(|_| "redis:7-alpine".to_owned());
-    let said = Role::new(Service::Kafka, "find", temp().path())
+    let report = Role::new(Service::Kafka, "find", temp().path())
         .forced(Source::Docker)
         .set("OVERSOLD_KAFKA_IMAGE", other)
-        .said();
-    let error = said["error"].as_str().unwrap();
+        .json();
+    let error = report["error"].as_str().unwrap();
     assert!(error.contains("the container did not start"), "{error}");
     // Of an image with bash its log says it, of one without the engine.
     assert!(error.contains("bash"), "{error}");

@@ -8,8 +8,8 @@
 
 mod child;
 mod child_roles;
-mod engine;
 mod external;
+mod fake_docker_engine;
 mod kafka;
 mod managed_servers;
 mod postgres;
@@ -118,7 +118,7 @@ pub(crate) fn of_one(name: &str, service: Service, needs: &[Source], run: fn()) 
 fn tests() -> Vec<Test> {
     [
         sources::tests(),
-        engine::tests(),
+        fake_docker_engine::tests(),
         external::tests(),
         managed_servers::tests(),
         kafka::tests(),

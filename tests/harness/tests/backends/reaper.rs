@@ -156,8 +156,8 @@ fn a_process_that_was_given_an_old_pid_is_left_alone() {
 
 fn a_process_that_ignores_the_signal_is_killed() {
     let temp = temp();
-    let said = Role::new(Service::Postgres, "stubborn", temp.path()).said();
-    let pid = u32::try_from(said["pid"].as_u64().unwrap()).unwrap();
+    let report = Role::new(Service::Postgres, "stubborn", temp.path()).json();
+    let pid = u32::try_from(report["pid"].as_u64().unwrap()).unwrap();
     temp.becomes_empty();
     until("the stubborn process to end", || {
         processes().iter().all(|process| process.pid != pid)

@@ -15,8 +15,8 @@ pub(crate) async fn serve() {
     let redis = backends::redis().await.unwrap();
     let bulk = |text: &str| Reply::Bulk(text.to_owned());
     for (setting, value) in [("save", ""), ("appendonly", "no")] {
-        let told = redis.command(&["CONFIG", "GET", setting]).await.unwrap();
-        assert_eq!(told, Reply::Array(vec![bulk(setting), bulk(value)]));
+        let reply = redis.command(&["CONFIG", "GET", setting]).await.unwrap();
+        assert_eq!(reply, Reply::Array(vec![bulk(setting), bulk(value)]));
         assert_eq!(redis.report().durability[setting], value);
     }
 

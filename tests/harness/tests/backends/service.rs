@@ -59,8 +59,8 @@ pub(crate) fn absent(service: Service, source: Source) -> Option<&'static str> {
     let known = &KNOWN[service as usize * 2 + usize::from(source == Source::Native)];
     let reason = known.get_or_init(|| {
         let temp = temp();
-        let said = Role::new(service, "find", temp.path()).forced(source).said();
-        said["error"].as_str().map(|error| {
+        let report = Role::new(service, "find", temp.path()).forced(source).json();
+        report["error"].as_str().map(|error| {
             let line = error.lines().find_map(|line| line.trim().strip_prefix(source.name()));
             line.unwrap_or(error).trim_start_matches(": ").to_owned()
         })

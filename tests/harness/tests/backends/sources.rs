@@ -70,9 +70,9 @@ fn a_forced_source_wins_over_an_external_one(service: Service) {
         service.url_variable(),
         format!("{}://nobody@127.0.0.1:1/0", service.name()),
     );
-    let said = role.forced(Source::Native).said();
+    let report = role.forced(Source::Native).json();
     assert_eq!(
-        (&said["source"], &said["reason"]),
+        (&report["source"], &report["reason"]),
         (&json!("native"), &json!("OVERSOLD_BACKENDS asks for it"))
     );
 }
@@ -91,8 +91,8 @@ fn every_bad_setting_gets_one_clear_line(service: Service) {
             "OVERSOLD_BACKENDS is `external`; expected `docker` or `native`",
         ),
     ] {
-        let said = Role::new(service, "find", temp().path()).set(setting, value).said();
-        assert_eq!(said, json!({ "error": line, "setting": true }));
+        let report = Role::new(service, "find", temp().path()).set(setting, value).json();
+        assert_eq!(report, json!({ "error": line, "setting": true }));
     }
     for (source, setting, value, part) in [
         (Source::Native, bin.as_str(), "/nowhere", service.not_native()),
@@ -115,11 +115,11 @@ fn every_bad_setting_gets_one_clear_line(service: Service) {
             &format!("{image} is `latest:`, which is no name of an image"),
         ),
     ] {
-        let said = Role::new(service, "find", temp().path())
+        let report = Role::new(service, "find", temp().path())
             .forced(source)
             .set(setting, value)
-            .said();
-        let error = said["error"].as_str().unwrap();
+            .json();
+        let error = report["error"].as_str().unwrap();
         assert!(error.contains(part), "{error}");
     }
 }
@@ -134,8 +134,8 @@ pub(crate) fn nowhere(service: Service, role: &str, temp: &Path) -> Role {
 }
 
 fn nothing_there_says_what_was_tried(service: Service) {
-    let said = nowhere(service, "find", temp().path()).said();
-    let error = said["error"].as_str().unwrap();
+    let report = nowhere(service, "find", temp().path()).json();
+    let error = report["error"].as_str().unwrap();
     let (tried, remedy) = error.rsplit_once('\n').unwrap();
     assert_eq!(
         tried,
@@ -230,11 +230,11 @@ fn an_image_that_cannot_be_pulled_is_tried_once() {
 
 fn without_an_image_native_takes_over(service: Service) {
     let temp = temp();
-    let said = Role::new(service, "find", temp.path())
+    let report = Role::new(service, "find", temp.path())
         .set(service.setting("IMAGE"), NO_IMAGE)
-        .said();
-    assert_eq!(said["source"], "native");
-    let reason = said["reason"].as_str().unwrap();
+        .json();
+    assert_eq!(report["source"], "native");
+    let reason = report["reason"].as_str().unwrap();
     let start = format!("{} is not set; image {NO_IMAGE} is not here", service.url_variable());
     assert!(reason.starts_with(&start), "{reason}");
     forget_the_pull(&temp);

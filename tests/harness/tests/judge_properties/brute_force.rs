@@ -85,7 +85,7 @@ fn is_final(request: &Request) -> bool {
     yes(request).is_some() || no(request).is_some_and(|refused| *refused != RateLimited)
 }
 
-fn cannot_say(request: &Request) -> bool {
+fn is_indeterminate(request: &Request) -> bool {
     yes(request).is_none() && no(request).is_none()
 }
 
@@ -154,26 +154,26 @@ fn may_have_taken(history: &History, request: &Request) -> bool {
 }
 
 /// The stable confirmations, one for each reservation.
-fn told(history: &History) -> Vec<(Uuid, &Request)> {
-    let mut told: Vec<(Uuid, &Request)> = vec![];
+fn stable_confirmations(history: &History) -> Vec<(Uuid, &Request)> {
+    let mut confirmations: Vec<(Uuid, &Request)> = vec![];
     let mut requests: Vec<&Request> = history.requests.iter().collect();
     requests.sort_by_key(|request| (request.sent_us, request.request));
     for request in requests {
         if let Some(id) = yes(request)
             && !changed(request)
-            && told.iter().all(|(other, _)| *other != id)
+            && confirmations.iter().all(|(other, _)| *other != id)
         {
-            told.push((id, request));
+            confirmations.push((id, request));
         }
     }
-    told
+    confirmations
 }
 
 /// The number of reservations at quiescence; without rows, a lower bound.
 fn sold(history: &History) -> u64 {
     match &history.rows {
         Some(rows) => rows.iter().filter(|row| live(row)).count() as u64,
-        None => told(history).len() as u64,
+        None => stable_confirmations(history).len() as u64,
     }
 }
 
@@ -199,9 +199,10 @@ fn not_conserved(history: &History) -> bool {
 
 fn duplicated(history: &History) -> bool {
     if history.rows.is_none() {
-        let told = told(history);
-        return told.iter().any(|(id, one)| {
-            told.iter()
+        let confirmations = stable_confirmations(history);
+        return confirmations.iter().any(|(id, one)| {
+            confirmations
+                .iter()
                 .any(|(other_id, other)| id != other_id && (one.buyer == other.buyer || one.key == other.key))
         });
     }
@@ -232,8 +233,9 @@ fn invented(history: &History) -> bool {
             .iter()
             .filter(|request| own_id(request) == Some(row.reservation));
         let of_another = of_another.any(|request| !asks_for(request, row));
-        let mut asked = history.requests.iter().filter(|request| asks_for(request, row));
-        let rightly = asked.any(|request| !only_no(request) || ((accepted(request) || ran_out(request)) && !live(row)));
+        let mut requests = history.requests.iter().filter(|request| asks_for(request, row));
+        let rightly =
+            requests.any(|request| !only_no(request) || ((accepted(request) || ran_out(request)) && !live(row)));
         of_another || !rightly
     })
 }
@@ -244,7 +246,7 @@ fn takers(history: &History) -> Vec<Micros> {
     let mut takers = vec![];
     let requests = &history.requests;
     for (at, request) in requests.iter().enumerate() {
-        if history.rows.is_none() && cannot_say(request) {
+        if history.rows.is_none() && is_indeterminate(request) {
             takers.push(request.sent_us);
         }
         if requests[..at].iter().any(|earlier| same_order(earlier, request)) {
@@ -345,7 +347,7 @@ fn had(history: &History, buyer: BuyerId, id: Uuid, at_us: Micros) -> bool {
             .iter()
             .any(|request| told_of_it(request) && same_order(request, maker))
             || own.iter().any(|row| asks_for(maker, row));
-        let unsure = history.rows.is_none() && maker.buyer == buyer && cannot_say(maker);
+        let unsure = history.rows.is_none() && maker.buyer == buyer && is_indeterminate(maker);
         (named && may_have_taken(history, maker)) || unsure
     };
     let mut makers = history
@@ -394,7 +396,7 @@ fn undersold(history: &History) -> bool {
     }
     let unsure = match history.rows {
         Some(_) => 0,
-        None => requests.iter().filter(|request| cannot_say(request)).count() as u64,
+        None => requests.iter().filter(|request| is_indeterminate(request)).count() as u64,
     };
     let released = rows(history).iter().filter(|row| !live(row)).count() as u64;
     sold(history) + unsure + released < history.header.capacity.min(came)
@@ -485,7 +487,7 @@ fn disagrees(history: &History, request: &Request) -> bool {
         };
     }
     let taken_since = history.requests.iter().any(|other| {
-        same_order(request, other) && cannot_say(other) && (releases(history) || other.sent_us >= request.sent_us)
+        same_order(request, other) && is_indeterminate(other) && (releases(history) || other.sent_us >= request.sent_us)
     });
     let against = own.iter().any(|row| {
         let named = matches!(no(request), Some(AlreadyReserved { earlier }) if *earlier == row.reservation);
@@ -500,8 +502,8 @@ fn unfinished(history: &History) -> bool {
     requests.iter().any(|request| {
         let late = end_us(request).is_some_and(|end_us| end_us > request.sent_us + history.header.deadline_us);
         let meaningless = matches!(request.answer, Answer::Unexpected { .. });
-        let undecided_for_good = accepted(request) && end_us(request).is_none();
-        let told = requests.iter().any(|other| {
+        let never_decided = accepted(request) && end_us(request).is_none();
+        let was_settled = requests.iter().any(|other| {
             let settled = yes(other).is_some() || no(other).is_some();
             same_order(request, other) && settled && end_us(other).is_none_or(|end_us| end_us >= request.sent_us)
         });
@@ -512,7 +514,9 @@ fn unfinished(history: &History) -> bool {
             .iter()
             .all(|fault| fault.healed_us.is_some_and(|healed_us| request.sent_us > healed_us));
         let never_ends = end_us(request).is_none() && after_all_faults;
-        let must_be_told = if faults.is_empty() { repeats } else { after_all_faults };
-        late || meaningless || undecided_for_good || (cannot_say(request) && (never_ends || (must_be_told && !told)))
+        let must_be_settled = if faults.is_empty() { repeats } else { after_all_faults };
+        late || meaningless
+            || never_decided
+            || (is_indeterminate(request) && (never_ends || (must_be_settled && !was_settled)))
     })
 }

@@ -7,7 +7,7 @@ use box_office::trace::now_monotonic_us;
 use harness::backends::{Redis, Reply};
 
 use super::{
-    super::{BenchArgs, MeasurementTable, environment::Rounds, progress},
+    super::{BenchArgs, MeasurementTable, bench_setup::Rounds, progress},
     LockBench,
     waiters::WaiterProcess,
 };

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::{
     BenchArgs, ONLY_LV3,
-    environment::{Rounds, print_void},
+    bench_setup::{Rounds, print_void},
     redis_benchmark::RedisBenchmark,
     warn_of_debug_build,
 };

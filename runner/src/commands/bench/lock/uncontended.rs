@@ -11,7 +11,7 @@ use lv3_redis_lock::lock::Released;
 use tokio::task::JoinSet;
 
 use super::{
-    super::{BenchArgs, environment::Rounds, progress, redis_benchmark::RedisBenchmark},
+    super::{BenchArgs, bench_setup::Rounds, progress, redis_benchmark::RedisBenchmark},
     Lock, LockBench,
     commands::{LockCommands, Rates},
 };

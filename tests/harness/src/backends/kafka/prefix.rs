@@ -12,7 +12,7 @@ use std::{
 use tokio::time::timeout;
 
 use super::{Kafka, Server, wire_protocol::Connection};
-use crate::print;
+use crate::broken_pipe;
 
 /// Time limit for deleting topics, for a broker that hangs or is gone.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -78,7 +78,7 @@ impl Drop for Prefix {
             })
         });
         if self.wait && !deleting.join().unwrap_or(false) {
-            print::notice(format_args!(
+            broken_pipe::notice(format_args!(
                 "the topics under {self} could not be deleted; a run after a day tries again"
             ));
         }
@@ -139,12 +139,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_topics_of_a_run_tell_when_it_began() {
+    fn only_topics_of_a_run_name_its_start() {
         let run = Run {
             began_s: 1_700_000_000,
             number: 7,
         };
-        for (topic, told) in [
+        for (topic, expected) in [
             (format!("oversold-{run}-0-orders"), Some(1_700_000_000)),
             (format!("oversold-{run}-12-orders-dead"), Some(1_700_000_000)),
             ("oversold-own-0-orders".to_owned(), None),
@@ -152,7 +152,7 @@ mod tests {
             (format!("undersold-{run}-0-orders"), None),
             ("orders".to_owned(), None),
         ] {
-            assert_eq!(began(&topic), told, "{topic}");
+            assert_eq!(began(&topic), expected, "{topic}");
         }
     }
 }

@@ -12,14 +12,14 @@ use tokio::{
 };
 
 /// Time limit of one response. A frozen broker never responds.
-const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit, in the request, for creating or deleting topics.
-const DONE_WITHIN_MS: i32 = 8_000;
+const OPERATION_TIMEOUT_MS: i32 = 8_000;
 /// Interval between requests for metadata until the broker has the controller's change.
-const LOOKED_AGAIN_AFTER: Duration = Duration::from_millis(5);
+const METADATA_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Upper bound of a response in bytes. If the server is not Kafka, its first bytes may decode to
 /// any length.
-const LONGEST_ANSWER: usize = 64 << 20;
+const MAX_RESPONSE_BYTES: usize = 64 << 20;
 
 /// A broker's metadata of its cluster.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl Connection {
     pub(super) async fn open(servers: &str) -> io::Result<Self> {
         let mut last = io::ErrorKind::AddrNotAvailable.into();
         for server in servers.split(',') {
-            match timeout(ENGINE_TIMEOUT, TcpStream::connect(server.trim())).await {
+            match timeout(RESPONSE_TIMEOUT, TcpStream::connect(server.trim())).await {
                 Ok(Ok(stream)) => {
                     stream.set_nodelay(true)?;
                     return Ok(Self(stream));
@@ -67,7 +67,7 @@ impl Connection {
     /// supports.
     ///
     /// # Errors
-    /// Fails if the broker does not answer.
+    /// Fails if the broker does not respond.
     pub(super) async fn version(&mut self) -> io::Result<String> {
         let mut body = Vec::new();
         for text in ["oversold", "0"] {
@@ -76,19 +76,19 @@ impl Connection {
             body.extend(text.as_bytes());
         }
         body.push(0);
-        let answer = self.ask(Api::Versions, &body).await?;
-        let mut answer = Answer(&answer);
-        answer.error()?;
-        for _ in 1..answer.varint()? {
+        let response = self.exchange(Api::Versions, &body).await?;
+        let mut response = Response(&response);
+        response.error()?;
+        for _ in 1..response.varint()? {
             // The supported versions of each request.
-            answer.take(6)?;
-            answer.skip_tags()?;
+            response.take(6)?;
+            response.skip_tags()?;
         }
-        answer.i32()?;
+        response.i32()?;
         let mut newest = None;
-        for _ in 0..answer.varint()? {
-            let (tag, size) = (answer.varint()?, answer.varint()?);
-            let mut tagged = Answer(answer.take(size)?);
+        for _ in 0..response.varint()? {
+            let (tag, size) = (response.varint()?, response.varint()?);
+            let mut tagged = Response(response.take(size)?);
             // The broker's supported features are under tag 0.
             if tag != 0 {
                 continue;
@@ -117,37 +117,37 @@ impl Connection {
     /// The broker's metadata of its cluster.
     ///
     /// # Errors
-    /// Fails if the broker does not answer.
+    /// Fails if the broker does not respond.
     pub(super) async fn metadata(&mut self) -> io::Result<Metadata> {
         // All topics, without automatic creation.
         let mut body = (-1_i32).to_be_bytes().to_vec();
         body.push(0);
-        let answer = self.ask(Api::Metadata, &body).await?;
-        let mut answer = Answer(&answer);
-        answer.i32()?;
-        let brokers = answer.count()?;
+        let response = self.exchange(Api::Metadata, &body).await?;
+        let mut response = Response(&response);
+        response.i32()?;
+        let brokers = response.count()?;
         for _ in 0..brokers {
-            answer.i32()?;
-            answer.text()?;
-            answer.i32()?;
-            answer.text()?;
+            response.i32()?;
+            response.text()?;
+            response.i32()?;
+            response.text()?;
         }
-        answer.text()?;
-        answer.i32()?;
+        response.text()?;
+        response.i32()?;
         let mut topics = Vec::new();
-        for _ in 0..answer.count()? {
-            answer.i16()?;
-            let name = answer.text()?;
-            answer.take(1)?;
-            let partitions = answer.count()?;
+        for _ in 0..response.count()? {
+            response.i16()?;
+            let name = response.text()?;
+            response.take(1)?;
+            let partitions = response.count()?;
             let mut led = true;
             for _ in 0..partitions {
-                answer.i16()?;
-                let (_, leader) = (answer.i32()?, answer.i32()?);
+                response.i16()?;
+                let (_, leader) = (response.i32()?, response.i32()?);
                 led &= leader >= 0;
                 for _ in 0..2 {
-                    let replicas = answer.count()?;
-                    answer.take(replicas * size_of::<i32>())?;
+                    let replicas = response.count()?;
+                    response.take(replicas * size_of::<i32>())?;
                 }
             }
             topics.push(Topic { name, partitions, led });
@@ -159,7 +159,7 @@ impl Connection {
     /// broker's metadata lists its leaders.
     ///
     /// # Errors
-    /// Fails if the topic exists, or if the broker rejects the request or does not answer.
+    /// Fails if the topic exists, or if the broker rejects the request or does not respond.
     pub(super) async fn create_topic(&mut self, name: &str, partitions: i32) -> io::Result<()> {
         let mut body = 1_i32.to_be_bytes().to_vec();
         push_text(&mut body, name)?;
@@ -167,20 +167,20 @@ impl Connection {
         body.extend((-1_i16).to_be_bytes());
         // With the broker's replica assignment and default settings.
         body.extend([0; 8]);
-        body.extend(DONE_WITHIN_MS.to_be_bytes());
+        body.extend(OPERATION_TIMEOUT_MS.to_be_bytes());
         body.push(0);
-        let answer = self.ask(Api::CreateTopics, &body).await?;
-        let mut answer = Answer(&answer);
-        answer.i32()?;
-        for _ in 0..answer.count()? {
-            answer.text()?;
-            answer.error()?;
-            answer.text()?;
+        let response = self.exchange(Api::CreateTopics, &body).await?;
+        let mut response = Response(&response);
+        response.i32()?;
+        for _ in 0..response.count()? {
+            response.text()?;
+            response.error()?;
+            response.text()?;
         }
         // The controller has answered. The broker's metadata follows a moment later.
         let is_led = |topic: &Topic| topic.name == name && topic.led;
         while !self.metadata().await?.topics.iter().any(is_led) {
-            sleep(LOOKED_AGAIN_AFTER).await;
+            sleep(METADATA_POLL_INTERVAL).await;
         }
         Ok(())
     }
@@ -189,7 +189,7 @@ impl Connection {
     /// broker's metadata no longer lists them. Ignores topics that do not exist.
     ///
     /// # Errors
-    /// Fails if the broker rejects the request or does not answer.
+    /// Fails if the broker rejects the request or does not respond.
     pub(super) async fn delete_topics(&mut self, names: &[String]) -> io::Result<()> {
         const UNKNOWN_TOPIC: i16 = 3;
 
@@ -200,27 +200,27 @@ impl Connection {
         for name in names {
             push_text(&mut body, name)?;
         }
-        body.extend(DONE_WITHIN_MS.to_be_bytes());
-        let answer = self.ask(Api::DeleteTopics, &body).await?;
-        let mut answer = Answer(&answer);
-        answer.i32()?;
-        for _ in 0..answer.count()? {
-            answer.text()?;
-            match answer.i16()? {
+        body.extend(OPERATION_TIMEOUT_MS.to_be_bytes());
+        let response = self.exchange(Api::DeleteTopics, &body).await?;
+        let mut response = Response(&response);
+        response.i32()?;
+        for _ in 0..response.count()? {
+            response.text()?;
+            match response.i16()? {
                 0 | UNKNOWN_TOPIC => {}
                 code => return Err(refused(code)),
             }
         }
         // As above.
-        let is_told_of = |topic: &Topic| names.contains(&topic.name);
-        while self.metadata().await?.topics.iter().any(is_told_of) {
-            sleep(LOOKED_AGAIN_AFTER).await;
+        let is_listed = |topic: &Topic| names.contains(&topic.name);
+        while self.metadata().await?.topics.iter().any(is_listed) {
+            sleep(METADATA_POLL_INTERVAL).await;
         }
         Ok(())
     }
 
     /// Sends a request and waits for its response.
-    async fn ask(&mut self, api: Api, body: &[u8]) -> io::Result<Vec<u8>> {
+    async fn exchange(&mut self, api: Api, body: &[u8]) -> io::Result<Vec<u8>> {
         const NUMBER: i32 = 1;
 
         let (key, version) = api.key_and_version();
@@ -236,17 +236,17 @@ impl Connection {
         request.extend(body);
         let length = i32::try_from(request.len() - 4).map_err(io::Error::other)?;
         request[..4].copy_from_slice(&length.to_be_bytes());
-        let asking = async {
+        let exchange = async {
             self.0.write_all(&request).await?;
             let length = usize::try_from(self.0.read_i32().await?).unwrap_or(usize::MAX);
-            if !(4..=LONGEST_ANSWER).contains(&length) || self.0.read_i32().await? != NUMBER {
+            if !(4..=MAX_RESPONSE_BYTES).contains(&length) || self.0.read_i32().await? != NUMBER {
                 return Err(no_kafka());
             }
-            let mut answer = vec![0; length - 4];
-            self.0.read_exact(&mut answer).await?;
-            Ok(answer)
+            let mut response = vec![0; length - 4];
+            self.0.read_exact(&mut response).await?;
+            Ok(response)
         };
-        timeout(ENGINE_TIMEOUT, asking).await?
+        timeout(RESPONSE_TIMEOUT, exchange).await?
     }
 }
 
@@ -271,9 +271,9 @@ impl Api {
 }
 
 /// The unread part of a response.
-struct Answer<'a>(&'a [u8]);
+struct Response<'a>(&'a [u8]);
 
-impl<'a> Answer<'a> {
+impl<'a> Response<'a> {
     fn take(&mut self, length: usize) -> io::Result<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(length).ok_or_else(no_kafka)?;
         self.0 = rest;
@@ -354,7 +354,7 @@ fn refused(code: i16) -> io::Error {
 }
 
 fn no_kafka() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "this is no answer of a Kafka broker")
+    io::Error::new(io::ErrorKind::InvalidData, "this is no response of a Kafka broker")
 }
 
 #[cfg(test)]
@@ -365,20 +365,20 @@ mod tests {
 
     /// The requests that a broker receives when it sends these responses in turn and closes the
     /// connection.
-    async fn broker(answers: Vec<Vec<u8>>) -> (String, tokio::task::JoinHandle<Vec<Vec<u8>>>) {
+    async fn broker(responses: Vec<Vec<u8>>) -> (String, tokio::task::JoinHandle<Vec<Vec<u8>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound").to_string();
         let serving = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.expect("a client connects");
-            let mut asked = Vec::new();
-            for answer in answers {
+            let mut requests = Vec::new();
+            for response in responses {
                 let length = stream.read_i32().await.expect("there is a request");
                 let mut request = vec![0; usize::try_from(length).expect("it has a length")];
                 stream.read_exact(&mut request).await.expect("it is whole");
-                asked.push(request);
-                stream.write_all(&answer).await.expect("the client reads");
+                requests.push(request);
+                stream.write_all(&response).await.expect("the client reads");
             }
-            asked
+            requests
         });
         (address, serving)
     }
@@ -398,21 +398,24 @@ mod tests {
             &feature(b"metadata.version", 27),
         ]
         .concat();
-        let answer = framed(&[
+        let response = framed(&[
             &[0, 0, 2, 0, 18, 0, 0, 0, 4, 0, 0, 0, 0, 0],
             // Two tags: a number that the client ignores, and the features.
             &[2, 1, 1, 9, 0, features.len() as u8],
             &features,
         ]);
-        let (address, serving) = broker(vec![answer]).await;
+        let (address, serving) = broker(vec![response]).await;
         let version = Connection::open(&address).await.expect("it listens").version().await;
         assert_eq!(version.expect("it is reported"), "4.1");
-        let asked = serving.await.expect("it was asked");
-        assert_eq!(asked[0], b"\0\x12\0\x03\0\0\0\x01\0\x08oversold\0\x09oversold\x020\0");
+        let received = serving.await.expect("the broker does not panic");
+        assert_eq!(
+            received[0],
+            b"\0\x12\0\x03\0\0\0\x01\0\x08oversold\0\x09oversold\x020\0"
+        );
     }
 
     #[tokio::test]
-    async fn metadata_tells_brokers_topics_and_whether_they_are_led() {
+    async fn metadata_lists_brokers_topics_and_whether_they_are_led() {
         let partition = |leader: u8| {
             let leader = if leader == 0 { [255; 4] } else { [0, 0, 0, leader] };
             [
@@ -423,7 +426,7 @@ mod tests {
             ]
             .concat()
         };
-        let answer = framed(&[
+        let response = framed(&[
             &[0, 0, 0, 0, 0, 0, 0, 1],
             b"\0\0\0\x01\0\x01h\0\0\0\x09\xff\xff\0\x02id\0\0\0\x01",
             &[0, 0, 0, 2],
@@ -433,7 +436,7 @@ mod tests {
             b"\0\0\0\x01b\0\0\0\0\x01",
             &partition(0),
         ]);
-        let (address, _serving) = broker(vec![answer]).await;
+        let (address, _serving) = broker(vec![response]).await;
         let metadata = Connection::open(&address).await.expect("it listens").metadata().await;
         let topic = |name: &str, partitions, led| Topic {
             name: name.to_owned(),
@@ -448,7 +451,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn topics_are_deleted_once_the_broker_no_longer_tells_of_them() {
+    async fn topics_are_deleted_once_the_broker_no_longer_lists_them() {
         const METADATA: u8 = 3;
         const DELETE: u8 = 20;
         let deleted = framed(&[&[0, 0, 0, 0, 0, 0, 0, 1], b"\0\x01a\0\0"]);
@@ -456,37 +459,37 @@ mod tests {
             let no_brokers = [0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 0, 0, 0, 1];
             framed(&[&no_brokers, topics])
         };
-        let told = b"\0\0\0\x01\0\0\0\x01a\0\0\0\0\0";
-        let (address, serving) = broker(vec![deleted, metadata(told), metadata(&[0; 4])]).await;
+        let listed = b"\0\0\0\x01\0\0\0\x01a\0\0\0\0\0";
+        let (address, serving) = broker(vec![deleted, metadata(listed), metadata(&[0; 4])]).await;
         let mut connection = Connection::open(&address).await.expect("it listens");
         connection
             .delete_topics(&["a".to_owned()])
             .await
             .expect("it is deleted");
         drop(connection);
-        let asked = serving.await.expect("it was asked");
-        let requests: Vec<u8> = asked.iter().map(|request| request[1]).collect();
+        let received = serving.await.expect("the broker does not panic");
+        let requests: Vec<u8> = received.iter().map(|request| request[1]).collect();
         assert_eq!(requests, [DELETE, METADATA, METADATA]);
     }
 
     #[tokio::test]
     async fn what_is_no_kafka_is_an_error() {
-        for answer in [
+        for response in [
             b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(),
             vec![],
             vec![0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0, 0],
             framed(&[&[0, 0, 0, 0, 0, 0, 0, 9]]),
         ] {
-            let (address, _serving) = broker(vec![answer.clone()]).await;
+            let (address, _serving) = broker(vec![response.clone()]).await;
             let metadata = Connection::open(&address).await.expect("it listens").metadata().await;
-            assert!(metadata.is_err(), "{answer:?}");
+            assert!(metadata.is_err(), "{response:?}");
         }
     }
 
     #[tokio::test]
     async fn a_refusal_has_its_code() {
-        let answer = framed(&[&[0, 0, 0, 0, 0, 0, 0, 1], b"\0\x01t\0\x24\xff\xff"]);
-        let (address, _serving) = broker(vec![answer]).await;
+        let response = framed(&[&[0, 0, 0, 0, 0, 0, 0, 1], b"\0\x01t\0\x24\xff\xff"]);
+        let (address, _serving) = broker(vec![response]).await;
         let mut connection = Connection::open(&address).await.expect("it listens");
         let refused = connection.create_topic("t", 1).await.expect_err("it is there already");
         assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);

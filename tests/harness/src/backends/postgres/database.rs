@@ -21,7 +21,7 @@ use sqlx::{
 use tokio::time::timeout;
 
 use super::{Postgres, Server};
-use crate::print;
+use crate::broken_pipe;
 
 /// Time limit until the connections to a template have closed after its migration.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -206,7 +206,7 @@ impl Drop for Database {
             })
         });
         if self.wait && !dropping.join().unwrap_or(false) {
-            print::notice(format_args!(
+            broken_pipe::notice(format_args!(
                 "database {} could not be dropped; the next run tries again",
                 self.name
             ));

@@ -15,9 +15,9 @@ use tokio::time::timeout;
 
 use super::{
     Redis, Server,
-    resp::{Connection, Place, Reply},
+    resp::{Connection, Endpoint, Reply},
 };
-use crate::print;
+use crate::broken_pipe;
 
 /// Time limit for deleting keys, for a server that hangs or is gone.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,7 +34,7 @@ impl Redis {
         Prefix {
             // A hash tag: a cluster would keep all keys of a prefix in one slot.
             text: format!("oversold:{{{run}.{number}}}:"),
-            place: self.place.clone(),
+            endpoint: self.endpoint.clone(),
             wait: matches!(self.server, Server::External(_)),
         }
     }
@@ -43,7 +43,7 @@ impl Redis {
 /// The prefix of all keys of a test, such as `oversold:{1.2}:`. Dropping it deletes the keys.
 pub struct Prefix {
     text: String,
-    place: Place,
+    endpoint: Endpoint,
     /// Whether the drop waits for the deletion: true if the server outlives this process.
     wait: bool,
 }
@@ -64,13 +64,13 @@ impl fmt::Display for Prefix {
 
 impl Drop for Prefix {
     fn drop(&mut self) {
-        let (place, pattern) = (self.place.clone(), format!("{}*", self.text));
+        let (endpoint, pattern) = (self.endpoint.clone(), format!("{}*", self.text));
         // In a separate thread and runtime: the drop may happen inside a runtime, at its end, or
         // outside of any.
         let deleting = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let deleting = async {
-                let mut connection = place.connect().await?;
+                let mut connection = endpoint.connect().await?;
                 let keys = keys(&mut connection, &pattern).await?;
                 delete(&mut connection, keys).await
             };
@@ -80,7 +80,7 @@ impl Drop for Prefix {
             })
         });
         if self.wait && !deleting.join().unwrap_or(false) {
-            print::notice(format_args!(
+            broken_pipe::notice(format_args!(
                 "the keys under {self} could not be deleted; the next run tries again"
             ));
         }
@@ -97,12 +97,12 @@ pub(super) struct ExternalOwner {
 
 impl ExternalOwner {
     /// Registers this run, and deletes the keys of runs that were killed.
-    pub(super) async fn register(place: &Place) -> io::Result<Self> {
+    pub(super) async fn register(endpoint: &Endpoint) -> io::Result<Self> {
         let number: u32 = rand::random();
-        let mut named = place.connect().await?;
+        let mut named = endpoint.connect().await?;
         named.obeyed(&["CLIENT", "SETNAME", &client_name(number)]).await?;
 
-        let mut sweeper = place.connect().await?;
+        let mut sweeper = endpoint.connect().await?;
         // In this order: a run whose keys are found here is listed below, or has ended.
         let mut abandoned = keys(&mut sweeper, "oversold:{*}:*").await?;
         let alive = match sweeper.obeyed(&["CLIENT", "LIST"]).await? {

@@ -15,7 +15,7 @@ use tokio::{
 use url::{Host, Url};
 
 /// Time limit of one reply. A frozen server never replies.
-const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A reply of Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub enum Reply {
 
 /// The address of a server, and the credentials and database to use.
 #[derive(Clone)]
-pub(super) struct Place {
+pub(super) struct Endpoint {
     pub(super) host: String,
     pub(super) port: u16,
     user: Option<String>,
@@ -44,7 +44,7 @@ pub(super) struct Place {
     database: u32,
 }
 
-impl Place {
+impl Endpoint {
     /// A server whose default user has this password.
     pub(super) fn with_password(host: &str, port: u16, password: &str) -> Self {
         Self {
@@ -92,7 +92,7 @@ impl Place {
     /// database.
     pub(super) async fn connect(&self) -> io::Result<Connection> {
         let connecting = TcpStream::connect((self.host.as_str(), self.port));
-        let stream = timeout(ENGINE_TIMEOUT, connecting).await??;
+        let stream = timeout(REPLY_TIMEOUT, connecting).await??;
         stream.set_nodelay(true)?;
         let mut connection = Connection(BufReader::new(stream));
         if let Some(password) = &self.password {
@@ -122,11 +122,11 @@ impl Connection {
         for word in words.iter().map(AsRef::as_ref) {
             write!(request, "${}\r\n{word}\r\n", word.len()).map_err(io::Error::other)?;
         }
-        let asking = async {
+        let exchange = async {
             self.0.get_mut().write_all(request.as_bytes()).await?;
             self.reply().await
         };
-        timeout(ENGINE_TIMEOUT, asking).await?
+        timeout(REPLY_TIMEOUT, exchange).await?
     }
 
     /// Sends a command and treats an error reply as a failure.
@@ -197,17 +197,23 @@ mod tests {
     #[test]
     fn a_url_names_host_user_password_and_database() {
         let parsed = |url: &str| {
-            let place = Place::parse(url)?;
-            Some((place.host, place.port, place.user, place.password, place.database))
+            let endpoint = Endpoint::parse(url)?;
+            Some((
+                endpoint.host,
+                endpoint.port,
+                endpoint.user,
+                endpoint.password,
+                endpoint.database,
+            ))
         };
         let text = |text: &str| Some(text.to_owned());
-        for (url, place) in [
+        for (url, endpoint) in [
             ("redis://cache", ("cache", 6379, None, None, 0)),
             ("redis://127.0.0.1:7000/2", ("127.0.0.1", 7000, None, None, 2)),
             ("redis://:s3%40cret@[::1]/", ("::1", 6379, None, text("s3@cret"), 0)),
             ("redis://me:s3cret@db:1", ("db", 1, text("me"), text("s3cret"), 0)),
         ] {
-            let (host, port, user, password, database) = place;
+            let (host, port, user, password, database) = endpoint;
             assert_eq!(
                 parsed(url),
                 Some((host.to_owned(), port, user, password, database)),
@@ -235,17 +241,17 @@ mod tests {
                 Reply::Array(vec![Reply::Int(1), Reply::Array(vec![bulk("x")]), Reply::Nil]),
             ),
         ] {
-            assert_eq!(asked(sent).await.expect(sent), reply);
+            assert_eq!(reply_to_ping(sent).await.expect(sent), reply);
         }
         for sent in ["", "+OK", "HTTP/1.1 400 Bad Request\r\n", "$x\r\n"] {
-            assert!(asked(sent).await.is_err(), "{sent}");
+            assert!(reply_to_ping(sent).await.is_err(), "{sent}");
         }
     }
 
     /// The client's result for a server that sends these bytes and closes the connection.
-    async fn asked(sent: &'static str) -> io::Result<Reply> {
+    async fn reply_to_ping(sent: &'static str) -> io::Result<Reply> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let place = Place::parse(&format!("redis://{}", listener.local_addr()?)).expect("it is a URL");
+        let endpoint = Endpoint::parse(&format!("redis://{}", listener.local_addr()?)).expect("it is a URL");
         let serving = async {
             let (mut stream, _) = listener.accept().await?;
             let mut request = [0; 14];
@@ -253,8 +259,8 @@ mod tests {
             assert_eq!(&request, b"*1\r\n$4\r\nPING\r\n");
             stream.write_all(sent.as_bytes()).await
         };
-        let asking = async { place.connect().await?.command(&["PING"]).await };
-        let (served, reply) = tokio::join!(serving, asking);
+        let exchange = async { endpoint.connect().await?.command(&["PING"]).await };
+        let (served, reply) = tokio::join!(serving, exchange);
         served?;
         reply
     }

@@ -7,12 +7,12 @@ use crate::{
     history::{Micros, Refused, Request, Row},
     judge::{
         evidence::in_words,
-        index::{End, Index, Order},
+        history_index::{End, HistoryIndex, Order},
     },
 };
 
 /// Checks I9: answers contradict neither an earlier answer nor the rows.
-pub(super) fn contradictions(index: &Index<'_>) -> Option<Found> {
+pub(super) fn contradictions(index: &HistoryIndex<'_>) -> Option<Found> {
     let mut cases = Cases::default();
     for orders in index.orders_of_key.all() {
         confirmed_otherwise(index, orders, &mut cases);
@@ -28,7 +28,7 @@ pub(super) fn contradictions(index: &Index<'_>) -> Option<Found> {
 
 /// After a confirmation, every later confirmation under the same key, of any buyer, names the same
 /// reservation.
-fn confirmed_otherwise(index: &Index<'_>, orders: &[usize], cases: &mut Cases) {
+fn confirmed_otherwise(index: &HistoryIndex<'_>, orders: &[usize], cases: &mut Cases) {
     let mut confirmed: Vec<(Micros, Uuid, &Request)> = vec![];
     for &order in orders {
         for &request in index.order(order).requests {
@@ -77,7 +77,7 @@ fn refused_after_all(order: &Order<'_>, cases: &mut Cases) {
 
 /// The last final answer agrees with the rows. If several concurrent answers may be the last, one
 /// that agrees is enough.
-fn last_answer_and_rows(index: &Index<'_>, order: &Order<'_>, cases: &mut Cases) {
+fn last_answer_and_rows(index: &HistoryIndex<'_>, order: &Order<'_>, cases: &mut Cases) {
     let finals = || order.requests.iter().copied().filter(|request| request.is_final());
     let Some(last_sent_us) = finals().map(|request| request.sent_us).max() else {
         return;
@@ -98,7 +98,7 @@ fn last_answer_and_rows(index: &Index<'_>, order: &Order<'_>, cases: &mut Cases)
     }
 }
 
-fn disagrees_with_rows(index: &Index<'_>, order: &Order<'_>, last: &Request) -> bool {
+fn disagrees_with_rows(index: &HistoryIndex<'_>, order: &Order<'_>, last: &Request) -> bool {
     // Rows match answers by reservation: a row whose reservation was answered to another order is
     // not this order's.
     let of_another = |row: &Row| {

@@ -3,14 +3,14 @@
 use super::Found;
 use crate::{
     history::{Micros, Request, Row},
-    judge::{Evidence, index::Index},
+    judge::{Evidence, history_index::HistoryIndex},
 };
 
 /// Checks I3. With rows: counts rows taken while their buyer had a live one, or after another row
 /// under the same key.
-pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
+pub(super) fn duplicates(index: &HistoryIndex<'_>) -> Option<Found> {
     if !index.has_rows() {
-        return duplicates_told(index);
+        return duplicate_confirmations(index);
     }
     let mut too_many: Vec<[&Row; 2]> = vec![];
     for rows in index.rows_of_key.all() {
@@ -41,7 +41,7 @@ pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
     } else {
         format!("key {}", first.key)
     };
-    let told: Vec<&Request> = [first, second]
+    let requests: Vec<&Request> = [first, second]
         .iter()
         .filter_map(|row| index.answers_of(row.reservation).first())
         .map(|&(_, request)| request)
@@ -52,25 +52,25 @@ pub(super) fn duplicates(index: &Index<'_>) -> Option<Found> {
             "{} reservations too many for their buyer or key; the first is one of {whose}",
             too_many.len()
         ),
-        evidence: Some(match told.len() {
-            2 => Evidence::of(&told),
+        evidence: Some(match requests.len() {
+            2 => Evidence::of(&requests),
             _ => Evidence::of_rows(&[first, second]),
         }),
     })
 }
 
 /// Checks I3 without rows: a confirmation is final, so two confirmed reservations are a duplicate.
-fn duplicates_told(index: &Index<'_>) -> Option<Found> {
-    let mut told: Vec<&Request> = index.told().collect();
+fn duplicate_confirmations(index: &HistoryIndex<'_>) -> Option<Found> {
+    let mut requests: Vec<&Request> = index.confirmed().collect();
     let mut too_many: Vec<[&Request; 2]> = vec![];
-    told.sort_unstable_by_key(|request| (request.buyer, request.sent_us, request.request));
-    for of_buyer in told.chunk_by(|one, other| one.buyer == other.buyer) {
+    requests.sort_unstable_by_key(|request| (request.buyer, request.sent_us, request.request));
+    for of_buyer in requests.chunk_by(|one, other| one.buyer == other.buyer) {
         too_many.extend(of_buyer[1..].iter().map(|request| [of_buyer[0], *request]));
     }
-    told.sort_unstable_by(|one, other| {
+    requests.sort_unstable_by(|one, other| {
         (&one.key, one.sent_us, one.request).cmp(&(&other.key, other.sent_us, other.request))
     });
-    for of_key in told.chunk_by(|one, other| one.key == other.key) {
+    for of_key in requests.chunk_by(|one, other| one.key == other.key) {
         too_many.extend(of_key[1..].iter().map(|request| [of_key[0], *request]));
     }
     too_many.sort_by_key(|[first, second]| (second.sent_us, second.request, first.sent_us, first.request));

@@ -3,11 +3,11 @@
 use super::{Cases, Found, is_late};
 use crate::{
     history::{Answer, Row},
-    judge::index::{End, Index},
+    judge::history_index::{End, HistoryIndex},
 };
 
 /// Checks I4: every confirmation has its row, and every accepted order its final state.
-pub(super) fn lost(index: &Index<'_>) -> Option<Found> {
+pub(super) fn lost(index: &HistoryIndex<'_>) -> Option<Found> {
     let mut cases = Cases::default();
     for request in &index.history.requests {
         let buyer = request.buyer;
@@ -37,13 +37,13 @@ pub(super) fn lost(index: &Index<'_>) -> Option<Found> {
             });
         }
     }
-    cases.found("answers are not what came of them")
+    cases.found("confirmed or accepted orders were lost, decided late, or changed")
 }
 
 /// Checks I5: every row has a request that may have created it.
-pub(super) fn invented(index: &Index<'_>) -> Option<Found> {
+pub(super) fn invented(index: &HistoryIndex<'_>) -> Option<Found> {
     let mut cases = Cases::default();
-    for &(asked, row) in index.rows_of_reservation.all().flatten() {
+    for &(order_of_row, row) in index.rows_of_reservation.all().flatten() {
         let Row {
             reservation,
             buyer,
@@ -51,22 +51,22 @@ pub(super) fn invented(index: &Index<'_>) -> Option<Found> {
             ..
         } = row;
         let mut answers = index.answers_of(*reservation).iter();
-        let may_have_asked = |order| {
+        let may_have_requested = |order| {
             let mut requests = index.order(order).requests.iter();
             requests.any(|request| request.may_have_made(row))
         };
-        if let Some((_, answered)) = answers.find(|(order, _)| Some(*order) != asked) {
+        if let Some((_, answered)) = answers.find(|(order, _)| Some(*order) != order_of_row) {
             cases.row(row, || {
                 format!(
                     "reservation {reservation} was answered to buyer {} under key {}, its row names buyer {buyer} and key {key}",
                     answered.buyer, answered.key
                 )
             });
-        } else if asked.is_none() {
+        } else if order_of_row.is_none() {
             cases.row(row, || {
-                format!("no request asked for reservation {reservation} of buyer {buyer}, key {key}")
+                format!("no request was for reservation {reservation} of buyer {buyer}, key {key}")
             });
-        } else if !asked.is_some_and(may_have_asked) {
+        } else if !order_of_row.is_some_and(may_have_requested) {
             cases.row(row, || {
                 format!("buyer {buyer} was refused every time under key {key}, and has reservation {reservation}")
             });

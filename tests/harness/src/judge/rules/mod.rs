@@ -21,7 +21,7 @@ use self::{
 };
 use super::{
     Evidence,
-    index::Index,
+    history_index::HistoryIndex,
     verdict::{Coverage, Finding, NotChecked, Tally, Verdict},
 };
 use crate::history::{Micros, Request, Row};
@@ -34,7 +34,7 @@ struct Found {
 }
 
 /// Checks a history against every invariant.
-pub(super) fn judge(index: &Index<'_>) -> Verdict {
+pub(super) fn judge(index: &HistoryIndex<'_>) -> Verdict {
     let tally = tally(index);
     Verdict {
         findings: findings(index, &tally),
@@ -49,7 +49,7 @@ pub(super) fn judge(index: &Index<'_>) -> Verdict {
 }
 
 /// The invariants that can't be checked on this history, or only in part, and why.
-fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
+fn not_checked(index: &HistoryIndex<'_>) -> Vec<NotChecked> {
     use Invariant::{
         Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost, Order,
         PaidOnce,
@@ -97,7 +97,7 @@ fn not_checked(index: &Index<'_>) -> Vec<NotChecked> {
 }
 
 /// The broken invariants in the order of their codes, each with a question that leads to the cause.
-fn findings(index: &Index<'_>, tally: &Tally) -> Vec<Finding> {
+fn findings(index: &HistoryIndex<'_>, tally: &Tally) -> Vec<Finding> {
     use Invariant::{
         Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost, OneAnswer,
         PaidOnce, Progress,
@@ -163,13 +163,13 @@ fn findings(index: &Index<'_>, tally: &Tally) -> Vec<Finding> {
     findings.collect()
 }
 
-fn tally(index: &Index<'_>) -> Tally {
+fn tally(index: &HistoryIndex<'_>) -> Tally {
     let capacity = index.history.header.capacity;
     let mut buyers: Vec<BuyerId> = if index.has_rows() {
         let live = index.rows().iter().filter(|row| row.is_live());
         live.map(|row| row.buyer).collect()
     } else {
-        index.told().map(|request| request.buyer).collect()
+        index.confirmed().map(|request| request.buyer).collect()
     };
     let sold = buyers.len() as u64;
     buyers.sort_unstable();
@@ -185,7 +185,7 @@ fn tally(index: &Index<'_>) -> Tally {
 
 /// Whether every buyer's last answer is final. Each of several requests sent at the same time may
 /// be the last.
-fn all_last_answers_final(index: &Index<'_>) -> bool {
+fn all_last_answers_final(index: &HistoryIndex<'_>) -> bool {
     index.requests_of_buyer.all().all(|requests| {
         let last_us = requests.last().map(|request| request.sent_us);
         let mut last = requests
@@ -196,7 +196,7 @@ fn all_last_answers_final(index: &Index<'_>) -> bool {
     })
 }
 
-fn is_late(index: &Index<'_>, request: &Request) -> bool {
+fn is_late(index: &HistoryIndex<'_>, request: &Request) -> bool {
     let by_us = request.sent_us.saturating_add(index.history.header.deadline_us);
     request.ended_us().is_some_and(|ended_us| ended_us > by_us)
 }
@@ -264,7 +264,7 @@ fn most_at_once(intervals: impl Iterator<Item = (Micros, Micros)>) -> u64 {
 
 /// The maximum number of requests in flight. Here, a request that ends where another begins
 /// overlaps it.
-fn greatest_overlap(index: &Index<'_>) -> u64 {
+fn greatest_overlap(index: &HistoryIndex<'_>) -> u64 {
     let requests = index.history.requests.iter();
     most_at_once(requests.map(|request| {
         let until_us = request.answered_us.unwrap_or(Micros::MAX);

@@ -3,12 +3,12 @@
 use super::{Cases, Found};
 use crate::{
     history::{Entry, Payment, Row, Status},
-    judge::{Evidence, index::Index},
+    judge::{Evidence, history_index::HistoryIndex},
 };
 
 /// Checks I11: of each reservation, the charges minus the refunds are 1 if it has a ticket for
 /// good, otherwise 0. Of a reservation that is still held they may be either.
-pub(super) fn not_paid_once(index: &Index<'_>) -> Option<Found> {
+pub(super) fn not_paid_once(index: &HistoryIndex<'_>) -> Option<Found> {
     if index.history.payments.is_none() || !index.has_rows() {
         return None;
     }
@@ -34,20 +34,20 @@ pub(super) fn not_paid_once(index: &Index<'_>) -> Option<Found> {
             continue;
         };
         cases.add((row.map_or(0, |row| row.taken_us), reservation.as_u128()), || {
-            let ended = match row.map(|row| row.status) {
+            let state = match row.map(|row| row.status) {
                 None => "never had a ticket",
                 Some(Status::Confirmed) => "has a ticket",
                 Some(Status::Held) => "is held",
                 Some(Status::Released) => "was released",
             };
-            let told = index.answers_of(reservation).first();
-            let evidence = match told {
+            let answer = index.answers_of(reservation).first();
+            let evidence = match answer {
                 Some((_, request)) => Evidence::of(&[request]),
                 None => Evidence::of_rows(row.as_slice()),
             };
-            let why = format!("reservation {reservation} {ended}: {charges} charges, {refunds} refunds");
+            let why = format!("reservation {reservation} {state}: {charges} charges, {refunds} refunds");
             (why, evidence)
         });
     }
-    cases.found("reservations are not paid for as they ended")
+    cases.found("reservations whose charges minus refunds do not match their state")
 }

@@ -9,13 +9,13 @@ use crate::{
     history::{Micros, Refused, Request, Row},
     judge::{
         evidence::in_words,
-        index::{End, Index, Order},
+        history_index::{End, HistoryIndex, Order},
     },
 };
 
 /// Checks I6: every refusal was true at some moment between its request and its answer.
-pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
-    let takers_us = index.takers_us();
+pub(super) fn false_refusals(index: &HistoryIndex<'_>) -> Option<Found> {
+    let earliest_effects_us = index.earliest_effects_us();
     let unsure_us = unsure_us(index);
     let was_ever_sold_out = was_ever_sold_out(index);
     let mut had = HashMap::new();
@@ -27,7 +27,7 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
             };
             let is_true = match refused {
                 Refused::SoldOut => {
-                    let taken = takers_us.partition_point(|&sent_us| sent_us <= ended_us);
+                    let taken = earliest_effects_us.partition_point(|&sent_us| sent_us <= ended_us);
                     was_ever_sold_out && taken as u64 >= index.history.header.capacity
                 }
                 Refused::AlreadyReserved { earlier } => had
@@ -68,7 +68,7 @@ pub(super) fn false_refusals(index: &Index<'_>) -> Option<Found> {
 
 /// Whether all tickets may have been taken at one moment of the database's clock. With releases,
 /// that many takers are not enough: they may have had the same ticket one after another.
-fn was_ever_sold_out(index: &Index<'_>) -> bool {
+fn was_ever_sold_out(index: &HistoryIndex<'_>) -> bool {
     if !index.has_rows() || !index.has_releases {
         return true;
     }
@@ -83,25 +83,25 @@ fn was_ever_sold_out(index: &Index<'_>) -> bool {
 /// The longest interval in which a buyer may have had a reservation, as far as the history shows.
 /// `None`: never.
 fn may_have_had(
-    index: &Index<'_>,
+    index: &HistoryIndex<'_>,
     order: &Order<'_>,
     reservation: Uuid,
     unsure_us: &[Option<Micros>],
 ) -> Option<(Micros, Micros)> {
     let buyer = order.requests[0].buyer;
     let answers = index.answers_of(reservation);
-    let told = answers.iter().filter(|(_, request)| request.buyer == buyer);
-    let told_us = told.filter_map(|(told, _)| index.took_us[*told]);
+    let to_buyer = answers.iter().filter(|(_, request)| request.buyer == buyer);
+    let answered_us = to_buyer.filter_map(|(order, _)| index.earliest_effect_us[*order]);
     let rows = index.rows_of_reservation(reservation).iter();
     let rows: Vec<_> = rows.filter(|(_, row)| row.buyer == buyer).collect();
     let from_us = if index.has_rows() {
         rows.first()?;
-        let asked_us = rows.iter().filter_map(|(asked, _)| index.took_us[(*asked)?]);
+        let requested_us = rows.iter().filter_map(|(order, _)| index.earliest_effect_us[(*order)?]);
         // A row without a request may have existed from the start.
-        told_us.chain(asked_us).min().unwrap_or(0)
+        answered_us.chain(requested_us).min().unwrap_or(0)
     } else {
         // An unanswered request of the buyer may have created it.
-        told_us.chain(unsure_us[order.buyer]).min()?
+        answered_us.chain(unsure_us[order.buyer]).min()?
     };
     // Row times are not comparable with the refusal. But a reservation that was answered as over,
     // and is not live, was over by then.
@@ -113,7 +113,7 @@ fn may_have_had(
 
 /// For each buyer, when the first request with unknown outcome was sent. Empty with rows, which
 /// show every outcome.
-fn unsure_us(index: &Index<'_>) -> Vec<Option<Micros>> {
+fn unsure_us(index: &HistoryIndex<'_>) -> Vec<Option<Micros>> {
     if index.has_rows() {
         return vec![];
     }

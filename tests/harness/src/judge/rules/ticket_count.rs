@@ -5,14 +5,14 @@ use crate::{
     history::{Micros, Refused, Request, Row, Status},
     judge::{
         Evidence,
-        index::{End, Index, Order},
+        history_index::{End, HistoryIndex, Order},
         verdict::Tally,
     },
 };
 
 /// Checks I1. With rows: at every moment, no more rows hold a ticket than there are tickets.
 /// Without rows: no more confirmations than tickets.
-pub(super) fn oversell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
+pub(super) fn oversell(index: &HistoryIndex<'_>, tally: &Tally) -> Option<Found> {
     let capacity = tally.capacity;
     let most = if index.has_rows() {
         most_at_once(index.rows().iter().filter_map(Row::held_us))
@@ -27,7 +27,7 @@ pub(super) fn oversell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
 }
 
 /// Checks I2. Without rows or stock, only a sum above the number of tickets is certainly wrong.
-pub(super) fn conservation(index: &Index<'_>, tally: &Tally) -> Option<Found> {
+pub(super) fn conservation(index: &HistoryIndex<'_>, tally: &Tally) -> Option<Found> {
     let Tally {
         capacity, sold, stock, ..
     } = *tally;
@@ -58,8 +58,8 @@ pub(super) fn conservation(index: &Index<'_>, tally: &Tally) -> Option<Found> {
 }
 
 /// Checks I7: no ticket is left while a buyer goes without. With releases: no more tickets are left
-/// than were released, because each may have been released after the last buyer had asked.
-pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
+/// than were released, because each may have been released after the last buyer had sent a request.
+pub(super) fn undersell(index: &HistoryIndex<'_>, tally: &Tally) -> Option<Found> {
     if (index.has_releases && !index.has_rows()) || !all_last_answers_final(index) {
         return None;
     }
@@ -108,7 +108,7 @@ pub(super) fn undersell(index: &Index<'_>, tally: &Tally) -> Option<Found> {
 
 /// The two confirmed requests with the shortest overlap. If traced, typically two that had both
 /// read before either wrote.
-fn conflicting_pair<'a>(index: &Index<'a>) -> Option<[&'a Request; 2]> {
+fn conflicting_pair<'a>(index: &HistoryIndex<'a>) -> Option<[&'a Request; 2]> {
     /// The time of a request inside the server; if it was not traced, from sent to answered.
     fn inside(request: &Request) -> Option<(Micros, Micros)> {
         match (request.steps.first(), request.steps.last()) {
@@ -117,7 +117,7 @@ fn conflicting_pair<'a>(index: &Index<'a>) -> Option<[&'a Request; 2]> {
         }
     }
     let mut confirmed: Vec<(Micros, Micros, &Request)> = index
-        .told()
+        .confirmed()
         .filter_map(|request| inside(request).map(|(from_us, to_us)| (from_us, to_us, request)))
         .collect();
     confirmed.sort_unstable_by_key(|&(from_us, to_us, request)| (from_us, to_us, request.request));

@@ -1,4 +1,4 @@
-//! The rows of a sale, read through the two views that every level has.
+//! The final state of a sale: its stock and rows, read through the two views that every level has.
 
 use anyhow::anyhow;
 use box_office::{BuyerId, SaleId};

@@ -1,5 +1,5 @@
-//! `println!` and its siblings for programs whose reader may leave early, as in `oversold list | head -1`. They shadow those of
-//! std, which panic then.
+//! `println!` and its siblings for programs whose output may be closed early, as in `oversold list |
+//! head -1`. They shadow those of std, which panic then.
 //!
 //! A program uses them everywhere with `#[macro_use(print, println, eprint, eprintln)] extern crate harness;`.
 
@@ -9,8 +9,8 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-/// Writes to stdout. What nobody reads any more is dropped: a command still ends with its own exit code, after it has written its
-/// files.
+/// Writes to stdout. Output that no process reads any more is discarded: a command still writes its
+/// files, and ends with its own exit code.
 ///
 /// # Panics
 /// Like std's `print!`, if stdout fails for another reason, such as a full disk.
@@ -43,25 +43,25 @@ fn ignore_broken_pipe(written: io::Result<()>, to: &str) {
 /// Prints to stdout.
 #[macro_export]
 macro_rules! print {
-    ($($text:tt)*) => { $crate::print::out(::std::format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::broken_pipe::out(::std::format_args!($($text)*)) };
 }
 
 /// Prints a line to stdout.
 #[macro_export]
 macro_rules! println {
-    () => { $crate::print::out(::std::format_args!("\n")) };
-    ($($text:tt)*) => { $crate::print::out(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
+    () => { $crate::broken_pipe::out(::std::format_args!("\n")) };
+    ($($text:tt)*) => { $crate::broken_pipe::out(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
 }
 
 /// Prints to stderr.
 #[macro_export]
 macro_rules! eprint {
-    ($($text:tt)*) => { $crate::print::err(::std::format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::broken_pipe::err(::std::format_args!($($text)*)) };
 }
 
 /// Prints a line to stderr.
 #[macro_export]
 macro_rules! eprintln {
-    () => { $crate::print::err(::std::format_args!("\n")) };
-    ($($text:tt)*) => { $crate::print::err(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
+    () => { $crate::broken_pipe::err(::std::format_args!("\n")) };
+    ($($text:tt)*) => { $crate::broken_pipe::err(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
 }

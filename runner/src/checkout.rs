@@ -48,7 +48,7 @@ pub(crate) fn cargo_test(checkout: &Path, level: &Level) -> Command {
 /// Runs git in a checkout and returns what it printed.
 ///
 /// # Errors
-/// Git is missing, or it fails; with what it said.
+/// Git is missing, or it fails; with its error output.
 pub(crate) fn git(checkout: &Path, words: &[&str]) -> anyhow::Result<String> {
     let output = Command::new("git")
         .arg("-C")

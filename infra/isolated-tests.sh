@@ -1,20 +1,20 @@
 #!/bin/sh
 # Runs every test alone, in a process and on backends of its own: what passes only after another test fails here. By hand; it takes a while.
 #
-#   infra/alone.sh [-t SECONDS] PACKAGE… [-- FILTER]      such as: infra/alone.sh lv3-redis-lock -- lock::
+#   infra/isolated-tests.sh [-t SECONDS] PACKAGE… [-- FILTER]      such as: infra/isolated-tests.sh lv3-redis-lock -- lock::
 set -eu
 
 # A test that takes longer than this has failed.
 limit=120
 if [ "${1:-}" = -t ]; then limit=${2:?how many seconds}; shift 2; fi
-case $limit in "" | 0 | *[!0-9]*) echo "alone: -t takes a number of seconds, not \`$limit\`" >&2; exit 2 ;; esac
+case $limit in "" | 0 | *[!0-9]*) echo "isolated-tests: -t takes a number of seconds, not \`$limit\`" >&2; exit 2 ;; esac
 packages= filter=
 while [ $# != 0 ]; do
     if [ "$1" = -- ]; then filter=${2:-}; break; fi
     packages="$packages $1"
     shift
 done
-[ -n "$packages" ] || { echo "alone: it takes packages, such as lv3-redis-lock" >&2; exit 2; }
+[ -n "$packages" ] || { echo "isolated-tests: it takes packages, such as lv3-redis-lock" >&2; exit 2; }
 # A test that is run alone must not find a server that another one has used.
 unset DATABASE_URL REDIS_URL KAFKA_BOOTSTRAP_SERVERS
 logs=$(mktemp -d)

@@ -103,11 +103,11 @@ async fn honest() {
 async fn caught(lie: &'static Lie) {
     required(&DECLARED, lie.name, few(), lie.breaks).await;
 
-    let said = denied(required(&KEPT, lie.name, few(), Promises::ALL_KEPT)).await;
+    let message = denied(required(&KEPT, lie.name, few(), Promises::ALL_KEPT)).await;
     for invariant in lie.breaks.those(Promise::Breaks) {
         assert!(
-            said.contains(invariant.code()),
-            "{} is not named:\n{said}",
+            message.contains(invariant.code()),
+            "{} is not named:\n{message}",
             invariant.code()
         );
     }
@@ -115,14 +115,14 @@ async fn caught(lie: &'static Lie) {
 
 /// A run that does not show a declared violation is inconclusive.
 fn inconclusive(on: &Runtime) {
-    let said = on.block_on(denied(required(&OVERSELLS, "honest", few(), OVERSOLD)));
-    assert!(said.contains("inconclusive: I1, I2"), "{said}");
+    let message = on.block_on(denied(required(&OVERSELLS, "honest", few(), OVERSOLD)));
+    assert!(message.contains("inconclusive: I1, I2"), "{message}");
 }
 
 /// The test's table decides, not the strategy's own declaration.
 fn declared_otherwise(on: &Runtime) {
-    let said = on.block_on(denied(required(&OVERSELLS, "honest", few(), Promises::ALL_KEPT)));
-    assert!(said.contains("declares another guarantee"), "{said}");
+    let message = on.block_on(denied(required(&OVERSELLS, "honest", few(), Promises::ALL_KEPT)));
+    assert!(message.contains("declares another guarantee"), "{message}");
 }
 
 /// The message of the contract's panic.
@@ -294,14 +294,14 @@ async fn accept(
         confirmed: None,
     });
     let location = format!("/api/reservations/{id}");
-    let body = Json(order.told(id));
+    let body = Json(order.to_json(id));
     (StatusCode::ACCEPTED, [(header::LOCATION, location)], body).into_response()
 }
 
 async fn look_up(State(stub): State<Arc<Stub>>, Path(id): Path<Uuid>) -> Json<Value> {
     let mut orders = stub.orders();
     let order = orders.get_mut(&id).expect("only its own buyer asks about it");
-    let told = order.told(id);
+    let body = order.to_json(id);
     if !order.asked_about {
         order.asked_about = true;
         stub.asked_about
@@ -311,11 +311,11 @@ async fn look_up(State(stub): State<Arc<Stub>>, Path(id): Path<Uuid>) -> Json<Va
     if stub.lie == CHANGES_ITS_MIND.name && order.confirmed == Some(true) {
         order.confirmed = Some(false);
     }
-    Json(told)
+    Json(body)
 }
 
 impl Order {
-    fn told(&self, id: Uuid) -> Value {
+    fn to_json(&self, id: Uuid) -> Value {
         let (status, reason) = match self.confirmed {
             None => ("accepted", None),
             Some(true) => ("confirmed", None),

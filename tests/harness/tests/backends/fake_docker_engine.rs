@@ -1,7 +1,7 @@
 //! The Docker engine: set-up and suite find the same one. And ports: a server whose port was taken in
 //! the meantime gets another, in a container or as a process.
 //!
-//! The engine is a fake one that serves a socket, and remembers what it was asked.
+//! The engine is a fake one that serves a socket, and records its requests.
 
 use std::{
     collections::VecDeque,
@@ -153,8 +153,8 @@ fn a_port_of_a_process_that_was_taken_is_replaced() {
 
     let temp = temp();
     let role = Role::new(Service::Redis, "find", temp.path()).forced(Source::Native);
-    let said = role.set("OVERSOLD_REDIS_BIN", folder.path()).said();
-    assert_eq!(said["source"], "native", "{said}");
+    let report = role.set("OVERSOLD_REDIS_BIN", folder.path()).json();
+    assert_eq!(report["source"], "native", "{report}");
     let tried = fs::read_to_string(tried).unwrap();
     let ports: Vec<&str> = tried.lines().filter_map(|words| words.rsplit(' ').next()).collect();
     assert_eq!(ports.len(), 2, "{tried}");
@@ -171,7 +171,7 @@ struct FakeEngine {
 #[derive(Default)]
 struct State {
     /// Method and path of every request.
-    asked: Vec<String>,
+    requests: Vec<String>,
     /// The body of every request to create a container.
     created: Vec<Value>,
     /// Why the next containers do not start.
@@ -215,9 +215,9 @@ impl FakeEngine {
         state.created.iter().map(port).collect()
     }
 
-    fn was_asked(&self, what: &str) -> bool {
-        let mut asked = std::mem::take(&mut self.state.lock().unwrap().asked).into_iter();
-        asked.any(|request| request.contains(what))
+    fn received(&self, what: &str) -> bool {
+        let mut requests = std::mem::take(&mut self.state.lock().unwrap().requests).into_iter();
+        requests.any(|request| request.contains(what))
     }
 
     /// Runs set-up and suite on Docker with these settings.
@@ -231,11 +231,11 @@ impl FakeEngine {
         settings(&mut setup);
         let output = setup.output().unwrap();
         assert_eq!(text(&output), "exit status: 0\n");
-        assert!(self.was_asked("GET /images/redis:7-alpine/json"));
+        assert!(self.received("GET /images/redis:7-alpine/json"));
 
         let error = self.error_of_the_suite(settings);
         assert!(error.contains(FULL), "{error}");
-        assert!(self.was_asked("POST /containers/create"));
+        assert!(self.received("POST /containers/create"));
     }
 
     /// Why the suite gets no Redis from Docker with these settings.
@@ -244,7 +244,7 @@ impl FakeEngine {
         let mut role = Role::new(Service::Redis, "find", temp.path()).forced(Source::Docker);
         without_an_engine(&mut role.0);
         settings(&mut role.0);
-        role.said()["error"].as_str().unwrap().to_owned()
+        role.json()["error"].as_str().unwrap().to_owned()
     }
 }
 
@@ -307,7 +307,7 @@ fn read_request(reader: &mut impl BufRead) -> io::Result<Option<(String, Vec<u8>
 }
 
 fn answer(request: &str, body: &[u8], state: &mut State) -> (u16, String) {
-    state.asked.push(request.to_owned());
+    state.requests.push(request.to_owned());
     let (method, path) = request.split_once(' ').unwrap();
     match method {
         _ if path == "/_ping" => (200, "OK".to_owned()),

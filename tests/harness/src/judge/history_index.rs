@@ -22,7 +22,7 @@ pub(super) struct Order<'a> {
 ///
 /// Buyers, keys, orders and reservations are numbered in the order of their first occurrence, so
 /// that each is hashed once. The tables are plain vectors, whose iteration order is deterministic.
-pub(super) struct Index<'a> {
+pub(super) struct HistoryIndex<'a> {
     pub(super) history: &'a History,
     reservations: Numbers<Uuid>,
     /// The numbers of each order's buyer and key.
@@ -34,7 +34,7 @@ pub(super) struct Index<'a> {
     rows_of_order: Groups<&'a Row>,
     pub(super) rows_of_key: Groups<&'a Row>,
     pub(super) rows_of_buyer: Groups<&'a Row>,
-    /// For each reservation, its rows, with the number of the order that asked for them.
+    /// For each reservation, its rows, with the number of the order that requested them.
     pub(super) rows_of_reservation: Groups<(Option<usize>, &'a Row)>,
     /// For each reservation, its payments.
     pub(super) payments_of_reservation: Groups<&'a Payment>,
@@ -42,7 +42,7 @@ pub(super) struct Index<'a> {
     answers_of_reservation: Groups<(usize, &'a Request)>,
     /// For each order, the earliest time at which its reservation can have existed. `None`: none of
     /// its requests can have created one.
-    pub(super) took_us: Vec<Option<Micros>>,
+    pub(super) earliest_effect_us: Vec<Option<Micros>>,
     /// Whether a ticket was or may have been released. Some rules then check necessary conditions
     /// only.
     pub(super) has_releases: bool,
@@ -184,7 +184,7 @@ impl Row {
     }
 }
 
-impl<'a> Index<'a> {
+impl<'a> HistoryIndex<'a> {
     pub(super) fn new(history: &'a History) -> Self {
         let rows = history.rows.as_deref().unwrap_or_default();
         let mut buyers: Numbers<BuyerId> = Numbers::for_about(history.requests.len());
@@ -209,11 +209,12 @@ impl<'a> Index<'a> {
             }
         }
 
-        let (mut of_asked, mut rows_of_key, mut rows_of_buyer, mut of_reservation) = (vec![], vec![], vec![], vec![]);
+        let (mut of_order_row, mut rows_of_key, mut rows_of_buyer, mut of_reservation) =
+            (vec![], vec![], vec![], vec![]);
         for row in rows {
             let (buyer, key) = (buyers.of(row.buyer), keys.of(&row.key));
             let order = orders.look_up((buyer, key));
-            of_asked.extend(order.map(|order| (order, row)));
+            of_order_row.extend(order.map(|order| (order, row)));
             rows_of_key.push((key, row));
             rows_of_buyer.push((buyer, row));
             of_reservation.push((reservations.of(row.reservation), (order, row)));
@@ -235,7 +236,7 @@ impl<'a> Index<'a> {
             Some(rows) => rows.iter().any(|row| !row.is_live()),
             None => history.requests.iter().any(Request::may_have_released),
         };
-        let took_us = |requests: &[&Request]| {
+        let earliest_effect_us = |requests: &[&Request]| {
             let mut requests = requests.iter();
             let first = requests.find(|request| request.may_have_taken(has_releases));
             first.map(|request| request.sent_us)
@@ -243,11 +244,11 @@ impl<'a> Index<'a> {
         Self {
             history,
             orders_of_key: Groups::new(keys.len(), of_key, by_first_sent),
-            took_us: requests_of_order.all().map(took_us).collect(),
+            earliest_effect_us: requests_of_order.all().map(earliest_effect_us).collect(),
             requests_of_order,
             requests_of_buyer: Groups::new(buyers.len(), of_buyer, by_sent),
             buyer_and_key_of_order,
-            rows_of_order: Groups::new(orders.len(), of_asked, by_taken),
+            rows_of_order: Groups::new(orders.len(), of_order_row, by_taken),
             rows_of_key: Groups::new(keys.len(), rows_of_key, by_taken),
             rows_of_buyer: Groups::new(buyers.len(), rows_of_buyer, by_taken),
             rows_of_reservation: Groups::new(reservations.len(), of_reservation, |(_, row)| by_taken(row)),
@@ -286,7 +287,7 @@ impl<'a> Index<'a> {
         self.rows_of_order.of(order.number)
     }
 
-    /// The rows of a reservation, with the number of the order that asked for them.
+    /// The rows of a reservation, with the number of the order that requested them.
     pub(super) fn rows_of_reservation(&self, reservation: Uuid) -> &[(Option<usize>, &'a Row)] {
         let number = self.reservations.look_up(reservation);
         number.map_or(&[], |number| self.rows_of_reservation.of(number))
@@ -332,10 +333,10 @@ impl<'a> Index<'a> {
     }
 
     /// For every reservation with a stable confirmation, the first request that was confirmed.
-    pub(super) fn told(&self) -> impl Iterator<Item = &'a Request> {
+    pub(super) fn confirmed(&self) -> impl Iterator<Item = &'a Request> {
         self.answers_of_reservation.all().filter_map(|answers| {
-            let mut told = answers.iter().map(|&(_, request)| request);
-            told.find(|request| matches!(request.end(), End::Confirmed(_)) && !request.has_changed())
+            let mut requests = answers.iter().map(|&(_, request)| request);
+            requests.find(|request| matches!(request.end(), End::Confirmed(_)) && !request.has_changed())
         })
     }
 
@@ -344,42 +345,42 @@ impl<'a> Index<'a> {
     ///
     /// An order takes its ticket at its first sending, which is the earliest possible time. A
     /// refused request takes none. With rows, neither does an accepted order that has no row.
-    pub(super) fn takers_us(&self) -> Vec<Micros> {
-        let mut takers = vec![];
+    pub(super) fn earliest_effects_us(&self) -> Vec<Micros> {
+        let mut times_us = vec![];
         for order in self.orders() {
-            if let Some(first_us) = self.took_us[order.number] {
-                let mut told: Vec<Uuid> = order
+            if let Some(first_us) = self.earliest_effect_us[order.number] {
+                let mut reservations: Vec<Uuid> = order
                     .requests
                     .iter()
-                    .filter_map(|request| self.told_without_own_row(&order, request))
+                    .filter_map(|request| self.confirmed_without_own_row(&order, request))
                     .collect();
-                told.sort_unstable();
-                told.dedup();
-                let mut taken = self.rows_of(&order).len() + told.len();
+                reservations.sort_unstable();
+                reservations.dedup();
+                let mut taken = self.rows_of(&order).len() + reservations.len();
                 if taken == 0 && !self.has_rows() {
                     taken = usize::from(order.requests.iter().any(|request| request.may_have_released()));
                 }
-                takers.extend(std::iter::repeat_n(first_us, taken));
+                times_us.extend(std::iter::repeat_n(first_us, taken));
             }
             if !self.has_rows() {
                 // Any of these may have taken a ticket.
                 let uncertain = order.requests.iter().filter(|request| request.is_uncertain());
-                takers.extend(uncertain.map(|request| request.sent_us));
+                times_us.extend(uncertain.map(|request| request.sent_us));
             }
         }
-        takers.sort_unstable();
-        takers
+        times_us.sort_unstable();
+        times_us
     }
 
     /// The reservation that a request of this order was confirmed with, if the order has no row of
     /// it and it may have held a ticket all the same: its row may name another order, or, after a
     /// 201, be lost (I4).
-    fn told_without_own_row(&self, order: &Order<'_>, request: &Request) -> Option<Uuid> {
+    fn confirmed_without_own_row(&self, order: &Order<'_>, request: &Request) -> Option<Uuid> {
         let End::Confirmed(reservation) = request.end() else {
             return None;
         };
         let rows = self.rows_of_reservation(reservation);
-        let is_own = rows.iter().any(|(asked, _)| *asked == Some(order.number));
+        let is_own = rows.iter().any(|(order_of_row, _)| *order_of_row == Some(order.number));
         let never_was = rows.is_empty() && self.has_rows() && request.is_accepted();
         (!is_own && !never_was).then_some(reservation)
     }

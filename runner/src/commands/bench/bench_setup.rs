@@ -9,9 +9,9 @@ use anyhow::Context;
 use box_office::{Invariant, Strategy};
 use harness::{
     backends::{Database, Durability, Services, TestEnvironment},
+    final_state,
     history::{FORMAT_VERSION, Header, History},
     judge::judge,
-    rows,
     rush::{Program, Rush, SALE, Servers},
 };
 use serde::Serialize;
@@ -108,7 +108,7 @@ impl BenchEnvironment {
         let environment = self.test_environment().await?;
         let (servers, ready) = self.start(&environment, pool).await?;
         servers.open_sale(SALE, STOCK).await?;
-        let address = *servers.live().borrow().first().context("no server lives")?;
+        let address = *servers.live().borrow().first().context("no server is running")?;
         let warm = wrk.run(address, self.clients, WARM_UP, 0).await?;
         let load = wrk
             .run(address, self.clients, self.duration, FIRST_MEASURED_BUYER)
@@ -131,7 +131,7 @@ impl BenchEnvironment {
         const OF_ROWS: [Invariant; 3] = [Invariant::NoOversell, Invariant::Conservation, Invariant::NoDuplicate];
 
         let pool = database.pool(1).await?;
-        let sold = rows::read(&pool, SALE).await?;
+        let sold = final_state::read(&pool, SALE).await?;
         pool.close().await;
         let rows = sold.rows.len();
         let history = History {
@@ -168,7 +168,7 @@ impl BenchEnvironment {
     pub(super) async fn memory(&self, pool: u32) -> anyhow::Result<(f64, f64)> {
         let environment = self.test_environment().await?;
         let (servers, _) = self.start(&environment, pool).await?;
-        let address = *servers.live().borrow().first().context("no server lives")?;
+        let address = *servers.live().borrow().first().context("no server is running")?;
         let pid = servers.pid(0).await?;
         let idle = resources::resident_mib(pid)?;
         let open = resources::connect(address, CONNECTIONS).await?;
