@@ -101,7 +101,7 @@ async fn while_postgres_is_away_a_consumer_pauses_after_one_attempt(
     let ids = fixture.ids().await;
 
     postgres.stop().await.unwrap();
-    assert_unreachable(&host_and_port(&fixture.stand.database().url())).await;
+    assert_unreachable(&host_and_port(&fixture.environment.database().url())).await;
     for buyer in 3..=6 {
         orders.push(fixture.append_order(&ids, buyer).await);
     }
@@ -166,7 +166,7 @@ async fn a_partition_that_moved_while_it_was_paused_is_consumed_again(#[case] na
     fixture.wait_until_processed().await;
     let ids = fixture.ids().await;
     postgres.stop().await.unwrap();
-    assert_unreachable(&host_and_port(&fixture.stand.database().url())).await;
+    assert_unreachable(&host_and_port(&fixture.environment.database().url())).await;
     orders.push(fixture.append_order(&ids, 2).await);
     until("the circuit breaker is open", async || {
         state(&server, "postgres").await != Some(0)
@@ -196,7 +196,7 @@ async fn a_partition_that_moved_while_it_was_paused_is_consumed_again(#[case] na
     for (partition, buyer) in (0..PARTITIONS).zip(3..) {
         let order = order(SALE, buyer);
         let id = ids.for_order(&order);
-        fixture.ledger.record_accepted(buyer, id);
+        fixture.history.record_accepted(buyer, id);
         fixture
             .produce(partition, &[&OrderMessage::new(id, &order).to_bytes()])
             .await
@@ -307,7 +307,7 @@ async fn while_kafka_stores_nothing_one_order_at_a_time_is_sent(
     limit_messages("1").await;
     // The broker needs a moment to apply it.
     let mut buyer = 2;
-    while let Answer::Accepted { reservation, .. } = fixture.ledger.reserve(&server, buyer).await {
+    while let Answer::Accepted { reservation, .. } = fixture.history.reserve(&server, buyer).await {
         orders.push(reservation);
         buyer += 1;
         assert!(buyer < 10, "the fault did not strike: the topic still takes orders");
@@ -336,7 +336,7 @@ async fn while_kafka_stores_nothing_one_order_at_a_time_is_sent(
     } else {
         assert_eq!(state(&server, "kafka").await, Some(2));
         // At most one of them is the probe.
-        let answers = join_all((8..=10).map(|buyer| fixture.ledger.reserve(&server, buyer))).await;
+        let answers = join_all((8..=10).map(|buyer| fixture.history.reserve(&server, buyer))).await;
         match expected {
             Breaks([_, ..]) => {}
             _ => assert!(

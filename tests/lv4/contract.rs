@@ -102,9 +102,9 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
     let fixture = Fixture::new(name).await;
     let acceptor = fixture.start_acceptor(1).await;
     let stop = format!("{}#1", points::BATCH_DECIDED);
-    let mut deciders = vec![];
+    let mut consumers = vec![];
     for _ in 0..instances {
-        deciders.push(fixture.start_instance(&[("OVERSOLD_STOP_AT", &stop)]).await);
+        consumers.push(fixture.start_instance(&[("OVERSOLD_STOP_AT", &stop)]).await);
     }
     fixture.wait_until_shared_by(instances).await;
     let members = fixture.group_members().await;
@@ -114,8 +114,8 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
     let writers = members.values().filter(has_orders).count();
     until("every instance that has orders has decided a batch", async || {
         let mut stopped = 0;
-        for decider in &deciders {
-            stopped += usize::from(decider.wait_until_stopped(Duration::ZERO).await.is_ok());
+        for consumer in &consumers {
+            stopped += usize::from(consumer.wait_until_stopped(Duration::ZERO).await.is_ok());
         }
         stopped == writers
     })
@@ -125,8 +125,8 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
         0,
         "the fault did not strike: a batch is committed"
     );
-    for decider in &deciders {
-        decider.resume().await.unwrap();
+    for consumer in &consumers {
+        consumer.resume().await.unwrap();
     }
     fixture.wait_until_processed().await;
 
@@ -139,8 +139,8 @@ async fn a_sale_keeps_its_guarantee_when_batches_overlap(
         kept,
         "lv4/{name} on {instances} instance(s), {writers} of them with orders: {conclusion}\n\n{verdict}"
     );
-    for decider in deciders {
-        decider.stop().await.unwrap();
+    for consumer in consumers {
+        consumer.stop().await.unwrap();
     }
     acceptor.stop().await.unwrap();
 }
@@ -168,7 +168,7 @@ async fn several_sales_at_a_time_are_each_sold_by_their_own_stock(#[case] name: 
             orders.push(answered.json::<box_office::api::Reservation>().unwrap().id);
         }
     }
-    let deciders = [fixture.start_instance(&[]).await, fixture.start_instance(&[]).await];
+    let consumers = [fixture.start_instance(&[]).await, fixture.start_instance(&[]).await];
     fixture.wait_until_processed().await;
 
     fixture.assert_outcome(&acceptor, &orders, Kept).await;
@@ -176,8 +176,8 @@ async fn several_sales_at_a_time_are_each_sold_by_their_own_stock(#[case] name: 
         let sale = acceptor.sale(sale).await.unwrap();
         assert_eq!((sale.stock, sale.reserved), (0, 2), "sale {}", sale.id);
     }
-    for decider in deciders {
-        decider.stop().await.unwrap();
+    for consumer in consumers {
+        consumer.stop().await.unwrap();
     }
     acceptor.stop().await.unwrap();
 }
@@ -259,8 +259,10 @@ async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
     let strategy = strategy(name);
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
 
     sells_refuses_and_repeats(&server).await.unwrap();
     refuses_bad_input(&server).await.unwrap();
@@ -272,8 +274,10 @@ async fn the_http_contract_holds(#[case] name: &str) {
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
     let strategy = strategy("single-writer");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&stand, &program(), &LEVEL, strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
+    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+        .await
+        .unwrap();
     let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
     println!("they cost {kib} KiB");
     server.stop().await.unwrap();

@@ -18,8 +18,8 @@ async fn a_commit_that_fails_loses_no_order(#[case] name: &str) {
     let fixture = Fixture::new(name).await;
     let acceptor = fixture.start_acceptor(2).await;
     let orders = fixture.accept_all(&acceptor, 1..=3).await;
-    let held = DelayedCommits::on(&fixture.stand).await.unwrap();
-    let decider = fixture.start_instance(&[]).await;
+    let held = DelayedCommits::on(&fixture.environment).await.unwrap();
+    let consumer = fixture.start_instance(&[]).await;
     until("the fault did not strike: no commit is in flight", async || {
         held.has_struck().await.unwrap()
     })
@@ -28,9 +28,9 @@ async fn a_commit_that_fails_loses_no_order(#[case] name: &str) {
     held.release().await.unwrap();
     fixture.wait_until_processed().await;
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// The database was restored from a backup, or is a replica that lacked the last transactions when

@@ -78,7 +78,7 @@ async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
             &[
                 ("", b""),
                 ("reason", b"\x1b[2J"),
-                ("replayed", b"true"),
+                ("resolved", b"true"),
                 ("origin-offset", b"0"),
             ],
             1,
@@ -100,9 +100,9 @@ async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
         }
     }
     let orders = fixture.accept_all(&acceptor, 1..=4).await;
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
 
     let dead_letters = list(&fixture).await;
     assert_eq!(dead_letters.len(), PARTITIONS as usize * attempts.len());
@@ -128,7 +128,7 @@ async fn no_header_and_no_key_stops_a_consumer(#[case] name: &str) {
         .max();
     assert_eq!(most, Some(u32::MAX));
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// Another program has written to the dead-letter topic.
@@ -218,9 +218,9 @@ async fn poison_larger_than_the_topic_accepts_is_truncated_and_the_partition_con
         sender.send(record, TIMEOUT).await.unwrap();
     }
     let orders = fixture.accept_all(&acceptor, 1..=4).await;
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
 
     let dead_letters = list(&fixture).await;
     assert_eq!(dead_letters.len(), PARTITIONS as usize);
@@ -239,7 +239,7 @@ async fn poison_larger_than_the_topic_accepts_is_truncated_and_the_partition_con
         assert!(bomb.starts_with(dead_letter.payload.as_bytes()) && dead_letter.payload.len() < LENGTH);
     }
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 #[rstest]
@@ -296,7 +296,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
             break;
         }
     }
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     let list = async || list(&fixture).await;
     if name == "mutants/endless-retry" {
         until("the other partitions are decided", async || {
@@ -309,22 +309,22 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
         let passed = happens_within(OBSERVATION_TIME, async || fixture.offsets().await[&first].0 > offset).await;
         assert!(!passed, "the mistake of {name} was not seen");
         assert_failure_mode(fixture.strategy, &[]);
-        return kill_instance(&decider).await;
+        return kill_instance(&consumer).await;
     }
     fixture.wait_until_processed().await;
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
 
     let mut dead_letters = list().await;
     if expected != Kept {
         assert_eq!(dead_letters.len(), 1, "the mistake of {name} was not seen");
         assert_failure_mode(fixture.strategy, &[]);
-        return decider.stop().await.unwrap();
+        return consumer.stop().await.unwrap();
     }
     // Messages of one partition that are processed concurrently may be dead-lettered in any order.
     dead_letters.sort_by(|one, other| one.origin.cmp(&other.origin));
     assert_eq!(dead_letters.len(), poison.len());
     assert_eq!(fixture.dead_letter_topic_size().await, 6, "each is dead-lettered once");
-    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(6));
+    assert_eq!(metric(&consumer, "oversold_dead_letters_total").await, Some(6));
     for (number, (dead_letter, (payload, reason))) in dead_letters.iter().zip(poison).enumerate() {
         assert!(dead_letter.reason.contains(reason), "{}", dead_letter.reason);
         let number = offset + i64::try_from(number).unwrap();
@@ -342,7 +342,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
     replay(&kafka, &dead_letters[0].origin, TIMEOUT).await.unwrap_err();
     fixture.wait_until_processed().await;
     fixture
-        .assert_outcome(&decider, &[ids.for_order(&of_no_sale)], Kept)
+        .assert_outcome(&consumer, &[ids.for_order(&of_no_sale)], Kept)
         .await;
     let left = list().await;
     let tried: Vec<(&str, u32)> = left
@@ -351,7 +351,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
         .collect();
     assert_eq!(left.len(), 5);
     assert_eq!(tried[4], (&*String::from_utf8_lossy(poison[0].0), 2));
-    // One more dead letter, and two tombstones.
+    // One more dead letter, and two resolution markers.
     assert_eq!(fixture.dead_letter_topic_size().await, 9);
     // All at once: each is dead-lettered again.
     assert_eq!(replay_all(&kafka, TIMEOUT).await.unwrap().replayed, 5);
@@ -361,7 +361,7 @@ async fn poison_is_dead_lettered_once_and_the_partition_continues(#[case] name: 
         left.iter().map(|dead_letter| dead_letter.attempts).sum::<u32>(),
         4 * 2 + 3
     );
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// The message behind a retried order is redelivered with it each time. It was dead-lettered the
@@ -375,22 +375,22 @@ async fn poison_behind_a_retried_order_is_dead_lettered_once() {
     let offsets = fixture.offsets().await;
     let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
     fixture.produce(partition, &[b"not an order"]).await.unwrap();
-    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    let lock = format!("{}lock:sale:{SALE}", fixture.environment.prefix().unwrap());
     redis
         .command(&["SET", &lock, "another owner", "PX", "60000"])
         .await
         .unwrap();
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     fixture.wait_for_attempts(3).await;
     assert_eq!(fixture.dead_letter_topic_size().await, 1);
     redis.command(&["DEL", &lock]).await.unwrap();
     fixture.wait_until_processed().await;
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
     assert_eq!(fixture.dead_letter_topic_size().await, 1);
-    assert_eq!(metric(&decider, "oversold_dead_letters_total").await, Some(1));
+    assert_eq!(metric(&consumer, "oversold_dead_letters_total").await, Some(1));
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// The dead-letter topic accepts nothing for a while. Each poison message is alone in its
@@ -426,7 +426,7 @@ async fn an_offset_does_not_pass_poison_that_could_not_be_dead_lettered(
     .await;
     let before = fixture.dead_letter_topic_size().await;
 
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     until("the order is decided", async || fixture.rows().await == 1).await;
     let passed = async |times: usize| {
         let offsets = fixture.offsets().await;
@@ -444,7 +444,7 @@ async fn an_offset_does_not_pass_poison_that_could_not_be_dead_lettered(
     fixture.limit_dead_letters(None).await;
     fixture.wait_until_processed().await;
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
     let written = fixture.dead_letter_topic_size().await - before;
     match expected {
         Kept => assert_eq!(written, 2, "each is dead-lettered once"),
@@ -453,5 +453,5 @@ async fn an_offset_does_not_pass_poison_that_could_not_be_dead_lettered(
             assert_failure_mode(fixture.strategy, &[]);
         }
     }
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }

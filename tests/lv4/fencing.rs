@@ -19,7 +19,7 @@ async fn a_fenced_batch_commits_no_offset() {
     let fixture = Fixture::new("single-writer").await;
     let acceptor = fixture.start_acceptor(5).await;
     let orders = fixture.accept_all(&acceptor, 1..=3).await;
-    let decider = fixture.start_stopped_at("batch decided").await;
+    let consumer = fixture.start_stopped_at("batch decided").await;
     let moved = sqlx::query("update partition_offset set next_offset = next_offset + 1")
         .execute(&fixture.pool)
         .await
@@ -29,11 +29,11 @@ async fn a_fenced_batch_commits_no_offset() {
         (1, 0),
         "the fault did not strike"
     );
-    decider.resume().await.unwrap();
+    consumer.resume().await.unwrap();
     fixture.wait_until_processed().await;
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
-    decider.stop().await.unwrap();
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
+    consumer.stop().await.unwrap();
 }
 
 /// The consumer is frozen for longer than its session, and its partitions are reassigned. Then it

@@ -70,11 +70,11 @@ pub(crate) async fn ok(redis: &Redis, words: &[&str]) {
 /// A strategy on its backends, with what a test observes of it.
 pub(crate) struct Fixture {
     pub(crate) strategy: &'static Strategy,
-    pub(crate) stand: TestEnvironment,
+    pub(crate) environment: TestEnvironment,
     pub(crate) pool: PgPool,
     session: Duration,
     /// The history of the requests for [`SALE`].
-    pub(crate) ledger: HistoryRecorder,
+    pub(crate) history: HistoryRecorder,
     /// Queries the broker from outside, without joining the group.
     broker: Arc<BaseConsumer>,
 }
@@ -87,15 +87,15 @@ impl Fixture {
 
     /// On these servers, some of which are the test's own.
     pub(crate) async fn on(strategy: &'static Strategy, postgres: &Postgres, redis: &Redis, kafka: &Kafka) -> Self {
-        let stand = TestEnvironment::on(postgres, Some(redis), strategy.schema)
+        let environment = TestEnvironment::on(postgres, Some(redis), strategy.schema)
             .await
             .unwrap();
-        Self::in_environment(strategy, stand.with_kafka(Some(kafka))).await
+        Self::in_environment(strategy, environment.with_kafka(Some(kafka))).await
     }
 
-    async fn in_environment(strategy: &'static Strategy, stand: TestEnvironment) -> Self {
-        let pool = stand.database().pool(1).await.unwrap();
-        let kafka = stand
+    async fn in_environment(strategy: &'static Strategy, environment: TestEnvironment) -> Self {
+        let pool = environment.database().pool(1).await.unwrap();
+        let kafka = environment
             .kafka(0, SESSION)
             .expect("a strategy of this level is configured for Kafka");
         let broker = ClientConfig::new()
@@ -105,10 +105,10 @@ impl Fixture {
             .unwrap();
         Self {
             strategy,
-            stand,
+            environment,
             pool,
             session: SESSION,
-            ledger: HistoryRecorder::new(strategy),
+            history: HistoryRecorder::new(strategy),
             broker: Arc::new(broker),
         }
     }
@@ -129,7 +129,7 @@ impl Fixture {
         let program = settings
             .iter()
             .fold(program, |program, &(name, value)| program.variable(name, value));
-        TestServer::start(&self.stand, &program, &LEVEL, self.strategy)
+        TestServer::start(&self.environment, &program, &LEVEL, self.strategy)
             .await
             .unwrap()
     }
@@ -154,7 +154,7 @@ impl Fixture {
     }
 
     pub(crate) fn kafka(&self) -> KafkaConfig {
-        self.stand
+        self.environment
             .kafka(0, self.session)
             .expect("a strategy of this level is configured for Kafka")
     }
@@ -162,7 +162,7 @@ impl Fixture {
     /// What the pipeline of an instance without consumers is opened with.
     pub(crate) async fn context(&self) -> StrategyContext {
         StrategyContext {
-            database: self.stand.database().pool(2).await.unwrap().into(),
+            database: self.environment.database().pool(2).await.unwrap().into(),
             work: Duration::ZERO,
             metrics: StrategyMetrics::default(),
             redis: None,
@@ -271,7 +271,7 @@ impl Fixture {
     /// Judges orders that may expire after this time.
     pub(crate) fn with_expiry(self, expiry: Duration) -> Self {
         Self {
-            ledger: self.ledger.with_expiry(expiry),
+            history: self.history.with_expiry(expiry),
             ..self
         }
     }
@@ -286,7 +286,7 @@ impl Fixture {
     pub(crate) async fn append_order_of_age(&self, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
         let order = order(SALE, buyer);
         let id = ids.for_order(&order);
-        self.ledger.record_accepted_before(buyer, id, age);
+        self.history.record_accepted_before(buyer, id, age);
         let message = OrderMessage::new(id, &order).to_bytes();
         let topic = orders_topic(&self.kafka());
         self.produce_sent_at(SystemTime::now() - age, &topic, 0, &[&message])
@@ -353,7 +353,7 @@ impl Fixture {
         altered.unwrap()[0].as_ref().unwrap();
     }
 
-    /// The number of messages in the dead-letter topic, tombstones of replays included.
+    /// The number of messages in the dead-letter topic, resolution markers included.
     pub(crate) async fn dead_letter_topic_size(&self) -> i64 {
         let topic = dead_letter_topic(&self.kafka());
         let asked = self.query_broker(move |client| client.fetch_watermarks(&topic, 0, TIMEOUT));
@@ -438,7 +438,7 @@ impl Fixture {
     }
 
     pub(crate) async fn accept(&self, server: &TestServer, buyer: i64) -> Uuid {
-        match self.ledger.reserve(server, buyer).await {
+        match self.history.reserve(server, buyer).await {
             Answer::Accepted { reservation, .. } => reservation,
             other => panic!("buyer {buyer} is answered {other:?}"),
         }
@@ -484,8 +484,8 @@ impl Fixture {
 
     /// The judge's verdict, after every buyer has read the outcome of the order from this server.
     pub(crate) async fn verdict(&self, server: &TestServer, timeout: Duration) -> Verdict {
-        self.ledger.record_outcomes(server, timeout).await.unwrap();
-        self.ledger.verdict(&self.stand).await.unwrap()
+        self.history.record_outcomes(server, timeout).await.unwrap();
+        self.history.verdict(&self.environment).await.unwrap()
     }
 
     /// Asserts what is expected of the strategy: of the rows and events, and of what this server

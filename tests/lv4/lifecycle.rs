@@ -19,10 +19,10 @@ async fn graceful_shutdown_finishes_the_orders_in_flight(#[case] name: &str) {
     let fixture = Fixture::new(name).await;
     let acceptor = fixture.start_acceptor(2).await;
     let orders = fixture.accept_all(&acceptor, 1..=1).await;
-    let decider = fixture.start_instance(&[("WORK_MS", "3000")]).await;
+    let consumer = fixture.start_instance(&[("WORK_MS", "3000")]).await;
     fixture.wait_for_order_in_flight().await;
     let signalled = std::process::Command::new("kill")
-        .arg(decider.pid().await.unwrap().to_string())
+        .arg(consumer.pid().await.unwrap().to_string())
         .status();
     assert!(signalled.unwrap().success());
     assert_eq!(
@@ -30,7 +30,7 @@ async fn graceful_shutdown_finishes_the_orders_in_flight(#[case] name: &str) {
         0,
         "the fault did not strike: it was decided before"
     );
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 
     fixture.assert_outcome(&acceptor, &orders, Kept).await;
     assert_eq!(fixture.lag().await, 0, "its offset is not committed");
@@ -84,14 +84,14 @@ async fn the_metrics_report_the_consumer_lag() {
     let orders = fixture.accept_all(&acceptor, 1..=5).await;
     let reported = async |server: &TestServer| metric(server, "oversold_consumer_lag").await;
     until("the lag is five", async || reported(&acceptor).await == Some(5)).await;
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
     until("the lag is zero", async || {
-        reported(&acceptor).await == Some(0) && reported(&decider).await == Some(0)
+        reported(&acceptor).await == Some(0) && reported(&consumer).await == Some(0)
     })
     .await;
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }

@@ -35,7 +35,7 @@ async fn a_consumer_killed_between_its_commit_and_its_offset_decides_nothing_twi
         0,
         "the fault did not strike: the offset is committed"
     );
-    fixture.ledger.record_outcomes(&acceptor, TIMEOUT).await.unwrap();
+    fixture.history.record_outcomes(&acceptor, TIMEOUT).await.unwrap();
     kill_instance(&first).await;
     let second = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
@@ -59,16 +59,16 @@ async fn a_duplicated_message_is_decided_once(#[case] name: &str, #[case] expect
     let offsets = fixture.offsets().await;
     let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
     fixture.produce(partition, &[&message, &message]).await.unwrap();
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
-    fixture.ledger.record_outcomes(&decider, TIMEOUT).await.unwrap();
+    fixture.history.record_outcomes(&consumer, TIMEOUT).await.unwrap();
     fixture.produce(partition, &[&message]).await.unwrap();
     fixture.wait_until_processed().await;
 
     assert_eq!(fixture.total_committed().await, 4, "the fault did not strike");
-    fixture.assert_outcome(&decider, &orders, expected).await;
+    fixture.assert_outcome(&consumer, &orders, expected).await;
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 #[rstest]
@@ -132,7 +132,7 @@ async fn orders_accepted_before_the_first_consumer_are_decided(#[case] name: &st
     let offsets = fixture.offsets().await;
     let (&partition, _) = offsets.iter().find(|(_, (_, end))| *end > 0).unwrap();
 
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     // Once a later order of the partition is processed, no consumer comes back to the first.
     let mut buyers = 2..;
     until("a later order is processed", async || {
@@ -149,9 +149,9 @@ async fn orders_accepted_before_the_first_consumer_are_decided(#[case] name: &st
         fixture.wait_until_processed().await;
     }
 
-    fixture.assert_outcome(&decider, &orders, expected).await;
+    fixture.assert_outcome(&consumer, &orders, expected).await;
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// How an instance leaves the group.
@@ -180,7 +180,7 @@ async fn an_offset_does_not_pass_an_order_that_must_be_retried(
     let redis = backends::redis().await.unwrap();
     let acceptor = fixture.start_acceptor(1).await;
     acceptor.create_sale(OTHER, 100).await.unwrap();
-    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    let lock = format!("{}lock:sale:{SALE}", fixture.environment.prefix().unwrap());
     redis
         .command(&["SET", &lock, "another owner", "PX", "60000"])
         .await

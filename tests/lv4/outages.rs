@@ -24,7 +24,7 @@ async fn an_outage_fails_only_the_orders_in_flight_of_a_batch() {
     let acceptor = fixture.start_acceptor(100).await;
     let orders = fixture.accept_all(&acceptor, 1..=60).await;
     let trace = std::env::temp_dir().join(format!("oversold-trace-{}", Uuid::new_v4()));
-    let decider = fixture
+    let consumer = fixture
         .start_instance(&[("OVERSOLD_TRACE_FILE", trace.to_str().unwrap()), ("WORK_MS", "50")])
         .await;
     until("some are decided", async || fixture.rows().await > 0).await;
@@ -35,8 +35,8 @@ async fn an_outage_fails_only_the_orders_in_flight_of_a_batch() {
     fixture.wait_for_attempts(2 * MAX_IN_FLIGHT).await;
     redis.start().await.unwrap();
     fixture.wait_until_processed().await;
-    fixture.assert_outcome(&decider, &orders, Kept).await;
-    decider.stop().await.unwrap();
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
+    consumer.stop().await.unwrap();
 
     let steps = std::fs::read_to_string(&trace).unwrap();
     std::fs::remove_file(trace).unwrap();
@@ -96,7 +96,7 @@ async fn a_fault_that_passes_loses_no_order_and_dead_letters_none(
     match away {
         Away::Database => {
             postgres.stop().await.unwrap();
-            assert_unreachable(&host_and_port(&fixture.stand.database().url())).await;
+            assert_unreachable(&host_and_port(&fixture.environment.database().url())).await;
         }
         Away::Locks => {
             redis.stop().await.unwrap();

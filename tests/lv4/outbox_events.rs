@@ -28,7 +28,7 @@ use crate::fixture::{
 #[tokio::test]
 async fn the_listener_reconnects_while_new_clients_arrive() {
     let fixture = Fixture::new("single-writer").await;
-    let pool = fixture.stand.database().pool(2).await.unwrap().into();
+    let pool = fixture.environment.database().pool(2).await.unwrap().into();
     let stop = tokio_util::sync::CancellationToken::new();
     let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let listening = async || -> Option<i32> {
@@ -69,7 +69,7 @@ async fn a_listener_whose_connection_fell_silent_is_replaced() {
     let fixture = Fixture::new("single-writer").await;
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
-    let url = proxy.url_through(&fixture.stand.database().url());
+    let url = proxy.url_through(&fixture.environment.database().url());
     let stop = tokio_util::sync::CancellationToken::new();
     let database = Database::lazy(url.parse().unwrap(), 1);
     let _events = OutboxReader::open(&database, stop.clone()).await.unwrap();
@@ -103,7 +103,7 @@ async fn a_new_column_disturbs_neither_consumers_nor_events(#[case] name: &str) 
 
     let fixture = Fixture::new(name).await;
     let server = fixture.start_acceptor(2).await;
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     let mut orders = fixture.accept_all(&server, 1..=1).await;
     fixture.wait_until_processed().await;
     let path = format!("/api/reservations/{}", orders[0]);
@@ -125,7 +125,7 @@ async fn a_new_column_disturbs_neither_consumers_nor_events(#[case] name: &str) 
 
     fixture.assert_outcome(&server, &orders, Kept).await;
     server.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// A notification is lost with its connection, for example. The order is decided after the first
@@ -133,7 +133,7 @@ async fn a_new_column_disturbs_neither_consumers_nor_events(#[case] name: &str) 
 #[tokio::test]
 async fn an_event_without_a_notification_is_delivered() {
     let fixture = Fixture::new("single-writer").await;
-    let pool = fixture.stand.database().pool(2).await.unwrap().into();
+    let pool = fixture.environment.database().pool(2).await.unwrap().into();
     let stop = tokio_util::sync::CancellationToken::new();
     let events = Arc::new(OutboxReader::open(&pool, stop.clone()).await.unwrap());
     let order = Uuid::new_v4();
@@ -200,7 +200,7 @@ async fn event_clients_are_disconnected_when_the_database_cannot_be_read_and_wai
     let postgres = backends::postgres().await.unwrap();
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let acceptor = fixture.start_acceptor(1).await;
-    let proxied_url = proxy.url_through(&fixture.stand.database().url());
+    let proxied_url = proxy.url_through(&fixture.environment.database().url());
     let cut_off = fixture
         .start_instance(&[("KAFKA_CONSUMERS", "0"), ("DATABASE_URL", &*proxied_url)])
         .await;
@@ -215,7 +215,7 @@ async fn event_clients_are_disconnected_when_the_database_cannot_be_read_and_wai
     assert!(proxy.has_struck(), "the fault did not strike");
     assert!(!received.contains("event:"), "{received}");
     let mut returned = reconnect(&cut_off, orders[0]).await;
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     fixture.wait_until_processed().await;
 
     fixture.assert_outcome(&acceptor, &orders, Kept).await;
@@ -227,7 +227,7 @@ async fn event_clients_are_disconnected_when_the_database_cannot_be_read_and_wai
     assert!(received.contains("event: confirmed"), "{received}");
     acceptor.stop().await.unwrap();
     cut_off.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 #[rstest]
@@ -283,14 +283,14 @@ async fn any_instance_delivers_the_outcome_and_no_event_is_missed(#[case] name: 
     drop(follow_events(&other, orders[0]).await);
     kill_instance(&acceptor).await;
     // Another client reconnects before its order is decided, and waits.
-    let (received, decider) = tokio::join!(other.events(orders[1], Some(0)), async {
-        let decider = fixture.start_instance(&[]).await;
+    let (received, consumer) = tokio::join!(other.events(orders[1], Some(0)), async {
+        let consumer = fixture.start_instance(&[]).await;
         fixture.wait_until_processed().await;
-        decider
+        consumer
     });
     let received = received.unwrap();
     assert!(matches!(&received[..], [(_, only)] if only.is_final()), "{received:?}");
-    kill_instance(&decider).await;
+    kill_instance(&consumer).await;
 
     let received = other.events(orders[0], Some(0)).await.unwrap();
     let [(number, last)] = &received[..] else {
@@ -334,11 +334,11 @@ async fn event_clients_that_never_read_cost_little_memory() {
     for stream in &stalled {
         stream.readable().await.unwrap();
     }
-    let decider = fixture.start_instance(&[]).await;
+    let consumer = fixture.start_instance(&[]).await;
     acceptor.final_state(orders[0]).await.unwrap();
     let grown_kib = memory_kib().await - before_kib;
     println!("{CLIENTS} clients cost {grown_kib} KiB");
     assert!(grown_kib < CLIENTS * MOST_KIB_EACH, "{grown_kib} KiB");
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }

@@ -161,7 +161,7 @@ async fn without_the_relay_nothing_is_published_and_with_it_everything(#[case] n
     fixture.wait_until_processed().await;
     let stored = wait_until_relayed(&fixture).await;
     let events = published(&fixture).await;
-    let told: BTreeMap<Uuid, &str> = events.iter().map(|event| (event.reservation, &*event.status)).collect();
+    let statuses: BTreeMap<Uuid, &str> = events.iter().map(|event| (event.reservation, &*event.status)).collect();
     assert_eq!(events.len(), 5, "{events:?}");
     record("relay", Off, name, "0 of 3 decisions published");
     record(
@@ -173,13 +173,13 @@ async fn without_the_relay_nothing_is_published_and_with_it_everything(#[case] n
     assert!(events.iter().all(|event| event.key == event.reservation.as_bytes()));
     assert_eq!(events.iter().map(|event| event.number).collect::<BTreeSet<_>>(), stored);
     assert_eq!(
-        told.values().filter(|status| **status == "confirmed").count(),
+        statuses.values().filter(|status| **status == "confirmed").count(),
         2,
-        "{told:?}"
+        "{statuses:?}"
     );
     assert_eq!(
         orders.iter().copied().collect::<BTreeSet<_>>(),
-        told.keys().copied().collect()
+        statuses.keys().copied().collect()
     );
     assert_eq!(metric(&relay, "oversold_outbox_relayed_total").await, Some(5));
     until("the metric is zero", async || {
@@ -246,7 +246,7 @@ async fn a_relay_that_is_killed_loses_no_event(
 async fn an_event_that_becomes_visible_late_is_not_skipped(#[case] name: &str, #[case] expected: Expected) {
     let fixture = Fixture::new(name).await;
     let relay = fixture.start_instance(&[RELAY, NO_CONSUMERS]).await;
-    let pool = fixture.stand.database().pool(3).await.unwrap();
+    let pool = fixture.environment.database().pool(3).await.unwrap();
     let mut late = pool.begin().await.unwrap();
     let late_number = append_event(&mut late, Uuid::new_v4()).await;
     let mut rolled_back = pool.begin().await.unwrap();

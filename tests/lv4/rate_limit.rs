@@ -67,12 +67,12 @@ async fn flood(name: &str, settings: &[(&'static str, &str)]) -> Flooded {
         let (fixture, server) = (&fixture, &server);
         async move {
             fixture
-                .ledger
+                .history
                 .reserve_under(server, FLOODER, &format!("key-{number}"))
                 .await
         }
     });
-    let others = OTHERS.map(|buyer| fixture.ledger.reserve(&server, buyer));
+    let others = OTHERS.map(|buyer| fixture.history.reserve(&server, buyer));
     let (flooding, others) = tokio::join!(join_all(flooding), join_all(others));
     let took = began.elapsed().as_secs_f64();
     let count = |matching: fn(&Answer) -> bool| flooding.iter().filter(|answer| matching(answer)).count() as u32;
@@ -187,7 +187,7 @@ async fn a_flood_of_many_buyers_is_accepted_up_to_the_limit_of_all(#[case] name:
     let server = fixture.start_instance(&[("RATE_LIMIT", "20")]).await;
     server.create_rush_sale(1000).await.unwrap();
     let began = Instant::now();
-    let answers = join_all((1..=i64::from(FLOOD)).map(|buyer| fixture.ledger.reserve(&server, buyer))).await;
+    let answers = join_all((1..=i64::from(FLOOD)).map(|buyer| fixture.history.reserve(&server, buyer))).await;
     let bound = LIMIT + (f64::from(LIMIT) * began.elapsed().as_secs_f64()).ceil() as u32;
     let accepted = answers
         .iter()
@@ -208,7 +208,7 @@ async fn a_flood_of_many_buyers_is_accepted_up_to_the_limit_of_all(#[case] name:
 async fn over_the_limit(fixture: &Fixture, server: &TestServer, buyer: i64) {
     until("an order is over the limit", async || {
         let key = Uuid::new_v4().to_string();
-        let answer = fixture.ledger.reserve_under(server, buyer, &key).await;
+        let answer = fixture.history.reserve_under(server, buyer, &key).await;
         answer == Answer::Refused(Refused::RateLimited)
     })
     .await;
@@ -217,7 +217,7 @@ async fn over_the_limit(fixture: &Fixture, server: &TestServer, buyer: i64) {
 /// What a repeat of the buyer's first order is answered right after an order over the limit.
 async fn repeat(fixture: &Fixture, server: &TestServer, buyer: i64) -> Answer {
     over_the_limit(fixture, server, buyer).await;
-    fixture.ledger.reserve(server, buyer).await
+    fixture.history.reserve(server, buyer).await
 }
 
 /// A repeat that is accepted as this reservation.
@@ -248,8 +248,8 @@ async fn a_repeat_of_an_accepted_order_is_not_refused(#[case] name: &str, #[case
     for _ in 0..5 {
         answers.push(repeat(&fixture, &acceptor, FLOODER).await);
     }
-    let told = answers.iter().all(|answer| *answer == accepted_as(accepted));
-    assert_eq!(told, keeps, "not decided: {answers:?}");
+    let known = answers.iter().all(|answer| *answer == accepted_as(accepted));
+    assert_eq!(known, keeps, "not decided: {answers:?}");
     kill_instance(&acceptor).await;
 
     // An instance that has not accepted it reads its row.
@@ -259,8 +259,8 @@ async fn a_repeat_of_an_accepted_order_is_not_refused(#[case] name: &str, #[case
     for _ in 0..5 {
         answers.push(repeat(&fixture, &other, FLOODER).await);
     }
-    let told = answers.iter().all(|answer| *answer == accepted_as(accepted));
-    assert_eq!(told, keeps, "decided, after a restart: {answers:?}");
+    let known = answers.iter().all(|answer| *answer == accepted_as(accepted));
+    assert_eq!(known, keeps, "decided, after a restart: {answers:?}");
     if keeps {
         fixture.wait_until_processed().await;
         assert_after_fault(fixture.strategy, &fixture.verdict(&other, TIMEOUT).await, &[]);
@@ -311,7 +311,7 @@ async fn a_flood_over_the_limit_does_not_read_the_rows_for_each_request(#[case] 
     server.create_rush_sale(1000).await.unwrap();
     let began = Instant::now();
     // Each is another buyer: none is held to the look-ups of one.
-    let answers = join_all((1..=600).map(|buyer| fixture.ledger.reserve(&server, buyer))).await;
+    let answers = join_all((1..=600).map(|buyer| fixture.history.reserve(&server, buyer))).await;
     let limited = answers.iter().filter(|answer| matches!(answer, Answer::Refused(_)));
     let limited = limited.count() as i64;
     let bound = f64::from(MAX_LOOKUPS.get()) * (1.0 + began.elapsed().as_secs_f64());

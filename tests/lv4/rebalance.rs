@@ -93,7 +93,7 @@ async fn a_server_is_ready_once_each_of_its_consumers_has_partitions() {
 #[tokio::test]
 async fn orders_of_one_sale_are_decided_by_several_instances() {
     let strategy = strategy("locked");
-    let stand = TestEnvironment::shared(strategy).await.unwrap();
+    let environment = TestEnvironment::shared(strategy).await.unwrap();
     let rush = Rush {
         buyers: 60,
         instances: 3,
@@ -101,7 +101,12 @@ async fn orders_of_one_sale_are_decided_by_several_instances() {
     };
     let report = rush
         .traced()
-        .run_on(&stand, &Program::new(env!("CARGO_BIN_EXE_lv4-kafka")), &LEVEL, strategy)
+        .run_on(
+            &environment,
+            &Program::new(env!("CARGO_BIN_EXE_lv4-kafka")),
+            &LEVEL,
+            strategy,
+        )
         .await
         .unwrap();
     let decided: Vec<usize> = report

@@ -27,12 +27,12 @@ async fn a_commit_that_nobody_knows_the_end_of_is_covered_by_its_lock(#[case] na
     let (redis, postgres) = (redis.unwrap(), postgres.unwrap());
     let proxy = Proxy::before(postgres.report().address.clone()).await.unwrap();
     let acceptor = fixture.start_acceptor(1).await;
-    let held = DelayedCommits::on(&fixture.stand).await.unwrap();
+    let held = DelayedCommits::on(&fixture.environment).await.unwrap();
     let orders = fixture.accept_all(&acceptor, 1..=2).await;
-    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    let lock = format!("{}lock:sale:{SALE}", fixture.environment.prefix().unwrap());
     let taken = async || redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(1);
 
-    let proxied_url = proxy.url_through(&fixture.stand.database().url());
+    let proxied_url = proxy.url_through(&fixture.environment.database().url());
     // The lease must not expire before the test deletes the lock.
     let lease = ("LOCK_LEASE_MS", "60000");
     let first = fixture.start_instance(&[("DATABASE_URL", &*proxied_url), lease]).await;
@@ -83,7 +83,7 @@ async fn a_lock_granted_after_the_timeout_is_released() {
     let fixture = Fixture::on(strategy, &postgres.unwrap(), &redis, &kafka.unwrap()).await;
     let acceptor = fixture.start_acceptor(1).await;
     // The lease does not expire during the test.
-    let decider = fixture.start_instance(&[("LOCK_LEASE_MS", "600000")]).await;
+    let consumer = fixture.start_instance(&[("LOCK_LEASE_MS", "600000")]).await;
     let ids = fixture.ids().await;
     ok(&redis, &["CLIENT", "PAUSE", "60000", "WRITE"]).await;
     let orders = [fixture.append_order(&ids, 1).await];
@@ -93,9 +93,9 @@ async fn a_lock_granted_after_the_timeout_is_released() {
     ok(&redis, &["CLIENT", "UNPAUSE"]).await;
     fixture.wait_until_processed().await;
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// No bytes pass on the open connection to Redis any more, and nobody closes it. Redis answers new
@@ -107,7 +107,7 @@ async fn a_connection_to_redis_that_fell_silent_is_replaced() {
     let proxy = Proxy::before(redis.report().address.clone()).await.unwrap();
     let acceptor = fixture.start_acceptor(2).await;
     let proxied_url = proxy.url_through(redis.url());
-    let decider = fixture.start_instance(&[("REDIS_URL", &*proxied_url)]).await;
+    let consumer = fixture.start_instance(&[("REDIS_URL", &*proxied_url)]).await;
     let mut orders = fixture.accept_all(&acceptor, 1..=1).await;
     fixture.wait_until_processed().await;
     assert!(proxy.silence_open_connections().await > 0, "the fault did not strike");
@@ -118,9 +118,9 @@ async fn a_connection_to_redis_that_fell_silent_is_replaced() {
         "the fault did not strike: the silent connection was not tried"
     );
 
-    fixture.assert_outcome(&decider, &orders, Kept).await;
+    fixture.assert_outcome(&consumer, &orders, Kept).await;
     acceptor.stop().await.unwrap();
-    decider.stop().await.unwrap();
+    consumer.stop().await.unwrap();
 }
 
 /// The lease has expired before the release, and another owner holds the lock by then.
@@ -131,7 +131,7 @@ async fn a_late_release_leaves_the_lock_to_its_next_holder() {
     let acceptor = fixture.start_acceptor(1).await;
     let orders = fixture.accept_all(&acceptor, 1..=1).await;
     let first = fixture.start_stopped_at("committed").await;
-    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    let lock = format!("{}lock:sale:{SALE}", fixture.environment.prefix().unwrap());
     until("the lease has expired", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)
     })
@@ -175,7 +175,7 @@ async fn a_consumer_frozen_past_its_lease_sells_a_ticket_again() {
     let ids = fixture.ids().await;
     let [ann, bob] = [1, 2].map(|buyer| {
         let id = ids.for_order(&order(SALE, buyer));
-        fixture.ledger.record_accepted(buyer, id);
+        fixture.history.record_accepted(buyer, id);
         OrderMessage::new(id, &order(SALE, buyer)).to_bytes()
     });
     fixture.produce(of_first, &[&ann]).await.unwrap();
@@ -183,7 +183,7 @@ async fn a_consumer_frozen_past_its_lease_sells_a_ticket_again() {
         .wait_until_stopped(TIMEOUT)
         .await
         .expect("the fault did not strike");
-    let lock = format!("{}lock:sale:{SALE}", fixture.stand.prefix().unwrap());
+    let lock = format!("{}lock:sale:{SALE}", fixture.environment.prefix().unwrap());
     until("the lease has expired", async || {
         redis.command(&["EXISTS", &lock]).await.unwrap() == Reply::Int(0)
     })

@@ -69,7 +69,7 @@ impl Shop {
         acceptor.create_rush_sale(capacity).await.unwrap();
         let [(_, hold_ms), _] = hold;
         fixture
-            .ledger
+            .history
             .record_expiry(Duration::from_millis(hold_ms.parse().unwrap()));
         Self {
             fixture,
@@ -120,7 +120,7 @@ impl Shop {
             "after {TIMEOUT:?} {} sagas are not finished",
             self.unfinished().await
         );
-        self.fixture.ledger.record_payments(self.payments.ledger().await);
+        self.fixture.history.record_payments(self.payments.ledger().await);
         let verdict = self.fixture.verdict(&self.acceptor, TIMEOUT).await;
         assert_after_fault(self.fixture.strategy, &verdict, breaks);
     }
@@ -355,12 +355,12 @@ async fn a_saga_outlives_the_instance_that_took_its_last_step(#[case] point: &st
         .wait_until_stopped(TIMEOUT)
         .await
         .expect("the fault did not strike");
-    shop.fixture.ledger.record_fault("an instance is killed");
+    shop.fixture.history.record_fault("an instance is killed");
     kill_instance(&dying).await;
     let server = shop.start_instance(&[]).await;
     shop.wait_for_status(orders[0], "confirmed").await;
     shop.wait_for_status(orders[1], "declined").await;
-    shop.fixture.ledger.record_recovery();
+    shop.fixture.history.record_recovery();
     shop.judge(&[]).await;
     assert_eq!(shop.payments.ledger().await.len(), 1);
     server.stop().await.unwrap();

@@ -207,8 +207,8 @@ fn orders(moves: &[Move]) -> Vec<Vec<Move>> {
 #[tokio::test]
 async fn no_order_of_what_can_happen_leaves_a_held_ticket_or_unrefunded_money() -> anyhow::Result<()> {
     let strategy = strategy("single-writer");
-    let stand = TestEnvironment::shared(strategy).await?;
-    let database: Database = stand.database().pool(2).await?.into();
+    let environment = TestEnvironment::shared(strategy).await?;
+    let database: Database = environment.database().pool(2).await?.into();
     let mut explored = 0;
     for moves in EXPLORATIONS {
         let orders = orders(&moves).into_iter();

@@ -64,7 +64,7 @@ impl Soak {
         buyers
             .for_each_concurrent(MAX_WAITING, async |(buyer, ())| {
                 let accepted = happens_within(3 * TIMEOUT, async || {
-                    let answer = self.shop.fixture.ledger.reserve(&self.shop.acceptor, buyer).await;
+                    let answer = self.shop.fixture.history.reserve(&self.shop.acceptor, buyer).await;
                     let accepted = matches!(answer, Answer::Accepted { .. });
                     if !accepted {
                         sleep(REPEAT_AFTER).await;
@@ -90,25 +90,25 @@ impl Soak {
         for period in 0..periods {
             sleep_until(started + LIFE * period + LIFE / 2).await;
             let oldest = instances.pop_front().unwrap();
-            self.shop.fixture.ledger.record_fault("an instance is killed");
+            self.shop.fixture.history.record_fault("an instance is killed");
             kill_instance(&oldest).await;
             match period {
                 0 => {
-                    self.shop.fixture.ledger.record_fault("the payment service hangs");
+                    self.shop.fixture.history.record_fault("the payment service hangs");
                     self.shop.payments.freeze().await;
                     sleep(AWAY).await;
                     self.shop.payments.thaw().await;
                 }
                 1 => {
-                    self.shop.fixture.ledger.record_fault("Postgres is away");
-                    let address = host_and_port(&self.shop.fixture.stand.database().url());
+                    self.shop.fixture.history.record_fault("Postgres is away");
+                    let address = host_and_port(&self.shop.fixture.environment.database().url());
                     self.postgres.stop().await.unwrap();
                     assert_unreachable(&address).await;
                     sleep(AWAY).await;
                     self.postgres.start().await.unwrap();
                 }
                 2 => {
-                    self.shop.fixture.ledger.record_fault("the broker bounces");
+                    self.shop.fixture.history.record_fault("the broker bounces");
                     self.kafka.stop().await.unwrap();
                     assert_unreachable(self.kafka.bootstrap_servers()).await;
                     self.kafka.start().await.unwrap();
@@ -117,7 +117,7 @@ impl Soak {
             }
             instances.push_back(self.start_instance().await);
         }
-        self.shop.fixture.ledger.record_recovery();
+        self.shop.fixture.history.record_recovery();
         instances
     }
 }

@@ -171,7 +171,7 @@ async fn an_order_that_is_decided_does_not_expire_and_an_expired_one_stays_expir
     let expired = fixture.append_order_of_age(&ids, 1, OLD).await;
     let confirmed = fixture.append_order_of_age(&ids, 2, Duration::ZERO).await;
     fixture.wait_until_processed().await;
-    fixture.ledger.record_outcomes(&server, TIMEOUT).await.unwrap();
+    fixture.history.record_outcomes(&server, TIMEOUT).await.unwrap();
     assert_eq!(statuses(&server, &[expired, confirmed]).await, ["expired", "confirmed"]);
 
     fixture.append_order_of_age(&ids, 1, Duration::ZERO).await;
@@ -239,7 +239,7 @@ async fn a_backlog_longer_than_the_ttl_is_not_added_to() {
     let mut buyer = 0;
     until("the backlog is longer than the TTL", async || {
         buyer += 1;
-        let order = fixture.ledger.reserve(&server, buyer);
+        let order = fixture.history.reserve(&server, buyer);
         matches!(order.await, harness::history::Answer::Indeterminate)
     })
     .await;
@@ -247,7 +247,7 @@ async fn a_backlog_longer_than_the_ttl_is_not_added_to() {
     fixture.accept(&blind, buyer + 1).await;
     fixture.wait_until_processed().await;
     until("an order is accepted again", async || {
-        let order = fixture.ledger.reserve(&server, buyer);
+        let order = fixture.history.reserve(&server, buyer);
         matches!(order.await, harness::history::Answer::Accepted { .. })
     })
     .await;

@@ -181,18 +181,18 @@ impl SingleWriter {
         if fence < first && !consumer.has_rewound_to(partition, fence) {
             tracing::warn!(
                 partition,
-                fence,
-                first,
-                "earlier messages are not processed here: seeking back to them"
+                next_offset = fence,
+                first_offset = first,
+                "the database's offset is behind this batch: seeking back to it"
             );
             return Ok(fence);
         }
         if fence < first {
             tracing::error!(
                 partition,
-                fence,
-                first,
-                "the messages in between are not processed, and the topic no longer has them"
+                next_offset = fence,
+                first_offset = first,
+                "DATA LOSS: the messages from the database's offset to this batch were never processed, and the topic no longer has them"
             );
         }
 
@@ -212,9 +212,9 @@ impl SingleWriter {
         if offsets_reused {
             tracing::error!(
                 partition,
-                first,
-                fence,
-                "offsets were reused for orders that are not decided"
+                first_offset = first,
+                next_offset = fence,
+                "offsets are reused: the topic was recreated, or its log truncated; orders below the database's offset are decided all the same"
             );
         }
         let next = if offsets_reused { last + 1 } else { fence.max(last + 1) };

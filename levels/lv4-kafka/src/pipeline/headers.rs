@@ -19,8 +19,8 @@ pub(super) const ORIGIN_PARTITION: &str = "origin-partition";
 pub(super) const ORIGIN_OFFSET: &str = "origin-offset";
 /// The length of the payload in bytes, if it was truncated.
 pub(super) const LENGTH: &str = "length";
-/// Marks a tombstone: the dead letter of this origin was replayed or skipped.
-pub(super) const REPLAYED: &str = "replayed";
+/// Marks the dead letter of this origin as resolved: it was replayed or skipped.
+pub(super) const RESOLVED: &str = "resolved";
 
 /// The maximum number of headers that are read: many times what this level writes.
 const MAX_HEADERS: usize = 100;

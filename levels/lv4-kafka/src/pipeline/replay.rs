@@ -20,7 +20,7 @@ use serde::Serialize;
 use super::{
     Undelivered,
     dead_letters::MAX_REASON_CHARS,
-    headers::{ATTEMPTS, ORIGIN_OFFSET, ORIGIN_PARTITION, ORIGIN_TOPIC, REASON, REPLAYED, attempts, headers_of, text},
+    headers::{ATTEMPTS, ORIGIN_OFFSET, ORIGIN_PARTITION, ORIGIN_TOPIC, REASON, RESOLVED, attempts, headers_of, text},
     producer,
     topics::{client_config, dead_letter_topic, orders_topic},
 };
@@ -52,7 +52,7 @@ impl Place {
         }
     }
 
-    /// The place that a dead letter or a tombstone names in its headers, if it is one in this topic.
+    /// The place that a dead letter or a resolution marker names in its headers, if it is one in this topic.
     fn named_by(message: &OwnedMessage, topic: &str) -> Option<Self> {
         let header = |name| text(message.headers(), name);
         let partition = header(ORIGIN_PARTITION)?.parse().ok()?;
@@ -158,13 +158,13 @@ fn read_topic(kafka: &KafkaConfig, timeout: Duration) -> anyhow::Result<Vec<Owne
     Ok(messages)
 }
 
-/// The dead letters among the messages of the dead-letter topic that have no tombstone.
+/// The dead letters among the messages of the dead-letter topic that have no resolution marker.
 fn pending(messages: Vec<OwnedMessage>, orders: &str) -> Vec<DeadLetter> {
     let mut pending: HashMap<Place, (usize, DeadLetter)> = HashMap::new();
     for (number, message) in messages.into_iter().enumerate() {
         let own = Place::of(&message);
         let origin = Place::named_by(&message, orders);
-        let is_marked = text(message.headers(), REPLAYED).is_some() && message.payload().is_none_or(<[u8]>::is_empty);
+        let is_marked = text(message.headers(), RESOLVED).is_some() && message.payload().is_none_or(<[u8]>::is_empty);
         let of_foreign = || Place::named_by(&message, &own.topic);
         if is_marked && let Some(done) = origin.clone().or_else(of_foreign) {
             pending.remove(&done);
@@ -202,7 +202,7 @@ pub async fn replay(kafka: &KafkaConfig, origin: &str, timeout: Duration) -> any
 /// Skips a dead letter: it is listed and replayed no more. `timeout` is that of each request.
 ///
 /// # Errors
-/// If there is no such dead letter, or Kafka does not answer or acknowledge the tombstone.
+/// If there is no such dead letter, or Kafka does not answer or acknowledge the marker.
 pub async fn skip(kafka: &KafkaConfig, origin: &str, timeout: Duration) -> anyhow::Result<()> {
     let dead_letter = find(kafka, origin, timeout).await?;
     mark_as_done(kafka, &producer(kafka)?, &dead_letter, timeout).await?;
@@ -291,14 +291,14 @@ async fn republish(
         )
         .await
         .map_err(|(why, _)| Undelivered(why))?;
-    // The tombstone comes second: if the process is killed in between, the message is replayed
+    // The marker comes second: if the process is killed in between, the message is replayed
     // twice, and its id identifies the duplicate.
     mark_as_done(kafka, producer, dead_letter, timeout)
         .await
         .context("it was sent, and is sent again by the next replay: it could not be marked")
 }
 
-/// Writes the tombstone of a dead letter: into its partition, so that it is read after it.
+/// Writes the resolution marker of a dead letter: into its partition, so that it is read after it.
 async fn mark_as_done(
     kafka: &KafkaConfig,
     producer: &FutureProducer,
@@ -310,13 +310,13 @@ async fn mark_as_done(
         (ORIGIN_TOPIC, place.topic.clone()),
         (ORIGIN_PARTITION, place.partition.to_string()),
         (ORIGIN_OFFSET, place.offset.to_string()),
-        (REPLAYED, "true".to_owned()),
+        (RESOLVED, "true".to_owned()),
     ]);
     let topic = dead_letter_topic(kafka);
-    let tombstone = FutureRecord::<[u8], [u8]>::to(&topic)
+    let marker = FutureRecord::<[u8], [u8]>::to(&topic)
         .partition(dead_letter.message.partition())
         .headers(headers);
-    let sent = producer.send(tombstone, timeout).await;
+    let sent = producer.send(marker, timeout).await;
     sent.map(drop).map_err(|(why, _)| Undelivered(why))
 }
 
@@ -372,7 +372,7 @@ mod tests {
             message(5, Some(b"e"), &elsewhere),
             message(6, Some(b"f"), &of("7")),
             message(7, Some(b"another"), &of("7")),
-            message(8, None, &[(REPLAYED, b"true")]),
+            message(8, None, &[(RESOLVED, b"true")]),
         ];
         let foreign = |offset| format!("{DEAD}/0/{offset}");
         let mut expected: Vec<String> = (0..9).map(foreign).collect();
@@ -381,9 +381,9 @@ mod tests {
     }
 
     #[test]
-    fn duplicates_are_listed_once_and_what_has_a_tombstone_not_at_all() {
-        let tombstone = |mut named: Vec<(&'static str, &'static [u8])>, offset| {
-            named.push((REPLAYED, b"true"));
+    fn duplicates_are_listed_once_and_what_is_resolved_not_at_all() {
+        let marker = |mut named: Vec<(&'static str, &'static [u8])>, offset| {
+            named.push((RESOLVED, b"true"));
             message(offset, None, &named)
         };
         let own = vec![
@@ -399,18 +399,18 @@ mod tests {
         ];
         let orders = |offset| format!("{ORDERS}/3/{offset}");
         assert_eq!(origins(messages.clone()), [format!("{DEAD}/0/1"), orders(7), orders(8)]);
-        let tombstones = vec![tombstone(own, 4), tombstone(of("7").to_vec(), 5)];
-        let with_tombstones = [messages.clone(), tombstones].concat();
-        assert_eq!(origins(with_tombstones), [orders(8)]);
-        // A record that has a payload is no tombstone.
+        let markers = vec![marker(own, 4), marker(of("7").to_vec(), 5)];
+        let with_markers = [messages.clone(), markers].concat();
+        assert_eq!(origins(with_markers), [orders(8)]);
+        // A record that has a payload is no marker.
         let mut named = of("8").to_vec();
-        named.push((REPLAYED, b"true"));
+        named.push((RESOLVED, b"true"));
         let foreign = [messages, vec![message(4, Some(b"b again"), &named)]].concat();
         assert_eq!(origins(foreign).len(), 4);
     }
 
     proptest! {
-        /// Every record that is neither a copy nor a tombstone is listed, each under its own name.
+        /// Every record that is neither a copy nor a marker is listed, each under its own name.
         #[test]
         fn no_record_is_too_strange(
             records in vec((
@@ -418,7 +418,7 @@ mod tests {
                 vec((
                     prop_oneof![
                         Just(ORIGIN_TOPIC), Just(ORIGIN_PARTITION), Just(ORIGIN_OFFSET), Just(ATTEMPTS), Just(REASON),
-                        Just(REPLAYED), Just("")
+                        Just(RESOLVED), Just("")
                     ],
                     prop_oneof![
                         Just(ORDERS.as_bytes().to_vec()), Just(DEAD.as_bytes().to_vec()),

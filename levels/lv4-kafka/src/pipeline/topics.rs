@@ -53,7 +53,7 @@ pub fn decided_topic(kafka: &KafkaConfig) -> String {
 
 /// The name of the consumer group.
 pub fn consumer_group(kafka: &KafkaConfig) -> String {
-    format!("{}deciders", kafka.prefix)
+    format!("{}order-consumers", kafka.prefix)
 }
 
 /// The configuration that all Kafka clients share.
