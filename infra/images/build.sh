@@ -2,7 +2,8 @@
 # Builds the images of the backends on a machine that can't pull them: no registry is needed, only a Debian mirror and a Docker engine;
 # for Kafka also Maven, which fetches its jars.
 #
-#   infra/images/build.sh [postgres|redis|kafka…]  all of them unless named
+#   infra/images/build.sh [NAME…]   postgres, redis and kafka unless named; for the stand also nginx, prometheus and levels: the servers that
+#                                   cargo has built here, from target/debug, or from the folder that OVERSOLD_PREBUILT names
 #
 # Prints the lines to run in the shell, so that the suite uses them:
 #   eval "$(infra/images/build.sh)"
@@ -11,6 +12,8 @@ set -eu
 cd "$(dirname "$0")"
 
 all="postgres redis kafka"
+stand="nginx prometheus levels"
+servers="lv1-race-condition lv2-db-lock lv3-redis-lock lv4-kafka payment-service"
 base=oversold/debian:bookworm
 # Without one, debootstrap takes its own default.
 mirror=${OVERSOLD_DEBIAN_MIRROR:-}
@@ -43,12 +46,22 @@ build_base() {
     trap - EXIT
 }
 
-# What an image is made from besides the files of its folder.
-besides() { [ "$1" != kafka ] || echo ../kafka/pom.xml; }
+# The files that an image is made from.
+sources() {
+    case $1 in
+    kafka) ls kafka/* ../kafka/pom.xml ;;
+    levels)
+        echo "$levels"
+        for server in $servers; do echo "$prebuilt/$server"; done
+        ;;
+    *) ls "$1"/* ;;
+    esac
+}
 
 build() {
     image=oversold/$1:local
-    made_from=$(cat "$1"/* $(besides "$1") | cksum | tr ' ' -)
+    # shellcheck disable=SC2046 # one word for each file
+    made_from=$(cat $(sources "$1") | cksum | tr ' ' -)
     if [ "$(docker image inspect --format '{{index .Config.Labels "oversold.made-from"}}' "$image" 2>/dev/null)" != "$made_from" ]; then
         build_base
         context=$1
@@ -59,9 +72,19 @@ build() {
             cp kafka/* "$context"
             cp -R "$jars" "$context/jars"
         fi
+        arguments=
+        if [ "$1" = levels ]; then
+            context=$(mktemp -d)
+            trap 'rm -rf "$context"' EXIT
+            mkdir "$context/prebuilt"
+            (cd "$prebuilt" && install --strip $servers "$context/prebuilt/")
+            cp "$levels" "$context/Dockerfile"
+            arguments="--build-arg RUST_IMAGE=$base --build-arg BASE_IMAGE=$base"
+        fi
         say "building $image"
         # The legacy builder does all that is needed, and is there with every engine. The network of the host reaches what the host reaches.
-        DOCKER_BUILDKIT=0 docker build --network host --label "oversold.made-from=$made_from" --tag "$image" "$context" >&2
+        # shellcheck disable=SC2086 # one word for each argument
+        DOCKER_BUILDKIT=0 docker build --network host --label "oversold.made-from=$made_from" $arguments --tag "$image" "$context" >&2
         [ "$context" = "$1" ] || rm -rf "$context"
         trap - EXIT
     fi
@@ -71,9 +94,16 @@ build() {
 DOCKER_HOST=$(../docker-host.sh)
 export DOCKER_HOST
 docker version >/dev/null 2>&1 || fail "no Docker engine answers"
+levels=../stand/Dockerfile
+prebuilt=${OVERSOLD_PREBUILT:-${CARGO_TARGET_DIR:-../../target}/debug}
 [ $# -gt 0 ] || set -- $all
 for name; do
-    [ -f "$name/Dockerfile" ] || fail "there is no image $name; there are: $all"
+    case " $all $stand " in *" $name "*) ;; *) fail "there is no image $name; there are: $all $stand" ;; esac
+    if [ "$name" = levels ]; then
+        for server in $servers; do
+            [ -x "$prebuilt/$server" ] || fail "$prebuilt/$server is not built: cargo build --workspace --bins"
+        done
+    fi
 done
 for name; do
     build "$name"
