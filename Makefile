@@ -3,12 +3,14 @@
 #   LEVEL=lv1            one level instead of all
 #   STRATEGY=…           one strategy of that level
 #   ARGS="--buyers 50"   more words for the command itself
+#   PAYMENTS=approve=90,decline=8,hang=2   a load of LV.4 with a payment service, which treats that many of a hundred buyers so
 #   PROFILE=dev          a bench of the debug build, which measures nothing and is built already
 
 LEVEL ?=
 STRATEGY ?=
 ARGS ?=
 NAME ?=
+PAYMENTS ?=
 PROFILE ?= release
 N ?= 20
 ORDERS ?= 20000
@@ -35,7 +37,7 @@ export RUST_TEST_THREADS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); [ "$$co
 endif
 
 # The tests that record what an improvement is for.
-ablations := a_flood_of_one_buyer_is_accepted an_order_past_its_ttl_takes_no_ticket while_postgres_is_away_a_consumer_pauses without_the_relay_nothing_is_published a_ticket_is_sold_to_whoever_pays
+ablations := a_flood_of_one_buyer_is_accepted an_order_past_its_ttl_takes_no_ticket vips_are_decided_first while_postgres_is_away_a_consumer_pauses without_the_relay_nothing_is_published a_ticket_is_sold_to_whoever_pays
 
 tools := target/tools
 mdbook := $(tools)/bin/mdbook
@@ -51,7 +53,7 @@ else ifneq ($(STRATEGY),)
 $(error STRATEGY=$(STRATEGY) takes the level that it is of: LEVEL=lv2)
 endif
 
-.PHONY: help rush test red trace book book-check ablations generated exercise exercises load bench benchmarks up down check results soak
+.PHONY: help rush test red trace book book-check ablations generated exercise exercises load bench benchmarks up down clean dashboards stand kubernetes check results soak
 
 help: ## What there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -111,7 +113,7 @@ $(mdbook):
 
 load: $(k6) ## Run the Goose and k6 loads against a server of this level: make load LEVEL=lv1 [STRATEGY=…]
 	@infra/setup.sh $(services)
-	load/run.sh $(or $(chosen),lv1) $(ARGS)
+	load/run.sh $(or $(chosen),lv1) $(if $(PAYMENTS),--payments $(PAYMENTS)) $(ARGS)
 
 $(k6):
 	@command -v go >/dev/null || { \
@@ -131,14 +133,25 @@ benchmarks: ## Hold the suite's own costs to their bounds: a rush against a serv
 	cargo run --quiet --release --package harness --example rush_overhead -- --bound
 	cargo run --quiet --release --package harness --example judge_benchmark -- --bound
 
-up: ## Start the backends in containers, for those who prefer compose
-	docker compose up --detach --wait 2>/dev/null || docker-compose up --detach
-	@echo "export DATABASE_URL=postgres://oversold:oversold@127.0.0.1:5432/oversold"
-	@echo "export REDIS_URL=redis://127.0.0.1:6379/0"
-	@echo "export KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:9092"
+up: ## Start the stand of a level in containers: make up LEVEL=lv4 [STRATEGY=…]; without LEVEL its services alone
+	@STRATEGY=$(STRATEGY) infra/stand/compose.sh up $(LEVEL)
 
-down: ## Stop them
-	docker compose down 2>/dev/null || docker-compose down
+down: ## Stop it; its volumes stay
+	@infra/stand/compose.sh down
+
+clean: ## Stop it, and remove its volumes
+	@infra/stand/compose.sh clean
+
+dashboards: ## Generate Grafana's dashboards from their Go source, and check them against Grafana's types
+	cd infra/stand/grafana/generate && go run . ../dashboards
+
+stand: ## Serve a level from three instances behind nginx, watched by Prometheus, without containers: make stand LEVEL=lv4 [ARGS=--rush]
+	@infra/setup.sh $(services)
+	@infra/test-tools.sh nginx prometheus
+	cargo run --package oversold $(features) -- stand $(chosen) $(ARGS)
+
+kubernetes: ## Validate the Kubernetes manifests against their schemas
+	infra/kubernetes/check.sh
 
 check: ## Everything that must be clean besides the tests
 	@infra/target-folder.sh

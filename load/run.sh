@@ -1,6 +1,6 @@
 #!/bin/sh
 # Sends the rush to a server of a level, or of one strategy, with Goose and then with k6: load/run.sh LEVEL[/STRATEGY] [ARGUMENTS…]
-# `make load` runs it. Exit code: 0 only if every guarantee that should hold held, and what should break was seen to; see `load --help`.
+# `make load` runs it. With --payments approve=90,decline=8,hang=2 a payment service runs beside the server. Exit code: 0 only if every guarantee that should hold held, and what should break was seen to; see `load --help`.
 set -eu
 cd "$(dirname "$0")/.."
 

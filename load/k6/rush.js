@@ -11,6 +11,7 @@
 //   CLICKS=1                         requests that each buyer sends at once, each under its own key
 //   VUS=200                          concurrent buyers: 200 virtual users play 1,000 buyers
 //   PATIENCE=20                      how long a buyer repeats a request whose outcome is unknown, in seconds
+//   PAYMENT_URL=http://HOST:PORT     the payment service of the server: its ledger must agree with how the orders ended
 //   BREAKS=I1,I2 LEAVES_OPEN=I3      invariants that this server is expected to break, and those without a guarantee
 //   SUMMARY=FILE                     the file to write the measurements to, as JSON
 //   SCENARIO=arrivals                buyers come at a constant rate, whether or not the server keeps up: an open loop, for latencies
@@ -48,6 +49,7 @@ const VUS = Math.min(ARRIVALS ? BUYERS + 1 : BUYERS, number('VUS', 200, 1000));
 const PATIENCE = number('PATIENCE', 20, 300);
 const SALE = number('SALE', 1, Number.MAX_SAFE_INTEGER);
 const BASE_URL = setting('BASE_URL', 'http://127.0.0.1:8080');
+const PAYMENT_URL = setting('PAYMENT_URL', '');
 
 // The invariants that a client can check, each as a counter: above 0 it is broken.
 const INVARIANTS = {
@@ -58,6 +60,7 @@ const INVARIANTS = {
   I5: { title: 'nothing invented', counter: new Counter('invented') },
   I7: { title: 'no undersell', counter: new Counter('undersold') },
   I10: { title: 'progress', counter: new Counter('unfinished') },
+  I11: { title: 'paid once', counter: new Counter('unpaid') },
 };
 const count = (code, by) => INVARIANTS[code].counter.add(by);
 
@@ -68,8 +71,15 @@ const confirmed = new Counter('confirmed');
 const accepted = new Counter('accepted');
 const refused = new Counter('refused');
 const unknown = new Counter('unknown');
+// Orders that were declined, expired or cancelled.
+const returned = new Counter('returned');
+// Looks at the sale with more reservations, held or confirmed, than there are tickets: they break I1 as well.
+const overheld = new Counter('overheld');
 const stock = new Gauge('stock');
 const reserved = new Gauge('reserved');
+const mostReserved = new Gauge('most_reserved');
+const charges = new Gauge('charges');
+const refunds = new Gauge('refunds');
 // From a click to the last answer to it, repeats included.
 const answered = new Trend('answered', true);
 // From a click to the final state, where orders are accepted first (202) and decided later.
@@ -91,6 +101,9 @@ for (const [code, { counter }] of Object.entries(INVARIANTS)) {
   if (!LEAVES_OPEN.includes(code)) {
     thresholds[counter.name] = [BREAKS.includes(code) ? 'count>0' : 'count<=0'];
   }
+}
+if (![...LEAVES_OPEN, ...BREAKS].includes('I1')) {
+  thresholds.overheld = ['count<=0'];
 }
 if (!ARRIVALS) {
   thresholds.iterations = [`count==${BUYERS}`];
@@ -119,6 +132,8 @@ export const options = {
   thresholds,
   batch: CLICKS,
   batchPerHost: CLICKS,
+  // Refunds come after the answers.
+  teardownTimeout: `${PATIENCE + 60}s`,
   summaryTrendStats: ['med', 'p(95)', 'p(99)'],
 };
 
@@ -137,9 +152,20 @@ export function setup() {
   }
   // Thresholds of counters without a sample are not evaluated.
   Object.keys(INVARIANTS).forEach((code) => count(code, 0));
-  [unsent, requests, confirmed, accepted, refused, unknown].forEach((counter) => counter.add(0));
+  [unsent, requests, confirmed, accepted, refused, unknown, returned, overheld].forEach((counter) => counter.add(0));
   count('I1', -CAPACITY);
   count('I7', ARRIVALS ? 0 : Math.min(CAPACITY, BUYERS));
+  // What was paid for before is not of this rush.
+  return { paidBefore: PAYMENT_URL ? ledger().map((entry) => entry.reservation) : [] };
+}
+
+// The charges and refunds of the payment service so far.
+function ledger() {
+  const read = http.get(`${PAYMENT_URL}/ledger`);
+  if (read.status !== 200) {
+    throw new Error(`the ledger of the payment service at ${PAYMENT_URL} was answered with ${read.status} ${read.body || read.error}`);
+  }
+  return read.json();
 }
 
 // Whether this process had no socket or no port left: the server never heard of the request.
@@ -169,11 +195,12 @@ function classify(answer, buyer) {
   return { unexpected: true };
 }
 
-// Counts orders without a final answer. Each may have a reservation all the same.
+// Counts orders without a final answer. Each may have a reservation all the same, and be held and not paid for.
 function unfinished(orders) {
   count('I10', orders);
   count('I5', -orders);
   count('I7', -orders);
+  count('I11', -orders);
 }
 
 // The final state of an accepted order, or null while it is pending. A stream of events ends with the final one.
@@ -221,6 +248,7 @@ function follow(locations, began, reservations) {
         reservations.add(state.reservation);
       }
       if (state.mayHaveReleased) {
+        returned.add(1);
         // As the judge has it: no more tickets may be left than may have come back.
         count('I7', -1);
       }
@@ -233,6 +261,17 @@ function follow(locations, began, reservations) {
     }
   }
   return open.length;
+}
+
+// Reads the sale, if its tickets are held until they are paid for: those must never be too many, and in the end all are confirmed or back.
+function look() {
+  const read = http.get(sale, { tags: { name: 'look' } });
+  unsent.add(isUnsent(read) ? 1 : 0);
+  if (read.status === 200) {
+    const { reserved: held } = read.json();
+    mostReserved.add(held);
+    overheld.add(held > CAPACITY ? 1 : 0);
+  }
 }
 
 // One buyer: all clicks at once, each with its own key; a request whose outcome is unknown is repeated with the same key until PATIENCE is
@@ -295,6 +334,9 @@ export default function () {
     }
   }
   unfinished(follow(locations, began, reservations));
+  if (PAYMENT_URL && locations.length > 0) {
+    look();
+  }
   count('I1', reservations.size);
   count('I3', Math.max(0, reservations.size - 1));
   count('I4', reservations.size);
@@ -302,8 +344,44 @@ export default function () {
   count('I7', -reservations.size);
 }
 
-// All requests are answered: the sale must agree with the answers.
-export function teardown() {
+// Compares the ledger with how the orders ended, until they agree or PATIENCE is over: refunds come after the answers.
+function settle(paidBefore, tickets) {
+  const deadline = Date.now() + PATIENCE * 1000;
+  const before = new Set(paidBefore);
+  const ended = new Map();
+  for (;;) {
+    const paid = new Map();
+    for (const { reservation, entry } of ledger().filter((entry) => !before.has(entry.reservation))) {
+      const sum = paid.get(reservation) || { charge: 0, refund: 0 };
+      sum[entry] += 1;
+      paid.set(reservation, sum);
+    }
+    for (const reservation of paid.keys()) {
+      if (!ended.has(reservation)) {
+        const state = http.get(`${BASE_URL}/api/reservations/${reservation}`, { tags: { name: 'settle' } }).json();
+        if (!['accepted', 'held'].includes(state.status)) {
+          ended.set(reservation, state.status);
+        }
+      }
+    }
+    const sums = [...paid];
+    const net = sums.map(([reservation, { charge, refund }]) => [ended.get(reservation), charge - refund]);
+    // Of an order that never ended, the money may be either way.
+    const wrong = net.filter(([status, left]) => (status === undefined ? left < 0 || left > 1 : left !== (status === 'confirmed' ? 1 : 0)));
+    const unpaid = Math.max(0, tickets - net.filter(([status]) => status === undefined || status === 'confirmed').length);
+    if (wrong.length + unpaid === 0 || Date.now() > deadline) {
+      const total = (entry) => sums.reduce((sum, [, of]) => sum + of[entry], 0);
+      charges.add(total('charge'));
+      refunds.add(total('refund'));
+      count('I11', wrong.length + unpaid);
+      return;
+    }
+    sleep(0.5);
+  }
+}
+
+// All requests are answered: the sale must agree with the answers, and the money with both.
+export function teardown({ paidBefore }) {
   const read = http.get(sale);
   if (isUnsent(read)) {
     unsent.add(1);
@@ -315,6 +393,9 @@ export function teardown() {
   count('I2', Math.max(Math.abs(shown.stock + shown.reserved - CAPACITY), -shown.stock));
   count('I4', -shown.reserved);
   count('I5', shown.reserved);
+  if (PAYMENT_URL) {
+    settle(paidBefore, shown.reserved);
+  }
 }
 
 export function handleSummary({ metrics }) {
@@ -324,14 +405,16 @@ export function handleSummary({ metrics }) {
   const isRead = value('stock').value !== undefined;
   const shown = { stock: value('stock').value || 0, reserved: value('reserved').value || 0 };
   const confirmedTotal = sum('oversold') + CAPACITY;
+  const most = Math.max(confirmedTotal, value('most_reserved').max || 0);
   const because = {
-    I1: `${confirmedTotal} reservations confirmed, of ${CAPACITY} tickets`,
+    I1: `${most} reservations ${most > confirmedTotal ? 'held or confirmed' : 'confirmed'}, of ${CAPACITY} tickets`,
     I2: `the sale says stock ${shown.stock} and ${shown.reserved} reserved, of ${CAPACITY} tickets`,
     I3: `${sum('duplicates')} reservations confirmed beyond the first of a buyer`,
     I4: `the sale says ${shown.reserved} reserved, and ${confirmedTotal} reservations were confirmed to buyers`,
     I5: `the sale says ${shown.reserved} reserved, and ${confirmedTotal} reservations were confirmed to buyers`,
     I7: `${confirmedTotal} sold, and ${sum('iterations')} buyers came for ${CAPACITY} tickets`,
     I10: `${sum('unfinished')} requests never got a final answer`,
+    I11: `${sum('unpaid')} reservations are not paid for as they ended`,
   };
   const dropped = sum('dropped_iterations');
   const missed = [
@@ -339,7 +422,7 @@ export function handleSummary({ metrics }) {
     ...(sum('unsent') > 0 ? [`${sum('unsent')} requests never left this process, which had no socket for them; ulimit -n allows more`] : []),
   ];
   const judged = Object.keys(INVARIANTS).filter((code) => isRead || !['I2', 'I4', 'I5'].includes(code));
-  const broken = judged.filter((code) => sum(INVARIANTS[code].counter.name) > 0);
+  const broken = judged.filter((code) => sum(INVARIANTS[code].counter.name) > 0 || (code === 'I1' && sum('overheld') > 0));
   const wait = value('answered');
   const whole = value('completed');
   const summary = {
@@ -355,6 +438,7 @@ export function handleSummary({ metrics }) {
     p95_ms: wait['p(95)'],
     p99_ms: wait['p(99)'],
     completed: sum('accepted') > 0 && whole.med !== undefined ? { p50_ms: whole.med, p95_ms: whole['p(95)'], p99_ms: whole['p(99)'] } : null,
+    payments: PAYMENT_URL && isRead ? { charges: value('charges').value, refunds: value('refunds').value, unpaid: sum('returned') } : null,
     void: missed,
     broken: broken.map((invariant) => ({ invariant, summary: because[invariant] })),
   };
@@ -363,6 +447,9 @@ export function handleSummary({ metrics }) {
     `${summary.confirmed} confirmed, ${summary.accepted} accepted, ${summary.refused} refused, ${summary.unknown} unknown; stock ${shown.stock}, ${shown.reserved} reserved of ${CAPACITY}`,
     `answered, p50 / p95 / p99: ${three(wait)} ms (${ARRIVALS ? `open loop at ${RATE}/s` : 'closed loop: what a stall held back is missing'})`,
     ...(summary.completed ? [`completed, p50 / p95 / p99: ${three(whole)} ms`] : []),
+    ...(summary.payments
+      ? [`payments: ${summary.payments.charges} charged, ${summary.payments.refunds} refunded; ${summary.payments.unpaid} orders ended unpaid`]
+      : []),
     ...missed.map((why) => `VOID: ${why}`),
     ...broken.map((code) => `BROKEN ${code} (${INVARIANTS[code].title}): ${because[code]}`),
   ];

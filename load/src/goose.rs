@@ -10,13 +10,17 @@ use std::{
     io, iter,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use anyhow::{anyhow, bail, ensure};
-use box_office::{BuyerId, SaleId, api::NewReservation, trace::now_monotonic_us};
+use box_office::{
+    BuyerId, Priority, SaleId,
+    api::{NewReservation, Sale},
+    trace::now_monotonic_us,
+};
 use goose::{
     GooseAttack,
     client::GooseClientBuilder,
@@ -34,7 +38,11 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::{Rush, outcome::Outcome};
+use crate::{
+    Rush,
+    outcome::{Outcome, Seen},
+    payments::Ledger,
+};
 
 /// Users that Goose starts per second. They wait at the gate, so this determines only how long the start takes.
 const USERS_A_SECOND: u32 = 1000;
@@ -62,6 +70,8 @@ struct SharedRush {
     next: AtomicUsize,
     /// Requests that failed in this process, before they reached the network.
     unsent: AtomicUsize,
+    /// The most reservations with a ticket, held or confirmed, that a buyer has seen the sale have. `None`: buyers do not look.
+    most_reserved: Option<AtomicI64>,
     gathered: Barrier,
     connected: Barrier,
     /// When the gate opened; `None` before.
@@ -77,6 +87,10 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         users <= MAX_USERS,
         "{users} requests at once are too many: --buyers times --clicks is at most {MAX_USERS}"
     );
+    let ledger = match &rush.payments {
+        Some(service) => Some(Ledger::open(service).await?),
+        None => None,
+    };
     rush.host.open(rush.sale, rush.size.capacity, &rush.admin_token).await?;
 
     let (open, opened) = watch::channel(None);
@@ -87,6 +101,7 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         clicks,
         next: AtomicUsize::new(0),
         unsent: AtomicUsize::new(0),
+        most_reserved: rush.payments.is_some().then(AtomicI64::default),
         gathered: Barrier::new(users),
         connected: Barrier::new(users + 1),
         opened,
@@ -134,7 +149,10 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
             sale: rush.sale,
             capacity: rush.size.capacity.into(),
             deadline_us: u64::try_from(rush.size.patience().as_micros())?,
-            expiry_us: None,
+            expiry_us: rush
+                .expiry
+                .map(|expiry| u64::try_from(expiry.as_micros()))
+                .transpose()?,
             stock: Some(sale.stock),
         },
         requests,
@@ -142,6 +160,11 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         rows: None,
         faults: vec![],
         payments: None,
+        decisions: None,
+    };
+    let money = match ledger {
+        Some(ledger) => Some(ledger.compare(&history, rush.size.patience()).await?),
+        None => None,
     };
     let void = match shared.unsent.load(Ordering::Relaxed) {
         0 => vec![],
@@ -150,7 +173,13 @@ pub(crate) async fn run(rush: &Rush) -> anyhow::Result<Outcome> {
         )],
     };
     let report = Report::new(1, history, UNKNOWN_RETRIES, &clock);
-    Ok(Outcome::of_goose(rush, &report, &sale, void))
+    let most_reserved = shared.most_reserved.as_ref().map(|most| most.load(Ordering::Relaxed));
+    let seen = Seen {
+        sale,
+        most_reserved,
+        money,
+    };
+    Ok(Outcome::of_goose(rush, &report, &seen, void))
 }
 
 fn attack(host: &str, users: usize, shared: &Arc<SharedRush>) -> anyhow::Result<GooseAttack> {
@@ -217,12 +246,14 @@ impl SharedRush {
                 pause = retry_after(&answered.headers).unwrap_or(REPEAT_PAUSE);
                 request.answer = match classify(&answered) {
                     Classified::Final(answer) => answer,
-                    Classified::Accepted { reservation, location } => Answer::Accepted {
-                        reservation,
-                        ending: timeout(self.patience, self.follow(user, &location, opened_us))
-                            .await
-                            .ok(),
-                    },
+                    Classified::Accepted { reservation, location } => {
+                        let followed = timeout(self.patience, self.follow(user, &location, opened_us)).await;
+                        self.look(user).await;
+                        Answer::Accepted {
+                            reservation,
+                            ending: followed.ok(),
+                        }
+                    }
                 };
             }
             let unknown = matches!(
@@ -266,11 +297,31 @@ impl SharedRush {
         }
     }
 
+    /// Reads the sale, if its tickets are held until they are paid for: those must never be too many, and in the end all are confirmed or
+    /// back.
+    async fn look(&self, user: &mut GooseUser) {
+        let Some(most_reserved) = &self.most_reserved else {
+            return;
+        };
+        let path = format!("/api/sales/{}", self.sale);
+        let ready = GooseRequest::builder()
+            .method(GooseMethod::Get)
+            .name("look")
+            .path(path.as_str())
+            .build();
+        let answered = self.send(user, ready).await;
+        let sale = answered.and_then(|answered| serde_json::from_slice::<Sale>(&answered.body).ok());
+        if let Some(Sale { reserved, .. }) = sale {
+            most_reserved.fetch_max(reserved, Ordering::Relaxed);
+        }
+    }
+
     /// Sends an order through Goose. `None` without an answer.
     async fn reserve(&self, user: &mut GooseUser, request: &Request) -> Option<HttpResponse> {
         let path = format!("/api/sales/{}/reservations", self.sale);
         let order = NewReservation {
             buyer_id: request.buyer,
+            priority: Priority::Normal,
         };
         let builder = user
             .get_request_builder(&GooseMethod::Post, &path)

@@ -32,6 +32,10 @@ pub(crate) async fn run(args: &RushArgs, rush: &Rush) -> anyhow::Result<Outcome>
         .env("PATIENCE", rush.size.patience.to_string())
         .env("BREAKS", codes(Promise::Breaks))
         .env("LEAVES_OPEN", codes(Promise::NotPromised))
+        .env(
+            "PAYMENT_URL",
+            rush.payments.as_ref().map(ToString::to_string).unwrap_or_default(),
+        )
         .env("SUMMARY", &summary)
         .stdin(Stdio::null())
         .output()

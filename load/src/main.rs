@@ -8,6 +8,7 @@ extern crate harness;
 mod goose;
 mod k6;
 mod outcome;
+mod payments;
 mod sale;
 mod strategies;
 
@@ -54,6 +55,13 @@ struct GooseArgs {
     /// Requests that each buyer sends at once, each under its own key.
     #[arg(long, default_value_t = 1, value_parser = number(1..=50))]
     clicks: u32,
+    /// The payment service of the server: its ledger must agree with how the orders ended.
+    #[arg(long, env = "PAYMENT_URL", value_name = "http://HOST:PORT")]
+    payment_url: Option<sale::Host>,
+    /// An order may be answered "expired" this long after it was sent, in milliseconds: the server's HOLD_MS or ORDER_TTL_MS, whichever is
+    /// shorter. Without it no order may.
+    #[arg(long, value_name = "MS", value_parser = number(1..=86_400_000))]
+    expiry_ms: Option<u32>,
     /// Invariants that this server is expected to break.
     #[arg(long, value_name = "I1,I2", value_delimiter = ',', value_parser = invariant)]
     breaks: Vec<Invariant>,
@@ -69,6 +77,10 @@ struct RushArgs {
     levels: Vec<String>,
     #[command(flatten)]
     size: RushSize,
+    /// Start a payment service as well, and hold each ticket until it is paid for: how often a charge is treated how, such as
+    /// approve=90,decline=8,hang=2. Of a level, the strategies that hold tickets.
+    #[arg(long, value_name = "NAME=WEIGHT,…")]
+    payments: Option<String>,
     /// The command `oversold`, which serves the strategies [default: the one beside this program].
     #[arg(long, value_name = "FILE")]
     oversold: Option<PathBuf>,
@@ -110,6 +122,10 @@ struct Rush {
     sale: SaleId,
     size: RushSize,
     clicks: u32,
+    /// The payment service whose ledger is compared with the orders.
+    payments: Option<sale::Host>,
+    /// How long after it was sent an order may be answered "expired". `None`: none may.
+    expiry: Option<Duration>,
     promises: Promises,
 }
 
@@ -197,6 +213,8 @@ async fn run_goose(args: GooseArgs) -> anyhow::Result<ExitKind> {
         sale: args.sale,
         size: args.size,
         clicks: args.clicks,
+        payments: args.payment_url,
+        expiry: args.expiry_ms.map(|ms| Duration::from_millis(ms.into())),
         promises: promises(&args.breaks, &args.leaves_open),
     };
     let outcome = goose::run(&rush).await?;

@@ -6,13 +6,13 @@ use anyhow::Context;
 use box_office::{Invariant, Promises, api::Sale};
 use comfy_table::{ContentArrangement, Table, presets};
 use harness::{
-    history::{Answer, History},
+    history::{Answer, History, Refused},
     judge::{Conclusion, Finding, Verdict},
     rush::{Answers, Latency, Report},
 };
 use serde::Deserialize;
 
-use crate::Rush;
+use crate::{Rush, payments::Money};
 
 /// How a command ended; the discriminant is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +57,8 @@ struct Summary {
     p99_ms: f64,
     /// From the first click to the final state, where orders are accepted first and decided later.
     completed: Option<Completed>,
+    /// If the ledger of the payment service was read.
+    payments: Option<Payments>,
     broken: Vec<Broken>,
     /// Why the run says nothing about the server: what the client could not send. Empty if it sent everything.
     void: Vec<String>,
@@ -70,6 +72,15 @@ struct Completed {
     p99_ms: f64,
 }
 
+/// What the payment service has done.
+#[derive(Deserialize)]
+struct Payments {
+    charges: u64,
+    refunds: u64,
+    /// The orders that were declined, expired or cancelled.
+    unpaid: u64,
+}
+
 #[derive(Deserialize)]
 struct Broken {
     invariant: Invariant,
@@ -77,11 +88,22 @@ struct Broken {
     summary: String,
 }
 
+/// What was seen of a sale beside its history.
+pub(crate) struct Seen {
+    /// The sale after the rush.
+    pub(crate) sale: Sale,
+    /// The most reservations with a ticket, held or confirmed, that a buyer has seen the sale have. `None`: nobody has looked.
+    pub(crate) most_reserved: Option<i64>,
+    /// What the ledger of the payment service says. `None`: it was not read.
+    pub(crate) money: Option<Money>,
+}
+
 impl Outcome {
     /// Of a rush by Goose: the harness's judge checks its history.
-    pub(crate) fn of_goose(rush: &Rush, report: &Report, sale: &Sale, void: Vec<String>) -> Self {
+    pub(crate) fn of_goose(rush: &Rush, report: &Report, seen: &Seen, void: Vec<String>) -> Self {
+        let Seen { sale, money, .. } = seen;
         let mut verdict = report.verdict.clone();
-        check_sale(sale, &report.history, &mut verdict);
+        check_sale(seen, &report.history, &mut verdict);
         let Answers {
             confirmed,
             accepted,
@@ -117,6 +139,11 @@ impl Outcome {
                     p50_ms: completed.p50_ms,
                     p95_ms: completed.p95_ms,
                     p99_ms: completed.p99_ms,
+                }),
+                payments: money.as_ref().map(|money| Payments {
+                    charges: money.charges,
+                    refunds: money.refunds,
+                    unpaid: unpaid(&report.history) as u64,
                 }),
                 broken: verdict
                     .findings
@@ -169,6 +196,14 @@ impl Outcome {
         println!("{table}");
         for outcome in outcomes {
             println!("{}, {}: {}", outcome.name, outcome.generator, outcome.observation());
+            if let Some(Payments {
+                charges,
+                refunds,
+                unpaid,
+            }) = outcome.summary.payments
+            {
+                println!("    payments: {charges} charged, {refunds} refunded; {unpaid} orders ended unpaid");
+            }
             for Broken { invariant, summary } in &outcome.summary.broken {
                 println!("    {} ({}): {summary}", invariant.code(), invariant.title());
             }
@@ -265,20 +300,23 @@ const CLOSED_LOOP: &str = "\
 Goose is a closed loop, and so is k6 unless SCENARIO=arrivals: who waits for an answer sends nothing meanwhile. A server that stalls holds back
 the requests that would have met the stall, so they are missing from the percentiles (coordinated omission).";
 
-/// Adds the findings from the state of the sale after the rush. A history without rows does not let the judge compare these numbers.
-fn check_sale(sale: &Sale, history: &History, verdict: &mut Verdict) {
-    let (stock, reserved) = (sale.stock, sale.reserved);
+/// Adds the findings from what was seen of the sale and of the payments. A history without rows does not let the judge compare these numbers.
+fn check_sale(seen: &Seen, history: &History, verdict: &mut Verdict) {
+    let (stock, reserved) = (seen.sale.stock, seen.sale.reserved);
+    let most_reserved = seen.most_reserved.unwrap_or(reserved).max(reserved);
     let capacity = i64::try_from(verdict.tally.capacity).unwrap_or(i64::MAX);
     let confirmed = i64::try_from(verdict.tally.sold).unwrap_or(i64::MAX);
     // A request without a final answer may have a reservation all the same.
     let open = i64::try_from(without_an_answer(history)).unwrap_or(i64::MAX);
+    // Each may have released its ticket after the last buyer had asked.
+    let unpaid = i64::try_from(unpaid(history)).unwrap_or(i64::MAX);
     let buyers: HashSet<_> = history.requests.iter().map(|request| request.buyer).collect();
     let buyers = i64::try_from(buyers.len()).unwrap_or(i64::MAX);
     let found = [
         (
             Invariant::NoOversell,
-            reserved - capacity,
-            format!("the sale says {reserved} reserved, of {capacity} tickets"),
+            most_reserved - capacity,
+            format!("the sale says {most_reserved} reserved, of {capacity} tickets"),
             "Which reservation was one too many?",
         ),
         (
@@ -303,7 +341,7 @@ fn check_sale(sale: &Sale, history: &History, verdict: &mut Verdict) {
         ),
         (
             Invariant::NoUndersell,
-            capacity.min(buyers) - confirmed.max(reserved) - open,
+            capacity.min(buyers) - confirmed.max(reserved) - open - unpaid,
             format!(
                 "{} sold, and {buyers} buyers came for {capacity} tickets",
                 confirmed.max(reserved)
@@ -322,7 +360,24 @@ fn check_sale(sale: &Sale, history: &History, verdict: &mut Verdict) {
             });
         }
     }
+    verdict.findings.extend(seen.money.as_ref().and_then(Money::finding));
     verdict.findings.sort_by_key(|finding| finding.invariant);
+}
+
+/// How many orders were declined, expired or cancelled.
+fn unpaid(history: &History) -> usize {
+    let unpaid = history.requests.iter().filter(|request| {
+        let Answer::Accepted {
+            ending: Some(ending), ..
+        } = &request.answer
+        else {
+            return false;
+        };
+        let refused = ending.refused.as_ref();
+        refused.is_some_and(|refused| matches!(refused, Refused::Declined | Refused::Expired | Refused::Cancelled))
+    });
+    let keys: HashSet<&str> = unpaid.map(|request| request.key.as_str()).collect();
+    keys.len()
 }
 
 /// How many request keys never got a final answer.

@@ -3,9 +3,10 @@
 use std::{env, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, bail, ensure};
-use box_office::{Invariant, SaleId, Schema, Service};
+use box_office::{Improvement, Improvements, Invariant, SaleId, Schema, Service};
 use harness::{
     backends::{Durability, Services},
+    payments::{PaymentService, with_short_holds},
     rush::{Program, Servers},
 };
 use serde::Deserialize;
@@ -35,6 +36,7 @@ struct Strategy {
     mutant: bool,
     clicks: u32,
     needs: Vec<String>,
+    improvements: Vec<String>,
     single_instance: Promised,
 }
 
@@ -57,7 +59,15 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     ] {
         ensure!(file.exists(), "there is no {}: {what}", file.display());
     }
-    let selected = select(list(&oversold)?, &args.levels)?;
+    let selected = select(list(&oversold)?, args)?;
+    let payments = match &args.payments {
+        Some(mix) => {
+            let program = Program::new(&oversold).argument("payment-service");
+            let started = PaymentService::start(&program.argument("--behave").argument(mix)).await;
+            Some(started.context("--payments")?)
+        }
+        None => None,
+    };
     let needed = |service: &Service| {
         let mut names = selected.iter().flat_map(|strategy| &strategy.needs);
         names.any(|name| name == service.name())
@@ -69,7 +79,7 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
         let name = &strategy.name;
         eprintln!("{name}: Goose, then k6");
         outcomes.extend(
-            run_strategy(args, &oversold, strategy, &services)
+            run_strategy(args, &oversold, strategy, payments.as_ref(), &services)
                 .await
                 .with_context(|| name.clone())?,
         );
@@ -83,8 +93,16 @@ fn list(oversold: &Path) -> anyhow::Result<Vec<Strategy>> {
     serde_json::from_slice(&output.stdout).with_context(|| format!("what {} lists", oversold.display()))
 }
 
-/// The strategies with these names: a strategy, or a level for its main strategies.
-fn select(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strategy>> {
+impl Strategy {
+    /// Whether it holds a ticket until it is paid for.
+    fn holds_tickets(&self) -> bool {
+        self.improvements.iter().any(|name| name == Improvement::Saga.name())
+    }
+}
+
+/// The strategies with these names: a strategy, or a level for its main strategies; where payments are taken, those that hold tickets.
+fn select(listed: Vec<Strategy>, args: &RushArgs) -> anyhow::Result<Vec<Strategy>> {
+    let names = &args.levels;
     let matches = |strategy: &Strategy, name: &String| match strategy.name.split_once('/') {
         _ if strategy.name == *name => true,
         Some((level, _)) => level == name && !strategy.mutant,
@@ -100,9 +118,17 @@ fn select(listed: Vec<Strategy>, names: &[String]) -> anyhow::Result<Vec<Strateg
             known.join(", ")
         );
     }
+    let is_wanted = |strategy: &Strategy| args.payments.is_none() || strategy.holds_tickets();
+    if let Some(name) = names.iter().find(|name| {
+        !listed
+            .iter()
+            .any(|strategy| matches(strategy, name) && is_wanted(strategy))
+    }) {
+        bail!("--payments is given, but {name} holds no tickets; lv4/single-writer does");
+    }
     let selected = listed
         .into_iter()
-        .filter(|strategy| names.iter().any(|name| matches(strategy, name)));
+        .filter(|strategy| is_wanted(strategy) && names.iter().any(|name| matches(strategy, name)));
     Ok(selected.collect())
 }
 
@@ -110,12 +136,14 @@ async fn run_strategy(
     args: &RushArgs,
     oversold: &Path,
     strategy: &Strategy,
+    payments: Option<&PaymentService>,
     services: &Services,
 ) -> anyhow::Result<Vec<Outcome>> {
     let (level, name) = strategy.name.split_once('/').context("a name is LEVEL/STRATEGY")?;
     let program = Program::new(oversold).argument("serve").argument(level);
     let stand = services.environment(EMPTY).await?;
-    let servers = Servers::start_named(&settings(strategy), &stand, &program, name).await?;
+    let settings = settings(strategy, payments)?;
+    let servers = Servers::start_named(&settings, &stand, &program, name).await?;
     let address = *servers.live().borrow().first().context("no server lives")?;
     let (size, clicks) = stress(args.size, strategy);
     let Promised { breaks, leaves_open } = &strategy.single_instance;
@@ -126,6 +154,8 @@ async fn run_strategy(
         sale: GOOSE_SALE,
         size,
         clicks,
+        payments: payments.map(|service| service.address().into()),
+        expiry: settings.improvements.hold,
         promises: promises(breaks, leaves_open),
     };
     let mut k6_rush = Rush {
@@ -146,13 +176,19 @@ async fn run_strategy(
 
 /// The settings of the server. Where two clicks of one buyer have to overlap in it, its pool is larger than by default, and each request works
 /// inside the critical section, like one that asks for a payment.
-fn settings(strategy: &Strategy) -> harness::rush::Rush {
+fn settings(strategy: &Strategy, payments: Option<&PaymentService>) -> anyhow::Result<harness::rush::Rush> {
     let mut settings = harness::rush::Rush::default();
+    if let Some(payments) = payments {
+        settings.improvements = with_short_holds(Improvements {
+            payment_url: Some(payments.url().parse()?),
+            ..Improvements::default()
+        });
+    }
     if strategy.single_instance.breaks.contains(&Invariant::NoDuplicate) {
         settings.pool_size = Some(32);
         settings.work = Duration::from_millis(5);
     }
-    settings
+    Ok(settings)
 }
 
 /// The size of the rush and the clicks of each buyer that put the guarantee to the test.

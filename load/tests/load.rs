@@ -58,13 +58,38 @@ enum Lie {
     ChangesItsMind,
     /// Tells the truth, and takes its time.
     IsSlow,
+    /// Holds a ticket until it is paid for, and releases it if it is not. All is well.
+    TakesPayments,
+    /// The same, and the money of a hold that has ended is not returned.
+    KeepsTheMoney,
+    /// The same, and a ticket is charged twice.
+    ChargesTwice,
+    /// The same, and nobody is charged.
+    SellsUnpaid,
+    /// The same, and one ticket too many is held for a while.
+    HoldsTooMany,
+    /// The same, and a ticket is held for ever.
+    StaysHeld,
 }
 
 impl Lie {
     fn accepts_first(self) -> bool {
-        matches!(
+        let decides_later = matches!(
             self,
             Self::DecidesLater | Self::ConfirmsAllLater | Self::StaysPending | Self::ChangesItsMind
+        );
+        decides_later || self.takes_payments()
+    }
+
+    fn takes_payments(self) -> bool {
+        matches!(
+            self,
+            Self::TakesPayments
+                | Self::KeepsTheMoney
+                | Self::ChargesTwice
+                | Self::SellsUnpaid
+                | Self::HoldsTooMany
+                | Self::StaysHeld
         )
     }
 }
@@ -76,6 +101,10 @@ struct FakeServer {
     sold: Mutex<Vec<(i64, String, Uuid)>>,
     answered_503_once: Mutex<HashSet<String>>,
     accepted: Mutex<HashMap<Uuid, Accepted>>,
+    /// Charges and refunds.
+    ledger: Mutex<Vec<Value>>,
+    /// Refunds that are in the ledger when it is next read.
+    refunds_due: Mutex<Vec<Value>>,
 }
 
 /// An order that is decided when its state is read for the second time.
@@ -84,6 +113,10 @@ struct Accepted {
     asked: u32,
     /// Refused, if not.
     confirmed: bool,
+    /// How many orders had got a ticket before.
+    number: usize,
+    /// How an order that held a ticket has ended.
+    ended: Option<&'static str>,
 }
 
 impl FakeServer {
@@ -98,16 +131,63 @@ impl FakeServer {
         if confirmed {
             sold.push((buyer, key, id));
         }
-        let accepted = Accepted {
+        let mut accepted = self.accepted.lock().expect("nobody panicked");
+        let number = accepted.values().filter(|order| order.confirmed).count();
+        let order = Accepted {
             buyer,
             asked: 0,
             confirmed,
+            number,
+            ended: None,
         };
-        self.accepted.lock().expect("nobody panicked").insert(id, accepted);
+        accepted.insert(id, order);
         let body = json!({"id": id, "sale_id": sale, "buyer_id": buyer, "status": "pending"});
         let location = [("location", format!("/api/reservations/{id}"))];
         (StatusCode::ACCEPTED, location, Json(body)).into_response()
     }
+
+    /// How an order ends that holds a ticket: the first payment is declined, and the third is charged and not answered in time.
+    fn pay(&self, id: Uuid, order: &mut Accepted) -> &'static str {
+        if let Some(ended) = order.ended {
+            return ended;
+        }
+        let entry = |entry| json!({"key": id, "reservation": id, "entry": entry});
+        let mut ledger = self.ledger.lock().expect("nobody panicked");
+        let ended = match order.number {
+            0 => "declined",
+            2 => {
+                ledger.push(entry("charge"));
+                if self.lie != Lie::KeepsTheMoney {
+                    self.refunds_due.lock().expect("nobody panicked").push(entry("refund"));
+                }
+                "expired"
+            }
+            _ => {
+                let charges = match self.lie {
+                    Lie::SellsUnpaid => 0,
+                    Lie::ChargesTwice => 2,
+                    _ => 1,
+                };
+                ledger.extend((0..charges).map(|_| entry("charge")));
+                "confirmed"
+            }
+        };
+        if ended != "confirmed" {
+            self.sold
+                .lock()
+                .expect("nobody panicked")
+                .retain(|(.., sold)| *sold != id);
+        }
+        order.ended = Some(ended);
+        ended
+    }
+}
+
+async fn ledger(State(server): State<Arc<FakeServer>>) -> Json<Value> {
+    let mut ledger = server.ledger.lock().expect("nobody panicked");
+    let read = json!(*ledger);
+    ledger.append(&mut server.refunds_due.lock().expect("nobody panicked"));
+    Json(read)
 }
 
 async fn follow(State(server): State<Arc<FakeServer>>, Path(id): Path<Uuid>) -> Json<Value> {
@@ -120,6 +200,10 @@ async fn follow(State(server): State<Arc<FakeServer>>, Path(id): Path<Uuid>) -> 
         _ => order.confirmed,
     };
     let state = match confirmed {
+        true if server.lie.takes_payments() && (order.asked < 3 || server.lie == Lie::StaysHeld) => {
+            json!({"status": "held"})
+        }
+        true if server.lie.takes_payments() => json!({"status": server.pay(id, order)}),
         _ if order.asked < 2 || server.lie == Lie::StaysPending => json!({"status": "pending"}),
         true => json!({"status": "confirmed"}),
         false => {
@@ -198,11 +282,14 @@ async fn reserve(
 
 async fn read_sale(State(server): State<Arc<FakeServer>>, Path(sale): Path<i64>) -> Json<Value> {
     let (sold, capacity) = (server.sold.lock().expect("nobody panicked").len(), server.capacity());
+    let accepted = server.accepted.lock().expect("nobody panicked");
+    let is_held = accepted.values().any(|order| order.confirmed && order.ended.is_none());
     let (stock, reserved) = match server.lie {
         Lie::Oversells => (0, capacity),
         Lie::ForgetsAnUpdate => (1, sold),
         Lie::LosesReservations => (capacity, 0),
         Lie::InventsAReservation => (capacity - sold, sold + 1),
+        Lie::HoldsTooMany if is_held => (0, capacity + 1),
         _ => (capacity - sold, sold),
     };
     Json(json!({"id": sale, "name": "x", "capacity": capacity, "stock": stock, "reserved": reserved}))
@@ -228,11 +315,14 @@ async fn serve(lie: Lie) -> (String, JoinHandle<io::Result<()>>) {
         sold: Mutex::default(),
         answered_503_once: Mutex::default(),
         accepted: Mutex::default(),
+        ledger: Mutex::default(),
+        refunds_due: Mutex::default(),
     });
     let app = Router::new()
         .route("/api/sales/{sale}/reservations", post(reserve))
         .route("/api/sales/{sale}", put(open).get(read_sale))
         .route("/api/reservations/{id}", get(follow))
+        .route("/ledger", get(ledger))
         .route("/readyz", get(|| async {}))
         .with_state(server);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -249,7 +339,9 @@ fn buyers(lie: Lie) -> &'static str {
 async fn load(lie: Lie, arguments: &[&str]) -> (Option<i32>, String) {
     let (host, serving) = serve(lie).await;
     let size = ["goose", "--host", &host, "--buyers", buyers(lie), "--capacity", "5"];
-    let output = run(&[&size, arguments].concat()).await;
+    let payments = ["--payment-url", &host, "--expiry-ms", "1"];
+    let payments = if lie.takes_payments() { &payments[..] } else { &[] };
+    let output = run(&[&size, payments, arguments].concat()).await;
     serving.abort();
     output
 }
@@ -280,7 +372,8 @@ async fn k6_as(lie: Lie, mut command: Command) -> (Option<i32>, String) {
     let (host, serving) = serve(lie).await;
     command
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
-        .env("BASE_URL", host)
+        .env("PAYMENT_URL", if lie.takes_payments() { &host } else { "" })
+        .env("BASE_URL", &host)
         .env("CAPACITY", CAPACITY.to_string());
     let output = finish(command).await;
     serving.abort();
@@ -299,6 +392,15 @@ fn with_open_files(files: u32, program: &str, arguments: &[&str]) -> Command {
 async fn run(arguments: &[&str]) -> (Option<i32>, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_load"));
     command.args(arguments);
+    finish(command).await
+}
+
+/// Runs `load` where its script and k6 are.
+async fn at_the_root(arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_load"));
+    command
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .args(arguments);
     finish(command).await
 }
 
@@ -321,6 +423,11 @@ async fn finish(mut command: Command) -> (Option<i32>, String) {
 #[case(Lie::ConfirmsAllLater, "I1, I2, I3, I4")]
 #[case(Lie::StaysPending, "I4, I10")]
 #[case(Lie::ChangesItsMind, "I4, I5, I7")]
+#[case(Lie::KeepsTheMoney, "I11")]
+#[case(Lie::ChargesTwice, "I11")]
+#[case(Lie::SellsUnpaid, "I11")]
+#[case(Lie::HoldsTooMany, "I1")]
+#[case(Lie::StaysHeld, "I4, I10")]
 #[tokio::test]
 async fn a_server_that_lies_fails_the_load_and_its_lie_is_named(#[case] lie: Lie, #[case] broken: &str) {
     let (code, said) = load(lie, &["--clicks", "2", "--patience", "1"]).await;
@@ -352,6 +459,19 @@ async fn what_was_accepted_is_followed_to_its_final_state_which_has_a_clock_of_i
     assert!(said.contains("as answered"), "{said}");
 }
 
+/// Some are declined, some expire, and refunds come after the answers: a run of which nothing is broken.
+#[tokio::test]
+async fn holds_and_payments_are_followed_to_their_end() {
+    let (code, said) = load(Lie::TakesPayments, &["--clicks", "2"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("sold of 5, nothing broken"), "{said}");
+    let payments = said.lines().find(|line| line.contains("payments: "));
+    assert!(
+        payments.is_some_and(|line| !line.contains(" 0 refunded") && !line.contains("; 0 orders ended unpaid")),
+        "{said}"
+    );
+}
+
 #[tokio::test]
 async fn what_is_broken_on_purpose_passes_and_must_be_seen() {
     let (code, said) = load(Lie::Oversells, &["--breaks", "I1,I2,I4"]).await;
@@ -368,6 +488,8 @@ async fn what_is_broken_on_purpose_passes_and_must_be_seen() {
 #[case(&["goose", "--host", "ftp://x"], "load: --host holds \"ftp://x\"; expected an address")]
 #[case(&["goose", "--host", "http://127.0.0.1:1", "--buyers", "0"], "load: --buyers holds \"0\"; expected a number, 1 to 5000")]
 #[case(&["goose", "--host", "http://127.0.0.1:1", "--breaks", "I12"], "load: --breaks holds \"I12\"; expected codes")]
+#[case(&["goose", "--host", "http://127.0.0.1:1", "--payment-url", "payments"], "load: PAYMENT_URL (--payment-url) holds \"payments\"; expected an address")]
+#[case(&["goose", "--host", "http://127.0.0.1:1", "--expiry-ms", "0"], "load: --expiry-ms holds \"0\"; expected a number, 1 to 86400000")]
 #[case(&["goose"], "load: --host <http://HOST:PORT> is missing")]
 #[case(&["rush", "lv1", "--oversold", "/nowhere"], "load: there is no /nowhere")]
 #[case(&["roll"], "load: unrecognized subcommand 'roll'")]
@@ -433,6 +555,11 @@ async fn what_goose_could_not_send_makes_the_run_void() {
 #[case(Lie::AnswersNonsense, "I10")]
 #[case(Lie::ConfirmsAllLater, "I1, I3, I4")]
 #[case(Lie::StaysPending, "I10")]
+#[case(Lie::KeepsTheMoney, "I11")]
+#[case(Lie::ChargesTwice, "I11")]
+#[case(Lie::SellsUnpaid, "I11")]
+#[case(Lie::HoldsTooMany, "I1")]
+#[case(Lie::StaysHeld, "I10")]
 #[ignore = "needs k6: make target/tools/bin/k6"]
 #[tokio::test]
 async fn k6_fails_on_a_server_that_lies(#[case] lie: Lie, #[case] broken: &str) {
@@ -443,6 +570,64 @@ async fn k6_fails_on_a_server_that_lies(#[case] lie: Lie, #[case] broken: &str) 
     assert_eq!(named.join(", "), broken, "{said}");
 }
 
+/// On the backends, with a payment service beside each server: the strategy passes, and a mutant that charges twice does not.
+#[rstest]
+#[case("lv4/single-writer", "approve=80,decline=10,hang=5,answer-late=5", 0)]
+#[case("lv4/mutants/no-idempotency-key", "answer-late", 1)]
+#[ignore = "needs k6 and the command: make target/tools/bin/k6, cargo build -p oversold"]
+#[tokio::test]
+async fn a_load_with_payments_passes_and_one_that_takes_too_much_money_fails(
+    #[case] strategy: &str,
+    #[case] mix: &str,
+    #[case] exit: i32,
+) {
+    let (code, said) = at_the_root(&[
+        "rush",
+        strategy,
+        "--payments",
+        mix,
+        "--buyers",
+        "100",
+        "--capacity",
+        "40",
+    ])
+    .await;
+    assert_eq!(code, Some(exit), "{said}");
+    let payments = said.lines().filter(|line| line.contains("payments: ")).count();
+    assert_eq!(payments, 2, "of Goose and of k6: {said}");
+    let broken = said.matches("BROKEN (I11); guarantee broken: I11\n").count();
+    assert_eq!(broken, if exit == 0 { 0 } else { 2 }, "{said}");
+}
+
+#[rstest]
+#[case(
+    "lv4/single-writer",
+    "aprove=1",
+    "load: --payments: ",
+    "expected weights as in approve=90,decline=8,hang=2"
+)]
+#[case("lv4", "approve=0", "load: --payments: ", "not all of them 0")]
+#[case(
+    "lv4/locked",
+    "approve",
+    "load: --payments is given, but lv4/locked holds no tickets",
+    ""
+)]
+#[case("lv2", "approve", "load: --payments is given, but lv2 holds no tickets", "")]
+#[ignore = "needs k6 and the command: make target/tools/bin/k6, cargo build -p oversold"]
+#[tokio::test]
+async fn payments_that_can_not_be_are_one_clear_line(
+    #[case] strategy: &str,
+    #[case] mix: &str,
+    #[case] begins: &str,
+    #[case] contains: &str,
+) {
+    let (code, said) = at_the_root(&["rush", strategy, "--payments", mix]).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.starts_with(begins) && said.contains(contains), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
 #[ignore = "needs k6: make target/tools/bin/k6"]
 #[tokio::test]
 async fn k6_passes_on_an_honest_server_and_where_the_break_is_expected() {
@@ -451,6 +636,9 @@ async fn k6_passes_on_an_honest_server_and_where_the_break_is_expected() {
     let (code, said) = k6(Lie::DecidesLater, "").await;
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("completed, p50 / p95 / p99: "), "{said}");
+    let (code, said) = k6(Lie::TakesPayments, "").await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("payments: ") && !said.contains(" 0 refunded"), "{said}");
     let (code, said) = k6(Lie::ForgetsAnUpdate, "I2").await;
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = k6(Lie::None, "I2").await;

@@ -11,10 +11,7 @@ use lv4_kafka::payment_service::{self, PaymentServiceArgs};
 #[cfg(feature = "lv4")]
 use crate::commands::dead_letters;
 use crate::{
-    commands::{
-        bench::{self, ToolMissing},
-        doctor, exercise, judge, list, red, rush, serve, source, trace,
-    },
+    commands::{bench, doctor, exercise, judge, list, red, rush, serve, size, source, stand, tool::ToolMissing, trace},
     exit::{BACKEND_MISSING, ExitKind, USAGE},
     interrupt::Interrupted,
 };
@@ -41,6 +38,10 @@ enum Command {
         #[command(flatten)]
         settings: Box<Settings>,
     },
+    /// Serve a level as a team would run it: several instances behind nginx, watched by Prometheus, all on this machine.
+    Stand(stand::StandArgs),
+    /// Compute what a sale takes: instances, partitions, connections and pool sizes, from the rates that were measured.
+    Size(size::SizeArgs),
     /// Force one exact interleaving, and show it as a table: a column for each buyer, a row for each step.
     Trace(trace::TraceArgs),
     /// Run the contract test of a level as if every strategy had to keep every invariant, and show how it fails.
@@ -122,6 +123,8 @@ pub fn run() -> ExitCode {
         Command::Source(args) => source::run(&args),
         Command::Judge { file, json } => judge::run(&file, json),
         Command::Rush(args) => block_on(rush::run(&args)),
+        Command::Stand(args) => block_on(stand::run(&args)),
+        Command::Size(args) => size::run(&args),
         Command::Trace(args) => block_on(trace::run(&args)),
         Command::Bench(args) => block_on(bench::run(&args)),
         #[cfg(feature = "lv3")]

@@ -61,7 +61,8 @@ impl Signals {
         Err(interrupted.into())
     }
 
-    async fn next(&mut self) -> Interrupted {
+    /// Waits for the next signal.
+    pub(crate) async fn next(&mut self) -> Interrupted {
         tokio::select! {
             _ = self.interrupt.recv() => Interrupted(SignalKind::interrupt()),
             _ = self.terminate.recv() => Interrupted(SignalKind::terminate()),

@@ -1,7 +1,10 @@
 //! The levels that this command was built with, and their names on the command line.
 
+use std::env;
+
 use anyhow::{Context, bail};
 use box_office::{Level, Strategy};
+use harness::rush::Program;
 
 /// In the order of the book. A level whose feature is off is not among them.
 pub(crate) static LEVELS: &[&Level] = &[
@@ -28,6 +31,16 @@ impl SelectedStrategy {
     /// `lv1/read-then-write`.
     pub(crate) fn name(&self) -> String {
         format!("{}/{}", self.level.name, self.strategy.name)
+    }
+
+    /// This program as a server of the level.
+    ///
+    /// # Errors
+    /// The path of this program is unknown.
+    pub(crate) fn program(&self) -> anyhow::Result<Program> {
+        Ok(Program::new(env::current_exe()?)
+            .argument("serve")
+            .argument(self.level.name))
     }
 
     /// The file of the strategy, relative to the root of the repository: its source, or a mutant's patch.

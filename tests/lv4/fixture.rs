@@ -9,7 +9,7 @@ use std::{
 use box_office::{
     Improvements, Instrumentation,
     Invariant::{self, Conservation, NoDuplicate, NoOversell, NothingLost, Progress},
-    KafkaConfig, Order, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics,
+    KafkaConfig, Order, Priority, ProblemKind, RequestKey, SaleId, Strategy, StrategyContext, StrategyMetrics,
 };
 use harness::{
     assert_after_fault, assert_failure_mode,
@@ -23,7 +23,9 @@ use harness::{
 };
 use lv4_kafka::{
     LEVEL,
-    pipeline::{Ids, OrderMessage, PARTITIONS, ReleaseCommand, consumer_group, dead_letter_topic, orders_topic},
+    pipeline::{
+        Ids, OrderMessage, PARTITIONS, ReleaseCommand, consumer_group, dead_letter_topic, orders_topic, vips_topic,
+    },
 };
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -73,6 +75,8 @@ pub(crate) struct Fixture {
     pub(crate) environment: TestEnvironment,
     pub(crate) pool: PgPool,
     session: Duration,
+    /// Whether there is a topic of VIPs.
+    has_priority: bool,
     /// The history of the requests for [`SALE`].
     pub(crate) history: HistoryRecorder,
     /// Queries the broker from outside, without joining the group.
@@ -108,6 +112,7 @@ impl Fixture {
             environment,
             pool,
             session: SESSION,
+            has_priority: false,
             history: HistoryRecorder::new(strategy),
             broker: Arc::new(broker),
         }
@@ -117,6 +122,14 @@ impl Fixture {
     pub(crate) fn with_short_session(self) -> Self {
         Self {
             session: SHORT_SESSION,
+            ..self
+        }
+    }
+
+    /// With servers that are started with `ORDER_PRIORITY`.
+    pub(crate) fn with_priority(self) -> Self {
+        Self {
+            has_priority: true,
             ..self
         }
     }
@@ -186,9 +199,12 @@ impl Fixture {
         tokio::task::spawn_blocking(move || what(&broker)).await.unwrap()
     }
 
-    /// For each partition, the group's committed offset and the end of the log.
+    /// For each partition of the orders topic, the group's committed offset and the end of the log.
     pub(crate) async fn offsets(&self) -> BTreeMap<i32, (i64, i64)> {
-        let topic = orders_topic(&self.kafka());
+        self.offsets_of(orders_topic(&self.kafka())).await
+    }
+
+    async fn offsets_of(&self, topic: String) -> BTreeMap<i32, (i64, i64)> {
         let read_offsets = move |client: &BaseConsumer| {
             let mut partitions = TopicPartitionList::new();
             partitions.add_partition_range(&topic, 0, PARTITIONS - 1);
@@ -221,7 +237,12 @@ impl Fixture {
     }
 
     pub(crate) async fn lag(&self) -> i64 {
-        self.offsets().await.values().map(|(done, end)| end - done).sum()
+        let lag = |offsets: BTreeMap<i32, (i64, i64)>| offsets.values().map(|(done, end)| end - done).sum::<i64>();
+        let vips = match self.has_priority {
+            true => lag(self.offsets_of(vips_topic(&self.kafka())).await),
+            false => 0,
+        };
+        lag(self.offsets().await) + vips
     }
 
     /// Waits until the group has committed every message.
@@ -282,14 +303,23 @@ impl Fixture {
         self.append_order_of_age(ids, buyer, Duration::ZERO).await
     }
 
+    /// Appends such an order of a VIP.
+    pub(crate) async fn append_vip_order(&self, ids: &Ids, buyer: i64) -> Uuid {
+        self.append_to(&vips_topic(&self.kafka()), ids, buyer, Duration::ZERO)
+            .await
+    }
+
     /// Appends such an order that was accepted this time ago.
     pub(crate) async fn append_order_of_age(&self, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
+        self.append_to(&orders_topic(&self.kafka()), ids, buyer, age).await
+    }
+
+    async fn append_to(&self, topic: &str, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
         let order = order(SALE, buyer);
         let id = ids.for_order(&order);
         self.history.record_accepted_before(buyer, id, age);
         let message = OrderMessage::new(id, &order).to_bytes();
-        let topic = orders_topic(&self.kafka());
-        self.produce_sent_at(SystemTime::now() - age, &topic, 0, &[&message])
+        self.produce_sent_at(SystemTime::now() - age, topic, 0, &[&message])
             .await
             .unwrap();
         id
@@ -531,6 +561,7 @@ pub(crate) fn order(sale: SaleId, buyer: i64) -> Order {
         sale,
         buyer,
         key: RequestKey::try_from(format!("buyer-{buyer}")).unwrap(),
+        priority: Priority::Normal,
     }
 }
 

@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use tokio::{process::Command, time::timeout};
 use uuid::Uuid;
 
+use lv4_kafka::saga::{Charge, PaymentClient, UnknownOutcome};
+
 use super::fixture::TIMEOUT;
 
 /// The payment service of this level.
@@ -158,6 +160,33 @@ async fn the_payment_service_behaves_as_it_is_told_and_charges_a_key_once(
     }
     assert_eq!(service.entries(RESERVATION).await, entries);
     assert_eq!(service.calls().await, 2);
+}
+
+/// An answer that is none is an unknown outcome. It takes no more time than the timeout, and no more
+/// memory than an answer may have: of 10 MB the rest is not read.
+#[rstest]
+#[case::garbage("garbage", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NotUnderstood(StatusCode::OK)))]
+#[case::twice("twice", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NotUnderstood(StatusCode::OK)))]
+#[case::fail("fail", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NotUnderstood(StatusCode::INTERNAL_SERVER_ERROR)))]
+#[case::huge("huge", |why: &UnknownOutcome| matches!(why, UnknownOutcome::TooLarge))]
+#[case::endless("endless", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NoAnswer(why) if why.is_timeout()))]
+#[case::hang("hang", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NoAnswer(why) if why.is_timeout()))]
+#[tokio::test]
+async fn an_answer_that_is_none_is_an_unknown_outcome_bounded_in_time_and_memory(
+    #[case] behaviour: &'static str,
+    #[case] is_expected: fn(&UnknownOutcome) -> bool,
+) {
+    let service = PaymentService::start(&[]).await;
+    service.behave(1, behaviour).await;
+    let client = PaymentClient::new(&service.url.parse().unwrap(), Duration::from_millis(500)).unwrap();
+    let answered = timeout(TIMEOUT, client.charge(RESERVATION, 1))
+        .await
+        .expect("it gives up in time");
+    let why = answered.expect_err("the fault did not strike");
+    assert!(is_expected(&why), "{why}");
+    // Another buyer's payment is not affected.
+    let other = client.charge(Uuid::from_u128(8), 2).await.unwrap();
+    assert_eq!(other, Charge::Approved);
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ enum Move {
 }
 
 /// The moves of each exploration, which are made in every order.
-const EXPLORATIONS: [[Move; 6]; 5] = {
+const EXPLORATIONS: [[Move; 6]; 6] = {
     use Move::{Cancel, Claim, Deliver, Die, Expire, Serve, Store};
     [
         [Claim, Claim, Serve, Store, Expire, Deliver],
@@ -41,6 +41,7 @@ const EXPLORATIONS: [[Move; 6]; 5] = {
         [Claim, Claim, Serve, Store, Cancel, Deliver],
         [Claim, Claim, Serve, Die, Cancel, Deliver],
         [Claim, Serve, Store, Expire, Cancel, Deliver],
+        [Claim, Serve, Die, Expire, Cancel, Deliver],
     ]
 };
 

@@ -12,6 +12,7 @@ mod list;
 mod missing;
 mod pipes;
 mod rush;
+mod size;
 mod trace;
 mod usage;
 mod waiters;
@@ -38,6 +39,7 @@ fn command(arguments: &[&str]) -> Command {
         "KAFKA_CONSUMERS",
         "KAFKA_SESSION_MS",
         "ORDER_TTL_MS",
+        "ORDER_PRIORITY",
         "RATE_LIMIT",
         "RATE_LIMIT_PER_BUYER",
     ] {

@@ -166,6 +166,86 @@ fn what_is_accepted_first_and_decided_later_has_two_clocks() {
     }
 }
 
+/// With VIPs the order of service is promised as well, and the rush tells who has a ticket.
+#[test]
+fn a_rush_with_vips_tells_who_has_a_ticket() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let arguments = [
+        "rush",
+        "lv4/single-writer",
+        "--vip",
+        "5",
+        "--buyers",
+        "50",
+        "--capacity",
+        "10",
+        "--json",
+    ];
+    let output = command(&arguments).arg(&json).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let priority = &results["strategies"][0]["priority"];
+    let of = |name: &str| priority[name].as_u64().unwrap();
+    assert_eq!((of("vips"), of("others")), (5, 45), "{priority}");
+    assert_eq!(of("vips_with_ticket") + of("others_with_ticket"), 10, "{priority}");
+    let said = format!(
+        "priority: {} of 5 VIPs have a ticket, and {} of 45 others",
+        of("vips_with_ticket"),
+        of("others_with_ticket")
+    );
+    for said in [&*said, "promised: keeps all; verdict: as promised"] {
+        assert!(out(&output).contains(said), "{said}: {}", out(&output));
+    }
+}
+
+/// The improvements in one rush: the table has columns for what came of them, and the results have the payments.
+#[test]
+fn a_rush_with_payments_is_followed_to_their_end() {
+    let folder = tempdir().unwrap();
+    let json = folder.path().join("rush.json");
+    let size = ["rush", "lv4", "--buyers", "60", "--capacity", "40", "--json"];
+    let mut command = command(&size);
+    command.arg(&json);
+    command.args(["--payments", "approve=50,decline=30,hang=20", "--hold-ms", "2000"]);
+    command.args([
+        "--payment-timeout-ms",
+        "300",
+        "--ttl-ms",
+        "60000",
+        "--rate-limit",
+        "1000",
+    ]);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}\n{}", out(&output), err(&output));
+    assert!(
+        !out(&output).contains("lv4/locked"),
+        "it holds no tickets: {}",
+        out(&output)
+    );
+    let columns = out(&output)
+        .lines()
+        .find(|line| line.contains("strategy"))
+        .unwrap()
+        .to_owned();
+    for (column, is_used) in [("declined", true), ("expired", true), ("429", false)] {
+        assert_eq!(columns.contains(column), is_used, "{column}: {columns}");
+    }
+    for said in ["nothing broken", "requests for a charge"] {
+        assert!(out(&output).contains(said), "{said}: {}", out(&output));
+    }
+    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let strategy = &results["strategies"][0];
+    let payments = &strategy["payments"];
+    let count = |name: &str| payments[name].as_u64().unwrap();
+    assert_eq!(
+        Some(count("charges") - count("refunds")),
+        strategy["sold"].as_u64(),
+        "{strategy}"
+    );
+    assert!(count("calls") > count("charges"), "{strategy}");
+}
+
 /// A rush that is too small to break anything is inconclusive and does not pass.
 #[test]
 fn a_rush_that_shows_nothing_is_inconclusive_and_exit_code_4() {

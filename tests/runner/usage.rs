@@ -19,6 +19,18 @@ use crate::{command, err, out, oversold};
 #[case::too_many_instances(&["rush", "--instances", "17"], "a number, 1 to 16")]
 #[case::no_such_option(&["rush", "--byers", "3"], "--byers")]
 #[case::no_such_command(&["sell"], "sell")]
+#[case::a_stand_of_no_level(&["stand", "lv9"], "oversold: there is no level \"lv9\"")]
+#[case::a_stand_of_two_strategies(&["stand", "lv2/mutex", "--strategy", "optimistic"], "oversold: lv2/mutex names a strategy already: leave out --strategy")]
+#[case::a_stand_without_instances(&["stand", "lv1", "--instances", "0"], "a number, 1 to 16")]
+#[case::a_stand_whose_tickets_nobody_holds(&["stand", "lv4/locked", "--payments", "approve"], "oversold: --payments is given, but lv4/locked holds no tickets")]
+#[case::a_stand_at_no_port(&["stand", "lv1", "--nginx-port", "0"], "a port number, 1 to 65535")]
+#[case::a_judged_rush_without_prometheus(&["stand", "lv1", "--rush", "--prometheus-port", "9090"], "--rush")]
+#[case::a_size_of_nobody(&["size", "--buyers", "0", "--minutes", "10"], "a number, 1 to 1000000000")]
+#[case::a_size_of_no_time(&["size", "--buyers", "5", "--minutes", "0"], "a number, 1 to 1440")]
+#[case::a_size_without_buyers(&["size", "--minutes", "10"], "--buyers")]
+#[case::a_peak_beyond_all_buyers(&["size", "--buyers", "5", "--minutes", "2", "--peak", "3"], "oversold: --peak 3: the busiest of 2 minutes brings at most 2 times the mean")]
+#[case::a_size_of_what_oversells(&["size", "--buyers", "5", "--minutes", "2", "--level", "lv2/mutex"], "oversold: lv2/mutex breaks I1, I2 on several instances: there is no size at which it sells right")]
+#[case::a_size_of_no_level(&["size", "--buyers", "5", "--minutes", "2", "--level", "lv9"], "oversold: there is no level \"lv9\"")]
 #[case::no_such_file(&["judge", "nowhere.jsonl"], "oversold: opening nowhere.jsonl: No such file")]
 #[case::json_into_nowhere(&["rush", "lv1", "--json", "no/such/folder/x.json"], "oversold: writing no/such/folder/x.json")]
 #[case::no_such_buyer(&["trace", "lv1", "--order", "AXB"], "letters A, B, C for the buyers")]
@@ -44,7 +56,16 @@ use crate::{command, err, out, oversold};
 #[case::a_ttl_that_is_none(&["serve", "lv4", "--order-ttl-ms", "0"], "ORDER_TTL_MS (--order-ttl-ms) holds \"0\"; expected a number of milliseconds, 1 to 86400000")]
 #[case::a_rush_without_its_improvement(&["rush", "lv4/single-writer", "lv2/mutex", "--rate-limit", "5"], "oversold: RATE_LIMIT (--rate-limit) is set, but lv2/mutex does not support it: rate limiting")]
 #[case::payments_that_are_none(&["rush", "lv4/single-writer", "--payments", "aprove=1"], "--payments holds \"aprove=1\"; expected weights as in approve=90,decline=8,hang=2, not all of them 0")]
-#[case::payments_where_nothing_is_held(&["rush", "lv4", "--payments", "approve"], "--payments is given, but lv4/locked holds no tickets; lv4/single-writer does")]
+#[case::vips_where_nobody_has_priority(&["rush", "lv4", "--vip", "50"], "--vip is given, but lv4/locked has no priority; lv4/single-writer does")]
+#[case::no_vips(&["rush", "lv4/single-writer", "--vip", "0"], "a number, 1 to 20000")]
+#[case::more_vips_than_buyers(&["rush", "lv4/single-writer", "--vip", "51", "--buyers", "50"], "--vip is 51, but there are only 50 --buyers")]
+#[case::a_priority_that_is_none(&["rush", "lv4/single-writer", "--order-priority", "101"], "ORDER_PRIORITY (--order-priority) holds \"101\"; expected the number of VIP orders for each other order, 1 to 100")]
+#[case::payments_where_nothing_is_held(&["rush", "lv4/locked", "--payments", "approve"], "--payments is given, but lv4/locked holds no tickets; lv4/single-writer does")]
+#[case::payments_of_a_level_without(&["rush", "lv4", "lv2", "--payments", "approve"], "--payments is given, but lv2 holds no tickets; lv4/single-writer does")]
+#[case::two_payment_services(&["rush", "lv4", "--payments", "approve", "--payment-url", "http://127.0.0.1:1"], "'--payments <NAME=WEIGHT,…>' cannot be used with '--payment-url <URL>'")]
+#[case::a_hold_in_a_rush_that_ends_before_the_payment(&["rush", "lv4", "--payments", "approve", "--hold-ms", "1000"], "HOLD_MS (--hold-ms) is 1000, and PAYMENT_TIMEOUT_MS (--payment-timeout-ms) 1000")]
+#[case::a_ttl_in_a_rush_that_ends_before_the_payment(&["rush", "lv4", "--payments", "approve", "--ttl-ms", "999"], "ORDER_TTL_MS (--order-ttl-ms) is 999, and PAYMENT_TIMEOUT_MS (--payment-timeout-ms) 1000")]
+#[case::a_hold_without_payments(&["rush", "lv4/single-writer", "--hold-ms", "1000"], "HOLD_MS (--hold-ms) is set, but PAYMENT_URL (--payment-url) is not")]
 #[case::more_for_one_than_for_all(&["serve", "lv4", "--rate-limit", "5", "--rate-limit-per-buyer", "6"], "RATE_LIMIT_PER_BUYER (--rate-limit-per-buyer) is 6, and RATE_LIMIT (--rate-limit) only 5 for all buyers")]
 #[case::the_price_of_an_improvement_elsewhere(&["bench", "lv2/mutex", "--rate-limit", "5"], "oversold: what an improvement costs is measured where LV.4 accepts orders")]
 #[case::orders_that_wait_elsewhere(&["bench", "lv2/mutex", "--drain", "100"], "only LV.4 has one: lv4/locked, lv4/single-writer")]
@@ -75,6 +96,8 @@ fn without_a_command_it_shows_its_help() {
         "rush",
         "bench",
         "serve",
+        "stand",
+        "size",
         "trace",
         "red",
         "exercise",

@@ -1,10 +1,12 @@
 //! Request and response bodies of the HTTP API.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::{BuyerId, SaleId};
+use crate::{BuyerId, Priority, SaleId};
 
 /// The request body of a reservation.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -14,6 +16,19 @@ pub struct NewReservation {
     #[serde(deserialize_with = "id")]
     #[schema(minimum = 0)]
     pub buyer_id: BuyerId,
+    /// `vip`: before the others. Only for buyers whom the admin has named as VIPs of the sale, on
+    /// servers that have priority
+    #[serde(default, skip_serializing_if = "Priority::is_normal")]
+    pub priority: Priority,
+}
+
+/// The request body that names VIPs of a sale.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewVips {
+    /// The buyers. Those who are named already stay named.
+    #[serde(deserialize_with = "ids")]
+    pub buyer_ids: Vec<BuyerId>,
 }
 
 /// The representation of a reservation.
@@ -96,6 +111,24 @@ pub struct Sale {
     pub reserved: i64,
 }
 
+/// The request body of a rush from the live page. Its limits bound what one page can cause.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewRush {
+    /// The number of buyers, 1 to 2,000.
+    #[serde(deserialize_with = "buyers")]
+    #[schema(minimum = 1, maximum = 2_000)]
+    pub buyers: u32,
+    /// The number of concurrent requests of each buyer, each with its own request key, 1 or 2.
+    #[serde(deserialize_with = "clicks")]
+    #[schema(minimum = 1, maximum = 2)]
+    pub clicks: u32,
+    /// The number of tickets, 1 to 1,000.
+    #[serde(deserialize_with = "rush_capacity")]
+    #[schema(minimum = 1, maximum = 1_000)]
+    pub capacity: i64,
+}
+
 /// Problem details (RFC 9457).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
@@ -126,15 +159,39 @@ fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
     Ok(id)
 }
 
-/// Deserializes a capacity: 1 to 1,000,000.
+/// Deserializes ids, none of which is negative.
+fn ids<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<i64>, D::Error> {
+    #[derive(Deserialize)]
+    struct Id(#[serde(deserialize_with = "id")] i64);
+
+    Vec::<Id>::deserialize(deserializer).map(|ids| ids.into_iter().map(|Id(id)| id).collect())
+}
+
 fn capacity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
-    let capacity = i64::deserialize(deserializer)?;
-    if !(1..=1_000_000).contains(&capacity) {
-        return Err(de::Error::custom(format_args!(
-            "{capacity} is no valid capacity; expected 1 to 1,000,000"
-        )));
-    }
-    Ok(capacity)
+    in_range(deserializer, 1..=1_000_000, "capacity; expected 1 to 1,000,000")
+}
+
+fn rush_capacity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    in_range(deserializer, 1..=1_000, "capacity of a rush; expected 1 to 1,000")
+}
+
+fn buyers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    in_range(deserializer, 1..=2_000, "number of buyers; expected 1 to 2,000")
+}
+
+fn clicks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    in_range(deserializer, 1..=2, "number of clicks; expected 1 or 2")
+}
+
+/// Deserializes a number of this range. `expected` says what it is, and its range.
+fn in_range<'de, D, T>(deserializer: D, range: RangeInclusive<T>, expected: &str) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: TryFrom<i64> + PartialOrd,
+{
+    let number = i64::deserialize(deserializer)?;
+    let valid = T::try_from(number).ok().filter(|number| range.contains(number));
+    valid.ok_or_else(|| de::Error::custom(format_args!("{number} is no valid {expected}")))
 }
 
 /// Rejects control characters: Postgres cannot store NUL in `text`, and no other has a use in a

@@ -12,6 +12,7 @@ use std::{
 use futures_util::future::{BoxFuture, FutureExt};
 use rustix::process::{Signal, getpid, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::{Observer, Sighting, Steps};
 
@@ -43,6 +44,8 @@ impl FromStr for BreakpointSpec {
 pub(crate) struct Breakpoint {
     spec: BreakpointSpec,
     hits: AtomicU64,
+    /// Cancelled once the process may be paused.
+    armed: CancellationToken,
 }
 
 impl Breakpoint {
@@ -50,6 +53,7 @@ impl Breakpoint {
         Arc::new(Self {
             spec,
             hits: AtomicU64::new(0),
+            armed: CancellationToken::new(),
         })
     }
 
@@ -62,11 +66,18 @@ impl Breakpoint {
         }))
     }
 
+    /// Allows the process to be paused. What arrives before waits for it: a server that is paused
+    /// before it has told its address could not be found.
+    pub(crate) fn arm(&self) {
+        self.armed.cancel();
+    }
+
     /// Counts the arrival, and pauses the process if it is the specified hit.
     async fn arrive(&self, step: &str) {
         if step != self.spec.point || self.hits.fetch_add(1, Ordering::Relaxed) + 1 != self.spec.hit {
             return;
         }
+        self.armed.cancelled().await;
         // Subscribe to SIGCONT before SIGSTOP. The kernel stops the threads one by one, this one
         // perhaps last: awaiting SIGCONT keeps the request from running on until then.
         let continued = signal(SignalKind::from_raw(Signal::CONT.as_raw()));

@@ -10,10 +10,11 @@ use std::{
 /// A cause is logged again after this time, if it is still there.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// The maximum number of causes that are remembered: the text of an error may differ each time.
-const MAX_CAUSES: usize = 64;
+/// The maximum number of warnings that are remembered: the text of an error may differ each time.
+const MAX_WARNINGS: usize = 64;
 
-/// Logs each cause once per interval of 10 seconds, with the number of times that it was left out.
+/// Logs each warning, of what failed and why, once per interval of 10 seconds, with the number of
+/// times that it was left out.
 ///
 /// Without it an outage writes a line for every message and every request, and the one line that
 /// names the cause is lost among them. Clones share what they remember.
@@ -27,23 +28,22 @@ struct Logged {
 }
 
 impl CauseLog {
-    /// Logs a warning with the whole chain of causes, unless the same cause was logged within the
-    /// interval.
+    /// Logs a warning with the whole chain of causes, unless the same was logged within the interval.
     pub fn warn(&self, what: &str, why: &(dyn Error + 'static)) {
         self.warn_text(what, &causes(why));
     }
 
     /// The same for a cause that is text already.
     pub fn warn_text(&self, what: &str, cause: &str) {
-        if let Some(left_out) = self.due(cause, Instant::now()) {
+        if let Some(left_out) = self.due(&format!("{what}: {cause}"), Instant::now()) {
             tracing::warn!(cause, left_out, "{what}");
         }
     }
 
-    /// Whether a cause is to be logged, and how often it was left out since it last was.
-    fn due(&self, cause: &str, now: Instant) -> Option<u64> {
-        let mut causes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(logged) = causes.get_mut(cause) {
+    /// Whether a warning is to be logged, and how often it was left out since it last was.
+    fn due(&self, warning: &str, now: Instant) -> Option<u64> {
+        let mut warnings = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(logged) = warnings.get_mut(warning) {
             if now.duration_since(logged.at) < INTERVAL {
                 logged.left_out += 1;
                 return None;
@@ -52,10 +52,10 @@ impl CauseLog {
             *logged = Logged { at: now, left_out: 0 };
             return Some(left_out);
         }
-        if causes.len() >= MAX_CAUSES {
-            causes.clear();
+        if warnings.len() >= MAX_WARNINGS {
+            warnings.clear();
         }
-        causes.insert(cause.to_owned(), Logged { at: now, left_out: 0 });
+        warnings.insert(warning.to_owned(), Logged { at: now, left_out: 0 });
         Some(0)
     }
 }
@@ -97,10 +97,10 @@ mod tests {
     #[test]
     fn endless_new_causes_take_no_endless_memory() {
         let (log, now) = (CauseLog::default(), Instant::now());
-        for number in 0..10 * MAX_CAUSES {
+        for number in 0..10 * MAX_WARNINGS {
             assert_eq!(log.due(&number.to_string(), now), Some(0));
         }
-        assert!(log.0.lock().expect("no test panics with it").len() <= MAX_CAUSES);
+        assert!(log.0.lock().expect("no test panics with it").len() <= MAX_WARNINGS);
     }
 
     #[test]

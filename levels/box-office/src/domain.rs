@@ -6,6 +6,7 @@
 use std::{fmt, num::NonZeroU32, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 /// The id of a sale.
@@ -75,6 +76,34 @@ pub struct Order {
     pub buyer: BuyerId,
     /// The idempotency key, the same for every retry of this order.
     pub key: RequestKey,
+    /// The priority that the buyer asks for.
+    pub priority: Priority,
+}
+
+/// The priority of an order: who is served first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Priority {
+    /// The priority of everybody.
+    #[default]
+    Normal,
+    /// Before the others. Only for buyers whom the admin has named as VIPs of the sale.
+    Vip,
+}
+
+impl Priority {
+    /// The name in requests, metrics and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "normal",
+            Self::Vip => "vip",
+        }
+    }
+
+    /// Whether it is the priority of everybody.
+    pub fn is_normal(&self) -> bool {
+        *self == Self::Normal
+    }
 }
 
 /// A reservation of one ticket.
@@ -120,6 +149,10 @@ pub enum Refusal {
     /// accepted first can be.
     #[error("the order's time to live had passed")]
     Expired,
+    /// The order asks for [`Priority::Vip`], and the admin has not named the buyer. It says nothing
+    /// about the stock.
+    #[error("this buyer is not named as a VIP of this sale")]
+    NotVip,
 }
 
 impl Refusal {
@@ -127,7 +160,7 @@ impl Refusal {
     pub fn earlier(self) -> Option<Reservation> {
         match self {
             Self::AlreadyReserved { earlier } => Some(earlier),
-            Self::SoldOut | Self::KeyOfAnotherBuyer | Self::UnknownSale | Self::Expired => None,
+            Self::SoldOut | Self::KeyOfAnotherBuyer | Self::UnknownSale | Self::Expired | Self::NotVip => None,
         }
     }
 }

@@ -117,6 +117,11 @@ impl Promises {
     pub const ALL_KEPT: Self =
         Self([Promise::Keeps; Invariant::ALL.len()]).with(&[Invariant::Order], Promise::NotPromised);
 
+    /// The same, but these are [`Promise::Keeps`].
+    pub const fn keeps(self, invariants: &[Invariant]) -> Self {
+        self.with(invariants, Promise::Keeps)
+    }
+
     /// The same, but these are [`Promise::Breaks`].
     pub const fn breaks(self, invariants: &[Invariant]) -> Self {
         self.with(invariants, Promise::Breaks)

@@ -5,7 +5,7 @@ use std::{num::NonZeroU32, time::Duration};
 
 use url::Url;
 
-use crate::{Level, StartError, Strategy, settings::whole_number};
+use crate::{Invariant, Level, Promises, StartError, Strategy, settings::whole_number};
 
 /// The settings of the improvements. The doc comments of the fields are the text of `--help`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -31,6 +31,10 @@ pub struct Improvements {
     /// orders.decided
     #[arg(long = "outbox-relay", env = "OUTBOX_RELAY", value_parser = switch)]
     pub outbox_relay: bool,
+    /// Priority: buyers whom the admin has named as VIPs of a sale may ask for it. At most this many
+    /// of their orders are decided for each other order that waits
+    #[arg(long = "order-priority", env = "ORDER_PRIORITY", value_name = "N", value_parser = order_priority)]
+    pub order_priority: Option<NonZeroU32>,
     /// The URL of the payment service: a ticket is held until it is paid for, and released if it is
     /// not
     #[arg(long = "payment-url", env = "PAYMENT_URL", hide_env_values = true, value_name = "URL", value_parser = payment_url)]
@@ -69,6 +73,8 @@ pub enum Improvement {
     CircuitBreaker,
     /// Decided orders are published to Kafka.
     OutboxRelay,
+    /// Orders of named buyers are decided first.
+    Priority,
     /// A ticket is held until it is paid for, or released.
     Saga,
 }
@@ -81,6 +87,7 @@ impl Improvement {
             Self::MessageTtl => "message TTL",
             Self::CircuitBreaker => "circuit breaker",
             Self::OutboxRelay => "outbox relay",
+            Self::Priority => "priority",
             Self::Saga => "saga",
         }
     }
@@ -136,6 +143,12 @@ impl Improvements {
                 "OUTBOX_RELAY",
                 "--outbox-relay",
                 on(self.outbox_relay),
+            ),
+            given(
+                Improvement::Priority,
+                "ORDER_PRIORITY",
+                "--order-priority",
+                self.order_priority.map(|vips| vips.to_string()),
             ),
             given(
                 Improvement::Saga,
@@ -217,6 +230,15 @@ impl Improvements {
         ))
     }
 
+    /// The promises of a strategy with these improvements. With priority the order of service is one:
+    /// within each priority, orders are decided in the order in which they were accepted.
+    pub const fn promises(&self, promises: Promises) -> Promises {
+        match self.order_priority {
+            Some(_) => promises.keeps(&[Invariant::Order]),
+            None => promises,
+        }
+    }
+
     /// The settings of the payment. `None`: a ticket is confirmed as soon as it is taken.
     pub fn payment(&self) -> Option<PaymentSettings> {
         Some(PaymentSettings {
@@ -243,6 +265,12 @@ fn switch(text: &str) -> Result<bool, &'static str> {
 
 fn order_ttl(text: &str) -> Result<Duration, &'static str> {
     whole_number(text, 1..=86_400_000, "a number of milliseconds, 1 to 86400000").map(Duration::from_millis)
+}
+
+fn order_priority(text: &str) -> Result<NonZeroU32, &'static str> {
+    const EXPECTED: &str = "the number of VIP orders for each other order, 1 to 100";
+    let vips = whole_number(text, 1..=100, EXPECTED)?;
+    NonZeroU32::new(vips).ok_or(EXPECTED)
 }
 
 /// Parses the URL of a payment service. It must not contain a password: it is logged.

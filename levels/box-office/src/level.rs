@@ -9,8 +9,8 @@ use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use crate::{
-    Database, Guarantee, Improvement, Improvements, Instrumentation, Order, Outcome, Promises, RedisUrl, ReserveError,
-    Steps, StrategyMetrics, Transaction, api,
+    BuyerId, Database, Guarantee, Improvement, Improvements, Instrumentation, Order, Outcome, Promises, RedisUrl,
+    ReserveError, SaleId, Steps, StrategyMetrics, Transaction, api,
 };
 
 /// A strategy: one way to reserve a ticket.
@@ -66,6 +66,15 @@ pub trait Reserve: Send + Sync {
     /// [`ReserveError::Indeterminate`] if the database is unavailable.
     async fn cancel(&self, _id: Uuid) -> Result<bool, ReserveError> {
         Ok(false)
+    }
+
+    /// Names buyers as VIPs of a sale that exists. Only a strategy that supports
+    /// [`Improvement::Priority`] is asked.
+    ///
+    /// # Errors
+    /// [`ReserveError::Indeterminate`] if the database is unavailable.
+    async fn name_vips(&self, _sale: SaleId, _buyers: &[BuyerId]) -> Result<(), ReserveError> {
+        Ok(())
     }
 
     /// Graceful shutdown: background consumers finish their in-flight messages and stop. The server

@@ -20,6 +20,7 @@ pub mod points;
 mod problem;
 mod readiness;
 mod run;
+mod sale_states;
 mod server;
 mod settings;
 mod steps;
@@ -30,8 +31,8 @@ pub use breakpoint::BreakpointSpec;
 pub use cause_log::{CauseLog, causes};
 pub use database::{Connection, Database, Transaction};
 pub use domain::{
-    BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, RateLimitPolicy, RateLimited,
-    Refusal, RequestKey, Reservation, ReserveError, SaleId,
+    BuyerId, ExistingReservation, Indeterminate, InvalidRequestKey, Order, Outcome, Priority, RateLimitPolicy,
+    RateLimited, Refusal, RequestKey, Reservation, ReserveError, SaleId,
 };
 pub use guarantee::{FailureMode, Guarantee, Invariant, Promise, Promises};
 pub use improvements::{Improvement, Improvements, PaymentSettings};
@@ -40,15 +41,15 @@ pub use level::{
     Event, KafkaConfig, Level, Mutant, Open, Opening, RedisConfig, Reserve, Schema, Service, Strategy, StrategyContext,
 };
 pub use metrics::{
-    CircuitBreakerMetrics, CircuitState, ConsumerLag, ExpiredOrders, PaymentCalls, RateLimitBuyers,
-    RateLimitedRequests, RelayMetrics, StrategyMetrics,
+    CircuitBreakerMetrics, CircuitState, ConsumerLag, ConsumerMetrics, ExpiredOrders, LostLeases, OldestUnknownPayment,
+    PaymentCalls, PriorityMetrics, RateLimitBuyers, RateLimitedRequests, RelayMetrics, StrategyMetrics,
 };
 pub use problem::ProblemKind;
 pub use readiness::probe_new_connection;
 pub use run::{main, raise_open_files_limit, serve};
 pub use server::{DrainTimeout, Server, StartError};
 pub use settings::{
-    AdminToken, DatabaseUrl, Limits, LogFormat, RedisUrl, Settings, explain, kafka_bootstrap_servers, kafka_prefix,
-    unset_if_empty,
+    AdminToken, DatabaseUrl, Limits, LogFormat, Origin, RedisUrl, Settings, explain, kafka_bootstrap_servers,
+    kafka_prefix, unset_if_empty,
 };
 pub use steps::{Observer, Point, Sighting, Steps};

@@ -1,7 +1,11 @@
 //! Prometheus metrics. Each server has a registry of its own, so two servers in one process share
 //! no metric.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt, mem,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use prometheus_client::{
     collector::Collector,
@@ -18,12 +22,20 @@ use prometheus_client::{
 use sqlx::PgPool;
 use tokio_util::task::TaskTracker;
 
-use crate::{Outcome, ProblemKind, ReserveError, Service};
+use crate::{Outcome, Priority, ProblemKind, ReserveError, Service, sale_states::SaleState};
 
 /// Histogram buckets, up to the longest that a reservation can take.
 const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0,
 ];
+
+/// The same for the wait of an accepted order, which may outlast an outage.
+const QUEUE_BUCKETS_SECONDS: [f64; 13] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0,
+];
+
+/// Histogram buckets for the messages of a batch.
+const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0];
 
 /// The metrics that a strategy records.
 #[derive(Clone, Debug, Default)]
@@ -45,8 +57,99 @@ pub struct StrategyMetrics {
     pub circuit_breakers: CircuitBreakerMetrics,
     /// `oversold_payment_calls_total`: calls of the payment service, by outcome.
     pub payment_calls: PaymentCalls,
+    /// `oversold_payment_unknown_oldest_seconds`: the age of the oldest payment whose outcome is
+    /// unknown.
+    pub oldest_unknown_payment: OldestUnknownPayment,
+    /// `oversold_leases_lost_total`: locks whose lease had ended before they were released.
+    pub lost_leases: LostLeases,
+    /// `oversold_order_queue_seconds`, `oversold_consumer_batch_messages` and
+    /// `oversold_rebalances_total`.
+    pub consumer: ConsumerMetrics,
     /// The metrics of the outbox relay, if this server runs one.
     pub relay: Option<RelayMetrics>,
+    /// The metrics of priorities, if this server has them.
+    pub priority: Option<PriorityMetrics>,
+}
+
+/// The metrics of a server whose orders have priorities.
+#[derive(Clone, Debug, Default)]
+pub struct PriorityMetrics {
+    /// `oversold_vip_consumer_lag`: the lag of the VIP topic by partition. `oversold_consumer_lag` is
+    /// that of the other orders.
+    pub vip_lag: ConsumerLag,
+    decided: Family<PriorityLabels, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PriorityLabels {
+    priority: &'static str,
+}
+
+impl PriorityMetrics {
+    /// `oversold_orders_decided_total`: counts orders of this priority that this server has decided.
+    pub fn count_decided(&self, priority: Priority, orders: u64) {
+        let labels = PriorityLabels {
+            priority: priority.name(),
+        };
+        self.decided.get_or_create(&labels).inc_by(orders);
+    }
+}
+
+/// The number of locks that their holder no longer held when it released them.
+#[derive(Clone, Debug, Default)]
+pub struct LostLeases(Counter);
+
+impl LostLeases {
+    /// Counts one lock.
+    pub fn count(&self) {
+        self.0.inc();
+    }
+}
+
+/// What the consumers of a server receive.
+#[derive(Clone, Debug)]
+pub struct ConsumerMetrics {
+    queue: Histogram,
+    batch: Histogram,
+    rebalances: Counter,
+}
+
+impl Default for ConsumerMetrics {
+    fn default() -> Self {
+        Self {
+            queue: Histogram::new(QUEUE_BUCKETS_SECONDS),
+            batch: Histogram::new(BATCH_BUCKETS),
+            rebalances: Counter::default(),
+        }
+    }
+}
+
+impl ConsumerMetrics {
+    /// Records how long a message has waited for its consumer.
+    pub fn queued(&self, waited: Duration) {
+        self.queue.observe(waited.as_secs_f64());
+    }
+
+    /// Records a batch of this number of messages.
+    pub fn polled(&self, messages: usize) {
+        self.batch.observe(messages as f64);
+    }
+
+    /// Counts partitions that were assigned to a consumer or revoked from it together.
+    pub fn rebalanced(&self) {
+        self.rebalances.inc();
+    }
+}
+
+/// The age of the oldest payment whose outcome is unknown.
+#[derive(Clone, Debug, Default)]
+pub struct OldestUnknownPayment(Gauge);
+
+impl OldestUnknownPayment {
+    /// Sets the age; zero if every outcome is known.
+    pub fn set(&self, age: Duration) {
+        self.0.set(age.as_secs().try_into().unwrap_or(i64::MAX));
+    }
 }
 
 /// The metrics of a relay of the outbox.
@@ -147,6 +250,13 @@ impl ConsumerLag {
         self.0.get_or_create(&Partition { partition }).set(messages);
     }
 
+    /// The lag of all partitions, which Kafka numbers from 0.
+    fn total(&self) -> Option<i64> {
+        let lag = |partition| Some(self.0.get(&Partition { partition })?.get());
+        let partitions: Vec<i64> = (0..).map_while(lag).collect();
+        (!partitions.is_empty()).then(|| partitions.iter().sum())
+    }
+
     /// Removes all partitions: the lag is unknown.
     pub fn clear(&self) {
         self.0.clear();
@@ -201,6 +311,54 @@ pub(crate) struct Metrics {
     registry: Registry,
     responses: Family<ResponseLabels, Histogram, fn() -> Histogram>,
     reservations: Family<ReservationLabels, Counter>,
+    lag: ConsumerLag,
+    steps: StepTimes,
+    sales: SaleGauges,
+}
+
+/// The time from one scheduling point of a reservation to the next, by the point that was reached.
+type StepTimes = Family<StepLabels, Histogram, fn() -> Histogram>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StepLabels {
+    step: &'static str,
+}
+
+/// Measures how long one reservation takes from each scheduling point to the next.
+pub(crate) struct StepClock {
+    times: StepTimes,
+    last: Mutex<Instant>,
+}
+
+impl StepClock {
+    /// The reservation has reached a scheduling point.
+    pub(crate) fn reached(&self, step: &'static str) {
+        let now = Instant::now();
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let took = now.duration_since(mem::replace(&mut *last, now));
+        self.times
+            .get_or_create(&StepLabels { step })
+            .observe(took.as_secs_f64());
+    }
+}
+
+/// The latest sales, as the database had them at the last scrape.
+#[derive(Clone, Debug, Default)]
+struct SaleGauges {
+    capacity: Family<SaleLabels, Gauge>,
+    stock: Family<SaleLabels, Gauge>,
+    reservations: Family<SaleStatusLabels, Gauge>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SaleLabels {
+    sale: i64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SaleStatusLabels {
+    sale: i64,
+    status: String,
 }
 
 /// Labels of bounded cardinality, with nothing that a client chooses: `route` is the route pattern,
@@ -254,10 +412,38 @@ impl Metrics {
         );
 
         let reservations = Family::<ReservationLabels, Counter>::default();
+        // From the start: an increase is not seen from nothing to the first one.
+        let first_answers: &[&str] = match needs.contains(&Service::Kafka) {
+            true => &["accepted", ProblemKind::Backlogged.name()],
+            false => &["confirmed"],
+        };
+        for answer in first_answers
+            .iter()
+            .copied()
+            .chain([ProblemKind::SoldOut, ProblemKind::Overloaded, ProblemKind::BackendAway].map(ProblemKind::name))
+        {
+            drop(reservations.get_or_create(&ReservationLabels { answer }));
+        }
         registry.register(
             "reservations",
             "Completed reservations, by answer",
             reservations.clone(),
+        );
+
+        let steps = StepTimes::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS_SECONDS));
+        registry.register(
+            "step_seconds",
+            "Time that a reservation took from its last scheduling point, or its start, to this one",
+            steps.clone(),
+        );
+
+        let sales = SaleGauges::default();
+        registry.register("sale_capacity", "Tickets of a sale", sales.capacity.clone());
+        registry.register("sale_stock", "Tickets of a sale that are left", sales.stock.clone());
+        registry.register(
+            "sale_reservations",
+            "Reservations of a sale, by status",
+            sales.reservations.clone(),
         );
 
         registry.register(
@@ -265,7 +451,15 @@ impl Metrics {
             "Retries after a conflict with a concurrent reservation",
             strategy_metrics.retries,
         );
+        if needs.contains(&Service::Redis) {
+            registry.register(
+                "leases_lost",
+                "Locks whose lease had ended before they were released",
+                strategy_metrics.lost_leases.0,
+            );
+        }
         let asynchronous = needs.contains(&Service::Kafka);
+        let lag = strategy_metrics.lag.clone();
         if asynchronous {
             registry.register(
                 "dead_letters",
@@ -312,6 +506,26 @@ impl Metrics {
                 "Calls of the payment service, by outcome",
                 strategy_metrics.payment_calls.0,
             );
+            registry.register(
+                "payment_unknown_oldest_seconds",
+                "Age of the oldest payment whose outcome is unknown; 0 if there is none",
+                strategy_metrics.oldest_unknown_payment.0,
+            );
+            registry.register(
+                "order_queue_seconds",
+                "Time that a message was in the orders topic until a consumer received it",
+                strategy_metrics.consumer.queue,
+            );
+            registry.register(
+                "consumer_batch_messages",
+                "Messages that a consumer received together",
+                strategy_metrics.consumer.batch,
+            );
+            registry.register(
+                "rebalances",
+                "Changes of the partitions that are assigned to the consumers of this server",
+                strategy_metrics.consumer.rebalances,
+            );
         }
         if let Some(relay) = strategy_metrics.relay {
             registry.register(
@@ -326,6 +540,19 @@ impl Metrics {
             );
         }
 
+        if let Some(priority) = strategy_metrics.priority {
+            registry.register(
+                "vip_consumer_lag",
+                "Messages of the VIP topic that the consumer group has not committed, by partition",
+                priority.vip_lag.0,
+            );
+            registry.register(
+                "orders_decided",
+                "Orders that this server has decided, by priority",
+                priority.decided,
+            );
+        }
+
         registry.register_collector(Box::new(CurrentState {
             database,
             clients,
@@ -336,7 +563,43 @@ impl Metrics {
             registry,
             responses,
             reservations,
+            lag,
+            steps,
+            sales,
         }
+    }
+
+    /// The clock of a reservation that starts now.
+    pub(crate) fn step_clock(&self) -> StepClock {
+        StepClock {
+            times: self.steps.clone(),
+            last: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Sets the gauges of the latest sales. Those of all other sales are removed.
+    pub(crate) fn set_sales(&self, sales: &[SaleState]) {
+        self.sales.capacity.clear();
+        self.sales.stock.clear();
+        self.sales.reservations.clear();
+        for state in sales {
+            let labels = SaleLabels { sale: state.sale_id };
+            self.sales.capacity.get_or_create(&labels).set(state.capacity);
+            self.sales.stock.get_or_create(&labels).set(state.stock);
+            if let Some(status) = state.status.clone() {
+                let labels = SaleStatusLabels {
+                    sale: state.sale_id,
+                    status,
+                };
+                self.sales.reservations.get_or_create(&labels).set(state.reservations);
+            }
+        }
+    }
+
+    /// The consumer lag of all partitions, in messages. `None`: it is unknown, or orders are not
+    /// processed by consumers.
+    pub(crate) fn lag(&self) -> Option<i64> {
+        self.lag.total()
     }
 
     /// Records the latency of a response.
@@ -396,6 +659,11 @@ impl Collector for CurrentState {
                 "pool_connections_idle",
                 "Database connections that are open and idle",
                 idle,
+            ),
+            (
+                "pool_connections_max",
+                "Database connections that the pool may open",
+                u64::from(self.database.options().get_max_connections()),
             ),
             ("connections_open", "Open client connections", self.clients.len() as u64),
             ("reservations_in_flight", "Reservations in flight", in_flight),

@@ -12,7 +12,7 @@ use crate::{Indeterminate, RateLimited, Refusal, ReserveError, api, causes};
 
 /// A problem type: the stable `type` of an error response, by which clients tell problems apart.
 ///
-/// It is wider than [`Refusal`], which four of its variants stand for: it also has the
+/// It is wider than [`Refusal`], for whose variants some of its own stand: it also has the
 /// [`Indeterminate`] answers (503) and the errors of HTTP itself (4xx, 500). It carries no data and
 /// outlives renames in the domain, because its names are part of the HTTP API and, as reasons of a
 /// refusal, of LV.4's rows.
@@ -28,6 +28,10 @@ pub enum ProblemKind {
     UnknownSale,
     /// [`Refusal::Expired`]. No request is answered with it: it is the reason of a final state.
     Expired,
+    /// [`Refusal::NotVip`].
+    NotVip,
+    /// A request for priority, or the naming of VIPs, on a server that has no priority.
+    NoPriority,
     /// [`Indeterminate::Overloaded`].
     Overloaded,
     /// [`Indeterminate::Backlogged`].
@@ -44,6 +48,8 @@ pub enum ProblemKind {
     NotHeld,
     /// The sale exists with another name or capacity.
     SaleDiffers,
+    /// A rush was to be started while another one runs.
+    RushInProgress,
     /// The admin token is missing or wrong.
     Unauthorized,
     /// This server was started without an admin token.
@@ -82,12 +88,14 @@ struct Spec {
 
 impl ProblemKind {
     /// All problem types.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::SoldOut,
         Self::AlreadyReserved,
         Self::KeyOfAnotherBuyer,
         Self::UnknownSale,
         Self::Expired,
+        Self::NotVip,
+        Self::NoPriority,
         Self::Overloaded,
         Self::Backlogged,
         Self::TimedOut,
@@ -96,6 +104,7 @@ impl ProblemKind {
         Self::UnknownReservation,
         Self::NotHeld,
         Self::SaleDiffers,
+        Self::RushInProgress,
         Self::Unauthorized,
         Self::NoAdminToken,
         Self::NotFound,
@@ -148,6 +157,18 @@ impl ProblemKind {
                 "Expired",
                 "The order was accepted and was older than its time to live when it was decided. It took no ticket. Order again, with a new request key.",
             ),
+            Self::NotVip => (
+                "not-vip",
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "Not a VIP of this sale",
+                "Only buyers whom the admin has named as VIPs of this sale may ask for `priority: vip`. The order was not accepted, which says nothing about the stock. Order without it.",
+            ),
+            Self::NoPriority => (
+                "no-priority",
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "No priority",
+                "This server has no priority: its strategy does not support it, or it was started without ORDER_PRIORITY. Nothing was done. Order without `priority`.",
+            ),
             Self::Overloaded => (
                 "overloaded",
                 StatusCode::SERVICE_UNAVAILABLE,
@@ -195,6 +216,12 @@ impl ProblemKind {
                 StatusCode::CONFLICT,
                 "The sale exists with another name or capacity",
                 "A sale keeps the name and capacity that it was opened with.",
+            ),
+            Self::RushInProgress => (
+                "rush-in-progress",
+                StatusCode::CONFLICT,
+                "A rush is in progress",
+                "There is one rush at a time from the live page, on all instances together. Wait until it has ended.",
             ),
             Self::Unauthorized => (
                 "unauthorized",
@@ -417,6 +444,7 @@ impl From<Refusal> for ProblemKind {
             Refusal::KeyOfAnotherBuyer => Self::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Self::UnknownSale,
             Refusal::Expired => Self::Expired,
+            Refusal::NotVip => Self::NotVip,
         }
     }
 }

@@ -1,23 +1,31 @@
 //! A server as a program: parse the settings, start, print the address, serve until a signal.
 
 use std::{
-    io::{self, Write},
+    io::{self, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     process::ExitCode,
+    time::Duration,
 };
 
-use clap::{Args, Command, FromArgMatches, error::ErrorKind};
+use clap::{Arg, ArgAction, Args, Command, FromArgMatches, error::ErrorKind};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     runtime::Runtime,
     signal::unix::{SignalKind, signal},
 };
 
-use crate::{Level, Server, Settings, Strategy, explain, telemetry, unset_if_empty};
+use crate::{Level, Server, Settings, Strategy, explain, server, telemetry, unset_if_empty};
 
 /// The exit code for a wrong flag or variable.
 const USAGE: u8 = 2;
 
+/// The timeout of `--health`: longer than that of the readiness probe.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// The `main` of a level's server: `fn main() -> ExitCode { box_office::main(&LEVEL) }`.
+///
+/// With `--migrate` it only prepares the database, and with `--health` it only asks the server that
+/// listens on `PORT` whether it is ready: what a container needs besides the server itself.
 ///
 /// The exit code is 0 after a graceful shutdown that aborted nothing, 2 if a flag or variable is
 /// wrong, 3 if a backend is missing, and 1 otherwise.
@@ -27,15 +35,27 @@ pub fn main(level: &'static Level) -> ExitCode {
         .iter()
         .map(|strategy| format!("  {:24} {}", strategy.name, strategy.summary))
         .collect();
+    let once = |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
     let command = unset_if_empty(Settings::augment_args(Command::new(level.package)))
+        .arg(
+            once(
+                "migrate",
+                "Create the database if there is none, run the migrations, and exit",
+            )
+            .conflicts_with("health"),
+        )
+        .arg(once(
+            "health",
+            "Ask the server that listens on PORT whether it is ready, and exit",
+        ))
         .about(level.summary)
         .after_help(format!("Strategies:\n{}", strategies.join("\n")));
     let parsed = command
         .clone()
         .try_get_matches()
-        .and_then(|matches| Settings::from_arg_matches(&matches));
-    let settings = match parsed {
-        Ok(settings) => settings,
+        .and_then(|matches| Ok((Settings::from_arg_matches(&matches)?, matches)));
+    let (settings, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(help) if help.kind() == ErrorKind::DisplayHelp => {
             // The reader may leave before its end: `… --help | head -1`.
             let _ = help.print();
@@ -43,11 +63,18 @@ pub fn main(level: &'static Level) -> ExitCode {
         }
         Err(error) => return fail(USAGE, explain(&error, &command)),
     };
+    if matches.get_flag("health") {
+        return match health(&settings) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => fail(1, format!("not ready: {why}")),
+        };
+    }
     let strategy = match &settings.strategy {
         None => level.strategies.first(),
         Some(name) => level.strategy(name),
     };
     match strategy {
+        Some(strategy) if matches.get_flag("migrate") => migrate(level, strategy, &settings),
         Some(strategy) => serve(level, strategy, &settings),
         None => {
             let known: Vec<&str> = level.all().map(|strategy| strategy.name).collect();
@@ -58,6 +85,39 @@ pub fn main(level: &'static Level) -> ExitCode {
                 format!("STRATEGY (--strategy) holds {held:?}; expected {expected}"),
             )
         }
+    }
+}
+
+/// Prepares the database of a strategy: for instances that are started together, once before them.
+fn migrate(level: &'static Level, strategy: &'static Strategy, settings: &Settings) -> ExitCode {
+    telemetry::start(settings);
+    let migrated = Runtime::new().map(|runtime| runtime.block_on(server::migrate(level, strategy, settings)));
+    match migrated {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(why)) => fail(why.exit_code(), why.to_string()),
+        Err(why) => fail(1, format!("the runtime could not be created: {why}")),
+    }
+}
+
+/// Asks the server on `HOST` and `PORT` whether it is ready.
+///
+/// # Errors
+/// Its answer, if it is not; the error of the connection.
+fn health(settings: &Settings) -> io::Result<()> {
+    let host = match settings.host {
+        IpAddr::V4(host) if host.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(host) if host.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        host => host,
+    };
+    let mut server = TcpStream::connect_timeout(&SocketAddr::new(host, settings.port), HEALTH_TIMEOUT)?;
+    server.set_read_timeout(Some(HEALTH_TIMEOUT))?;
+    server.set_write_timeout(Some(HEALTH_TIMEOUT))?;
+    server.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    server.read_to_string(&mut answer)?;
+    match answer.starts_with("HTTP/1.1 200 ") {
+        true => Ok(()),
+        false => Err(io::Error::other(answer.lines().last().unwrap_or_default().to_owned())),
     }
 }
 
@@ -102,6 +162,7 @@ async fn serve_until_signal(level: &'static Level, strategy: &'static Strategy, 
     );
     // Stdout may be closed; the server serves all the same.
     let _ = writeln!(io::stdout(), "{ready}");
+    server.arm_breakpoint();
 
     let signal = tokio::select! {
         _ = terminate.recv() => "SIGTERM",

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use sqlx::{ConnectOptions, migrate::MigrateError};
+use sqlx::{ConnectOptions, migrate::MigrateError, postgres::PgConnectOptions};
 use tokio::{
     sync::Semaphore,
     task::JoinHandle,
@@ -20,9 +20,10 @@ use crate::{
     breakpoint::Breakpoint,
     connections::{accept, listen},
     database::{self, DATABASE_TIMEOUTS},
-    http::App,
-    metrics::{Metrics, RelayMetrics, StrategyMetrics},
+    http::{About, App, LiveFeed, RushTarget},
+    metrics::{Metrics, PriorityMetrics, RelayMetrics, StrategyMetrics},
     readiness::{self, Readiness},
+    sale_states::SaleStates,
     trace::Recorder,
 };
 
@@ -205,6 +206,7 @@ impl Server {
         let accepts_first = strategy.needs.contains(&Service::Kafka);
         let app = Arc::new(App {
             strategy: opened,
+            sales: SaleStates::default(),
             readiness: Readiness::new(accepts_first),
             causes: CauseLog::default(),
             metrics: Metrics::new(
@@ -221,6 +223,12 @@ impl Server {
             reservations,
             permits: Arc::new(Semaphore::new(settings.limits.reservations)),
             admin_token: settings.admin_token.clone(),
+            live: LiveFeed::new(
+                About::new(level, strategy, settings),
+                settings.live_peers.clone(),
+                RushTarget::new(settings.rush_url.as_ref(), address),
+            ),
+            has_priority: settings.improvements.order_priority.is_some(),
             limits: settings.limits,
             keep_alive: settings.http_keep_alive,
             stop: stop.clone(),
@@ -242,6 +250,13 @@ impl Server {
             connections,
             app,
         })
+    }
+
+    /// Its breakpoint may pause the process from now on.
+    pub(crate) fn arm_breakpoint(&self) {
+        if let Some(breakpoint) = &self.app.instrumentation.breakpoint {
+            breakpoint.arm();
+        }
     }
 
     /// The address that the server listens on.
@@ -306,6 +321,7 @@ async fn context(
         work: settings.work,
         metrics: StrategyMetrics {
             relay: settings.improvements.outbox_relay.then(RelayMetrics::default),
+            priority: settings.improvements.order_priority.map(|_| PriorityMetrics::default()),
             ..StrategyMetrics::default()
         },
         redis,
@@ -352,6 +368,36 @@ fn instrumentation(settings: &Settings) -> Result<Instrumentation, StartError> {
     })
 }
 
+/// Creates the database if there is none, and migrates it.
+///
+/// # Errors
+/// [`StartError`].
+pub(crate) async fn migrate(level: &'static Level, strategy: &Strategy, settings: &Settings) -> Result<(), StartError> {
+    let url = settings.database_url.as_ref().ok_or(StartError::NoDatabaseUrl)?;
+    database::create(url).await?;
+    database::prepare(
+        &connect_options(level, strategy, url, settings),
+        url,
+        level.name,
+        strategy.schema,
+    )
+    .await
+}
+
+/// How this server connects to its database.
+fn connect_options(
+    level: &'static Level,
+    strategy: &Strategy,
+    url: &DatabaseUrl,
+    settings: &Settings,
+) -> PgConnectOptions {
+    url.options()
+        .clone()
+        .application_name(&format!("{}/{} {}", level.name, strategy.name, settings.instance))
+        .disable_statement_logging()
+        .options(DATABASE_TIMEOUTS)
+}
+
 /// Checks and migrates the database, and creates the pool.
 async fn database(
     level: &'static Level,
@@ -359,12 +405,7 @@ async fn database(
     url: &DatabaseUrl,
     settings: &Settings,
 ) -> Result<Database, StartError> {
-    let connect = url
-        .options()
-        .clone()
-        .application_name(&format!("{}/{} {}", level.name, strategy.name, settings.instance))
-        .disable_statement_logging()
-        .options(DATABASE_TIMEOUTS);
+    let connect = connect_options(level, strategy, url, settings);
     database::prepare(&connect, url, level.name, strategy.schema).await?;
     Ok(Database::lazy(connect, settings.database_pool_size))
 }

@@ -85,6 +85,13 @@ pub struct Settings {
         value_name = "TOKEN"
     )]
     pub admin_token: Option<AdminToken>,
+    /// The origins of other servers, such as http://127.0.0.1:8082: the live page shows their sales beside this one, and theirs
+    /// may show this one. A rush that is started from the page is started there, too, with the same admin token
+    #[arg(long, env = "LIVE_PEERS", value_name = "ORIGIN,…", value_delimiter = ',', value_parser = Origin::from_str)]
+    pub live_peers: Vec<Origin>,
+    /// The balancer that the buyers of a rush from the live page connect to, such as http://127.0.0.1:8080; by default this server
+    #[arg(long, env = "RUSH_URL", value_name = "ORIGIN", value_parser = rush_url)]
+    pub rush_url: Option<Origin>,
     /// The format of log lines on stderr
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
@@ -130,6 +137,8 @@ impl Default for Settings {
             instance: "1".to_owned(),
             work: Duration::ZERO,
             admin_token: None,
+            live_peers: vec![],
+            rush_url: None,
             log_format: LogFormat::Pretty,
             log: LOG.to_owned(),
             trace_file: None,
@@ -304,6 +313,49 @@ impl fmt::Debug for AdminToken {
     }
 }
 
+/// The origin of a server: scheme, host and port, and nothing else.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    url: url::Url,
+    text: String,
+}
+
+impl Origin {
+    /// As browsers write it: without a slash at the end, and without the port that is the default.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// Where a client connects to.
+    pub(crate) fn host_and_port(&self) -> String {
+        let host = self.url.host_str().unwrap_or_default();
+        format!("{host}:{}", self.url.port_or_known_default().unwrap_or(80))
+    }
+}
+
+impl FromStr for Origin {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let malformed = "the origin of a server, such as http://127.0.0.1:8080";
+        let url = url::Url::parse(text).map_err(|_| malformed)?;
+        let is_web = matches!(url.scheme(), "http" | "https") && url.has_host();
+        let is_origin = url.path() == "/" && url.query().is_none() && url.fragment().is_none();
+        if !is_web || !is_origin || !url.username().is_empty() || url.password().is_some() {
+            return Err(malformed);
+        }
+        let text = url.origin().ascii_serialization();
+        Ok(Self { url, text })
+    }
+}
+
+/// The buyers of a rush speak plain HTTP.
+fn rush_url(text: &str) -> Result<Origin, &'static str> {
+    let origin: Option<Origin> = text.parse().ok();
+    let origin = origin.filter(|origin| origin.url.scheme() == "http");
+    origin.ok_or("the origin of a balancer without TLS, such as http://127.0.0.1:8080")
+}
+
 /// Parses a number of this range, or describes it.
 pub(crate) fn whole_number<T: FromStr + PartialOrd>(
     text: &str,
@@ -408,15 +460,22 @@ fn instance(text: &str) -> Result<String, &'static str> {
     Ok(text.to_owned())
 }
 
-/// The variables that name a backend.
-const BACKENDS: [&str; 3] = ["DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS"];
+/// The variables that are not set if they are empty.
+const OPTIONAL: [&str; 7] = [
+    "DATABASE_URL",
+    "REDIS_URL",
+    "KAFKA_BOOTSTRAP_SERVERS",
+    "PAYMENT_URL",
+    "ORDER_TTL_MS",
+    "OVERSOLD_ADMIN_TOKEN",
+    "STRATEGY",
+];
 
-/// Makes an empty variable of a backend count as not set, in a command and its subcommands: so it
-/// is for the tests, the rush and the set-up scripts, and shells and compose files have no other
-/// way to unset one.
+/// Makes an empty variable count as not set, in a command and its subcommands, if it is one that a
+/// script or a compose file sets for some servers only: these have no other way to unset one.
 pub fn unset_if_empty(command: Command) -> Command {
     let is_empty = |argument: &Arg| {
-        let variable = argument.get_env().filter(|name| BACKENDS.iter().any(|it| name == it));
+        let variable = argument.get_env().filter(|name| OPTIONAL.iter().any(|it| name == it));
         variable.and_then(env::var_os).is_some_and(|value| value.is_empty())
     };
     command

@@ -1,7 +1,7 @@
 //! Scheduling points: named places in a strategy at which a test can suspend a request and a trace
-//! is recorded.
+//! is recorded. A server also measures how long its reservations take from each to the next.
 //!
-//! Without an observer, as in production, a scheduling point costs one branch.
+//! Without an observer, as in production, a scheduling point costs the update of a histogram.
 
 use std::{
     fmt,
@@ -11,6 +11,8 @@ use std::{
 };
 
 use futures_util::future::{BoxFuture, Either};
+
+use crate::metrics::StepClock;
 
 /// One arrival of a request at a scheduling point.
 #[derive(Clone, Debug)]
@@ -34,29 +36,46 @@ pub trait Observer: Send + Sync {
 
 /// The scheduling points of one request.
 #[derive(Clone, Default)]
-pub struct Steps(Option<Arc<dyn Observer>>);
+pub struct Steps {
+    observer: Option<Arc<dyn Observer>>,
+    clock: Option<Arc<StepClock>>,
+}
 
 impl Steps {
     /// Scheduling points without an observer.
     pub fn unobserved() -> Self {
-        Self(None)
+        Self::default()
     }
 
     /// Scheduling points that notify this observer.
     pub fn observed_by(observer: Arc<dyn Observer>) -> Self {
-        Self(Some(observer))
+        Self {
+            observer: Some(observer),
+            clock: None,
+        }
+    }
+
+    /// The same scheduling points, measured by this clock.
+    pub(crate) fn timed(self, clock: StepClock) -> Self {
+        Self {
+            clock: Some(Arc::new(clock)),
+            ..self
+        }
     }
 
     /// The observer, if there is one.
     pub(crate) fn observer(&self) -> Option<&dyn Observer> {
-        self.0.as_deref()
+        self.observer.as_deref()
     }
 
     /// Marks a scheduling point: `steps.at("stock read").await`.
     #[track_caller]
     pub fn at(&self, step: &'static str) -> Point<'_> {
+        if let Some(clock) = &self.clock {
+            clock.reached(step);
+        }
         Point {
-            observer: self.0.as_deref(),
+            observer: self.observer(),
             sighting: Sighting {
                 step,
                 saw: None,
@@ -69,7 +88,7 @@ impl Steps {
     /// lock")`.
     #[track_caller]
     pub fn blocked(&self, step: &'static str) {
-        if let Some(observer) = self.0.as_deref() {
+        if let Some(observer) = self.observer() {
             observer.blocked(Sighting {
                 step,
                 saw: None,

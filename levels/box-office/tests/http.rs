@@ -76,6 +76,31 @@ const fn opens_with(headers: &'static [(&'static str, &'static str)], status: u1
     }
 }
 
+const fn starts(body: &'static str, status: u16, problem: &'static str, says: &'static str) -> Case {
+    let (method, path) = ("POST", "/live/rush");
+    Case {
+        method,
+        path,
+        ..opens(body, status, problem, says)
+    }
+}
+
+const fn starts_with(headers: &'static [(&'static str, &'static str)], status: u16, problem: &'static str) -> Case {
+    Case {
+        headers,
+        ..starts(r#"{"buyers": 10, "clicks": 1, "capacity": 100}"#, status, problem, "")
+    }
+}
+
+const fn names(body: &'static str, status: u16, problem: &'static str, says: &'static str) -> Case {
+    let (method, path) = ("POST", "/api/sales/1/vips");
+    Case {
+        method,
+        path,
+        ..opens(body, status, problem, says)
+    }
+}
+
 const fn at(method: &'static str, path: &'static str, status: u16, problem: &'static str) -> Case {
     Case {
         method,
@@ -102,6 +127,7 @@ const CASES: &[Case] = &[
         "key-of-another-buyer",
     ),
     buys_with(&[JSON, ("Idempotency-Key", "unknown-sale")], 404, "unknown-sale"),
+    buys_with(&[JSON, ("Idempotency-Key", "not-vip")], 422, "not-vip"),
     buys_with(&[JSON, ("Idempotency-Key", "overloaded")], 503, "overloaded"),
     buys_with(&[JSON, ("Idempotency-Key", "backlogged")], 503, "backlogged"),
     buys_with(&[JSON, ("Idempotency-Key", "rate-limited")], 429, "rate-limited"),
@@ -147,6 +173,44 @@ const CASES: &[Case] = &[
         "invalid-body",
         "duplicate field `buyer_id`",
     ),
+    // Priority, on a server that has none: it is refused and not ignored.
+    buys(
+        r#"{"buyer_id": 42, "priority": "vip"}"#,
+        422,
+        "no-priority",
+        "ORDER_PRIORITY",
+    ),
+    buys(
+        r#"{"buyer_id": 42, "priority": "VIP"}"#,
+        422,
+        "invalid-body",
+        "`priority`",
+    ),
+    buys(
+        r#"{"buyer_id": 42, "priority": null}"#,
+        422,
+        "invalid-body",
+        "`priority`",
+    ),
+    names("{", 400, "malformed-body", ""),
+    names(r#"{"buyer_ids": [-1]}"#, 422, "invalid-body", "-1 is negative"),
+    names(r#"{"buyer_ids": 42}"#, 422, "invalid-body", "`buyer_ids`"),
+    Case {
+        headers: &[JSON],
+        ..names(r#"{"buyer_ids": [42]}"#, 401, "unauthorized", "")
+    },
+    Case {
+        headers: &[ADMIN],
+        ..names(r#"{"buyer_ids": [42]}"#, 415, "not-json", "")
+    },
+    Case {
+        path: "/api/sales/x/vips",
+        ..names(r#"{"buyer_ids": [42]}"#, 400, "malformed-path", "")
+    },
+    Case {
+        path: "/api/sales/404/vips",
+        ..names(r#"{"buyer_ids": [42]}"#, 404, "unknown-sale", "")
+    },
     // Paths.
     Case {
         path: "/api/sales/-1/reservations",
@@ -192,6 +256,38 @@ const CASES: &[Case] = &[
     },
     at("GET", "/problems/no-such-problem", 404, "not-found"),
     at("GET", "/problems/%ff", 404, "not-found"),
+    // The live page, and the rush from it.
+    at("GET", "/live/-1", 400, "malformed-path"),
+    at("GET", "/live/one/events", 400, "malformed-path"),
+    starts_with(&[JSON], 401, "unauthorized"),
+    starts_with(&[JSON, ("Authorization", "Bearer open-sesam")], 401, "unauthorized"),
+    starts_with(&[ADMIN], 415, "not-json"),
+    starts("{", 400, "malformed-body", ""),
+    starts(r#"{"buyers": 10, "clicks": 1}"#, 422, "invalid-body", "`capacity`"),
+    starts(
+        r#"{"buyers": 2001, "clicks": 1, "capacity": 100}"#,
+        422,
+        "invalid-body",
+        "`buyers`: 2001",
+    ),
+    starts(
+        r#"{"buyers": 0, "clicks": 1, "capacity": 100}"#,
+        422,
+        "invalid-body",
+        "`buyers`: 0",
+    ),
+    starts(
+        r#"{"buyers": 10, "clicks": 3, "capacity": 100}"#,
+        422,
+        "invalid-body",
+        "`clicks`: 3",
+    ),
+    starts(
+        r#"{"buyers": 10, "clicks": 1, "capacity": 1001}"#,
+        422,
+        "invalid-body",
+        "`capacity`: 1001",
+    ),
     // Opening a sale.
     opens_with(&[JSON], 401, "unauthorized"),
     opens_with(&[JSON, ("Authorization", "Bearer open-sesam")], 401, "unauthorized"),
@@ -232,14 +328,16 @@ const CASES: &[Case] = &[
     ),
 ];
 
-/// Problems that need more than one plain request. Each has a test of its own, here or in
-/// `limits.rs`.
-const ELSEWHERE: [&str; 5] = [
+/// Problems that need more than one plain request. Each has a test of its own, here, in `limits.rs`
+/// and `live.rs`, or in the suite of LV.4.
+const ELSEWHERE: [&str; 7] = [
     "body-too-large",
     "body-too-slow",
     "sale-differs",
+    "rush-in-progress",
     "no-admin-token",
     "not-held",
+    "no-priority",
 ];
 
 #[tokio::test]
@@ -266,9 +364,12 @@ async fn every_bad_request_is_answered_with_its_problem() {
 fn documented_as(path: &str) -> &str {
     match path.split('/').collect::<Vec<_>>()[..] {
         ["", "api", "sales", _, "reservations"] => "/api/sales/{id}/reservations",
+        ["", "api", "sales", _, "vips"] => "/api/sales/{id}/vips",
         ["", "api", "sales", _] => "/api/sales/{id}",
         ["", "api", "reservations", _] => "/api/reservations/{id}",
         ["", "api", "reservations", _, "events"] => "/api/reservations/{id}/events",
+        ["", "live", id] if !["events", "rush"].contains(&id) => "/live/{id}",
+        ["", "live", _, "events"] => "/live/{id}/events",
         ["", "problems", _] => "/problems/{name}",
         _ => path,
     }
@@ -566,6 +667,8 @@ async fn metrics_count_events_and_no_label_holds_client_input() {
         r#"oversold_reservations_total{answer="confirmed"} 1"#,
         r#"oversold_reservations_total{answer="sold-out"} 2"#,
         r#"oversold_reservations_total{answer="overloaded"} 1"#,
+        r#"oversold_step_seconds_count{step="asked"} 4"#,
+        r#"oversold_step_seconds_count{step="committed"} 1"#,
         r#"oversold_http_request_duration_seconds_count{method="POST",route="/api/sales/{id}/reservations",status="409"} 2"#,
         r#"oversold_http_request_duration_seconds_count{method="other",route="/api/sales/{id}",status="405"} 1"#,
         r#"oversold_http_request_duration_seconds_count{method="other",route="unknown",status="404"} 2"#,
@@ -587,6 +690,48 @@ async fn metrics_count_events_and_no_label_holds_client_input() {
         !text.contains("BREW") && !text.contains("/where") && !text.contains("/77"),
         "{text}"
     );
+}
+
+/// Also while every connection of the pool is taken: an operator looks when buyers wait.
+#[tokio::test]
+async fn metrics_show_the_latest_sales_as_the_database_has_them() {
+    let server = environment_with(|settings| settings.database_pool_size = 1).await;
+    let mut connection = server.connect().await;
+    let sales = sqlx::raw_sql(
+        "delete from sale;
+         insert into sale select n, 'sale', 100, 100 - n from generate_series(1, 12) as n;",
+    );
+    sales.execute(&mut connection).await.expect("twelve sales");
+    reserve(server.address(), 1, "one").await;
+    reserve(server.address(), 2, "two").await;
+    let holder = server.block_buyer_42().await;
+    let address = server.address();
+    let waiting = tokio::spawn(async move { reserve(address, 42, "wait").await });
+    until("the pool to be exhausted", async || {
+        metric(&server, "oversold_pool_connections_in_use").await == 1.0
+    })
+    .await;
+
+    assert_eq!(metric(&server, r#"oversold_sale_stock{sale="12"}"#).await, 88.0);
+    assert_eq!(metric(&server, r#"oversold_sale_capacity{sale="3"}"#).await, 100.0);
+    assert!(
+        metric(&server, r#"oversold_sale_stock{sale="2"}"#).await.is_nan(),
+        "only the latest ten"
+    );
+    let reserved = r#"oversold_sale_reservations{sale="1",status="confirmed"}"#;
+    assert!(metric(&server, reserved).await.is_nan());
+
+    sqlx::raw_sql("delete from sale where id > 1")
+        .execute(&mut connection)
+        .await
+        .expect("they are gone");
+    assert_eq!(metric(&server, reserved).await, 2.0);
+    assert!(
+        metric(&server, r#"oversold_sale_stock{sale="12"}"#).await.is_nan(),
+        "no sale that is gone"
+    );
+    holder.release().await;
+    assert_eq!(within("the buyer", waiting).await.expect("no panic").status, 201);
 }
 
 #[tokio::test]

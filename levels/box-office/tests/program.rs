@@ -92,6 +92,14 @@ fn main() -> ExitCode {
             "tables_of_another_level_are_exit_code_3",
             tables_of_another_level_are_exit_code_3,
         ),
+        trial(
+            "migrate_creates_the_database_once_and_exits",
+            migrate_creates_the_database_once_and_exits,
+        ),
+        trial(
+            "health_is_whether_the_server_is_ready",
+            health_is_whether_the_server_is_ready,
+        ),
     ]);
     trials.extend(POOLERS.iter().map(pooler::trial));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
@@ -286,6 +294,18 @@ const INVALID_SETTINGS: &[InvalidSetting] = &[
         line: r#"ORDER_TTL_MS (--order-ttl-ms) holds "0"; expected a number of milliseconds, 1 to 86400000"#,
     },
     InvalidSetting {
+        name: "a_priority_of_no_orders_is_named",
+        variables: &[UNREACHABLE],
+        flags: &["--order-priority", "0"],
+        line: r#"ORDER_PRIORITY (--order-priority) holds "0"; expected the number of VIP orders for each other order, 1 to 100"#,
+    },
+    InvalidSetting {
+        name: "priority_for_a_strategy_without_two_queues_is_named",
+        variables: &[UNREACHABLE, ("ORDER_PRIORITY", "4")],
+        flags: &[],
+        line: "ORDER_PRIORITY (--order-priority) is set, but lv0/scripted does not support it: priority",
+    },
+    InvalidSetting {
         name: "a_switch_that_is_neither_on_nor_off_is_named",
         variables: &[UNREACHABLE, ("CIRCUIT_BREAKER", "yes")],
         flags: &[],
@@ -321,6 +341,21 @@ const INVALID_SETTINGS: &[InvalidSetting] = &[
         flags: &[],
         line: "OVERSOLD_ADMIN_TOKEN (--admin-token) holds an invalid value (not shown: it is a secret); \
                expected one or more visible ASCII characters without spaces",
+    },
+    InvalidSetting {
+        name: "a_peer_that_is_more_than_an_origin_is_named",
+        variables: &[
+            UNREACHABLE,
+            ("LIVE_PEERS", "http://127.0.0.1:8082,http://127.0.0.1:8083/live"),
+        ],
+        flags: &[],
+        line: r#"LIVE_PEERS (--live-peers) holds "http://127.0.0.1:8083/live"; expected the origin of a server, such as http://127.0.0.1:8080"#,
+    },
+    InvalidSetting {
+        name: "a_balancer_with_tls_is_named",
+        variables: &[UNREACHABLE, ("RUSH_URL", "https://shop.example")],
+        flags: &[],
+        line: r#"RUSH_URL (--rush-url) holds "https://shop.example"; expected the origin of a balancer without TLS, such as http://127.0.0.1:8080"#,
     },
     InvalidSetting {
         name: "a_trace_file_that_cannot_be_written_is_named",
@@ -456,6 +491,59 @@ fn tables_of_another_level_are_exit_code_3() {
     });
 }
 
+fn migrate_creates_the_database_once_and_exits() {
+    in_a_runtime(async {
+        let environment = environment().await;
+        let url = environment.database.url();
+        let (place, options) = url.split_once('?').unwrap_or((&url, ""));
+        let created = format!("{place}-created?{options}");
+        // Several at once, as if every instance did it; and once more, on what is there.
+        let migrate = || program(&[("DATABASE_URL", &created)], &["--migrate"]);
+        let together: Vec<_> = (0..3).map(|_| migrate().spawn().expect("it runs")).collect();
+        let together = together
+            .into_iter()
+            .map(|child| child.wait_with_output().expect("it ends"));
+        for output in together.chain([migrate().output().expect("it runs")]) {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(
+                (output.status.code(), output.stdout.as_slice()),
+                (Some(0), b"".as_slice()),
+                "{stderr}"
+            );
+        }
+        let name = place.rsplit('/').next().expect("a database");
+        let drop_it = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop database \"{name}-created\"")));
+        drop_it
+            .execute(&mut environment.connect().await)
+            .await
+            .expect("it is there, and nobody is connected");
+    });
+    let unreachable = program(&[UNREACHABLE], &["--migrate"]).output().expect("it runs");
+    assert_eq!(unreachable.status.code(), Some(3));
+}
+
+fn health_is_whether_the_server_is_ready() {
+    in_a_runtime(async {
+        let environment = environment().await;
+        let process = Process::start(&environment, &[]);
+        let port = process.address.port().to_string();
+        let health = || program(&[("PORT", &port)], &["--health"]).output().expect("it runs");
+        assert_eq!(health().status.code(), Some(0));
+
+        let mut connection = environment.connect().await;
+        let broken = sqlx::raw_sql("alter table sale rename to another").execute(&mut connection);
+        broken.await.expect("it is renamed");
+        let output = health();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.starts_with("error: not ready: "), "{stderr}");
+
+        process.signal(Signal::TERM);
+        process.wait();
+        assert_eq!(health().status.code(), Some(1), "nobody listens");
+    });
+}
+
 fn a_strategy_that_cannot_be_opened_is_exit_code_3() {
     in_a_runtime(async {
         let url = environment().await.database;
@@ -486,10 +574,13 @@ fn help_names_every_variable_and_strategy_and_no_secret() {
         "ORDER_TTL_MS",
         "CIRCUIT_BREAKER",
         "OUTBOX_RELAY",
+        "ORDER_PRIORITY",
         "PAYMENT_URL",
         "HOLD_MS",
         "PAYMENT_TIMEOUT_MS",
         "OVERSOLD_ADMIN_TOKEN",
+        "LIVE_PEERS",
+        "RUSH_URL",
         "LOG_FORMAT",
         "OVERSOLD_TRACE_FILE",
         "OVERSOLD_STOP_AT",

@@ -285,39 +285,109 @@ pub static LEVEL: Level = Level {
                 violates: &[],
             }]))
             .needs(&[Service::Kafka]),
-        saga_mutant(
+        single_writer_mutant(
             mutants::RELEASE_REPEATED,
             &[FailureMode {
                 trigger: "a release command is delivered again",
                 violates: &[Invariant::Conservation],
             }],
         ),
-        saga_mutant(
+        single_writer_mutant(
             mutants::TIMEOUT_IS_A_NO,
             &[FailureMode {
                 trigger: "the payment service takes the money and answers late",
                 violates: &[Invariant::PaidOnce],
             }],
         ),
-        saga_mutant(
+        single_writer_mutant(
             mutants::NO_IDEMPOTENCY_KEY,
             &[FailureMode {
                 trigger: "the answer to a charge is lost",
                 violates: &[Invariant::PaidOnce],
             }],
         ),
-        saga_mutant(
+        single_writer_mutant(
             mutants::HOLD_WITHOUT_END,
             &[FailureMode {
                 trigger: "the payment service never answers",
                 violates: &[Invariant::Conservation, Invariant::NothingLost, Invariant::Progress],
             }],
         ),
-        saga_mutant(
+        single_writer_mutant(
             mutants::LATE_PAYMENT_KEPT,
             &[FailureMode {
                 trigger: "the payment service takes the money and never says so",
                 violates: &[Invariant::PaidOnce],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::VIP_BY_REQUEST,
+            &[FailureMode {
+                trigger: "with priority: a buyer who is not named asks for it, and is served first",
+                violates: &[],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::VIPS_WITHOUT_BOUND,
+            &[FailureMode {
+                trigger: "with priority: VIPs come as fast as they are decided, and nobody else's order is",
+                violates: &[],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::NEWEST_FIRST,
+            &[FailureMode {
+                trigger: "with priority, which promises the order of service: a batch has several orders",
+                violates: &[Invariant::Order],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::OFFSET_OF_BOTH_TOPICS,
+            &[FailureMode {
+                trigger: "with priority: no order is ever decided",
+                violates: LOST,
+            }],
+        ),
+        single_writer_mutant(
+            mutants::VIPS_FENCED_ALONE,
+            &[FailureMode {
+                trigger: "with priority: a consumer with VIPs is frozen for longer than its session",
+                violates: OVERSOLD,
+            }],
+        ),
+        single_writer_mutant(
+            mutants::RELEASE_BYPASSES_WRITER,
+            &[FailureMode {
+                trigger: "a ticket comes back while the sale's writer sells another",
+                violates: OVERSOLD,
+            }],
+        ),
+        single_writer_mutant(
+            mutants::RELEASE_COMMANDED_ONCE,
+            &[FailureMode {
+                trigger: "Kafka is away when a ticket is to be released",
+                violates: &[Invariant::Conservation, Invariant::NothingLost, Invariant::Progress],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::REFUND_ASKED_ONCE,
+            &[FailureMode {
+                trigger: "the charge is still being processed when its refund is asked for",
+                violates: &[Invariant::PaidOnce],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::CANCELLED_WITHOUT_REFUND,
+            &[FailureMode {
+                trigger: "a buyer cancels after the money was taken, and the payment service never says so",
+                violates: &[Invariant::PaidOnce],
+            }],
+        ),
+        single_writer_mutant(
+            mutants::LATE_APPROVAL_CONFIRMS,
+            &[FailureMode {
+                trigger: "a payment is approved after its ticket was released and sold again",
+                violates: &[Invariant::NoOversell, Invariant::Conservation, Invariant::PaidOnce],
             }],
         ),
         mutant(mutants::ACCEPTED_IS_UNKNOWN).guarantee(ANYWHERE.except(&[FailureMode {
@@ -327,7 +397,7 @@ pub static LEVEL: Level = Level {
     ],
 };
 
-/// The improvements that both strategies support. `single-writer` has one more.
+/// The improvements that both strategies support. `single-writer` has two more.
 const IMPROVEMENTS: &[Improvement] = &[
     Improvement::RateLimiting,
     Improvement::MessageTtl,
@@ -335,12 +405,14 @@ const IMPROVEMENTS: &[Improvement] = &[
     Improvement::OutboxRelay,
 ];
 
-/// A ticket can come back only where one writer changes the stock.
+/// A ticket can come back only where one writer changes the stock, and only where the orders of a sale
+/// are in a queue has anybody a place in it.
 const SINGLE_WRITER_IMPROVEMENTS: &[Improvement] = &[
     Improvement::RateLimiting,
     Improvement::MessageTtl,
     Improvement::CircuitBreaker,
     Improvement::OutboxRelay,
+    Improvement::Priority,
     Improvement::Saga,
 ];
 
@@ -351,8 +423,8 @@ const fn strategy<S: Open>(name: &'static str, summary: &'static str) -> Strateg
         .improvements(IMPROVEMENTS)
 }
 
-/// A mutant of `single-writer` with a mistake in its saga.
-const fn saga_mutant(mutant: Mutant, failure_modes: &'static [FailureMode]) -> Strategy {
+/// A mutant of `single-writer` with a mistake in an improvement that only this strategy has.
+const fn single_writer_mutant(mutant: Mutant, failure_modes: &'static [FailureMode]) -> Strategy {
     Strategy::mutant(mutant, BARE)
         .guarantee(ANYWHERE.except(failure_modes))
         .needs(&[Service::Kafka])

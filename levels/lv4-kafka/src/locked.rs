@@ -75,7 +75,7 @@ impl Locked {
             let mut config = consumer_config(&self.pipeline.kafka);
             config.set("enable.auto.commit", "false");
             // ANCHOR_END: consumer
-            let consumer = OrderConsumer::subscribe(&self.pipeline.kafka, &config)?;
+            let consumer = self.pipeline.subscribe(&config)?;
             let steps = self
                 .pipeline
                 .context
@@ -342,7 +342,7 @@ impl Reserve for Locked {
         steps.at("order checked").await;
 
         // Keyed by its own id: the orders of a sale are spread over all partitions.
-        let record = FutureRecord::to(&self.pipeline.topic)
+        let record = FutureRecord::to(self.pipeline.topics.of(order.priority))
             .key(id.as_bytes())
             .payload(&message);
         self.pipeline.send(record).await?;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::{CauseLog, Indeterminate, ReserveError, StrategyContext};
+use box_office::{CauseLog, Indeterminate, LostLeases, ReserveError, StrategyContext};
 use redis::{
     Client, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, Script,
     aio::{ConnectionManager, ConnectionManagerConfig},
@@ -40,6 +40,7 @@ pub struct LockClient {
     lease: Duration,
     release: Script,
     causes: CauseLog,
+    lost_leases: LostLeases,
 }
 
 /// A lock that was acquired. [`LockClient::release`] releases it; otherwise it expires with its
@@ -71,6 +72,7 @@ impl LockClient {
             prefix: settings.prefix.clone(),
             lease: settings.lease,
             causes: CauseLog::default(),
+            lost_leases: context.metrics.lost_leases.clone(),
             release: Script::new(
                 "if redis.call('get', KEYS[1]) == ARGV[1] then
                      return redis.call('del', KEYS[1])
@@ -136,10 +138,14 @@ impl LockClient {
 
     /// Releases a lock if the owner still holds it.
     pub async fn release(&self, held: HeldLock) {
-        if let Err(why) = self.try_release(&held, &mut self.redis()).await {
-            self.replace_if_silent(&why).await;
-            self.causes
-                .warn("a lock could not be released; it expires with its lease", &why);
+        match self.try_release(&held, &mut self.redis()).await {
+            Ok(0) => self.lost_leases.count(),
+            Ok(_) => {}
+            Err(why) => {
+                self.replace_if_silent(&why).await;
+                self.causes
+                    .warn("a lock could not be released; it expires with its lease", &why);
+            }
         }
     }
 

@@ -20,6 +20,10 @@
 //! on a stock that never rises: the stock is read in the transaction of each batch. An order that
 //! was refused stays refused, though a ticket comes back later; its buyer may order again.
 //!
+//! With `ORDER_PRIORITY` the orders of VIPs are in a second topic, and are decided first. A sale has
+//! the same partition number in both, and one consumer owns both partitions (`priority.rs`); a batch
+//! moves the offsets of both, so both together are the fence.
+//!
 //! Guarantee: keeps every invariant except the order of arrival, on any number of instances. Orders
 //! are decided in the order in which the broker appended them.
 //!
@@ -31,7 +35,7 @@
 //! output). Book: LV.4, "single-writer".
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -47,14 +51,17 @@ use uuid::Uuid;
 use crate::{
     decision_row::DecisionRow,
     pipeline::{
-        Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
-        consumer_config, notify_payloads,
+        Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPartition,
+        OrderPipeline, PoisonMessage, consumer_config, notify_payloads,
     },
     saga::{self, Sagas},
 };
 
 /// The maximum number of messages of a batch.
 const MAX_BATCH: usize = 2000;
+
+/// The same with priority: a VIP waits for the batch that has been begun.
+const MAX_BATCH_WITH_PRIORITY: usize = 200;
 
 /// Processes the orders of a partition in batches, one transaction each.
 #[derive(Clone)]
@@ -83,6 +90,19 @@ impl BatchState {
     }
 }
 
+/// An offset of each partition of a batch.
+type Offsets = BTreeMap<OrderPartition, i64>;
+
+/// The first offset of each partition of a batch, and the offset behind its last.
+fn offsets(batch: &[ConsumedMessage]) -> (Offsets, Offsets) {
+    let (mut first, mut next) = (Offsets::new(), Offsets::new());
+    for message in batch {
+        first.entry(message.partition).or_insert(message.offset);
+        next.insert(message.partition, message.offset + 1);
+    }
+    (first, next)
+}
+
 /// An order and its refusal, or `None`: it gets a ticket.
 type Decision = (OrderMessage, Option<Refusal>);
 
@@ -101,7 +121,7 @@ impl SingleWriter {
         for number in 1..=self.pipeline.kafka.consumers {
             let mut config = consumer_config(&self.pipeline.kafka);
             config.set("enable.auto.commit", "false");
-            let consumer = OrderConsumer::subscribe(&self.pipeline.kafka, &config)?;
+            let consumer = self.pipeline.subscribe(&config)?;
             let steps = self
                 .pipeline
                 .context
@@ -117,30 +137,31 @@ impl SingleWriter {
     /// Processes batches until shutdown.
     async fn run_consumer(self, consumer: OrderConsumer, steps: Steps) {
         let mut backoff = Backoff::default();
-        while let Some(arrived) = consumer.poll_batch(MAX_BATCH, &self.pipeline.stop).await {
+        while let Some(arrived) = consumer.poll_batch(self.max_batch(), &self.pipeline.stop).await {
+            // By their numbers: with priority, a sale has messages of two topics in one batch.
             let mut batches: BTreeMap<i32, Vec<ConsumedMessage>> = BTreeMap::new();
             for message in arrived {
-                batches.entry(message.partition).or_default().push(message);
+                batches.entry(message.partition.number).or_default().push(message);
             }
-            let mut retry_from = BTreeMap::new();
-            for (partition, batch) in batches {
+            let mut retry_from = Offsets::new();
+            for (number, batch) in batches {
                 if self.pipeline.stop.is_cancelled() {
                     break; // messages not begun are redelivered to the partition's next owner
                 }
-                let (first, next) = (batch[0].offset, batch[batch.len() - 1].offset + 1);
-                let processed = self.process(partition, batch, &consumer, &steps);
+                let (first, next) = offsets(&batch);
+                let processed = self.process(number, batch, &consumer, &steps);
                 match self.pipeline.on_postgres(processed).await {
                     Ok(resume_at) if resume_at == next => {
-                        consumer.commit_offset(partition, next);
-                        self.pipeline.dead_letters.forget_below(partition, next);
+                        for (partition, next) in next {
+                            consumer.commit_offset(partition, next);
+                            self.pipeline.dead_letters.forget_below(partition, next);
+                        }
                         steps.at("offsets committed").await;
                     }
-                    Ok(resume_at) => {
-                        retry_from.insert(partition, resume_at);
-                    }
+                    Ok(resume_at) => retry_from.extend(resume_at),
                     Err(why) => {
                         self.pipeline.log_retry(&why);
-                        retry_from.insert(partition, first);
+                        retry_from.extend(first);
                     }
                 }
             }
@@ -159,46 +180,43 @@ impl SingleWriter {
     }
     // ANCHOR_END: loop
 
+    fn max_batch(&self) -> usize {
+        match self.pipeline.context.improvements.order_priority {
+            None => MAX_BATCH,
+            Some(_) => MAX_BATCH_WITH_PRIORITY,
+        }
+    }
+
     // ANCHOR: process
-    /// Processes a batch of one partition in one transaction. Returns the offset at which to
-    /// resume: after the batch, or further back.
+    /// Processes a batch of the partitions of one number in one transaction. Returns the offsets at
+    /// which to resume: after the batch, or further back.
     ///
     /// # Errors
     /// [`Indeterminate`](ReserveError::Indeterminate) if the batch must be retried.
     async fn process(
         &self,
-        partition: i32,
+        number: i32,
         mut batch: Vec<ConsumedMessage>,
         consumer: &OrderConsumer,
         steps: &Steps,
-    ) -> Result<i64, ReserveError> {
+    ) -> Result<Offsets, ReserveError> {
         steps.at("batch taken").saw(batch.len()).await;
-        let (first, last) = (batch[0].offset, batch[batch.len() - 1].offset);
-        let fence = self.next_offset(partition, consumer).await?;
-        // The orders in between have no rows here, whatever the group has committed: this database
-        // was restored from a backup, or is a replica that lacked the last transactions when it was
-        // promoted.
-        if fence < first && !consumer.has_rewound_to(partition, fence) {
-            tracing::warn!(
-                partition,
-                next_offset = fence,
-                first_offset = first,
-                "the database's offset is behind this batch: seeking back to it"
-            );
-            return Ok(fence);
+        let (first, next) = offsets(&batch);
+        let mut fences = Offsets::new();
+        for &priority in self.pipeline.priorities() {
+            let partition = OrderPartition { priority, number };
+            fences.insert(partition, self.next_offset(partition, consumer).await?);
         }
-        if fence < first {
-            tracing::error!(
-                partition,
-                next_offset = fence,
-                first_offset = first,
-                "DATA LOSS: the messages from the database's offset to this batch were never processed, and the topic no longer has them"
-            );
+        if let Some(resume_at) = missed(&fences, &first, consumer) {
+            return Ok(resume_at);
         }
 
         let releases = saga::take_releases(&mut batch, &self.pipeline.ids);
         let orders = self.orders(batch).await?;
         let mut tx = self.pipeline.context.begin().await?;
+        if !releases.is_empty() && !self.lock_offsets(&mut tx, &fences).await? {
+            return Ok(first);
+        }
         // First: what comes back may be taken by an order of the same batch.
         saga::release(&mut tx, &releases).await?;
         let state = read(&mut tx, &orders).await?;
@@ -206,43 +224,52 @@ impl SingleWriter {
         // Orders below the fence are decided, and only their commit to Kafka is missing. Their ids
         // prove it, not their offsets: a recreated topic, or a broker that has lost the end of its
         // log, reuses offsets.
-        let offsets_reused = orders
+        let reused = orders
             .iter()
-            .any(|(message, order)| message.offset < fence && state.is_pending(order));
-        if offsets_reused {
+            .filter(|(message, order)| message.offset < fences[&message.partition] && state.is_pending(order));
+        let reused: BTreeSet<OrderPartition> = reused.map(|(message, _)| message.partition).collect();
+        if !reused.is_empty() {
             tracing::error!(
-                partition,
-                first_offset = first,
-                next_offset = fence,
+                ?first,
+                ?fences,
                 "offsets are reused: the topic was recreated, or its log truncated; orders below the database's offset are decided all the same"
             );
         }
-        let next = if offsets_reused { last + 1 } else { fence.max(last + 1) };
         let decisions = self.decide_batch(state, orders).await?;
         let granted = self.granted();
         steps.at("batch decided").saw(decisions.len()).await;
         self.pipeline.context.simulate_work().await;
 
-        let moved = sqlx::query(
-            "update partition_offset
-                set next_offset = $4
-              where topic = $1
-                and partition = $2
-                and next_offset = $3",
-        )
-        .bind(&self.pipeline.topic)
-        .bind(partition)
-        .bind(fence)
-        .bind(next)
-        .execute(&mut *tx)
-        .await?;
-        if moved.rows_affected() == 0 {
-            tracing::warn!(partition, fence, "fenced: another consumer has processed this batch");
-            return Ok(first);
+        // With priority both, in this order: also that of a topic from which nothing has come.
+        for (partition, fence) in fences {
+            let moved = sqlx::query(
+                "update partition_offset
+                    set next_offset = $4
+                  where topic = $1
+                    and partition = $2
+                    and next_offset = $3",
+            )
+            .bind(self.pipeline.topics.of(partition.priority))
+            .bind(partition.number)
+            .bind(fence)
+            .bind(match next.get(&partition) {
+                None => fence,
+                Some(&next) if reused.contains(&partition) => next,
+                Some(&next) => fence.max(next),
+            })
+            .execute(&mut *tx)
+            .await?;
+            if moved.rows_affected() == 0 {
+                tracing::warn!(%partition, fence, "fenced: another consumer has processed orders of these sales");
+                return Ok(first);
+            }
         }
         write(&mut tx, &decisions, granted).await?;
         self.hold(&mut tx, &decisions).await?;
         append_to_outbox(&mut tx, &decisions, granted).await?;
+        if self.pipeline.vips.is_some() {
+            record_order(&mut tx, &decisions, &self.pipeline).await?;
+        }
         steps.at("rows written").await;
         tx.commit().await?;
         self.sagas.iter().for_each(|sagas| sagas.wake());
@@ -251,22 +278,24 @@ impl SingleWriter {
             .iter()
             .filter(|(_, refused)| *refused == Some(Refusal::Expired));
         self.pipeline.count_expired(expired.count());
-        Ok(last + 1)
+        self.count_decided(&decisions);
+        Ok(next)
     }
     // ANCHOR_END: process
 
     // ANCHOR: next-offset
     /// The next offset of a partition to process, as the database has it. Of a new partition: its
     /// log start offset.
-    async fn next_offset(&self, partition: i32, consumer: &OrderConsumer) -> Result<i64, ReserveError> {
+    async fn next_offset(&self, partition: OrderPartition, consumer: &OrderConsumer) -> Result<i64, ReserveError> {
+        let topic = self.pipeline.topics.of(partition.priority);
         let next = sqlx::query_scalar(
             "select next_offset
                from partition_offset
               where topic = $1
                 and partition = $2",
         )
-        .bind(&self.pipeline.topic)
-        .bind(partition)
+        .bind(topic)
+        .bind(partition.number)
         .fetch_optional(&self.pipeline.context.database)
         .await
         // For a consumer, a pool without a connection is no load: Postgres is away.
@@ -280,14 +309,51 @@ impl SingleWriter {
              values ($1, $2, $3)
                  on conflict do nothing",
         )
-        .bind(&self.pipeline.topic)
-        .bind(partition)
+        .bind(topic)
+        .bind(partition.number)
         .bind(earliest)
         .execute(&self.pipeline.context.database)
         .await?;
         Ok(earliest)
     }
     // ANCHOR_END: next-offset
+
+    /// Counts decisions by priority, if there is any.
+    fn count_decided(&self, decisions: &[Decision]) {
+        let Some(metrics) = &self.pipeline.context.metrics.priority else {
+            return;
+        };
+        for (order, _) in decisions {
+            if let Some((partition, _)) = order.read_from {
+                metrics.count_decided(partition.priority, 1);
+            }
+        }
+    }
+
+    /// Locks the offsets, before a release locks the sale. A batch without releases locks them in
+    /// the same order: in opposite orders, a consumer that is fenced and its successor would
+    /// deadlock. Returns whether this consumer is not fenced.
+    async fn lock_offsets(&self, tx: &mut Transaction, fences: &Offsets) -> Result<bool, ReserveError> {
+        for (partition, fence) in fences {
+            let locked = sqlx::query(
+                "select
+                   from partition_offset
+                  where topic = $1
+                    and partition = $2
+                    and next_offset = $3
+                    for update",
+            )
+            .bind(self.pipeline.topics.of(partition.priority))
+            .bind(partition.number)
+            .bind(fence)
+            .execute(&mut **tx)
+            .await?;
+            if locked.rows_affected() == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
 
     /// The first status of an order that gets a ticket.
     fn granted(&self) -> &'static str {
@@ -360,6 +426,35 @@ impl SingleWriter {
         Ok(decisions)
     }
     // ANCHOR_END: decide_batch
+}
+
+/// The offsets at which to resume, if the database lacks messages before a batch. `None`: it lacks
+/// none that the topics still have.
+///
+/// Those in between have no rows here, whatever the group has committed: this database was restored
+/// from a backup, or is a replica that lacked the last transactions when it was promoted.
+fn missed(fences: &Offsets, first: &Offsets, consumer: &OrderConsumer) -> Option<Offsets> {
+    let mut resume_at = first.clone();
+    for (&partition, &first) in first {
+        let fence = fences[&partition];
+        if fence < first && !consumer.has_rewound_to(partition, fence) {
+            tracing::warn!(
+                %partition,
+                next_offset = fence,
+                first_offset = first,
+                "the database's offset is behind this batch: seeking back to it"
+            );
+            resume_at.insert(partition, fence);
+        } else if fence < first {
+            tracing::error!(
+                %partition,
+                next_offset = fence,
+                first_offset = first,
+                "DATA LOSS: the messages from the database's offset to this batch were never processed, and the topic no longer has them"
+            );
+        }
+    }
+    (resume_at != *first).then_some(resume_at)
 }
 
 /// Reads the state on which the orders of a batch depend.
@@ -444,6 +539,41 @@ async fn write(tx: &mut Transaction, decisions: &[Decision], granted: &'static s
     Ok(())
 }
 
+/// Records where each order stood in its topic, in the order of the decisions: the record by which the
+/// judge checks that order.
+async fn record_order(
+    tx: &mut Transaction,
+    decisions: &[Decision],
+    pipeline: &OrderPipeline,
+) -> Result<(), ReserveError> {
+    let orders = decisions.iter().map(|(order, _)| order);
+    let places = orders.filter_map(|order| order.read_from.map(|(partition, offset)| (order.id, partition, offset)));
+    let places: Vec<(Uuid, OrderPartition, i64)> = places.collect();
+    let topic = |partition: &OrderPartition| pipeline.topics.of(partition.priority);
+    sqlx::query(
+        "insert into decision (reservation_id, topic, partition, log_offset)
+            select *
+              from unnest($1::uuid[], $2::text[], $3::integer[], $4::bigint[])",
+    )
+    .bind(places.iter().map(|(id, ..)| *id).collect::<Vec<_>>())
+    .bind(
+        places
+            .iter()
+            .map(|(_, partition, _)| topic(partition))
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        places
+            .iter()
+            .map(|(_, partition, _)| partition.number)
+            .collect::<Vec<_>>(),
+    )
+    .bind(places.iter().map(|(.., offset)| *offset).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
 /// Appends the events to the outbox, in the transaction of the rows: all are stored, or none is.
 async fn append_to_outbox(tx: &mut Transaction, decisions: &[Decision], granted: &str) -> Result<(), ReserveError> {
     // Only the event of a ticket that is held is not the last of its order.
@@ -492,7 +622,8 @@ impl Reserve for SingleWriter {
         // Keyed by its sale: all orders of a sale are in one partition, in the order in which the
         // broker appended them.
         let sale = order.sale.to_be_bytes();
-        let record = FutureRecord::to(&self.pipeline.topic).key(&sale).payload(&message);
+        let topic = self.pipeline.topics.of(order.priority);
+        let record = FutureRecord::to(topic).key(&sale).payload(&message);
         let delivered = self.pipeline.send(record).await?;
         steps.at("acknowledged").await;
         if let Some(ttl) = &self.pipeline.ttl {
@@ -517,6 +648,13 @@ impl Reserve for SingleWriter {
 
     async fn cancel(&self, id: Uuid) -> Result<bool, ReserveError> {
         saga::cancel(&self.pipeline.context.database, id).await
+    }
+
+    async fn name_vips(&self, sale: SaleId, buyers: &[BuyerId]) -> Result<(), ReserveError> {
+        match &self.pipeline.vips {
+            Some(vips) => vips.name(sale, buyers).await,
+            None => Ok(()),
+        }
     }
 
     async fn close(&self) {

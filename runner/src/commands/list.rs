@@ -15,6 +15,8 @@ struct Listed {
     clicks: u32,
     /// The services besides Postgres.
     needs: Vec<&'static str>,
+    /// What its settings can switch on.
+    improvements: Vec<&'static str>,
     single_instance: Codes,
     multi_instance: Codes,
     failure_modes: Vec<ListedFailureMode>,
@@ -63,6 +65,11 @@ fn listed() -> Vec<Listed> {
             mutant: strategy.is_mutant(),
             clicks: strategy.clicks,
             needs: strategy.needs.iter().map(|service| service.name()).collect(),
+            improvements: strategy
+                .improvements
+                .iter()
+                .map(|improvement| improvement.name())
+                .collect(),
             single_instance: strategy.guarantee.single_instance.into(),
             multi_instance: strategy.guarantee.multi_instance.into(),
             failure_modes: strategy
@@ -107,6 +114,7 @@ fn print_text() {
 pub(crate) fn summary(promises: &Promises) -> String {
     let [breaks, open] = [Promise::Breaks, Promise::NotPromised].map(|promise| codes(promises.those(promise)));
     match (breaks.as_str(), promises.about(Invariant::Order)) {
+        ("", _) if open.is_empty() => "keeps all".to_owned(),
         ("", _) => format!("keeps all but {open}"),
         _ => format!("breaks {breaks}; promises nothing about {open}"),
     }

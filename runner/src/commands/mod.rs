@@ -10,5 +10,8 @@ pub(crate) mod list;
 pub(crate) mod red;
 pub(crate) mod rush;
 pub(crate) mod serve;
+pub(crate) mod size;
 pub(crate) mod source;
+pub(crate) mod stand;
+pub(crate) mod tool;
 pub(crate) mod trace;

@@ -4,8 +4,8 @@ use std::fmt;
 
 use box_office::Invariant;
 use harness::{
-    history::Entry,
-    rush::{Answers, Latency, Report},
+    history::{Entry, Status},
+    rush::{Answers, Latency, Report, Rush},
 };
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +78,9 @@ pub struct StrategyResult {
     /// What was paid, if the sale takes payments.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payments: Option<Payments>,
+    /// Who has a ticket, if some buyers had priority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<ByPriority>,
     /// The clients' share of the machine's processors, from 0 to 1.
     pub client_share: f64,
     /// Every invariant that was violated.
@@ -111,6 +114,34 @@ impl Payments {
             calls: report.payment_calls?,
             charges: count(Entry::Charge),
             refunds: count(Entry::Refund),
+        })
+    }
+}
+
+/// Who has a ticket, of the buyers with priority and of the others.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ByPriority {
+    /// Buyers with priority.
+    pub vips: u32,
+    /// Those of them with a ticket.
+    pub vips_with_ticket: u64,
+    /// The other buyers.
+    pub others: u32,
+    /// Those of them with a ticket.
+    pub others_with_ticket: u64,
+}
+
+impl ByPriority {
+    /// Who has a ticket after a rush. `None`: nobody had priority.
+    pub fn of(rush: &Rush, report: &Report) -> Option<Self> {
+        let rows = report.history.rows.as_ref().filter(|_| rush.vips > 0)?;
+        let with_ticket = rows.iter().filter(|row| row.status == Status::Confirmed);
+        let (vips, others): (Vec<_>, Vec<_>) = with_ticket.partition(|row| !rush.priority_of(row.buyer).is_normal());
+        Some(Self {
+            vips: rush.vips,
+            vips_with_ticket: vips.len() as u64,
+            others: rush.buyers - rush.vips,
+            others_with_ticket: others.len() as u64,
         })
     }
 }

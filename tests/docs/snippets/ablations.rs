@@ -9,7 +9,7 @@ use crate::root;
 const FOLDER: &str = "book/ablations";
 
 /// The name of the record, the improvement with its page, its setting, and the fault.
-const ABLATIONS: [[&str; 4]; 5] = [
+const ABLATIONS: [[&str; 4]; 6] = [
     [
         "rate-limit",
         "[rate limiting](rate-limit.md)",
@@ -21,6 +21,12 @@ const ABLATIONS: [[&str; 4]; 5] = [
         "[time to live](ttl.md)",
         "`ORDER_TTL_MS`",
         "orders wait until their buyers have left",
+    ],
+    [
+        "priority",
+        "[priority](priority.md)",
+        "`ORDER_PRIORITY`",
+        "20 VIPs come after 40 others",
     ],
     [
         "circuit-breaker",

@@ -7,8 +7,12 @@ use std::{
     process::Command,
 };
 
-use oversold::results::{RunMetadata, rush::RushResults};
+use oversold::{
+    results::{RunMetadata, rush::RushResults},
+    sizing::{Demand, Measured},
+};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::{road, tables};
 use crate::{Problem, none, only, pages, root};
@@ -80,7 +84,31 @@ fn made() -> Vec<Table> {
             [vec![ROAD.to_owned(), ROAD_3.to_owned()], sustained].concat(),
             road::all_levels,
         ),
+        Table::new(
+            "sizing-lv4",
+            ["lv4-accept-single-writer", "lv4-drain-single-writer", ROAD],
+            |_: &[Value]| sizing("lv4/single-writer"),
+        ),
+        Table::new(
+            "sizing-lv2",
+            ["lv2-bench-conditional-update", "lv2-pools-conditional-update"],
+            |_: &[Value]| sizing("lv2/conditional-update"),
+        ),
     ]
+}
+
+/// What sales of three sizes take, as `oversold size` computes it.
+fn sizing(strategy: &str) -> String {
+    let demands = [10_000, 1_000_000, 5_000_000].map(|buyers| Demand {
+        buyers,
+        minutes: 10,
+        peak: 5,
+        sales: 1,
+    });
+    match Measured::read(strategy, &root().join("results")) {
+        Ok(measured) => measured.markdown(&demands),
+        Err(why) => format!("{NOT_MEASURED}: {why:#}\n"),
+    }
 }
 
 /// All strategies of all levels on one instance. In each round they take turns, so other load on the machine affects them alike, and all have

@@ -151,6 +151,7 @@ fn history() -> History {
         rows: Some(rows),
         faults: vec![],
         payments: None,
+        decisions: None,
     }
 }
 

@@ -1,11 +1,12 @@
-//! The final state of a sale: its stock and rows, read through the two views that every level has.
+//! The final state of a sale: its stock and rows, read through the two views that every level has;
+//! and the record of the order of its decisions, where a level keeps one.
 
 use anyhow::anyhow;
 use box_office::{BuyerId, SaleId};
 use sqlx::{AssertSqlSafe, PgPool};
 use uuid::Uuid;
 
-use crate::history::{Row, Status};
+use crate::history::{Decision, Row, Status};
 
 /// A sale in the database.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub struct Sold {
     pub stock: i64,
     /// Every reservation.
     pub rows: Vec<Row>,
+    /// Where each decided order stood in its queue, if that is recorded.
+    pub decisions: Option<Vec<Decision>>,
 }
 
 /// Reads a sale. The result is meaningful only at quiescence.
@@ -28,7 +31,7 @@ pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
         .fetch_one(pool)
         .await?;
     // Only the levels whose tickets can come back tell when one did.
-    let released_at = if has_releases(pool).await? {
+    let released_at = if has_column(pool, "reservation_now", "released_at").await? {
         "released_at"
     } else {
         "null::timestamptz"
@@ -75,18 +78,51 @@ pub async fn read(pool: &PgPool, sale: SaleId) -> anyhow::Result<Sold> {
         capacity: capacity.try_into()?,
         stock,
         rows: rows.collect::<anyhow::Result<_>>()?,
+        decisions: decisions(pool, sale).await?,
     })
 }
 
-/// Whether the rows tell when a ticket was released.
-async fn has_releases(pool: &PgPool) -> sqlx::Result<bool> {
+/// Reads where each decided order stood in its queue. `None`: nothing is recorded.
+async fn decisions(pool: &PgPool, sale: SaleId) -> anyhow::Result<Option<Vec<Decision>>> {
+    if !has_column(pool, "decision_now", "number").await? {
+        return Ok(None);
+    }
+    let recorded: Vec<(i64, Uuid, String, i32, i64)> = sqlx::query_as(
+        "select distinct number, reservation_id, topic, partition, log_offset
+           from decision_now
+           join reservation_now on reservation_now.id = reservation_id
+          where sale_id = $1
+          order by number",
+    )
+    .bind(sale)
+    .fetch_all(pool)
+    .await?;
+    let decisions = recorded
+        .into_iter()
+        .map(|(number, reservation, topic, partition, offset)| {
+            Ok(Decision {
+                number: u64::try_from(number)?,
+                reservation,
+                topic,
+                partition,
+                offset: u64::try_from(offset)?,
+            })
+        });
+    let decisions: Vec<Decision> = decisions.collect::<anyhow::Result<_>>()?;
+    Ok((!decisions.is_empty()).then_some(decisions))
+}
+
+/// Whether a view has a column: not every level has all of them.
+async fn has_column(pool: &PgPool, view: &str, column: &str) -> sqlx::Result<bool> {
     sqlx::query_scalar(
         "select exists (select
                           from information_schema.columns
                          where table_schema = current_schema()
-                           and table_name = 'reservation_now'
-                           and column_name = 'released_at')",
+                           and table_name = $1
+                           and column_name = $2)",
     )
+    .bind(view)
+    .bind(column)
     .fetch_one(pool)
     .await
 }

@@ -32,6 +32,8 @@ pub struct History {
     pub faults: Vec<Fault>,
     /// The ledger of the payment service at quiescence. `None`: the sale takes no payments.
     pub payments: Option<Vec<Payment>>,
+    /// Where each decided order stood in its queue. `None`: the strategy keeps no record of it.
+    pub decisions: Option<Vec<Decision>>,
 }
 
 /// The first line: the sale and the limits of the run.
@@ -133,6 +135,8 @@ pub enum Refused {
     Cancelled,
     /// Too many requests from this client.
     RateLimited,
+    /// The request claimed a priority that the buyer does not have.
+    NotVip,
 }
 
 impl Refused {
@@ -150,6 +154,7 @@ impl Refused {
             ProblemKind::KeyOfAnotherBuyer => Some(Self::KeyOfAnotherBuyer),
             ProblemKind::UnknownSale => Some(Self::UnknownSale),
             ProblemKind::Expired => Some(Self::Expired),
+            ProblemKind::NotVip => Some(Self::NotVip),
             _ => None,
         }
     }
@@ -163,6 +168,7 @@ impl From<Refusal> for Refused {
             Refusal::KeyOfAnotherBuyer => Self::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Self::UnknownSale,
             Refusal::Expired => Self::Expired,
+            Refusal::NotVip => Self::NotVip,
         }
     }
 }
@@ -261,6 +267,23 @@ pub enum Entry {
     Refund,
 }
 
+/// The place of a decided order in its queue: a partition of a topic. Offsets count the orders of a
+/// queue as they were accepted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Decision {
+    /// Numbers the decisions of a queue as they were taken.
+    pub number: u64,
+    /// The reservation.
+    pub reservation: Uuid,
+    /// The topic.
+    pub topic: String,
+    /// The partition of the topic.
+    pub partition: i32,
+    /// The offset in the partition.
+    pub offset: u64,
+}
+
 /// One line of a history file.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -270,10 +293,13 @@ enum Line {
     Row(Row),
     Fault(Fault),
     Payment(Payment),
+    Decision(Decision),
     /// Marks the rows in the file as complete.
     RowsComplete,
     /// Marks the payments in the file as complete.
     PaymentsComplete,
+    /// Marks the decisions in the file as complete.
+    DecisionsComplete,
 }
 
 /// Why a history file can't be read.
@@ -321,6 +347,12 @@ impl History {
             }
             line(&Line::PaymentsComplete)?;
         }
+        if let Some(decisions) = &self.decisions {
+            for decision in decisions {
+                line(&Line::Decision(decision.clone()))?;
+            }
+            line(&Line::DecisionsComplete)?;
+        }
         Ok(())
     }
 
@@ -330,8 +362,9 @@ impl History {
     /// [`Unreadable::Line`] if a line is invalid, [`Unreadable::Io`] if reading fails.
     pub fn read(input: impl BufRead) -> Result<Self, Unreadable> {
         let mut header: Option<Header> = None;
-        let (mut rows_complete, mut payments_complete) = (false, false);
-        let (mut requests, mut rows, mut faults, mut payments) = (vec![], vec![], vec![], vec![]);
+        let (mut rows_complete, mut payments_complete, mut decisions_complete) = (false, false, false);
+        let (mut requests, mut rows, mut faults) = (vec![], vec![], vec![]);
+        let (mut payments, mut decisions) = (vec![], vec![]);
         for (index, text) in input.lines().enumerate() {
             let wrong = |problem: String| Unreadable::Line {
                 line: index + 1,
@@ -354,8 +387,10 @@ impl History {
                 (Line::Row(row), _) => rows.push(row),
                 (Line::Fault(fault), _) => faults.push(fault),
                 (Line::Payment(payment), _) => payments.push(payment),
+                (Line::Decision(decision), _) => decisions.push(decision),
                 (Line::RowsComplete, _) => rows_complete = true,
                 (Line::PaymentsComplete, _) => payments_complete = true,
+                (Line::DecisionsComplete, _) => decisions_complete = true,
             }
         }
         let header = header.ok_or(Unreadable::Line {
@@ -363,7 +398,7 @@ impl History {
             problem: "the file is empty".into(),
         })?;
         let ends_before = |marker| Unreadable::Line {
-            line: 1 + requests.len() + faults.len() + rows.len() + payments.len(),
+            line: 1 + requests.len() + faults.len() + rows.len() + payments.len() + decisions.len(),
             problem: format!("the file ends before the line `{marker}`"),
         };
         if !rows_complete && !rows.is_empty() {
@@ -372,12 +407,16 @@ impl History {
         if !payments_complete && !payments.is_empty() {
             return Err(ends_before("payments_complete"));
         }
+        if !decisions_complete && !decisions.is_empty() {
+            return Err(ends_before("decisions_complete"));
+        }
         Ok(Self {
             header,
             requests,
             rows: rows_complete.then_some(rows),
             faults,
             payments: payments_complete.then_some(payments),
+            decisions: decisions_complete.then_some(decisions),
         })
     }
 }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use box_office::{BuyerId, Strategy, trace::now_monotonic_us};
+use box_office::{BuyerId, Priority, Strategy, trace::now_monotonic_us};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -60,9 +60,18 @@ impl HistoryRecorder {
         self.reserve_under(server, buyer, &key_of(buyer)).await
     }
 
+    /// Sends a buyer's request for priority, as [`reserve`](Self::reserve) does.
+    pub async fn reserve_as_vip(&self, server: &TestServer, buyer: BuyerId) -> Answer {
+        self.reserve_with(Priority::Vip, server, buyer, &key_of(buyer)).await
+    }
+
     /// Sends a buyer's request under this key to a server and records the answer. A broken
     /// connection is an unknown outcome. An accepted order has no ending yet.
     pub async fn reserve_under(&self, server: &TestServer, buyer: BuyerId, key: &str) -> Answer {
+        self.reserve_with(Priority::Normal, server, buyer, key).await
+    }
+
+    async fn reserve_with(&self, priority: Priority, server: &TestServer, buyer: BuyerId, key: &str) -> Answer {
         let number = {
             let mut recorded = self.recorded();
             let number = recorded.requests.len();
@@ -77,7 +86,7 @@ impl HistoryRecorder {
             });
             number
         };
-        let Ok(answered) = server.reserve(SALE, buyer, Some(key)).await else {
+        let Ok(answered) = server.reserve_with(priority, SALE, buyer, Some(key)).await else {
             return Answer::Indeterminate;
         };
         let answer = match classify(&answered) {
@@ -219,6 +228,7 @@ impl HistoryRecorder {
             rows: Some(sold.rows),
             faults: recorded.faults.clone(),
             payments: recorded.payments.clone(),
+            decisions: sold.decisions,
         }))
     }
 

@@ -3,13 +3,14 @@
 
 use std::{net::SocketAddr, process::Stdio, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
+use box_office::Improvements;
 use http_body_util::Full;
 use hyper::{Request, StatusCode, body::Bytes};
 use serde::Deserialize;
 use sqlx::PgPool;
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     process::{Child, Command},
     time::{Instant, sleep, timeout},
 };
@@ -17,6 +18,7 @@ use uuid::Uuid;
 
 use crate::{
     backends::reaper,
+    broken_pipe,
     history::{Entry, Payment},
     rush::{Connection, Program},
 };
@@ -41,21 +43,35 @@ impl PaymentService {
     /// Starts the service: a program that prints its URL when it listens.
     ///
     /// # Errors
-    /// Fails if the program does not start, or does not print its URL.
+    /// Fails if the program does not start, or does not print its URL: with what it printed to
+    /// stderr instead.
     pub async fn start(program: &Program) -> anyhow::Result<Self> {
         let mut command = Command::from(reaper::command(program.executable())?);
         let mut process = command
             .args(program.arguments())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("starting {}", program.executable().display()))?;
         let output = process.stdout.take().context("its output is piped")?;
+        let mut errors = process.stderr.take().context("its errors are piped")?;
         let mut line = String::new();
         timeout(TIMEOUT, BufReader::new(output).read_line(&mut line))
             .await
             .context("the payment service did not say in time where it listens")??;
+        if line.is_empty() {
+            let mut error = String::new();
+            errors.read_to_string(&mut error).await?;
+            bail!("{}", error.trim());
+        }
+        tokio::spawn(async move {
+            let mut errors = BufReader::new(errors).lines();
+            while let Ok(Some(error)) = errors.next_line().await {
+                broken_pipe::notice(format_args!("{error}"));
+            }
+        });
         let address = line
             .trim()
             .rsplit_once("http://")
@@ -67,6 +83,11 @@ impl PaymentService {
     /// The URL that servers reach it at: their `PAYMENT_URL`.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The address that it listens on.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// The process, to signal it and to wait for its end.
@@ -84,12 +105,7 @@ impl PaymentService {
     /// # Errors
     /// Fails if the service does not answer.
     pub async fn ledger(&self) -> anyhow::Result<Vec<Payment>> {
-        let lines: Vec<Line> = serde_json::from_slice(&self.get("/ledger").await?)?;
-        let payments = lines.into_iter().map(|line| Payment {
-            reservation: line.reservation,
-            entry: line.entry,
-        });
-        Ok(payments.collect())
+        ledger(self.address).await
     }
 
     /// The number of requests for a charge so far, repeats included.
@@ -97,24 +113,51 @@ impl PaymentService {
     /// # Errors
     /// Fails if the service does not answer.
     pub async fn calls(&self) -> anyhow::Result<u64> {
-        let answered = self.get("/calls").await?;
+        let answered = get(self.address, "/calls").await?;
         Ok(std::str::from_utf8(&answered)?.parse()?)
     }
+}
 
-    async fn get(&self, path: &str) -> anyhow::Result<Bytes> {
-        let request = async {
-            let mut connection = Connection::open(self.address).await?;
-            connection.send(Request::get(path).body(Full::default())?).await
-        };
-        let answered = timeout(TIMEOUT, request)
-            .await
-            .context("the payment service does not answer")??;
-        ensure!(
-            answered.status == StatusCode::OK,
-            "the payment service answers {path} with {}",
-            answered.status
-        );
-        Ok(answered.body)
+/// The charges and refunds of the payment service at this address, in their order.
+///
+/// # Errors
+/// Fails if the service does not answer.
+pub async fn ledger(address: SocketAddr) -> anyhow::Result<Vec<Payment>> {
+    let lines: Vec<Line> = serde_json::from_slice(&get(address, "/ledger").await?)?;
+    let payments = lines.into_iter().map(|line| Payment {
+        reservation: line.reservation,
+        entry: line.entry,
+    });
+    Ok(payments.collect())
+}
+
+async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Bytes> {
+    let request = async {
+        let mut connection = Connection::open(address).await?;
+        connection.send(Request::get(path).body(Full::default())?).await
+    };
+    let answered = timeout(TIMEOUT, request)
+        .await
+        .context("the payment service does not answer")??;
+    ensure!(
+        answered.status == StatusCode::OK,
+        "the payment service answers {path} with {}",
+        answered.status
+    );
+    Ok(answered.body)
+}
+
+/// These settings, with short holds and payments where they are not set: a rush with a payment
+/// service beside it waits for their end.
+#[must_use]
+pub fn with_short_holds(improvements: Improvements) -> Improvements {
+    const HOLD: Duration = Duration::from_secs(5);
+    const PAYMENT_TIMEOUT: Duration = Duration::from_secs(1);
+
+    Improvements {
+        hold: improvements.hold.or(Some(HOLD)),
+        payment_timeout: improvements.payment_timeout.or(Some(PAYMENT_TIMEOUT)),
+        ..improvements
     }
 }
 

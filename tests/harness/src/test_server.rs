@@ -3,21 +3,21 @@
 use std::{net::SocketAddr, process::ExitStatus, time::Duration};
 
 use anyhow::{Context, anyhow, bail, ensure};
-use box_office::{Level, ProblemKind, SaleId, Strategy, api};
+use box_office::{BuyerId, Level, Priority, ProblemKind, SaleId, Strategy, api};
 use http_body_util::Full;
 use hyper::{Method, Request, StatusCode, body::Bytes, header};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use uuid::Uuid;
 
 use crate::{
     backends::TestEnvironment,
-    rush::{Connection, HttpResponse, Program, Rush, SALE, Servers, Steps},
+    rush::{Connection, HttpResponse, Program, Rush, SALE, Servers, Steps, until_stopped},
 };
 
 /// Time limit of one response.
@@ -115,15 +115,7 @@ impl TestServer {
     /// # Errors
     /// Fails if the process is not stopped `within` this time.
     pub async fn wait_until_stopped(&self, within: Duration) -> anyhow::Result<()> {
-        let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let pid = self.process().await?;
-        let seen = async {
-            while waitid(WaitId::Pid(pid), stopped)?.is_none() {
-                sleep(Duration::from_millis(1)).await;
-            }
-            anyhow::Ok(())
-        };
-        timeout(within, seen)
+        timeout(within, until_stopped(self.process().await?))
             .await
             .map_err(|_| anyhow!("after {within:?} the server still runs"))?
     }
@@ -284,8 +276,31 @@ impl TestServer {
     /// # Errors
     /// Fails if the server does not answer.
     pub async fn reserve(&self, sale: SaleId, buyer: i64, key: Option<&str>) -> anyhow::Result<HttpResponse> {
-        let body = serde_json::to_vec(&api::NewReservation { buyer_id: buyer })?;
+        self.reserve_with(Priority::Normal, sale, buyer, key).await
+    }
+
+    /// Requests a reservation with this priority.
+    ///
+    /// # Errors
+    /// Fails if the server does not answer.
+    pub async fn reserve_with(
+        &self,
+        priority: Priority,
+        sale: SaleId,
+        buyer: BuyerId,
+        key: Option<&str>,
+    ) -> anyhow::Result<HttpResponse> {
+        let buyer_id = buyer;
+        let body = serde_json::to_vec(&api::NewReservation { buyer_id, priority })?;
         self.post(sale, key, body).await
+    }
+
+    /// Names VIPs of sale [`SALE`] as an administrator.
+    ///
+    /// # Errors
+    /// Fails if the server does not answer, or has no priority.
+    pub async fn name_vips(&self, buyers: &[BuyerId]) -> anyhow::Result<()> {
+        self.servers.name_vips(SALE, buyers).await
     }
 
     /// Sends an arbitrary body as a reservation.

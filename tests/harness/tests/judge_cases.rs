@@ -8,17 +8,18 @@ use box_office::{
     BuyerId,
     Invariant::{
         self, Conservation, NoDuplicate, NoFalseRefusal, NoOversell, NoUndersell, NothingInvented, NothingLost,
-        OneAnswer, PaidOnce, Progress,
+        OneAnswer, Order, PaidOnce, Progress,
     },
 };
 use harness::{
     history::{
         Answer::{self, Indeterminate},
-        Ending,
+        Decision, Ending,
         Entry::{self, Charge, Refund},
         FORMAT_VERSION, Fault, Header, History, Micros, Payment,
         Refused::{
-            self, AlreadyReserved, Cancelled, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale,
+            self, AlreadyReserved, Cancelled, Declined, Expired, KeyOfAnotherBuyer, NotVip, RateLimited, SoldOut,
+            UnknownSale,
         },
         Request, Row,
         Status::{self, Confirmed, Held, Released},
@@ -50,6 +51,7 @@ fn sale(capacity: u64) -> Sale {
         rows: Some(vec![]),
         faults: vec![],
         payments: None,
+        decisions: None,
     })
 }
 
@@ -282,6 +284,33 @@ impl Sale {
         self
     }
 
+    /// Records the place in its queue of the next decision.
+    fn decided(mut self, number: u128, topic: &str, offset: u64) -> Self {
+        let decisions = self.0.decisions.get_or_insert_default();
+        decisions.push(Decision {
+            number: decisions.len() as u64,
+            reservation: id(number),
+            topic: topic.to_owned(),
+            partition: 0,
+            offset,
+        });
+        self
+    }
+
+    /// Exchanges the first two decisions.
+    fn exchanged(mut self) -> Self {
+        let decisions = self.0.decisions.get_or_insert_default();
+        (decisions[0].number, decisions[1].number) = (decisions[1].number, decisions[0].number);
+        self
+    }
+
+    /// Moves the first decision to this place.
+    fn first_decided_at(mut self, topic: &str, offset: u64) -> Self {
+        let first = &mut self.0.decisions.get_or_insert_default()[0];
+        (first.topic, first.offset) = (topic.to_owned(), offset);
+        self
+    }
+
     fn no_fault(mut self) -> Self {
         self.0.faults.clear();
         self
@@ -332,6 +361,17 @@ fn sold_out() -> Sale {
         .takes(1, 0, 10)
         .takes(2, 0, 10)
         .ask(3, "3", 0, 10, refused(SoldOut))
+}
+
+/// A VIP comes last and is decided first; the others in their turn.
+fn with_a_vip() -> Sale {
+    sale(3)
+        .takes(1, 0, 10)
+        .takes(2, 10, 19)
+        .takes(3, 20, 29)
+        .decided(3, "vip", 0)
+        .decided(1, "normal", 0)
+        .decided(2, "normal", 1)
 }
 
 /// One of two tickets is sold; the other buyer's outcome is unknown.
@@ -421,6 +461,9 @@ fn indeterminate() -> Sale {
     sale(1).takes(1, 0, 9).answer(ends(1, EXPIRY_US, None)),
     |s: Sale| s.answer(ends(1, EXPIRY_US, Some(Expired))), &[NothingInvented, OneAnswer])]
 // I6
+#[case::a_vip_who_is_none_is_told_something_else(
+    sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, refused(NotVip)),
+    |s: Sale| s.answer(refused(SoldOut)), &[NoFalseRefusal, NoUndersell])]
 #[case::sold_out_before_the_last_taker_was_sent(
     sale(2).takes(1, 0, 50).takes(2, 10, 60).ask(3, "3", 0, 10, refused(SoldOut)),
     |s: Sale| s.answered(9), &[NoFalseRefusal])]
@@ -527,6 +570,18 @@ fn indeterminate() -> Sale {
 #[case::who_cancelled_may_go_without(
     sale(2).takes(1, 0, 9).ask(2, "2", 0, 9, ends(2, 50, Some(Cancelled))),
     |s: Sale| s.answer(ends(2, 50, Some(SoldOut))), &[NoFalseRefusal, NoUndersell])]
+// I8
+#[case::decided_before_one_that_came_first(
+    sale(2).takes(1, 0, 10).takes(2, 10, 19).decided(1, "normal", 0).decided(2, "normal", 1),
+    |s: Sale| s.exchanged(), &[Order])]
+#[case::a_vip_in_the_queue_of_the_others(
+    with_a_vip(), |s: Sale| s.first_decided_at("normal", 2), &[Order])]
+#[case::overtaken_between_its_answer_and_the_queue(
+    sale(2).takes(1, 0, 10).takes(2, 10, 19).decided(2, "normal", 0).decided(1, "normal", 1),
+    |s: Sale| s.sent(11), &[Order])]
+#[case::one_place_for_two(
+    sale(2).takes(1, 0, 10).takes(2, 10, 19).decided(1, "normal", 0).decided(2, "normal", 1),
+    |s: Sale| s.first_decided_at("normal", 1), &[Order])]
 // I9
 #[case::refused_after_it_was_confirmed(
     sale(1).takes(1, 0, 10).ask(1, "1", 10, 20, refused(SoldOut)), |s: Sale| s.sent(11), &[OneAnswer])]
@@ -731,6 +786,7 @@ fn the_order_of_the_lines_does_not_matter() {
     &["I8", "I7", "I6", "I1", "I3"])]
 #[case::a_buyer_who_can_not_know(indeterminate(), &["I8", "I7"])]
 #[case::declined_without_ever_holding_a_ticket(declined().never_had_a_row(), &["I8"])]
+#[case::the_order_of_service_is_recorded(with_a_vip(), &[])]
 #[case::payments_to_a_foreign_server(
     sale(1).takes(1, 0, 9).paid().foreign(), &["I8", "I4", "I5", "I11", "I2"])]
 #[case::declined_by_a_foreign_server(declined().foreign(), &["I8", "I4", "I5", "I2", "I7", "I6"])]

@@ -148,6 +148,7 @@ async fn a_commit_whose_caller_is_dropped_keeps_its_lock(#[case] name: &str) {
         sale: SALE,
         buyer: 1,
         key: RequestKey::try_from("ann".to_owned()).unwrap(),
+        priority: Priority::Normal,
     };
 
     {

@@ -16,7 +16,7 @@ use std::{
 use box_office::{
     Database, Improvements, Instrumentation,
     Invariant::{self, Conservation, NoOversell, Progress},
-    Order, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics,
+    Order, Priority, RequestKey, SaleId, Steps, Strategy, StrategyContext, StrategyMetrics,
 };
 
 use futures_util::FutureExt;

@@ -46,7 +46,7 @@ pub(crate) const DATABASE_TIMEOUTS: [(&str, &str); 3] = [
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(12);
 // ANCHOR_END: deadlines
 
-pub(crate) use startup::prepare;
+pub(crate) use startup::{create, prepare};
 
 /// A connection that was idle for this long is pinged before it is handed out. No restart of
 /// Postgres is shorter.

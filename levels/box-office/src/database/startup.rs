@@ -34,14 +34,10 @@ pub(crate) async fn prepare(
     schema: Schema,
 ) -> Result<(), StartError> {
     let failed = |why: sqlx::Error| unusable(url, &why);
-    let silent = |_| StartError::Database {
-        place: url.to_string(),
-        why: format!("no answer within {CONNECT_TIMEOUT:?}; is it a Postgres server?"),
-    };
     let connected = timeout(CONNECT_TIMEOUT, connect.connect()).await;
-    let mut connection = connected.map_err(silent)?.map_err(failed)?;
+    let mut connection = connected.map_err(|_| silent(url))?.map_err(failed)?;
     let checked = timeout(CONNECT_TIMEOUT, check_session(&mut connection, connect, url)).await;
-    checked.map_err(silent)??;
+    checked.map_err(|_| silent(url))??;
     let migrating = async {
         // A migration may take longer than a statement of a reservation.
         let unlimited = sqlx::raw_sql("set lock_timeout = 0; set statement_timeout = 0");
@@ -56,6 +52,37 @@ pub(crate) async fn prepare(
             why: format!("the migrations did not end within {MIGRATION_TIMEOUT:?}"),
         })
     })
+}
+
+/// Creates the database of this URL if the server does not have it.
+///
+/// # Errors
+/// [`StartError::Database`].
+pub(crate) async fn create(url: &DatabaseUrl) -> Result<(), StartError> {
+    /// SQLSTATE `invalid_catalog_name`: there is no such database.
+    const NO_DATABASE: &str = "3D000";
+    /// SQLSTATE `duplicate_database` and `unique_violation`: another client has created it meanwhile.
+    const EXISTS: [&str; 2] = ["42P04", "23505"];
+
+    let code = |why: &sqlx::Error| Some(why.as_database_error()?.code()?.into_owned());
+    let options = url.options();
+    let created = async {
+        match options.connect().await {
+            Err(why) if code(&why).as_deref() == Some(NO_DATABASE) => {}
+            connected => return connected?.close().await,
+        }
+        let name = options.get_database().unwrap_or(options.get_username());
+        let mut connection = options.clone().database("postgres").connect().await?;
+        let statement = format!("create database \"{}\"", name.replace('"', "\"\""));
+        match sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await {
+            Err(why) if !code(&why).is_some_and(|code| EXISTS.contains(&code.as_str())) => Err(why),
+            _ => connection.close().await,
+        }
+    };
+    match timeout(CONNECT_TIMEOUT, created).await {
+        Ok(created) => created.map_err(|why| unusable(url, &why)),
+        Err(_) => Err(silent(url)),
+    }
 }
 
 /// Checks that each session has a backend of its own, with the timeouts of this server in force.
@@ -96,6 +123,13 @@ async fn check_session(
 /// Sends a simple query. A pooler in transaction mode may break prepared statements.
 async fn ask(session: &mut PgConnection, statement: String) -> sqlx::Result<PgRow> {
     sqlx::raw_sql(AssertSqlSafe(statement)).fetch_one(session).await
+}
+
+fn silent(url: &DatabaseUrl) -> StartError {
+    StartError::Database {
+        place: url.to_string(),
+        why: format!("no answer within {CONNECT_TIMEOUT:?}; is it a Postgres server?"),
+    }
 }
 
 fn unusable(url: &DatabaseUrl, why: &sqlx::Error) -> StartError {

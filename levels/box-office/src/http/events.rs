@@ -4,7 +4,7 @@ use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration}
 
 use axum::{
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode},
+    http::{HeaderMap, StatusCode},
     response::{
         IntoResponse, Response,
         sse::{Event as SseEvent, KeepAlive, Sse},
@@ -14,7 +14,7 @@ use futures_util::{Stream, StreamExt, stream};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::{App, input::ReservationInPath, reservations};
+use super::{App, UNBUFFERED, input::ReservationInPath, reservations};
 use crate::{
     Event, api,
     problem::{Problem, ProblemKind},
@@ -72,7 +72,8 @@ pub(super) async fn follow(
         Err(problem) if problem.is_temporary() => {
             if !app.strategy.accepted(id) {
                 // It may be unknown. The client reconnects until the database can be read.
-                return Ok(response(stream::once(std::future::ready(reconnect_delay(id)))));
+                let events = stream::once(std::future::ready(reconnect_delay(id)));
+                return Ok(response(events, keep_alive()));
             }
             (api::Reservation::accepted(id), Some(Instant::now() + DATABASE_TIMEOUT))
         }
@@ -106,7 +107,7 @@ pub(super) async fn follow(
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
     let reconnect_delay = stream::once(std::future::ready(reconnect_delay(id)));
-    Ok(response(reconnect_delay.chain(stream_of(subscription))))
+    Ok(response(reconnect_delay.chain(stream_of(subscription)), keep_alive()))
 }
 
 /// Whether the reservation has its final state. While the database is unavailable, nobody knows.
@@ -115,18 +116,20 @@ async fn is_final(app: &App, id: Uuid) -> bool {
     found.is_ok_and(|reservation| reservation.is_final())
 }
 
-fn response(events: impl Stream<Item = Result<SseEvent, Infallible>> + Send + 'static) -> Response {
-    // nginx would otherwise buffer the events.
-    let unbuffered = (
-        HeaderName::from_static("x-accel-buffering"),
-        HeaderValue::from_static("no"),
-    );
-    let events = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
-    ([unbuffered], events).into_response()
+fn keep_alive() -> KeepAlive {
+    KeepAlive::new().interval(KEEP_ALIVE)
+}
+
+/// A stream of events.
+pub(super) fn response(
+    events: impl Stream<Item = Result<SseEvent, Infallible>> + Send + 'static,
+    keep_alive: KeepAlive,
+) -> Response {
+    ([UNBUFFERED], Sse::new(events).keep_alive(keep_alive)).into_response()
 }
 
 /// The field `retry`, which is no event.
-fn reconnect_delay(id: Uuid) -> Result<SseEvent, Infallible> {
+pub(super) fn reconnect_delay(id: Uuid) -> Result<SseEvent, Infallible> {
     let spread = (id.as_u128() % RECONNECT_DELAY.as_millis()) as u64;
     Ok(SseEvent::default().retry(RECONNECT_DELAY + Duration::from_millis(spread)))
 }

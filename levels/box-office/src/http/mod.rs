@@ -2,6 +2,7 @@
 
 mod events;
 mod input;
+mod live;
 mod middleware;
 mod openapi;
 mod operations;
@@ -12,6 +13,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
+    http::{HeaderName, HeaderValue},
     middleware::from_fn_with_state,
     response::{IntoResponse, Response},
 };
@@ -25,13 +27,24 @@ use crate::{
     metrics::Metrics,
     problem::{Problem, ProblemKind},
     readiness::Readiness,
+    sale_states::SaleStates,
 };
+
+pub(crate) use self::live::{About, LiveFeed, RushTarget};
+
+/// The header that keeps nginx from buffering a stream.
+const UNBUFFERED: (HeaderName, HeaderValue) = (
+    HeaderName::from_static("x-accel-buffering"),
+    HeaderValue::from_static("no"),
+);
 
 /// The state of a server, shared by all handlers.
 pub(crate) struct App {
     pub(crate) strategy: Box<dyn Reserve>,
     pub(crate) database: Database,
     pub(crate) metrics: Metrics,
+    /// The state of the latest sales, for the metrics.
+    pub(crate) sales: SaleStates,
     pub(crate) readiness: Readiness,
     /// Why requests were answered that the outcome is unknown.
     pub(crate) causes: CauseLog,
@@ -42,6 +55,9 @@ pub(crate) struct App {
     /// Permits for further reservations.
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) admin_token: Option<AdminToken>,
+    pub(crate) live: LiveFeed,
+    /// Whether named buyers may ask for priority.
+    pub(crate) has_priority: bool,
     pub(crate) limits: Limits,
     /// How long a connection may be idle before its next request.
     pub(crate) keep_alive: Duration,
@@ -49,13 +65,14 @@ pub(crate) struct App {
     pub(crate) stop: CancellationToken,
 }
 
-/// All operations, each with its documentation.
-fn documented_routes() -> OpenApiRouter<Arc<App>> {
+/// All operations but those of the live page, each with its documentation.
+fn api_routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .routes(routes!(reservations::reserve))
         .routes(routes!(reservations::look_up, reservations::cancel))
         .routes(routes!(events::follow))
         .routes(routes!(sales::look_up, sales::open))
+        .routes(routes!(sales::name_vips))
         .routes(routes!(operations::alive))
         .routes(routes!(operations::ready))
         .routes(routes!(operations::metrics))
@@ -63,12 +80,23 @@ fn documented_routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(openapi::document))
 }
 
+/// All operations, each with its documentation.
+fn documented_routes() -> OpenApiRouter<Arc<App>> {
+    api_routes().merge(live::routes())
+}
+
+async fn method_not_allowed() -> Problem {
+    ProblemKind::MethodNotAllowed.into()
+}
+
 /// The router with its middleware.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let (router, _) = documented_routes().split_for_parts();
+    let (router, _) = api_routes().split_for_parts();
+    let (live, _) = live::routes().split_for_parts();
     router
+        .merge(live::allow_peers(live, app.live.peers()))
         .fallback(async || Problem::from(ProblemKind::NotFound))
-        .method_not_allowed_fallback(async || Problem::from(ProblemKind::MethodNotAllowed))
+        .method_not_allowed_fallback(method_not_allowed)
         .layer(CatchPanicLayer::custom(|_| -> Response {
             // The panic hook has logged it.
             Problem::from(ProblemKind::Crashed).into_response()

@@ -28,12 +28,19 @@ const DATABASE: &[ProblemKind] = &[Overloaded, TimedOut, BackendAway];
 const BODY: &[ProblemKind] = &[MalformedBody, InvalidBody, BodyTooLarge, BodyTooSlow, NotJson];
 
 /// The problems of every operation.
-const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 11] = [
+const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 17] = [
     (
         HttpMethod::Post,
         "/api/sales/{id}/reservations",
         &[
-            &[SoldOut, AlreadyReserved, KeyOfAnotherBuyer, UnknownSale],
+            &[
+                SoldOut,
+                AlreadyReserved,
+                KeyOfAnotherBuyer,
+                UnknownSale,
+                NotVip,
+                NoPriority,
+            ],
             &[MalformedPath, MalformedKey, Crashed],
             BODY,
             DATABASE,
@@ -65,6 +72,24 @@ const PROBLEMS: [(HttpMethod, &str, &[&[ProblemKind]]); 11] = [
         "/api/sales/{id}",
         &[
             &[SaleDiffers, Unauthorized, NoAdminToken, MalformedPath],
+            BODY,
+            DATABASE,
+        ],
+    ),
+    (HttpMethod::Get, "/live", &[]),
+    (HttpMethod::Get, "/live/{id}", &[&[MalformedPath]]),
+    (HttpMethod::Get, "/live/events", &[&[Overloaded]]),
+    (HttpMethod::Get, "/live/{id}/events", &[&[MalformedPath, Overloaded]]),
+    (
+        HttpMethod::Post,
+        "/live/rush",
+        &[&[RushInProgress, Unauthorized, NoAdminToken], BODY, DATABASE],
+    ),
+    (
+        HttpMethod::Post,
+        "/api/sales/{id}/vips",
+        &[
+            &[UnknownSale, NoPriority, Unauthorized, NoAdminToken, MalformedPath],
             BODY,
             DATABASE,
         ],

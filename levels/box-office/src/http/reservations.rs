@@ -65,10 +65,15 @@ pub(super) async fn reserve(
     headers: HeaderMap,
     JsonBody(body): JsonBody<api::NewReservation>,
 ) -> Result<Response, Problem> {
+    // It is not ignored: a buyer who is answered 202 relies on it.
+    if !app.has_priority && !body.priority.is_normal() {
+        return Err(ProblemKind::NoPriority.into());
+    }
     let order = Order {
         sale,
         buyer: body.buyer_id,
         key: request_key(&headers)?,
+        priority: body.priority,
     };
     let (code, reservation, status) = match reserve_detached(app, request, order).await? {
         Outcome::Confirmed(reservation) => (StatusCode::CREATED, reservation, "confirmed"),
@@ -103,7 +108,7 @@ async fn reserve_detached(app: Arc<App>, request: RequestId, order: Order) -> Re
             return unknown;
         }
     };
-    let steps = app.instrumentation.steps(&request.0);
+    let steps = app.instrumentation.steps(&request.0).timed(app.metrics.step_clock());
     let tracker = app.reservations.clone();
     let task = async move {
         let _permit = permit;

@@ -97,6 +97,31 @@ pub(super) async fn open(
     Ok((status, Json(sale)))
 }
 
+/// Names VIPs of a sale: buyers who may ask for `priority: vip`. Idempotent; those who are named
+/// already stay named, and nobody is ever struck off.
+#[utoipa::path(
+    post,
+    path = "/api/sales/{id}/vips",
+    operation_id = "name_vips",
+    params(("id" = i64, Path, description = "The sale", minimum = 0)),
+    request_body = api::NewVips,
+    responses((status = 204, description = "The buyers are named")),
+    security(("admin token" = []))
+)]
+pub(super) async fn name_vips(
+    _: Admin,
+    State(app): State<Arc<App>>,
+    SaleInPath(sale): SaleInPath,
+    JsonBody(named): JsonBody<api::NewVips>,
+) -> Result<StatusCode, Problem> {
+    find(&app.database, sale).await?;
+    if !app.has_priority {
+        return Err(ProblemKind::NoPriority.into());
+    }
+    app.strategy.name_vips(sale, &named.buyer_ids).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// An extractor that requires the admin token.
 pub(super) struct Admin;
 

@@ -85,6 +85,7 @@ impl Reserve for Scripted {
             .into()),
             "key-of-another-buyer" => Err(Refusal::KeyOfAnotherBuyer.into()),
             "unknown-sale" => Err(Refusal::UnknownSale.into()),
+            "not-vip" => Err(Refusal::NotVip.into()),
             "overloaded" => Err(Indeterminate::Overloaded.into()),
             "backlogged" => {
                 let retry_after = RETRY_AFTER;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use box_office::CauseLog;
+use box_office::{CauseLog, LostLeases};
 use futures_util::poll;
 use redis::{RedisError, RedisResult, Script};
 use tokio::{
@@ -93,6 +93,7 @@ impl Deref for HeldLock {
 #[derive(Clone)]
 pub(super) struct LockRequest {
     pub(super) causes: CauseLog,
+    pub(super) lost_leases: LostLeases,
     pub(super) key: String,
     pub(super) channel: String,
     pub(super) owner: Owner,
@@ -376,6 +377,7 @@ impl Guard {
             match &released {
                 Ok(Released::Free | Released::StillHeld(_)) => {}
                 Ok(Released::NotOwner) => {
+                    held.lost_leases.count();
                     tracing::warn!(lock = held.key, "a lock was lost before its release")
                 }
                 Err(why) => held

@@ -23,7 +23,7 @@ mod spin;
 use std::{fmt, io, time::Duration};
 
 use anyhow::Context;
-use box_office::{CauseLog, Indeterminate, ReserveError, StrategyContext};
+use box_office::{CauseLog, Indeterminate, LostLeases, ReserveError, StrategyContext};
 use redis::{Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo, Script, aio::ConnectionManagerConfig};
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -171,6 +171,7 @@ pub struct Connections {
     /// The Redis user that the locks run as.
     user: String,
     causes: CauseLog,
+    lost_leases: LostLeases,
 }
 
 impl Connections {
@@ -180,9 +181,10 @@ impl Connections {
     /// No Redis is configured, or it does not answer.
     pub async fn from_context(context: &StrategyContext) -> anyhow::Result<(Self, Duration)> {
         let redis = context.redis.as_ref().context("this strategy needs REDIS_URL")?;
-        let connections = Self::open(redis.url.expose(), &redis.prefix)
+        let mut connections = Self::open(redis.url.expose(), &redis.prefix)
             .await
             .with_context(|| format!("REDIS_URL (--redis-url): no connection to Redis at {}", redis.url))?;
+        connections.lost_leases = context.metrics.lost_leases.clone();
         // A fault that passes does not keep a server from starting: it is not ready until then.
         if let Err(forbidden @ LockError::Forbidden { .. }) = connections.check_writes().await {
             return Err(forbidden).context(format!("REDIS_URL (--redis-url): {}", redis.url));
@@ -211,6 +213,7 @@ impl Connections {
             prefix: prefix.to_owned(),
             user,
             causes,
+            lost_leases: LostLeases::default(),
         })
     }
 

@@ -335,6 +335,7 @@ impl RLock {
     fn request(&self, name: &str, owner: &Owner) -> LockRequest {
         LockRequest {
             causes: self.connections.causes.clone(),
+            lost_leases: self.connections.lost_leases.clone(),
             key: self.connections.key(name),
             channel: self.channel(name),
             owner: owner.clone(),

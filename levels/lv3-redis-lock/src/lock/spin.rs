@@ -94,6 +94,7 @@ impl SpinLock {
     pub async fn try_acquire(&self, name: &str, owner: &Owner) -> Result<Option<Guard>, LockError> {
         let request = LockRequest {
             causes: self.connections.causes.clone(),
+            lost_leases: self.connections.lost_leases.clone(),
             key: self.connections.key(name),
             // Releases are not published.
             channel: String::new(),

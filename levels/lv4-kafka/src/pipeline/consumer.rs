@@ -2,15 +2,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    num::NonZeroU32,
     pin::pin,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use box_office::{CauseLog, Indeterminate, KafkaConfig};
+use box_office::{CauseLog, ConsumerMetrics, Indeterminate, KafkaConfig, Priority};
 use futures_util::FutureExt;
 use rdkafka::{
-    ClientConfig, Offset, TopicPartitionList,
+    ClientConfig, Message as _, Offset, TopicPartitionList,
     consumer::{CommitMode, Consumer, StreamConsumer},
     error::KafkaResult,
 };
@@ -21,9 +22,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ConsumedMessage,
+    ConsumedMessage, OrderPartition, OrderTopics,
+    priority::VipReader,
     rebalance::RebalanceListener,
-    topics::{client_config, consumer_group, orders_topic},
+    topics::{client_config, consumer_group},
 };
 
 /// The timeout of a request for offsets.
@@ -38,11 +40,13 @@ const SEEK_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How long a consumer may take to leave the group on shutdown.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A member of the consumer group that reads the orders topic.
+/// A member of the consumer group that reads the orders topic; with priority also the VIP topic.
 pub struct OrderConsumer {
     consumer: Arc<StreamConsumer<RebalanceListener>>,
-    topic: String,
+    vips: Option<Arc<VipReader>>,
+    topics: OrderTopics,
     joined: watch::Receiver<bool>,
+    metrics: ConsumerMetrics,
     causes: CauseLog,
 }
 
@@ -78,19 +82,30 @@ pub fn consumer_config(kafka: &KafkaConfig) -> ClientConfig {
 
 impl OrderConsumer {
     /// Creates a consumer and subscribes it to the orders topic. It joins the group in the
-    /// background.
+    /// background. With `vips_in_a_row` it reads the VIP topic as well, and returns at most so many
+    /// VIPs for each other order.
     ///
     /// # Errors
     /// If the client rejects its configuration.
-    pub fn subscribe(kafka: &KafkaConfig, config: &ClientConfig) -> KafkaResult<Self> {
+    pub fn subscribe(
+        kafka: &KafkaConfig,
+        config: &ClientConfig,
+        metrics: &ConsumerMetrics,
+        vips_in_a_row: Option<NonZeroU32>,
+    ) -> KafkaResult<Self> {
         let (sender, joined) = watch::channel(false);
-        let consumer: StreamConsumer<RebalanceListener> = config.create_with_context(RebalanceListener::new(sender))?;
-        let topic = orders_topic(kafka);
-        consumer.subscribe(&[&topic])?;
+        let vips = vips_in_a_row.map(|vips_in_a_row| VipReader::new(kafka, config, vips_in_a_row));
+        let vips = vips.transpose()?.map(Arc::new);
+        let listener = RebalanceListener::new(sender, vips.clone(), metrics.clone());
+        let consumer: StreamConsumer<RebalanceListener> = config.create_with_context(listener)?;
+        let topics = OrderTopics::new(kafka);
+        consumer.subscribe(&[topics.of(Priority::Normal)])?;
         Ok(Self {
             consumer: Arc::new(consumer),
-            topic,
+            vips,
+            topics,
             joined,
+            metrics: metrics.clone(),
             causes: CauseLog::default(),
         })
     }
@@ -113,19 +128,33 @@ impl OrderConsumer {
             self.consumer.context().assignment().begin_batch();
             let mut batch = vec![first];
             while batch.len() < max {
-                let next = self.consumer.recv().now_or_never();
+                let next = self.next_fetched();
                 // That call may run a rebalance. The messages of a revoked partition belong to its
                 // next owner.
                 self.consumer.context().assignment().drop_revoked(&mut batch);
-                let Some(Ok(message)) = next else { break };
-                batch.push(ConsumedMessage::new(&message));
+                let Some(message) = next else { break };
+                batch.push(message);
             }
             if !batch.is_empty() {
+                self.measure(&batch);
                 return Some(batch);
             }
         }
     }
     // ANCHOR_END: poll_batch
+
+    /// Records the size of a batch, and how long each message has waited. One that is delivered again
+    /// has waited since it was sent, too.
+    fn measure(&self, batch: &[ConsumedMessage]) {
+        self.metrics.polled(batch.len());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        for message in batch {
+            if let Some(sent_ms) = message.raw.timestamp().to_millis() {
+                let sent = Duration::from_millis(sent_ms.try_into().unwrap_or(0));
+                self.metrics.queued(now.saturating_sub(sent));
+            }
+        }
+    }
 
     /// Waits for the next message. `None` on shutdown.
     async fn next_message(&self, stop: &CancellationToken) -> Option<ConsumedMessage> {
@@ -137,13 +166,50 @@ impl OrderConsumer {
                 () = sleep_until(check_at.unwrap_or_else(Instant::now)), if check_at.is_some() => {
                     self.check_commits().await;
                 }
-                received = self.consumer.recv() => match received {
-                    Ok(message) => return Some(ConsumedMessage::new(&message)),
+                received = self.receive() => match received {
+                    Ok(message) => return Some(message),
                     // Usually the broker is away. The client reconnects by itself.
                     Err(why) => self.causes.warn("polling failed", &why),
                 },
             }
         }
+    }
+
+    // ANCHOR: weighted
+    /// Waits for the next message, of whichever priority.
+    async fn receive(&self) -> KafkaResult<ConsumedMessage> {
+        let Some(vips) = &self.vips else {
+            return self.receive_of(Priority::Normal).await;
+        };
+        let [first, second] = vips.turns.next();
+        let message = tokio::select! {
+            biased;
+            message = self.receive_of(first) => message?,
+            message = self.receive_of(second) => message?,
+        };
+        vips.turns.count(message.partition.priority);
+        Ok(message)
+    }
+
+    /// The next message that is fetched already, if one is.
+    fn next_fetched(&self) -> Option<ConsumedMessage> {
+        let fetched = |priority| self.receive_of(priority).now_or_never()?.ok();
+        let Some(vips) = &self.vips else {
+            return fetched(Priority::Normal);
+        };
+        let message = vips.turns.next().into_iter().find_map(fetched)?;
+        vips.turns.count(message.partition.priority);
+        Some(message)
+    }
+    // ANCHOR_END: weighted
+
+    /// Waits for the next message of this priority.
+    async fn receive_of(&self, priority: Priority) -> KafkaResult<ConsumedMessage> {
+        let received = match (priority, &self.vips) {
+            (Priority::Vip, Some(vips)) => vips.consumer.recv().await,
+            _ => self.consumer.recv().await,
+        };
+        Ok(ConsumedMessage::new(priority, &received?))
     }
 
     /// Commits `offset`: everything below it is processed, and the partition's next owner begins
@@ -152,17 +218,18 @@ impl OrderConsumer {
     /// The commit is asynchronous. During a rebalance the group may reject it without an error
     /// here. So a second later the consumer checks the committed offsets and commits again:
     /// otherwise the last order of a quiet partition would count as lag for ever.
-    pub fn commit_offset(&self, partition: i32, offset: i64) {
+    pub fn commit_offset(&self, partition: OrderPartition, offset: i64) {
         let owned = self.consumer.context().assignment().mark_processed(partition, offset);
         if owned {
             self.commit_async(partition, offset);
         }
     }
 
-    fn commit_async(&self, partition: i32, offset: i64) {
+    fn commit_async(&self, partition: OrderPartition, offset: i64) {
         let mut offsets = TopicPartitionList::new();
+        let topic = self.topics.of(partition.priority);
         let committed = offsets
-            .add_partition_offset(&self.topic, partition, Offset::Offset(offset))
+            .add_partition_offset(topic, partition.number, Offset::Offset(offset))
             .and_then(|()| self.consumer.commit(&offsets, CommitMode::Async));
         if let Err(why) = committed {
             self.causes.warn("an offset could not be committed", &why);
@@ -182,17 +249,21 @@ impl OrderConsumer {
         if processed.is_empty() {
             return;
         }
-        let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
+        let (consumer, topics) = (Arc::clone(&self.consumer), self.topics.clone());
         let settled = tokio::task::spawn_blocking(move || {
             let mut partitions = TopicPartitionList::new();
-            for &partition in processed.keys() {
-                partitions.add_partition(&topic, partition);
+            for partition in processed.keys() {
+                partitions.add_partition(topics.of(partition.priority), partition.number);
             }
+            let committed = consumer.committed_offsets(partitions, REQUEST_TIMEOUT)?;
             let mut settled = BTreeMap::new();
-            for committed in consumer.committed_offsets(partitions, REQUEST_TIMEOUT)?.elements() {
-                let (partition, processed) = (committed.partition(), processed[&committed.partition()]);
-                let has_it = matches!(committed.offset(), Offset::Offset(offset) if offset >= processed);
-                if has_it || consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT)?.1 < processed {
+            for (partition, processed) in processed {
+                let (topic, number) = (topics.of(partition.priority), partition.number);
+                let committed = committed
+                    .find_partition(topic, number)
+                    .map(|committed| committed.offset());
+                let has_it = matches!(committed, Some(Offset::Offset(offset)) if offset >= processed);
+                if has_it || consumer.fetch_watermarks(topic, number, REQUEST_TIMEOUT)?.1 < processed {
                     settled.insert(partition, processed);
                 }
             }
@@ -213,7 +284,7 @@ impl OrderConsumer {
 
     /// After `delay`, seeks each partition back to its offset, so that the messages from there on
     /// are delivered again. Skips partitions that were revoked.
-    pub async fn seek_back(&self, offsets: BTreeMap<i32, i64>, delay: Duration, stop: &CancellationToken) {
+    pub async fn seek_back(&self, offsets: BTreeMap<OrderPartition, i64>, delay: Duration, stop: &CancellationToken) {
         stop.run_until_cancelled(sleep(delay)).await;
         for (partition, offset) in offsets {
             // A partition's next owner begins at the committed offset. As long as this consumer
@@ -236,7 +307,7 @@ impl OrderConsumer {
     /// holds up no rebalance.
     pub async fn pause_until(
         &self,
-        mut offsets: BTreeMap<i32, i64>,
+        mut offsets: BTreeMap<OrderPartition, i64>,
         resumed: impl Future<Output = ()>,
         stop: &CancellationToken,
     ) {
@@ -245,7 +316,7 @@ impl OrderConsumer {
         loop {
             let owned = self.pause();
             paused.extend(&owned);
-            offsets.retain(|partition, _| owned.contains(partition));
+            offsets.retain(|partition, _| owned.contains(&partition.number));
             tokio::select! {
                 biased;
                 () = &mut resumed => break,
@@ -262,6 +333,7 @@ impl OrderConsumer {
         if let Err(why) = result {
             self.causes.warn("partitions could not be resumed", &why);
         }
+        self.vips.iter().for_each(|vips| vips.resume(&paused));
         // Now and not before: the seek also wakes the client, which may be idle for up to a second.
         self.seek_back(offsets, Duration::ZERO, stop).await;
     }
@@ -274,24 +346,31 @@ impl OrderConsumer {
         if let Err(why) = self.consumer.pause(&self.partitions(&owned)) {
             self.causes.warn("partitions could not be paused", &why);
         }
+        self.vips.iter().for_each(|vips| vips.pause(&owned));
         owned
     }
 
     fn partitions(&self, numbers: &BTreeSet<i32>) -> TopicPartitionList {
         let mut partitions = TopicPartitionList::new();
         for &number in numbers {
-            partitions.add_partition(&self.topic, number);
+            partitions.add_partition(self.topics.of(Priority::Normal), number);
         }
         partitions
     }
 
-    fn owns(&self, partition: i32) -> bool {
+    fn owns(&self, partition: OrderPartition) -> bool {
         self.consumer.context().assignment().owns(partition)
     }
 
-    async fn seek(&self, partition: i32, offset: i64) -> anyhow::Result<()> {
-        let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
-        let seek = move || consumer.seek(&topic, partition, Offset::Offset(offset), SEEK_TIMEOUT);
+    async fn seek(&self, partition: OrderPartition, offset: i64) -> anyhow::Result<()> {
+        let (consumer, vips) = (Arc::clone(&self.consumer), self.vips.clone());
+        let topic = self.topics.of(partition.priority).to_owned();
+        let seek = move || match vips.filter(|_| partition.priority == Priority::Vip) {
+            Some(vips) => vips
+                .consumer
+                .seek(&topic, partition.number, Offset::Offset(offset), SEEK_TIMEOUT),
+            None => consumer.seek(&topic, partition.number, Offset::Offset(offset), SEEK_TIMEOUT),
+        };
         tokio::task::spawn_blocking(seek).await??;
         self.consumer.context().assignment().mark_rewound(partition, offset);
         Ok(())
@@ -299,7 +378,7 @@ impl OrderConsumer {
 
     /// Whether the consumer has just seeked back to this offset: the next message is the first that
     /// the partition still holds from there on.
-    pub fn has_rewound_to(&self, partition: i32, offset: i64) -> bool {
+    pub fn has_rewound_to(&self, partition: OrderPartition, offset: i64) -> bool {
         self.consumer.context().assignment().has_rewound_to(partition, offset)
     }
 
@@ -307,10 +386,11 @@ impl OrderConsumer {
     ///
     /// # Errors
     /// [`Indeterminate::BackendAway`] if the broker does not answer.
-    pub async fn log_start_offset(&self, partition: i32) -> Result<i64, Indeterminate> {
-        let (consumer, topic) = (Arc::clone(&self.consumer), self.topic.clone());
+    pub async fn log_start_offset(&self, partition: OrderPartition) -> Result<i64, Indeterminate> {
+        let consumer = Arc::clone(&self.consumer);
+        let topic = self.topics.of(partition.priority).to_owned();
         let watermarks =
-            tokio::task::spawn_blocking(move || consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT));
+            tokio::task::spawn_blocking(move || consumer.fetch_watermarks(&topic, partition.number, REQUEST_TIMEOUT));
         match watermarks.await {
             Ok(Ok((start, _))) => Ok(start),
             Ok(Err(why)) => Err(Indeterminate::BackendAway(why.into())),
@@ -321,10 +401,11 @@ impl OrderConsumer {
     /// Leaves the group, so that its partitions are reassigned at once.
     pub async fn close(self) {
         // Dropping a consumer blocks until the group answers, and must not block a runtime thread.
-        let consumer = self.consumer;
+        let (consumer, vips) = (self.consumer, self.vips);
         let left = tokio::task::spawn_blocking(move || {
             consumer.unsubscribe();
             drop(consumer);
+            drop(vips);
         });
         if tokio::time::timeout(LEAVE_TIMEOUT, left).await.is_err() {
             tracing::warn!("leaving the group timed out; its partitions are reassigned after the session timeout");

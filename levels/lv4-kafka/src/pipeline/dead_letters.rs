@@ -10,7 +10,7 @@ use box_office::{Indeterminate, KafkaConfig, StrategyMetrics};
 use rdkafka::{Message as _, producer::FutureRecord};
 
 use super::{
-    ConsumedMessage, OrderProducer, PoisonMessage, Undelivered,
+    ConsumedMessage, OrderPartition, OrderProducer, PoisonMessage, Undelivered,
     headers::{ATTEMPTS, LENGTH, ORIGIN_OFFSET, ORIGIN_PARTITION, ORIGIN_TOPIC, REASON, headers_of},
     topics::dead_letter_topic,
 };
@@ -28,7 +28,7 @@ pub struct DeadLetters {
     topic: String,
     /// The partition and offset of each message that was dead-lettered and whose offset is not yet
     /// committed: it may be redelivered.
-    written: Mutex<HashSet<(i32, i64)>>,
+    written: Mutex<HashSet<(OrderPartition, i64)>>,
     counts: StrategyMetrics,
 }
 
@@ -62,7 +62,7 @@ impl DeadLetters {
         let mut headers = vec![
             (REASON, reason.clone()),
             (ORIGIN_TOPIC, message.raw.topic().to_owned()),
-            (ORIGIN_PARTITION, message.partition.to_string()),
+            (ORIGIN_PARTITION, message.partition.number.to_string()),
             (ORIGIN_OFFSET, message.offset.to_string()),
             (ATTEMPTS, message.attempts().saturating_add(1).to_string()),
         ];
@@ -82,7 +82,7 @@ impl DeadLetters {
         self.written().insert(origin);
         self.counts.dead_letters.inc();
         tracing::warn!(
-            partition = message.partition,
+            partition = %message.partition,
             offset = message.offset,
             why = reason,
             "dead-lettered"
@@ -93,12 +93,12 @@ impl DeadLetters {
 
     /// Forgets the messages of a partition below this offset, which is committed: they will not be
     /// redelivered.
-    pub fn forget_below(&self, partition: i32, offset: i64) {
+    pub fn forget_below(&self, partition: OrderPartition, offset: i64) {
         self.written()
             .retain(|&(other, written)| other != partition || written >= offset);
     }
 
-    fn written(&self) -> std::sync::MutexGuard<'_, HashSet<(i32, i64)>> {
+    fn written(&self) -> std::sync::MutexGuard<'_, HashSet<(OrderPartition, i64)>> {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,6 @@
 //! The message of an order: its encoding, and the validation of what was consumed.
 
-use box_office::{BuyerId, Order, RequestKey, SaleId};
+use box_office::{BuyerId, Order, Priority, RequestKey, SaleId};
 use rdkafka::{
     Message as _,
     message::{BorrowedMessage, OwnedHeaders, OwnedMessage},
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    Ids,
+    Ids, OrderPartition,
     headers::{COMMAND, attempts, headers_of, text},
 };
 
@@ -32,6 +32,9 @@ pub struct OrderMessage {
     /// payload.
     #[serde(skip)]
     pub sent_ms: Option<i64>,
+    /// The partition and offset of the message that it was read from. Not in the payload.
+    #[serde(skip)]
+    pub read_from: Option<(OrderPartition, i64)>,
 }
 
 impl OrderMessage {
@@ -44,6 +47,7 @@ impl OrderMessage {
             buyer_id: order.buyer,
             request_key: order.key.clone(),
             sent_ms: None,
+            read_from: None,
         }
     }
 
@@ -57,6 +61,8 @@ impl OrderMessage {
             sale: self.sale_id,
             buyer: self.buyer_id,
             key: self.request_key.clone(),
+            // No part of what an id is derived from.
+            priority: Priority::default(),
         }
     }
 }
@@ -119,7 +125,7 @@ pub enum PoisonMessage {
 #[derive(Clone, Debug)]
 pub struct ConsumedMessage {
     /// The partition it was polled from.
-    pub partition: i32,
+    pub partition: OrderPartition,
     /// Its offset in the partition.
     pub offset: i64,
     /// The message as the client delivered it.
@@ -127,10 +133,13 @@ pub struct ConsumedMessage {
 }
 
 impl ConsumedMessage {
-    /// Copies a message out of the client's buffer.
-    pub(super) fn new(message: &BorrowedMessage<'_>) -> Self {
+    /// Copies a message of the topic of this priority out of the client's buffer.
+    pub(super) fn new(priority: Priority, message: &BorrowedMessage<'_>) -> Self {
         Self {
-            partition: message.partition(),
+            partition: OrderPartition {
+                priority,
+                number: message.partition(),
+            },
             offset: message.offset(),
             raw: message.detach(),
         }
@@ -168,6 +177,7 @@ impl ConsumedMessage {
             return Err(PoisonMessage::WrongId(order.id));
         }
         order.sent_ms = self.raw.timestamp().to_millis();
+        order.read_from = Some((self.partition, self.offset));
         Ok(order)
     }
 
@@ -189,16 +199,19 @@ mod tests {
 
     fn consumed(payload: Option<Vec<u8>>, key: Option<Vec<u8>>, attempts: &[Vec<u8>]) -> ConsumedMessage {
         let headers: Vec<_> = attempts.iter().map(|value| (ATTEMPTS, value)).collect();
-        let (topic, partition, offset) = ("orders".to_owned(), 0, 0);
+        let (topic, number, offset) = ("orders".to_owned(), 0, 0);
         ConsumedMessage {
-            partition,
+            partition: OrderPartition {
+                priority: Priority::Normal,
+                number,
+            },
             offset,
             raw: OwnedMessage::new(
                 payload,
                 key,
                 topic,
                 Timestamp::NotAvailable,
-                partition,
+                number,
                 offset,
                 Some(headers_of(&headers)),
             ),
@@ -210,6 +223,7 @@ mod tests {
             sale: 1,
             buyer: 2,
             key: RequestKey::try_from("a".to_owned()).expect("a key"),
+            priority: Priority::Normal,
         };
         OrderMessage::new(ids.for_order(&order), &order)
     }

@@ -4,7 +4,8 @@
 //! **Accept**: `POST` to 202.
 //! 1. `reservation_ids.rs` derives the reservation's id from the order. If a rate limit is set,
 //!    `rate_limit.rs` rejects a request over it.
-//! 2. [`OrderPipeline::admit`] rejects an order for an unknown sale. If a time to live is set,
+//! 2. [`OrderPipeline::admit`] rejects an order for an unknown sale. If there is priority,
+//!    `priority.rs` rejects one of a buyer who claims it and is not named. If a time to live is set,
 //!    `ttl.rs` rejects one that would expire.
 //! 3. `message.rs` encodes the order.
 //! 4. `producer.rs` sends it to the orders topic (`topics.rs`). The buyer gets 202 once the broker
@@ -12,10 +13,11 @@
 //!
 //! **Process**: message to rows.
 //! 5. `consumer.rs` polls a batch from its partitions; `rebalance.rs` tracks which ones it owns.
+//!    With priority it reads a second topic, and takes turns (`priority.rs`).
 //! 6. `message.rs` validates each message; `dead_letters.rs` takes the poison messages. What a
 //!    message carries in its headers (`headers.rs`) is untrusted.
-//! 7. The strategy decides the orders; one that is too old has expired (`ttl.rs`). It writes the rows and appends the events to the outbox in
-//!    one transaction.
+//! 7. The strategy decides the orders; one that is too old has expired (`ttl.rs`). It writes the
+//!    rows and appends the events to the outbox in one transaction.
 //! 8. `consumer.rs` commits the offset after the transaction. After a fault it waits (`backoff.rs`)
 //!    and seeks back. During an outage of Postgres it pauses its partitions, if circuit breakers
 //!    (`circuit_breaker.rs`, `circuits.rs`) are switched on.
@@ -45,6 +47,7 @@ mod lag;
 mod message;
 mod outbox_reader;
 mod outbox_relay;
+mod priority;
 mod producer;
 mod rate_limit;
 mod rebalance;
@@ -63,8 +66,11 @@ use std::{
 };
 
 use anyhow::Context;
-use box_office::{CauseLog, Indeterminate, KafkaConfig, Order, Refusal, ReserveError, SaleId, StrategyContext, causes};
+use box_office::{
+    CauseLog, Indeterminate, KafkaConfig, Order, Priority, Refusal, ReserveError, SaleId, StrategyContext, causes,
+};
 use rdkafka::{
+    ClientConfig,
     error::KafkaResult,
     producer::{FutureProducer, Producer},
 };
@@ -81,11 +87,14 @@ pub use dead_letters::DeadLetters;
 pub use lag::lag;
 pub use message::{ConsumedMessage, OrderMessage, PoisonMessage, ReleaseCommand};
 pub use outbox_reader::{NOTIFY_CHANNEL, OutboxReader, notify_payloads};
+pub use priority::Vips;
 pub use producer::{OrderProducer, Undelivered, producer};
 pub use rate_limit::{Admission, MAX_ACCEPTED, MAX_BUYERS, MAX_LOOKUPS, RateLimit};
 pub use replay::{DeadLetter, Replayed, list_dead_letters, replay, replay_all, skip};
 pub use reservation_ids::Ids;
-pub use topics::{PARTITIONS, consumer_group, dead_letter_topic, decided_topic, orders_topic};
+pub use topics::{
+    OrderPartition, OrderTopics, PARTITIONS, consumer_group, dead_letter_topic, decided_topic, orders_topic, vips_topic,
+};
 pub use ttl::MessageTtl;
 
 /// The timeout of a metadata request of a readiness check.
@@ -97,8 +106,8 @@ pub struct OrderPipeline {
     pub context: StrategyContext,
     /// The address and settings of Kafka.
     pub kafka: KafkaConfig,
-    /// The name of the orders topic.
-    pub topic: String,
+    /// The names of the topics of orders.
+    pub topics: OrderTopics,
     /// Sends orders.
     pub producer: OrderProducer,
     /// Derives and verifies reservation ids.
@@ -109,6 +118,8 @@ pub struct OrderPipeline {
     pub rate_limit: Option<RateLimit>,
     /// The time to live of orders, if it is set.
     pub ttl: Option<Arc<MessageTtl>>,
+    /// The named buyers, if there is priority.
+    pub vips: Option<Vips>,
     /// Takes poison messages.
     pub dead_letters: DeadLetters,
     /// Cancelled on shutdown.
@@ -138,8 +149,9 @@ impl OrderPipeline {
             .clone()
             .context("this strategy needs KAFKA_BOOTSTRAP_SERVERS")?;
         let stop = CancellationToken::new();
+        let has_priority = context.improvements.order_priority.is_some();
         let (topics, ids, outbox) = tokio::join!(
-            topics::create(&kafka, context.improvements.outbox_relay),
+            topics::create(&kafka, priorities(has_priority), context.improvements.outbox_relay),
             Ids::load(&context.database),
             OutboxReader::open(&context.database, stop.clone())
         );
@@ -159,10 +171,12 @@ impl OrderPipeline {
             relay.spawn(OutboxRelay::new(&context.database, &kafka, metrics, steps)?.run(stop.clone()));
         }
         relay.close();
-        lag::spawn_reporter(&kafka, context.metrics.lag.clone(), ttl.clone(), stop.clone())?;
+        let (lag, vips) = (context.metrics.lag.clone(), context.metrics.priority.clone());
+        lag::spawn_reporter(&kafka, lag, vips, ttl.clone(), stop.clone())?;
         Ok(Arc::new(Self {
-            topic: orders_topic(&kafka),
+            topics: OrderTopics::new(&kafka),
             ttl,
+            vips: has_priority.then(|| Vips::new(context.database.clone())),
             rate_limit: RateLimit::new(
                 context.improvements.rate_limit_per_buyer,
                 context.improvements.rate_limit,
@@ -187,6 +201,19 @@ impl OrderPipeline {
             context,
             kafka,
         }))
+    }
+
+    /// Creates a consumer of the orders topic.
+    ///
+    /// # Errors
+    /// If the client rejects its configuration.
+    pub fn subscribe(&self, config: &ClientConfig) -> KafkaResult<OrderConsumer> {
+        OrderConsumer::subscribe(
+            &self.kafka,
+            config,
+            &self.context.metrics.consumer,
+            self.context.improvements.order_priority,
+        )
     }
 
     /// Runs a consumer in a task of its own. The server is not ready until `joined` is `true`: the
@@ -257,11 +284,12 @@ impl OrderPipeline {
         Ok(())
     }
 
-    /// Checks an order before it is sent: the rate limits, its sale, and the wait that is expected.
+    /// Checks an order before it is sent: the rate limits, its sale, its priority, and the wait that is
+    /// expected.
     ///
     /// # Errors
-    /// [`ReserveError::RateLimited`] over a limit; [`Refusal::UnknownSale`]; [`Indeterminate`] if the
-    /// order would expire, or the database cannot be read.
+    /// [`ReserveError::RateLimited`] over a limit; [`Refusal::UnknownSale`]; [`Refusal::NotVip`];
+    /// [`Indeterminate`] if the order would expire, or the database cannot be read.
     pub async fn admit(&self, order: &Order, id: Uuid) -> Result<Admission, ReserveError> {
         if let Some(limit) = &self.rate_limit
             && limit.admit(order, id).await? == Admission::Repeat
@@ -269,10 +297,18 @@ impl OrderPipeline {
             return Ok(Admission::Repeat);
         }
         self.ensure_sale(order.sale).await?;
+        if order.priority == Priority::Vip {
+            self.vips.as_ref().ok_or(Refusal::NotVip)?.check(order).await?;
+        }
         if let Some(ttl) = &self.ttl {
-            ttl.check_backlog(order.sale)?;
+            ttl.check_backlog(order.sale, order.priority)?;
         }
         Ok(Admission::New)
+    }
+
+    /// The priorities that orders of this server may have.
+    pub fn priorities(&self) -> &'static [Priority] {
+        priorities(self.vips.is_some())
     }
 
     /// Remembers an order that the broker has acknowledged: its repeat needs no other message.
@@ -308,8 +344,8 @@ impl OrderPipeline {
         Ok(())
     }
 
-    /// Checks that orders can be decided: the consumers of this server run, and Kafka has both
-    /// topics with their partitions.
+    /// Checks that orders can be decided: the consumers of this server run, and Kafka has the topics
+    /// of orders and of dead letters with their partitions.
     ///
     /// # Errors
     /// [`Indeterminate::BackendAway`] otherwise.
@@ -317,11 +353,17 @@ impl OrderPipeline {
         if self.consumers.len() < self.consumers_started.load(Relaxed) {
             return Err(away(anyhow::anyhow!("a consumer or worker has ended")));
         }
-        let (orders, dead) = (self.topic.clone(), dead_letter_topic(&self.kafka));
+        let orders = self
+            .priorities()
+            .iter()
+            .map(|&priority| self.topics.of(priority).to_owned());
+        let (orders, dead): (Vec<String>, String) = (orders.collect(), dead_letter_topic(&self.kafka));
         // The producer asks, so that it finds a topic that has come back.
         let producer: FutureProducer = self.producer.current();
         let checked = tokio::task::spawn_blocking(move || {
-            topics::check(producer.client(), &orders, Some(PARTITIONS), METADATA_TIMEOUT)?;
+            for orders in &orders {
+                topics::check(producer.client(), orders, Some(PARTITIONS), METADATA_TIMEOUT)?;
+            }
             topics::check(producer.client(), &dead, None, METADATA_TIMEOUT)
         });
         match checked.await {
@@ -339,6 +381,13 @@ impl OrderPipeline {
         self.consumers.close();
         self.consumers.wait().await;
         self.relay.wait().await;
+    }
+}
+
+fn priorities(has_priority: bool) -> &'static [Priority] {
+    match has_priority {
+        false => &[Priority::Normal],
+        true => &[Priority::Normal, Priority::Vip],
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use box_office::ConsumerMetrics;
 use rdkafka::{
     ClientContext, TopicPartitionList,
     consumer::{BaseConsumer, ConsumerContext, Rebalance},
@@ -13,7 +14,7 @@ use rdkafka::{
 };
 use tokio::{sync::watch, time::Instant};
 
-use super::ConsumedMessage;
+use super::{ConsumedMessage, OrderPartition, priority::VipReader};
 
 /// How long after a commit the consumer checks that the group has the offset.
 const COMMIT_CHECK_DELAY: Duration = Duration::from_secs(1);
@@ -21,15 +22,20 @@ const COMMIT_CHECK_DELAY: Duration = Duration::from_secs(1);
 /// Receives the group's rebalances, and keeps the assignment up to date.
 pub(super) struct RebalanceListener {
     joined: watch::Sender<bool>,
+    metrics: ConsumerMetrics,
     assignment: Mutex<Assignment>,
+    /// Follows the assignment.
+    vips: Option<Arc<VipReader>>,
 }
 
 impl RebalanceListener {
     /// A listener without an assignment. It sends `true` to `joined` once it is assigned
     /// partitions.
-    pub(super) fn new(joined: watch::Sender<bool>) -> Self {
+    pub(super) fn new(joined: watch::Sender<bool>, vips: Option<Arc<VipReader>>, metrics: ConsumerMetrics) -> Self {
         Self {
             joined,
+            vips,
+            metrics,
             assignment: Mutex::default(),
         }
     }
@@ -44,16 +50,22 @@ impl ClientContext for RebalanceListener {}
 impl ConsumerContext for RebalanceListener {
     fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Revoke(partitions) = rebalance {
-            self.assignment().revoke(numbers(partitions));
+            self.metrics.rebalanced();
+            let numbers = numbers(partitions);
+            self.vips.iter().for_each(|vips| vips.revoke(&numbers));
+            self.assignment().revoke(numbers);
         }
     }
 
     fn post_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         if let Rebalance::Assign(partitions) = rebalance {
             tracing::debug!(partitions = partitions.count(), "partitions assigned");
-            self.assignment().assign(numbers(partitions));
+            let numbers = numbers(partitions);
+            self.vips.iter().for_each(|vips| vips.assign(&numbers));
+            self.assignment().assign(numbers);
             // A consumer that joins others is assigned nothing at first: they have to revoke first.
             if partitions.count() > 0 {
+                self.metrics.rebalanced();
                 self.joined.send_replace(true);
             }
         }
@@ -65,16 +77,16 @@ fn numbers(partitions: &TopicPartitionList) -> Vec<i32> {
     partitions.iter().map(TopicPartitionListElem::partition).collect()
 }
 
-/// The partitions that a consumer owns, and its progress in each.
+/// The partitions that a consumer owns, by their numbers, and its progress in each.
 #[derive(Default)]
 pub(super) struct Assignment {
     owned: BTreeSet<i32>,
-    /// The partitions revoked since this set was last emptied.
+    /// The numbers of the partitions revoked since this set was last emptied.
     revoked: BTreeSet<i32>,
     /// Every offset below this one is processed.
-    processed: BTreeMap<i32, i64>,
+    processed: BTreeMap<OrderPartition, i64>,
     /// The offset to which the consumer has seeked back, until it has processed something there.
-    rewound: BTreeMap<i32, i64>,
+    rewound: BTreeMap<OrderPartition, i64>,
     /// When to check that the group has the committed offsets.
     check_commits_at: Option<Instant>,
 }
@@ -86,11 +98,11 @@ impl Assignment {
 
     /// Removes partitions with their progress: from here on their next owner knows it better.
     fn revoke(&mut self, partitions: impl IntoIterator<Item = i32>) {
-        for partition in partitions {
-            self.owned.remove(&partition);
-            self.processed.remove(&partition);
-            self.rewound.remove(&partition);
-            self.revoked.insert(partition);
+        for number in partitions {
+            self.owned.remove(&number);
+            self.processed.retain(|partition, _| partition.number != number);
+            self.rewound.retain(|partition, _| partition.number != number);
+            self.revoked.insert(number);
         }
     }
 
@@ -103,7 +115,7 @@ impl Assignment {
     pub(super) fn drop_revoked(&mut self, batch: &mut Vec<ConsumedMessage>) {
         let revoked = std::mem::take(&mut self.revoked);
         if !revoked.is_empty() {
-            batch.retain(|message| !revoked.contains(&message.partition));
+            batch.retain(|message| !revoked.contains(&message.partition.number));
         }
     }
 
@@ -111,13 +123,13 @@ impl Assignment {
         self.owned.clone()
     }
 
-    pub(super) fn owns(&self, partition: i32) -> bool {
-        self.owned.contains(&partition)
+    pub(super) fn owns(&self, partition: OrderPartition) -> bool {
+        self.owned.contains(&partition.number)
     }
 
     /// Notes that every offset below `offset` is processed. Returns whether this consumer owns the
     /// partition: only then may it commit.
-    pub(super) fn mark_processed(&mut self, partition: i32, offset: i64) -> bool {
+    pub(super) fn mark_processed(&mut self, partition: OrderPartition, offset: i64) -> bool {
         let owned = self.owns(partition);
         if owned {
             self.processed.insert(partition, offset);
@@ -129,15 +141,15 @@ impl Assignment {
     }
 
     /// For each owned partition with progress, the offset below which everything is processed.
-    pub(super) fn processed(&self) -> BTreeMap<i32, i64> {
+    pub(super) fn processed(&self) -> BTreeMap<OrderPartition, i64> {
         self.processed.clone()
     }
 
-    pub(super) fn mark_rewound(&mut self, partition: i32, offset: i64) {
+    pub(super) fn mark_rewound(&mut self, partition: OrderPartition, offset: i64) {
         self.rewound.insert(partition, offset);
     }
 
-    pub(super) fn has_rewound_to(&self, partition: i32, offset: i64) -> bool {
+    pub(super) fn has_rewound_to(&self, partition: OrderPartition, offset: i64) -> bool {
         self.rewound.get(&partition) == Some(&offset)
     }
 
@@ -154,20 +166,35 @@ impl Assignment {
 
 #[cfg(test)]
 mod tests {
+    use box_office::Priority;
     use rdkafka::{Timestamp, message::OwnedMessage};
 
     use super::*;
 
-    fn message(partition: i32, offset: i64) -> ConsumedMessage {
+    const NORMAL: OrderPartition = normal(0);
+
+    const VIPS: OrderPartition = OrderPartition {
+        priority: Priority::Vip,
+        number: 0,
+    };
+
+    const fn normal(number: i32) -> OrderPartition {
+        OrderPartition {
+            priority: Priority::Normal,
+            number,
+        }
+    }
+
+    fn message(number: i32, offset: i64) -> ConsumedMessage {
         ConsumedMessage {
-            partition,
+            partition: normal(number),
             offset,
             raw: OwnedMessage::new(
                 None,
                 None,
                 "orders".to_owned(),
                 Timestamp::NotAvailable,
-                partition,
+                number,
                 offset,
                 None,
             ),
@@ -177,7 +204,7 @@ mod tests {
     fn positions(batch: &[ConsumedMessage]) -> Vec<(i32, i64)> {
         batch
             .iter()
-            .map(|message| (message.partition, message.offset))
+            .map(|message| (message.partition.number, message.offset))
             .collect()
     }
 
@@ -207,13 +234,31 @@ mod tests {
     fn only_the_owner_of_a_partition_marks_offsets_as_processed() {
         let mut assignment = Assignment::default();
         assignment.assign([0]);
-        assert!(assignment.mark_processed(0, 5));
+        assert!(assignment.mark_processed(NORMAL, 5));
         assert!(
-            !assignment.mark_processed(1, 5),
+            !assignment.mark_processed(normal(1), 5),
             "the partition was never assigned to this consumer"
         );
         assignment.revoke([0]);
-        assert!(!assignment.mark_processed(0, 6), "the partition was revoked");
+        assert!(!assignment.mark_processed(NORMAL, 6), "the partition was revoked");
         assert!(assignment.processed.is_empty(), "{:?}", assignment.processed);
+    }
+
+    #[test]
+    fn the_vips_of_a_partition_go_with_it_and_their_progress_is_their_own() {
+        let mut assignment = Assignment::default();
+        assignment.assign([0]);
+        assert!(assignment.mark_processed(NORMAL, 5) && assignment.mark_processed(VIPS, 2));
+        assignment.mark_rewound(VIPS, 1);
+        assert_eq!(assignment.processed(), BTreeMap::from([(NORMAL, 5), (VIPS, 2)]));
+        assert!(!assignment.has_rewound_to(NORMAL, 1));
+        assert!(assignment.mark_processed(NORMAL, 6) && assignment.has_rewound_to(VIPS, 1));
+
+        let mut batch = vec![message(0, 7)];
+        batch[0].partition = VIPS;
+        assignment.revoke([0]);
+        assignment.drop_revoked(&mut batch);
+        assert!(batch.is_empty() && assignment.processed().is_empty());
+        assert!(!assignment.mark_processed(VIPS, 3));
     }
 }

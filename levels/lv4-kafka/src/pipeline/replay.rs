@@ -22,7 +22,7 @@ use super::{
     dead_letters::MAX_REASON_CHARS,
     headers::{ATTEMPTS, ORIGIN_OFFSET, ORIGIN_PARTITION, ORIGIN_TOPIC, REASON, RESOLVED, attempts, headers_of, text},
     producer,
-    topics::{client_config, dead_letter_topic, orders_topic},
+    topics::{client_config, dead_letter_topic, orders_topic, vips_topic},
 };
 
 /// The maximum number of bytes of key and payload that can be replayed: together with the overhead
@@ -52,12 +52,13 @@ impl Place {
         }
     }
 
-    /// The place that a dead letter or a resolution marker names in its headers, if it is one in this topic.
-    fn named_by(message: &OwnedMessage, topic: &str) -> Option<Self> {
+    /// The place that a dead letter or a resolution marker names in its headers, if it is one in these topics.
+    fn named_by(message: &OwnedMessage, topics: &[&str]) -> Option<Self> {
         let header = |name| text(message.headers(), name);
         let partition = header(ORIGIN_PARTITION)?.parse().ok()?;
         let offset = header(ORIGIN_OFFSET)?.parse().ok()?;
-        let named = header(ORIGIN_TOPIC)? == topic && partition >= 0 && offset >= 0;
+        let topic = header(ORIGIN_TOPIC)?;
+        let named = topics.contains(&topic) && partition >= 0 && offset >= 0;
         named.then(|| Self {
             topic: topic.to_owned(),
             partition,
@@ -122,7 +123,11 @@ impl DeadLetter {
 /// # Errors
 /// If Kafka does not answer in time.
 pub fn list_dead_letters(kafka: &KafkaConfig, timeout: Duration) -> anyhow::Result<Vec<DeadLetter>> {
-    Ok(pending(read_topic(kafka, timeout)?, &orders_topic(kafka)))
+    let orders = [orders_topic(kafka), vips_topic(kafka)];
+    Ok(pending(
+        read_topic(kafka, timeout)?,
+        &orders.each_ref().map(String::as_str),
+    ))
 }
 
 /// Reads every message of the dead-letter topic.
@@ -159,13 +164,13 @@ fn read_topic(kafka: &KafkaConfig, timeout: Duration) -> anyhow::Result<Vec<Owne
 }
 
 /// The dead letters among the messages of the dead-letter topic that have no resolution marker.
-fn pending(messages: Vec<OwnedMessage>, orders: &str) -> Vec<DeadLetter> {
+fn pending(messages: Vec<OwnedMessage>, orders: &[&str]) -> Vec<DeadLetter> {
     let mut pending: HashMap<Place, (usize, DeadLetter)> = HashMap::new();
     for (number, message) in messages.into_iter().enumerate() {
         let own = Place::of(&message);
         let origin = Place::named_by(&message, orders);
         let is_marked = text(message.headers(), RESOLVED).is_some() && message.payload().is_none_or(<[u8]>::is_empty);
-        let of_foreign = || Place::named_by(&message, &own.topic);
+        let of_foreign = || Place::named_by(&message, &[&own.topic]);
         if is_marked && let Some(done) = origin.clone().or_else(of_foreign) {
             pending.remove(&done);
             continue;
@@ -184,7 +189,7 @@ fn pending(messages: Vec<OwnedMessage>, orders: &str) -> Vec<DeadLetter> {
     pending.into_iter().map(|(_, dead_letter)| dead_letter).collect()
 }
 
-/// Replays a dead letter: sends it to the orders topic again, and marks it as replayed. `timeout`
+/// Replays a dead letter: sends it to its topic of orders again, and marks it as replayed. `timeout`
 /// is that of each request.
 ///
 /// # Errors
@@ -281,9 +286,16 @@ async fn republish(
     timeout: Duration,
 ) -> anyhow::Result<()> {
     let attempts = (ATTEMPTS, dead_letter.attempts.to_string());
+    // What does not name its origin is taken for an order of normal priority.
+    let vips = vips_topic(kafka);
+    let topic = if dead_letter.place.topic == vips {
+        vips
+    } else {
+        orders_topic(kafka)
+    };
     producer
         .send(
-            FutureRecord::to(&orders_topic(kafka))
+            FutureRecord::to(&topic)
                 .key(dead_letter.message.key().unwrap_or_default())
                 .payload(dead_letter.message.payload().unwrap_or_default())
                 .headers(headers_of(&[attempts])),
@@ -328,6 +340,7 @@ mod tests {
     use super::*;
 
     const ORDERS: &str = "orders";
+    const VIPS: &str = "orders.vip";
     const DEAD: &str = "orders.dead";
 
     fn message(offset: i64, payload: Option<&[u8]>, headers: &[(&str, &[u8])]) -> OwnedMessage {
@@ -352,7 +365,7 @@ mod tests {
     }
 
     fn origins(messages: Vec<OwnedMessage>) -> Vec<String> {
-        let pending = pending(messages, ORDERS);
+        let pending = pending(messages, &[ORDERS, VIPS]);
         pending.into_iter().map(|dead_letter| dead_letter.origin).collect()
     }
 

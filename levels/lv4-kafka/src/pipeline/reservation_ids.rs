@@ -75,7 +75,7 @@ impl Ids {
 
 #[cfg(test)]
 mod tests {
-    use box_office::RequestKey;
+    use box_office::{Priority, RequestKey};
 
     use super::*;
 
@@ -84,6 +84,7 @@ mod tests {
             sale,
             buyer,
             key: RequestKey::try_from(key.to_owned()).expect("a key"),
+            priority: Priority::Normal,
         }
     }
 
@@ -92,6 +93,11 @@ mod tests {
         let ids = Ids { key: vec![7; 32] };
         let id = ids.for_order(&order(1, 2, "a"));
         assert_eq!(id, ids.for_order(&order(1, 2, "a")));
+        let as_a_vip = Order {
+            priority: Priority::Vip,
+            ..order(1, 2, "a")
+        };
+        assert_eq!(id, ids.for_order(&as_a_vip), "whatever its priority, it is one order");
         for other in [order(2, 2, "a"), order(1, 3, "a"), order(1, 2, "b")] {
             assert_ne!(id, ids.for_order(&other));
         }

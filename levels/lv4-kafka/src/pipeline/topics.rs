@@ -1,9 +1,9 @@
 //! The topics: their names, their settings, and the configuration that all Kafka clients share.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use anyhow::bail;
-use box_office::KafkaConfig;
+use box_office::{KafkaConfig, Priority};
 use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -14,7 +14,8 @@ use rdkafka::{
 };
 
 /// The number of partitions of the orders topic, and so the maximum number of consumers that work
-/// in parallel. It never changes: the partition of a sale follows from it.
+/// in parallel. It never changes: the partition of a sale follows from it. The VIP topic has as
+/// many, so a sale has the same partition number in both.
 pub const PARTITIONS: i32 = 6;
 
 /// The maximum size of a message of the orders topic in bytes, and of a batch: the broker applies
@@ -39,6 +40,54 @@ const DEAD_LETTER_RETENTION_MS: &str = "-1";
 /// The name of the orders topic.
 pub fn orders_topic(kafka: &KafkaConfig) -> String {
     format!("{}orders", kafka.prefix)
+}
+
+/// The name of the topic of VIPs' orders.
+pub fn vips_topic(kafka: &KafkaConfig) -> String {
+    format!("{}orders.vip", kafka.prefix)
+}
+
+/// The names of the topics of orders, by their priority.
+#[derive(Clone, Debug)]
+pub struct OrderTopics {
+    normal: String,
+    vip: String,
+}
+
+impl OrderTopics {
+    pub(super) fn new(kafka: &KafkaConfig) -> Self {
+        Self {
+            normal: orders_topic(kafka),
+            vip: vips_topic(kafka),
+        }
+    }
+
+    /// The topic of the orders of this priority.
+    pub fn of(&self, priority: Priority) -> &str {
+        match priority {
+            Priority::Normal => &self.normal,
+            Priority::Vip => &self.vip,
+        }
+    }
+}
+
+/// A partition of a topic of orders. Those of one number have the same sales and the same owner,
+/// whatever their priority.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OrderPartition {
+    /// The priority of its orders.
+    pub priority: Priority,
+    /// Its number in its topic.
+    pub number: i32,
+}
+
+impl fmt::Display for OrderPartition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.priority {
+            Priority::Normal => write!(f, "{}", self.number),
+            Priority::Vip => write!(f, "{} of the VIPs", self.number),
+        }
+    }
 }
 
 /// The name of the dead-letter topic.
@@ -76,23 +125,30 @@ pub(super) fn client_config(kafka: &KafkaConfig) -> ClientConfig {
     config
 }
 
-/// Creates the topics unless they exist, with that of the outbox relay if `relay`. A topic that the broker creates by itself has a single
+/// Creates the topics unless they exist: those of orders of these priorities, that of dead letters,
+/// and that of the outbox relay if `relay`. A topic that the broker creates by itself has a single
 /// partition, and then only one consumer works.
 ///
 /// # Errors
-/// If Kafka does not answer or does not create a topic, or the orders topic has another number of
+/// If Kafka does not answer or does not create a topic, or a topic of orders has another number of
 /// partitions.
-pub(super) async fn create(kafka: &KafkaConfig, relay: bool) -> anyhow::Result<()> {
+pub(super) async fn create(kafka: &KafkaConfig, priorities: &[Priority], relay: bool) -> anyhow::Result<()> {
     let admin: AdminClient<DefaultClientContext> = client_config(kafka).create()?;
-    let (orders, dead, decided) = (orders_topic(kafka), dead_letter_topic(kafka), decided_topic(kafka));
+    let names = OrderTopics::new(kafka);
+    let orders: Vec<String> = priorities
+        .iter()
+        .map(|&priority| names.of(priority).to_owned())
+        .collect();
+    let (dead, decided) = (dead_letter_topic(kafka), decided_topic(kafka));
     // ANCHOR: topics
     // -1: the broker's default replication factor.
-    let mut topics = vec![
-        NewTopic::new(&orders, PARTITIONS, TopicReplication::Fixed(-1))
+    let of_orders = orders.iter().map(|orders| {
+        NewTopic::new(orders, PARTITIONS, TopicReplication::Fixed(-1))
             .set("max.message.bytes", MAX_MESSAGE_BYTES)
-            .set("retention.ms", ORDERS_RETENTION_MS),
-        NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)).set("retention.ms", DEAD_LETTER_RETENTION_MS),
-    ];
+            .set("retention.ms", ORDERS_RETENTION_MS)
+    });
+    let mut topics: Vec<NewTopic<'_>> = of_orders.collect();
+    topics.push(NewTopic::new(&dead, 1, TopicReplication::Fixed(-1)).set("retention.ms", DEAD_LETTER_RETENTION_MS));
     // ANCHOR_END: topics
     if relay {
         // Retention as the broker has it: who reads the topic decides how long it is of use.
@@ -107,7 +163,10 @@ pub(super) async fn create(kafka: &KafkaConfig, relay: bool) -> anyhow::Result<(
             Err((topic, why)) => bail!("the topic {topic} cannot be created: {why}"),
         }
     }
-    let checked = tokio::task::spawn_blocking(move || check(admin.inner(), &orders, Some(PARTITIONS), STARTUP_TIMEOUT));
+    let checked = tokio::task::spawn_blocking(move || {
+        let mut orders = orders.iter();
+        orders.try_for_each(|orders| check(admin.inner(), orders, Some(PARTITIONS), STARTUP_TIMEOUT))
+    });
     match checked.await? {
         // Whatever else is wrong may pass: then the server is not ready.
         Err(wrong @ TopicError::WrongPartitions { .. }) => Err(wrong.into()),

@@ -41,10 +41,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use box_office::{ExpiredOrders, Indeterminate, SaleId};
+use box_office::{ExpiredOrders, Indeterminate, Priority, SaleId};
 use tokio::time::Instant;
 
-use super::{OrderMessage, lag::PartitionOffsets};
+use super::{OrderMessage, OrderPartition, lag::PartitionOffsets};
 
 /// The weight of a new sample of the rate, against all earlier ones.
 const SAMPLE_WEIGHT: f64 = 0.5;
@@ -87,12 +87,12 @@ impl MessageTtl {
         self.expired.count(orders as u64);
     }
 
-    /// Checks that an order of this sale is going to be decided within its TTL.
+    /// Checks that an order of this sale and priority is going to be decided within its TTL.
     ///
     /// # Errors
     /// [`Indeterminate::Backlogged`] if not, with the time after which it may be.
-    pub fn check_backlog(&self, sale: SaleId) -> Result<(), Indeterminate> {
-        let expected = self.backlog().expected_wait(sale, Instant::now());
+    pub fn check_backlog(&self, sale: SaleId, priority: Priority) -> Result<(), Indeterminate> {
+        let expected = self.backlog().expected_wait(sale, priority, Instant::now());
         match expected.checked_sub(self.ttl) {
             None | Some(Duration::ZERO) => Ok(()),
             Some(too_long) => Err(Indeterminate::Backlogged {
@@ -101,9 +101,9 @@ impl MessageTtl {
         }
     }
 
-    /// Remembers the partition of a sale, if all its orders are in one.
-    pub fn remember_partition(&self, sale: SaleId, partition: i32) {
-        self.backlog().partition_of.insert(sale, partition);
+    /// Remembers the number of the partition of a sale, if all its orders are in one.
+    pub fn remember_partition(&self, sale: SaleId, number: i32) {
+        self.backlog().partition_of.insert(sale, number);
     }
 
     /// The interval of the samples.
@@ -112,7 +112,7 @@ impl MessageTtl {
     }
 
     /// Takes a sample of the group's offsets.
-    pub(super) fn sample(&self, offsets: &BTreeMap<i32, PartitionOffsets>) {
+    pub(super) fn sample(&self, offsets: &BTreeMap<OrderPartition, PartitionOffsets>) {
         self.backlog().sample(offsets, Instant::now());
     }
 
@@ -121,11 +121,12 @@ impl MessageTtl {
     }
 }
 
-/// The backlog of the orders topic, as the broker has last told it.
+/// The backlog of the topics of orders, as the broker has last told it. VIPs wait for their own: what
+/// the others cost them shows in the rate.
 #[derive(Default)]
 struct Backlog {
-    partitions: BTreeMap<i32, PartitionBacklog>,
-    /// The partition of each sale whose orders are all in one. A sale is opened by the admin, so
+    partitions: BTreeMap<OrderPartition, PartitionBacklog>,
+    /// The number of the partition of each sale whose orders are all in one. A sale is opened by the admin, so
     /// there are only so many.
     partition_of: HashMap<SaleId, i32>,
 }
@@ -142,7 +143,7 @@ struct PartitionBacklog {
 }
 
 impl Backlog {
-    fn sample(&mut self, offsets: &BTreeMap<i32, PartitionOffsets>, now: Instant) {
+    fn sample(&mut self, offsets: &BTreeMap<OrderPartition, PartitionOffsets>, now: Instant) {
         self.partitions.retain(|partition, _| offsets.contains_key(partition));
         for (&partition, offsets) in offsets {
             let lag = offsets.lag();
@@ -165,13 +166,15 @@ impl Backlog {
 
     // ANCHOR: wait
     /// How long an order that is accepted now is expected to wait for its decision.
-    fn expected_wait(&self, sale: SaleId, now: Instant) -> Duration {
-        match self.partition_of.get(&sale) {
-            Some(partition) => self.partitions.get(partition).map(|partition| partition.wait(now)),
-            // Spread over all partitions: the order may come into any of them.
-            None => self.partitions.values().map(|partition| partition.wait(now)).max(),
-        }
-        .unwrap_or_default()
+    fn expected_wait(&self, sale: SaleId, priority: Priority, now: Instant) -> Duration {
+        let in_one = self.partition_of.get(&sale);
+        // Spread over all partitions, the order may come into any of them.
+        let may_be_in = |partition: &OrderPartition| {
+            partition.priority == priority && in_one.is_none_or(|number| *number == partition.number)
+        };
+        let partitions = self.partitions.iter().filter(|(partition, _)| may_be_in(partition));
+        let waits = partitions.map(|(_, backlog)| backlog.wait(now));
+        waits.max().unwrap_or_default()
     }
     // ANCHOR_END: wait
 }
@@ -215,13 +218,18 @@ mod tests {
 
     const SALE: SaleId = 1;
 
+    const NORMAL: OrderPartition = OrderPartition {
+        priority: Priority::Normal,
+        number: 0,
+    };
+
     /// A backlog after samples of one partition, one a second: committed offset and end.
     fn after(samples: &[(i64, i64)]) -> (Backlog, Instant) {
         let mut backlog = Backlog::default();
         let mut now = Instant::now();
         for &(committed, end) in samples {
             now += Duration::from_secs(1);
-            let offsets = BTreeMap::from([(0, PartitionOffsets { committed, end })]);
+            let offsets = BTreeMap::from([(NORMAL, PartitionOffsets { committed, end })]);
             backlog.sample(&offsets, now);
         }
         (backlog, now)
@@ -229,7 +237,7 @@ mod tests {
 
     fn wait(samples: &[(i64, i64)]) -> f64 {
         let (backlog, now) = after(samples);
-        backlog.expected_wait(SALE, now).as_secs_f64()
+        backlog.expected_wait(SALE, Priority::Normal, now).as_secs_f64()
     }
 
     #[test]
@@ -262,7 +270,7 @@ mod tests {
         assert_eq!(wait(&[(5, 5), (5, 6), (5, 7), (5, 8)]), 2.0);
         assert_eq!(wait(&[(5, 5), (5, 6), (5, 7), (7, 7)]), 0.0, "and it is over at once");
         let (backlog, now) = after(&[(5, 5), (5, 6)]);
-        let later = backlog.expected_wait(SALE, now + Duration::from_secs(10));
+        let later = backlog.expected_wait(SALE, Priority::Normal, now + Duration::from_secs(10));
         assert_eq!(later.as_secs(), 10, "a broker that does not answer is no progress");
     }
 
@@ -273,20 +281,39 @@ mod tests {
         for seconds in 0..2_i64 {
             let offsets = BTreeMap::from([
                 (
-                    0,
+                    NORMAL,
                     PartitionOffsets {
                         committed: 10 * seconds,
                         end: 1000,
                     },
                 ),
-                (1, PartitionOffsets { committed: 7, end: 7 }),
+                (
+                    OrderPartition { number: 1, ..NORMAL },
+                    PartitionOffsets { committed: 7, end: 7 },
+                ),
+                (
+                    OrderPartition {
+                        priority: Priority::Vip,
+                        ..NORMAL
+                    },
+                    PartitionOffsets {
+                        committed: 100 * seconds,
+                        end: 200,
+                    },
+                ),
             ]);
             backlog.sample(&offsets, began + Duration::from_secs(seconds as u64));
         }
         let now = began + Duration::from_secs(1);
-        assert_eq!(backlog.expected_wait(SALE, now).as_secs(), 99, "it may come into any");
+        let wait = |backlog: &Backlog, priority| backlog.expected_wait(SALE, priority, now).as_secs();
+        assert_eq!(wait(&backlog, Priority::Normal), 99, "it may come into any");
+        assert_eq!(
+            wait(&backlog, Priority::Vip),
+            1,
+            "and a VIP does not wait with the others"
+        );
         backlog.partition_of.insert(SALE, 1);
-        assert_eq!(backlog.expected_wait(SALE, now).as_secs(), 0);
+        assert_eq!(wait(&backlog, Priority::Normal), 0);
     }
 
     #[test]

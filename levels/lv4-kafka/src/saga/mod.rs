@@ -46,7 +46,7 @@ pub mod store;
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use box_office::{BuyerId, CauseLog, PaymentSettings, ReserveError, SaleId, Steps, Transaction};
+use box_office::{BuyerId, CauseLog, PaymentSettings, Priority, ReserveError, SaleId, Steps, Transaction};
 use rdkafka::producer::FutureRecord;
 use tokio::{
     sync::Notify,
@@ -71,6 +71,9 @@ const MAX_REFUNDS: usize = 64;
 /// The interval at which sagas that are due are looked for: another instance may have held them, or
 /// have died.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// The interval at which the age of the oldest unknown outcome is reported.
+const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How much longer than the timeouts of its step a claim lasts.
 const CLAIM_MARGIN: Duration = Duration::from_secs(1);
@@ -115,6 +118,7 @@ impl Sagas {
                 payments,
                 causes: Arc::new(CauseLog::default()),
             };
+            pipeline.spawn_worker(report_unknown(worker.clone()));
             for what in Due::ALL {
                 pipeline.spawn_worker(run(worker.clone(), what, steps.clone()));
             }
@@ -206,6 +210,21 @@ async fn run(worker: Worker, what: Due, steps: Steps) {
     worker.settle(taken, &steps).await;
 }
 
+/// Reports the age of the oldest payment whose outcome is unknown, until shutdown. It is a property
+/// of all instances: each reports it.
+async fn report_unknown(worker: Worker) {
+    let context = &worker.pipeline.context;
+    let stop = &worker.pipeline.stop;
+    while stop.run_until_cancelled(sleep(REPORT_INTERVAL)).await.is_some() {
+        match store::oldest_unknown(&context.database, worker.sagas.settings.hold).await {
+            Ok(age) => context.metrics.oldest_unknown_payment.set(age),
+            Err(why) => worker
+                .causes
+                .warn("the payments without an outcome cannot be read", &why),
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Worker {
     pipeline: Arc<OrderPipeline>,
@@ -270,7 +289,7 @@ impl Worker {
     async fn command_release(&self, saga: &Claimed) {
         let message = ReleaseCommand::new(saga.reservation, saga.sale).to_bytes();
         let sale = saga.sale.to_be_bytes();
-        let record = FutureRecord::to(&self.pipeline.topic)
+        let record = FutureRecord::to(self.pipeline.topics.of(Priority::Normal))
             .key(&sale)
             .payload(&message)
             .headers(ReleaseCommand::headers());

@@ -142,6 +142,27 @@ pub async fn claim(
 }
 // ANCHOR_END: claim
 
+/// The age of the oldest payment whose outcome is unknown, from when its ticket was taken: a charge
+/// that is asked for again, or money that may have been taken for a ticket that was released. Zero
+/// if there is none.
+///
+/// # Errors
+/// The error of the database.
+pub async fn oldest_unknown(database: &Database, hold: Duration) -> Result<Duration, ReserveError> {
+    let age_ms: Option<i64> = sqlx::query_scalar(
+        "select (1000 * extract(epoch from clock_timestamp() - min(hold_until)))::bigint
+           from saga
+          where due_at is not null
+            and (state = 'charging' and attempts > 1 or refund_due)",
+    )
+    .fetch_one(database)
+    .await?;
+    let age = age_ms.map(|age_ms| age_ms.saturating_add(milliseconds(hold)));
+    Ok(Duration::from_millis(
+        age.and_then(|age| age.try_into().ok()).unwrap_or(0),
+    ))
+}
+
 /// Locks these sagas. All transactions lock them in this order.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use box_office::{KafkaConfig, Order, RequestKey, Strategy};
+use box_office::{KafkaConfig, Order, Priority, RequestKey, Strategy};
 use harness::rush::{Program, SALE};
 use lv4_kafka::pipeline::{OrderMessage, PARTITIONS, orders_topic};
 use rdkafka::{
@@ -208,6 +208,7 @@ impl BenchEnvironment {
             sale: SALE,
             buyer,
             key: RequestKey::try_from(buyer.to_string()).map_err(|why| anyhow::anyhow!("{why}"))?,
+            priority: Priority::Normal,
         };
         let record_bytes = OrderMessage::new(Default::default(), &order).to_bytes().len();
         producer_perf_test::run(

@@ -1,9 +1,6 @@
 //! What all measurements of a sale share: the services, the server under test, the check of its rows, and the end of a run.
 
-use std::{
-    env,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use box_office::{Invariant, Strategy};
@@ -65,10 +62,8 @@ impl BenchEnvironment {
         let services = Services::find(Durability::Durable, selected.strategy.needs).await?;
         Ok(Self {
             metadata: RunMetadata::of_this_run().with_services(&services)?,
+            program: selected.program()?,
             selected,
-            program: Program::new(env::current_exe()?)
-                .argument("serve")
-                .argument(selected.level.name),
             services,
             clients: args.clients.unwrap_or(default_clients),
             duration: Duration::from_secs(args.seconds.into()),
@@ -148,6 +143,7 @@ impl BenchEnvironment {
             rows: Some(sold.rows),
             faults: vec![],
             payments: None,
+            decisions: None,
         };
         let mut void: Vec<String> = judge(&history)
             .findings

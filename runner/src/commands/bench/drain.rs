@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use box_office::{BuyerId, api::NewReservation};
+use box_office::{BuyerId, Priority, api::NewReservation};
 use futures_util::future::try_join_all;
 use harness::{
     backends::TestEnvironment,
@@ -284,7 +284,13 @@ async fn fill(servers: &Servers, orders: u32) -> anyhow::Result<()> {
             let request = Request::post(format!("/api/sales/{SALE}/reservations"))
                 .header(header::CONTENT_TYPE, "application/json")
                 .header("idempotency-key", buyer.to_string())
-                .body(serde_json::to_vec(&NewReservation { buyer_id })?.into())?;
+                .body(
+                    serde_json::to_vec(&NewReservation {
+                        buyer_id,
+                        priority: Priority::Normal,
+                    })?
+                    .into(),
+                )?;
             let answered = connection.send(request).await?;
             ensure!(
                 answered.status == StatusCode::ACCEPTED,

@@ -23,7 +23,6 @@ mod producer_perf_test;
 mod redis_benchmark;
 mod resources;
 mod throughput;
-mod tool;
 mod wrk;
 
 use std::{
@@ -39,7 +38,6 @@ use comfy_table::{Table, presets};
 use crate::{cli::number, exit::ExitKind, levels::SelectedStrategy};
 #[cfg(feature = "lv3")]
 pub(crate) use lock::waiters::{WaitersArgs, run as run_waiters};
-pub(crate) use tool::ToolMissing;
 
 #[derive(Args)]
 pub(crate) struct BenchArgs {

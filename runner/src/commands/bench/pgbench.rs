@@ -9,8 +9,10 @@ use harness::{
     rush::SALE,
 };
 
-use super::tool::{self, ToolMissing};
-use crate::results::bench::PgbenchReport;
+use crate::{
+    commands::tool::{self, ToolMissing},
+    results::bench::PgbenchReport,
+};
 
 /// The program `pgbench`, and the file with the statements of one strategy.
 pub(super) struct Pgbench {

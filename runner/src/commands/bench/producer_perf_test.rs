@@ -3,8 +3,7 @@
 use anyhow::Context;
 use harness::backends::{Kafka, kafka_programs};
 
-use super::tool;
-use crate::results::bench::ProducerReport;
+use crate::{commands::tool, results::bench::ProducerReport};
 
 /// Creates a topic with this many partitions, and sends records of this size to it.
 pub(super) async fn run(

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use harness::backends::on_path;
 
-use super::tool::{self, ToolMissing};
+use crate::commands::tool::{self, ToolMissing};
 
 /// The program `redis-benchmark`.
 pub(super) struct RedisBenchmark(PathBuf);

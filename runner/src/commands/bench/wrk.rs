@@ -8,8 +8,10 @@ use harness::{
     rush::SALE,
 };
 
-use super::tool::{self, ToolMissing};
-use crate::results::bench::WrkReport;
+use crate::{
+    commands::tool::{self, ToolMissing},
+    results::bench::WrkReport,
+};
 
 const SCRIPT: &str = include_str!("wrk.lua");
 /// A request without an answer by then counts as cut off.

@@ -6,6 +6,7 @@ use std::{
     env,
     fs::{self, File},
     io::{BufWriter, IsTerminal, Write, stderr},
+    num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -15,6 +16,7 @@ use box_office::{Improvement, Improvements, Invariant, Limits, Promise, Promises
 use clap::Args;
 use harness::{
     backends::{Durability, Services},
+    payments::with_short_holds,
     rush::{Program, Report, Rush},
 };
 use indicatif::ProgressBar;
@@ -29,7 +31,7 @@ use crate::{
     levels::SelectedStrategy,
     results::{
         ResultFile, RunMetadata,
-        rush::{Payments, Rounds, RushResults, StrategyResult},
+        rush::{ByPriority, Payments, Rounds, RushResults, StrategyResult},
     },
 };
 
@@ -54,12 +56,10 @@ pub(crate) struct RushArgs {
     #[arg(long, default_value_t = 0, value_parser = number(0..=10_000))]
     work_ms: u32,
     #[command(flatten)]
-    improvements: Improvements,
-    /// Let a payment service run beside the rush, and hold each ticket until it is paid for: how often a charge is treated how, such as
-    /// approve=90,decline=8,hang=2.
-    #[cfg(feature = "lv4")]
-    #[arg(long, value_name = "NAME=WEIGHT,…", conflicts_with = "payment_url")]
-    payments: Option<Mix>,
+    sale: SaleArgs,
+    /// Buyers whom the admin has named as VIPs, and who ask for priority: the last of all. With --order-priority, by default 4.
+    #[arg(long, value_name = "N", value_parser = number(1..=20_000))]
+    vip: Option<u32>,
     /// Repetitions, each on a fresh sale. The round in the middle is shown, with the range of all rounds next to it; a round that did
     /// not end as promised takes precedence.
     #[arg(long, default_value_t = 1, value_parser = number(1..=100))]
@@ -72,9 +72,35 @@ pub(crate) struct RushArgs {
     history: Option<PathBuf>,
 }
 
+/// How many VIPs are decided for each other order, unless a rush says so.
+const VIPS_IN_A_ROW: Option<NonZeroU32> = NonZeroU32::new(4);
+
 impl RushArgs {
-    /// How the payment service is started, if one runs beside the rush.
-    fn payment_service(&self) -> anyhow::Result<Option<Program>> {
+    /// What the servers are started with.
+    fn improvements(&self) -> Improvements {
+        let mut improvements = self.sale.improvements();
+        if self.vip.is_some() {
+            improvements.order_priority = improvements.order_priority.or(VIPS_IN_A_ROW);
+        }
+        improvements
+    }
+}
+
+/// What the servers of a sale are started with.
+#[derive(Args)]
+pub(crate) struct SaleArgs {
+    #[command(flatten)]
+    improvements: Improvements,
+    /// Let a payment service run beside the sale, and hold each ticket until it is paid for: how often a charge is treated how, such as
+    /// approve=90,decline=8,hang=2.
+    #[cfg(feature = "lv4")]
+    #[arg(long, value_name = "NAME=WEIGHT,…", conflicts_with = "payment_url")]
+    payments: Option<Mix>,
+}
+
+impl SaleArgs {
+    /// How the payment service is started, if one runs beside the sale.
+    pub(crate) fn payment_service(&self) -> anyhow::Result<Option<Program>> {
         #[cfg(feature = "lv4")]
         if let Some(mix) = &self.payments {
             let program = Program::new(env::current_exe()?).argument("payment-service");
@@ -83,42 +109,50 @@ impl RushArgs {
         Ok(None)
     }
 
-    /// What the servers are started with. With a payment service beside the rush, holds and payments are short: a rush waits for their
-    /// end. The service's address is known once it runs.
-    fn improvements(&self) -> Improvements {
+    /// What the servers are started with. The address of a payment service beside the rush is known once it runs.
+    pub(crate) fn improvements(&self) -> Improvements {
         let improvements = self.improvements.clone();
         #[cfg(feature = "lv4")]
         if self.payments.is_some() {
-            return Improvements {
+            return with_short_holds(Improvements {
                 payment_url: "http://127.0.0.1".parse().ok(),
-                hold: improvements.hold.or(Some(Duration::from_secs(5))),
-                payment_timeout: improvements.payment_timeout.or(Some(Duration::from_secs(1))),
                 ..improvements
-            };
+            });
         }
         improvements
+    }
+
+    /// Checks that a strategy supports all of it.
+    ///
+    /// # Errors
+    /// Names the first that it does not support.
+    pub(crate) fn check(&self, selected: &SelectedStrategy) -> anyhow::Result<()> {
+        let holds_tickets = selected.strategy.improvements.contains(&Improvement::Saga);
+        ensure!(
+            self.payment_service()?.is_none() || holds_tickets,
+            "--payments is given, but {} holds no tickets; lv4/single-writer does",
+            selected.name(),
+        );
+        Ok(self.improvements().check(selected.level, selected.strategy)?)
     }
 }
 
 /// Runs the rush on every selected strategy, and prints the table.
 pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
-    let mut selected = vec![];
-    for name in &args.levels {
-        selected.extend(SelectedStrategy::main_strategies(name)?);
-    }
-    if selected.is_empty() {
-        selected = SelectedStrategy::all_main_strategies();
-    }
-    let (takes_payments, improvements) = (args.payment_service()?.is_some(), args.improvements());
+    let selected = select(args)?;
     for strategy in &selected {
         check_connections(args, strategy)?;
-        let holds_tickets = strategy.strategy.improvements.contains(&Improvement::Saga);
+        let has_priority = strategy.strategy.improvements.contains(&Improvement::Priority);
         ensure!(
-            !takes_payments || holds_tickets,
-            "--payments is given, but {} holds no tickets; lv4/single-writer does",
+            args.vip.is_none() || has_priority,
+            "--vip is given, but {} has no priority; lv4/single-writer does",
             strategy.name(),
         );
-        improvements.check(strategy.level, strategy.strategy)?;
+        args.sale.check(strategy)?;
+    }
+    if let Some(vips) = args.vip {
+        let buyers = args.buyers;
+        ensure!(vips <= buyers, "--vip is {vips}, but there are only {buyers} --buyers");
     }
     if let Some(folder) = &args.history {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -155,6 +189,28 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
         json.write(&results)?;
     }
     Ok(exits.into_iter().max().unwrap_or(ExitKind::AsPromised))
+}
+
+/// The strategies to run. Where payments are taken, those of a level that hold tickets.
+fn select(args: &RushArgs) -> anyhow::Result<Vec<SelectedStrategy>> {
+    let takes_payments = args.sale.payment_service()?.is_some();
+    let holds_tickets = |selected: &SelectedStrategy| selected.strategy.improvements.contains(&Improvement::Saga);
+    if args.levels.is_empty() {
+        let mut selected = SelectedStrategy::all_main_strategies();
+        selected.retain(|strategy| !takes_payments || holds_tickets(strategy));
+        return Ok(selected);
+    }
+    let mut selected = vec![];
+    for name in &args.levels {
+        let mut named = SelectedStrategy::main_strategies(name)?;
+        named.retain(|strategy| !takes_payments || holds_tickets(strategy));
+        ensure!(
+            !named.is_empty(),
+            "--payments is given, but {name} holds no tickets; lv4/single-writer does"
+        );
+        selected.append(&mut named);
+    }
+    Ok(selected)
 }
 
 /// Runs all rounds of all strategies. `rounds` has those of each strategy, also after an error. Returns the metadata with what they ran on.
@@ -249,26 +305,11 @@ async fn run_round(
         instances: args.instances as usize,
         work: Duration::from_millis(args.work_ms.into()),
         improvements: args.improvements(),
-        payments: args.payment_service()?,
+        vips: args.vip.unwrap_or(0),
+        payments: args.sale.payment_service()?,
         ..Rush::default()
     };
-    let program = Program::new(env::current_exe()?)
-        .argument("serve")
-        .argument(selected.level.name);
-
-    let progress = stderr().is_terminal().then(ProgressBar::new_spinner);
-    if let Some(progress) = &progress {
-        progress.set_message(format!("{}: the rush is on", selected.name()));
-        progress.enable_steady_tick(Duration::from_millis(100));
-    }
-    let environment = services.environment(selected.strategy.schema).await?;
-    let report = rush
-        .run_on(&environment, &program, selected.level, selected.strategy)
-        .await;
-    if let Some(progress) = progress {
-        progress.finish_and_clear();
-    }
-    let report = report?;
+    let report = run_rush(&rush, selected, services).await?;
     if let Some(folder) = &args.history {
         let name = selected.name().replace('/', "-");
         let name = match args.rounds {
@@ -278,6 +319,39 @@ async fn run_round(
         write_history(&folder.join(format!("{name}.jsonl")), &report)?;
     }
     Ok(JudgedRound::new(selected, &rush, &report))
+}
+
+/// Runs one rush, with a spinner on a terminal.
+async fn run_rush(rush: &Rush, selected: &SelectedStrategy, services: &Services) -> anyhow::Result<Report> {
+    let progress = stderr().is_terminal().then(ProgressBar::new_spinner);
+    if let Some(progress) = &progress {
+        progress.set_message(format!("{}: the rush is on", selected.name()));
+        progress.enable_steady_tick(Duration::from_millis(100));
+    }
+    let environment = services.environment(selected.strategy.schema).await?;
+    let report = rush
+        .run_on(&environment, &selected.program()?, selected.level, selected.strategy)
+        .await;
+    if let Some(progress) = progress {
+        progress.finish_and_clear();
+    }
+    report
+}
+
+/// Runs one rush, and prints its row of the table and its verdict.
+///
+/// # Errors
+/// The rush could not be run.
+pub(crate) async fn run_and_print(
+    rush: &Rush,
+    selected: &SelectedStrategy,
+    services: &Services,
+) -> anyhow::Result<ExitKind> {
+    let report = run_rush(rush, selected, services).await?;
+    let JudgedRound { result, exit } = JudgedRound::new(selected, rush, &report);
+    table::print(std::slice::from_ref(&result));
+    table::print_verdicts(&[result]);
+    Ok(exit)
 }
 
 fn write_history(path: &Path, report: &Report) -> anyhow::Result<()> {
@@ -290,7 +364,9 @@ fn write_history(path: &Path, report: &Report) -> anyhow::Result<()> {
 
 impl JudgedRound {
     fn new(selected: &SelectedStrategy, rush: &Rush, report: &Report) -> Self {
-        let promises = selected.strategy.guarantee.on(rush.instances);
+        let promises = rush
+            .improvements
+            .promises(selected.strategy.guarantee.on(rush.instances));
         let verdict = &report.verdict;
         let conclusion = verdict.conclude(&promises);
         let broken: Vec<Invariant> = verdict.findings.iter().map(|finding| finding.invariant).collect();
@@ -315,6 +391,7 @@ impl JudgedRound {
             greatest_overlap: verdict.coverage.greatest_overlap,
             retries: report.retries,
             payments: Payments::of(report),
+            priority: ByPriority::of(rush, report),
             client_share: (report.client_share * 1000.0).round() / 1000.0,
             seen: observation(&broken, &promises, report, rush),
             broken,

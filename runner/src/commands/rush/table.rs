@@ -5,7 +5,7 @@ use std::io::{IsTerminal, stdout};
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 use harness::rush::{Answers, Latency};
 
-use crate::results::rush::{Payments, StrategyResult};
+use crate::results::rush::{ByPriority, Payments, StrategyResult};
 
 const COLUMNS: [&str; 12] = [
     "strategy",
@@ -129,6 +129,17 @@ pub(super) fn print_verdicts(results: &[StrategyResult]) {
         }) = result.payments
         {
             println!("    payments: {calls} requests for a charge, {charges} charged, {refunds} refunded");
+        }
+        if let Some(ByPriority {
+            vips,
+            vips_with_ticket,
+            others,
+            others_with_ticket,
+        }) = result.priority
+        {
+            println!(
+                "    priority: {vips_with_ticket} of {vips} VIPs have a ticket, and {others_with_ticket} of {others} others"
+            );
         }
         if let Some(rounds) = &result.rounds {
             println!("    {rounds}");

@@ -1,14 +1,19 @@
 //! A server that this process started: a container or a native process, of any service.
 
 use std::{
+    net::SocketAddr,
     ops::Deref,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use anyhow::ensure;
 use futures_util::future::BoxFuture;
+use http_body_util::Full;
+use hyper::Request;
 
 use super::{Postgres, docker::Container, native::Process};
+use crate::rush::Connection;
 
 /// Time limit from the start of a server to its first answer.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -34,6 +39,29 @@ pub(super) struct NotReady {
     pub(super) error: anyhow::Error,
     /// Whether the server may still become ready because it is starting up.
     pub(super) may_become_ready: bool,
+}
+
+/// Checks that `GET path` succeeds.
+pub(super) fn http_probe(path: &'static str) -> ReadinessProbe {
+    async fn probe(host: String, port: u16, path: &str) -> anyhow::Result<()> {
+        let mut connection = Connection::open(SocketAddr::new(host.parse()?, port)).await?;
+        let answered = connection.send(Request::get(path).body(Full::default())?).await?;
+        ensure!(
+            answered.status.is_success(),
+            "{path} is answered with {}",
+            answered.status
+        );
+        Ok(())
+    }
+
+    Box::new(move |host, port| {
+        Box::pin(async move {
+            probe(host, port, path).await.map_err(|error| NotReady {
+                error,
+                may_become_ready: true,
+            })
+        })
+    })
 }
 
 impl ManagedServer {
@@ -112,7 +140,8 @@ impl ManagedServer {
         }
     }
 
-    async fn stop(&self) -> anyhow::Result<()> {
+    /// Shuts the server down gracefully unless it is down.
+    pub(super) async fn stop(&self) -> anyhow::Result<()> {
         match &self.backing {
             Backing::Container(container) => container.stop().await,
             Backing::Process(process) => process.stop().await,
@@ -140,7 +169,8 @@ impl ManagedServer {
         }
     }
 
-    async fn pid(&self) -> anyhow::Result<Option<u32>> {
+    /// The pid of the server's root process; `None` while the server is down.
+    pub(super) async fn pid(&self) -> anyhow::Result<Option<u32>> {
         match &self.backing {
             Backing::Container(container) => container.pid().await,
             Backing::Process(process) => Ok(process.pid()),

@@ -19,7 +19,9 @@ mod docker;
 mod kafka;
 mod managed_server;
 mod native;
+mod nginx;
 mod postgres;
+mod prometheus;
 pub mod reaper;
 mod redis;
 mod source_selection;
@@ -40,7 +42,9 @@ use tokio::sync::OnceCell;
 pub use kafka::{Kafka, Prefix as KafkaPrefix, programs as kafka_programs};
 pub use managed_server::Private;
 pub use native::on_path;
+pub use nginx::{Nginx, NginxSettings};
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
+pub use prometheus::{Prometheus, PrometheusSettings};
 pub use redis::{Prefix, Redis, Reply};
 pub use test_environment::{Services, TestEnvironment};
 
@@ -203,7 +207,10 @@ pub fn without_secrets(url: &str) -> String {
 
 /// A free port outside the ephemeral range, so that a server that restarts finds its port still
 /// free.
-fn free_port() -> std::io::Result<u16> {
+///
+/// # Errors
+/// The error of the operating system, if no port was free.
+pub fn free_port() -> std::io::Result<u16> {
     const TRIES: usize = 100;
     let mut last = std::io::ErrorKind::AddrInUse.into();
     for _ in 0..TRIES {

@@ -134,6 +134,8 @@ pub(super) struct Process {
     program: PathBuf,
     arguments: Vec<OsString>,
     arguments_for_port: PortArguments,
+    /// The port to listen on; `None`: any free one.
+    fixed_port: Option<u16>,
     port: u16,
     port_arguments: Vec<OsString>,
     /// Requests a graceful shutdown.
@@ -156,6 +158,7 @@ impl Process {
             program,
             arguments,
             arguments_for_port,
+            fixed_port: None,
             port: 0,
             port_arguments: Vec::new(),
             // For Postgres this is the "fast shutdown", which disconnects clients instead of
@@ -179,9 +182,18 @@ impl Process {
         self
     }
 
-    /// Chooses a free port.
+    /// Sets the port; by default any free one.
+    pub(super) fn fixed_port(mut self, port: Option<u16>) -> Self {
+        self.fixed_port = port;
+        self
+    }
+
+    /// Chooses a free port, unless it is fixed.
     pub(super) fn choose_port(&mut self) -> anyhow::Result<()> {
-        self.port = free_port()?;
+        self.port = match self.fixed_port {
+            Some(port) => port,
+            None => free_port()?,
+        };
         self.port_arguments = (self.arguments_for_port)(self.port)?;
         Ok(())
     }

@@ -127,5 +127,6 @@ fn refused_in_words(refused: &Refused) -> &'static str {
         Refused::Declined => "declined",
         Refused::Cancelled => "cancelled",
         Refused::RateLimited => "rate limited",
+        Refused::NotVip => "not a VIP",
     }
 }

@@ -23,6 +23,12 @@
 //!   it is held, either is right (I11). A charge of a reservation without a row must be refunded.
 //! - "Expired" counts from the first sending of the order. "Already reserved" is false once an
 //!   answer has reported the reservation as over.
+//! - The order of service (I8) is that of each queue, as the record of offsets tells it: orders are
+//!   decided in the order of their offsets, and an order that was accepted before another one was
+//!   sent has the lower offset. The second is checked of orders that were sent once: a repeat may
+//!   have been accepted in another queue. Without a record nothing is checked.
+//! - A refusal of priority is believed: a history does not tell who is named. Its buyer does not
+//!   count for I7.
 //! - Buyers who only used another buyer's key, or whose orders only expired, were declined or
 //!   cancelled, do not count for I7; an order that is said to have expired before its time is no
 //!   excuse. A rate-limited answer is not final, neither for I7 nor for I9.

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
-use box_office::{BuyerId, ProblemKind, SaleId, api, trace::now_monotonic_us};
+use box_office::{BuyerId, Priority, ProblemKind, SaleId, api, trace::now_monotonic_us};
 use futures_util::future::{join_all, try_join_all};
 use http_body_util::Full;
 use hyper::{
@@ -55,7 +55,7 @@ struct Start {
 /// The requests of a rush, as their clients saw them.
 pub(super) struct Released {
     pub(super) requests: Vec<Request>,
-    /// The instance that each request was sent to.
+    /// The instance, or the nginx, that each request was sent to.
     pub(super) sent_to: HashMap<u64, SocketAddr>,
     pub(super) clock: Clock,
 }
@@ -67,6 +67,7 @@ type Sent = (Request, SocketAddr);
 struct Click {
     number: u64,
     buyer: BuyerId,
+    priority: Priority,
     key: String,
     connection: Option<Connection>,
     /// The instance at the other end.
@@ -78,7 +79,7 @@ struct Click {
 impl Gate {
     /// Connects every buyer and warms every connection.
     pub(super) async fn new(rush: &Rush, servers: &Servers) -> anyhow::Result<Self> {
-        let live = servers.live();
+        let live = servers.entry_points();
         let addresses = live.borrow().clone();
         let clicks: Vec<(BuyerId, u32)> = (1..=rush.buyers)
             .flat_map(|buyer| (1..=rush.clicks).map(move |click| (BuyerId::from(buyer), click)))
@@ -102,6 +103,7 @@ impl Gate {
                 .map(|(number, ((buyer, click), (address, connection)))| Click {
                     number: number as u64,
                     buyer,
+                    priority: rush.priority_of(buyer),
                     key: format!("buyer-{buyer}-click-{click}"),
                     connection: Some(connection),
                     address,
@@ -262,7 +264,11 @@ impl Click {
     }
 
     async fn send(&mut self, number: u64) -> anyhow::Result<HttpResponse> {
-        let request = order(SALE, self.buyer, &self.key, number)?;
+        let wanted = api::NewReservation {
+            buyer_id: self.buyer,
+            priority: self.priority,
+        };
+        let request = order(SALE, &wanted, &self.key, number)?;
         self.connection().await?.send(request).await
     }
 
@@ -438,8 +444,13 @@ fn refused(answered: &HttpResponse) -> Option<Refused> {
     Refused::from_name(kind.name(), problem.reservation_id)
 }
 
-fn order(sale: SaleId, buyer: BuyerId, key: &str, number: u64) -> anyhow::Result<HttpRequest<Full<Bytes>>> {
-    let body = serde_json::to_vec(&api::NewReservation { buyer_id: buyer })?;
+fn order(
+    sale: SaleId,
+    wanted: &api::NewReservation,
+    key: &str,
+    number: u64,
+) -> anyhow::Result<HttpRequest<Full<Bytes>>> {
+    let body = serde_json::to_vec(wanted)?;
     Ok(HttpRequest::post(format!("/api/sales/{sale}/reservations"))
         .header(header::CONTENT_TYPE, "application/json")
         .header("idempotency-key", key)

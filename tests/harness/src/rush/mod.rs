@@ -12,7 +12,7 @@ mod servers;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail, ensure};
-use box_office::{Improvements, Level, SaleId, Strategy, trace::now_monotonic_us};
+use box_office::{BuyerId, Improvements, Level, Priority, SaleId, Strategy, trace::now_monotonic_us};
 use tokio::{
     sync::{Mutex, watch},
     time::{Instant, sleep},
@@ -21,10 +21,11 @@ use tokio::{
 pub use buyers::{Classified, classify, final_state, is_event_stream, jittered, recheck, retry_after};
 pub use connection::{Connection, HttpResponse};
 pub use report::{Answers, Clock, Latency, Report};
+pub(crate) use servers::until_stopped;
 pub use servers::{Program, Servers, Steps};
 
 use crate::{
-    backends::{Database, TestEnvironment},
+    backends::{Database, NginxSettings, TestEnvironment},
     final_state,
     history::{FORMAT_VERSION, Fault, Header, History, Micros},
     payments::{self, PaymentService},
@@ -49,6 +50,9 @@ pub struct Rush {
     pub clicks: u32,
     /// Number of server processes that the buyers are distributed over.
     pub instances: usize,
+    /// How to start an nginx in front of the servers, which distributes the requests. `None`: each
+    /// buyer connects to a server itself, and to another one once its server is gone.
+    pub nginx: Option<NginxSettings>,
     /// Simulated work inside the critical section.
     pub work: Duration,
     /// Minimum duration of a reservation's commit. Simulates the disk, which the harness's Postgres
@@ -61,6 +65,8 @@ pub struct Rush {
     pub timeout: Duration,
     /// The improvements of LV.4 that the servers are started with.
     pub improvements: Improvements,
+    /// Number of buyers whom the admin has named as VIPs, and who ask for priority: the last ones.
+    pub vips: u32,
     /// How to start a payment service, which buyers pay at: a ticket is held until it is paid for.
     pub payments: Option<Program>,
     /// Whether the servers trace every step of every request, as evidence for a verdict.
@@ -77,11 +83,13 @@ impl Default for Rush {
             buyers: 1000,
             clicks: 1,
             instances: 1,
+            nginx: None,
             work: Duration::ZERO,
             commit: Duration::ZERO,
             pool_size: None,
             timeout: Duration::from_secs(20),
             improvements: Improvements::default(),
+            vips: 0,
             payments: None,
             traced: false,
             faults: vec![],
@@ -106,6 +114,8 @@ pub struct PlannedFault {
 pub struct Struck {
     /// The address of the instance.
     pub address: SocketAddr,
+    /// When it was sent the signal; a history's fault has struck once the instance has exited.
+    pub signalled_us: Micros,
     /// The address of its replacement, if any.
     pub replaced_by: Option<SocketAddr>,
 }
@@ -143,6 +153,15 @@ impl Rush {
     /// Sets the number of instances.
     pub fn instances(self, instances: usize) -> Self {
         Self { instances, ..self }
+    }
+
+    /// The priority that a buyer asks for.
+    pub fn priority_of(&self, buyer: BuyerId) -> Priority {
+        if buyer > BuyerId::from(self.buyers.saturating_sub(self.vips)) {
+            Priority::Vip
+        } else {
+            Priority::Normal
+        }
     }
 
     /// The time after which an order may expire: too old when it is decided, or not paid for while
@@ -239,8 +258,10 @@ impl Rush {
                 fault.after_answers
             );
         }
-        let servers = Servers::start(self, environment, program, level, strategy).await?;
+        let mut servers = Servers::start(self, environment, program, level, strategy).await?;
         servers.open_sale(SALE, self.capacity).await?;
+        let vips = (1..=BuyerId::from(self.buyers)).filter(|&buyer| self.priority_of(buyer) == Priority::Vip);
+        servers.name_vips(SALE, &vips.collect::<Vec<_>>()).await?;
         if !self.commit.is_zero() {
             delay_commits(environment.database(), self.commit).await?;
         }
@@ -269,6 +290,8 @@ impl Rush {
         }
         let retries = servers.retries().await?;
         drop(turn);
+        let mut sent_to = released.sent_to;
+        sent_to.extend(servers.stop_nginx().await?);
         let steps = servers.stop().await?;
         let beside_requests = steps.add_to(&mut requests, started_us);
 
@@ -292,10 +315,11 @@ impl Rush {
             rows: Some(sold.rows),
             faults,
             payments: paid,
+            decisions: sold.decisions,
         };
         let mut report = Report::new(self.instances, history, retries, &released.clock);
         report.beside_requests = beside_requests;
-        report.sent_to = released.sent_to;
+        report.sent_to = sent_to;
         report.payment_calls = payment_calls;
         report.struck = struck;
         Ok(report)
@@ -368,17 +392,17 @@ async fn inject_faults(
             })?;
         let number = planned.instance + 1;
         let address = servers.address(planned.instance).await?;
+        let signalled_us = now_monotonic_us();
         let (fault, struck_us, healed_us) = match planned.kind {
             FaultKind::Kill => {
                 let status = servers.kill(planned.instance).await?;
                 (format!("instance {number} killed ({status})"), now_monotonic_us(), None)
             }
             FaultKind::Restart => {
-                let struck_us = now_monotonic_us();
                 let status = servers.restart(planned.instance).await?;
                 (
                     format!("instance {number} restarted ({status})"),
-                    struck_us,
+                    signalled_us,
                     Some(now_monotonic_us()),
                 )
             }
@@ -392,7 +416,12 @@ async fn inject_faults(
             struck_us: struck_us - started_us,
             healed_us: healed_us.map(|healed_us| healed_us - started_us),
         };
-        faults.push((fault, Struck { address, replaced_by }));
+        let struck = Struck {
+            address,
+            signalled_us: signalled_us - started_us,
+            replaced_by,
+        };
+        faults.push((fault, struck));
         healed.send_modify(|healed| *healed += 1);
     }
     Ok(faults)

@@ -48,7 +48,7 @@ pub struct Report {
     pub instances: usize,
     /// For each server, its traced steps outside requests, such as those of consumers.
     pub beside_requests: Vec<Vec<Record>>,
-    /// The instance that each request was sent to, by request id.
+    /// The instance that each request was sent to, by request id; nginx, if it reached none.
     pub sent_to: HashMap<u64, SocketAddr>,
     /// The number of requests for a charge, repeats included. `None`: the sale takes no payments.
     pub payment_calls: Option<u64>,
@@ -305,6 +305,7 @@ mod tests {
             rows: None,
             faults: vec![],
             payments: None,
+            decisions: None,
         }
     }
 

@@ -11,10 +11,10 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
-use box_office::{Level, SaleId, Strategy, api, trace::Record};
+use box_office::{BuyerId, Level, SaleId, Strategy, api, trace::Record};
 use http_body_util::Full;
-use hyper::{Request, StatusCode, header};
-use rustix::process::{Pid, Signal, kill_process};
+use hyper::{Request, StatusCode, header, http::request::Builder};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tokio::{
     io::{AsyncBufReadExt, BufReader as AsyncBufReader},
     process::{Child, Command},
@@ -23,14 +23,20 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{Rush, connection::Connection};
+use super::{
+    Rush,
+    connection::{Connection, HttpResponse},
+};
 use crate::{
-    backends::{TestEnvironment, reaper},
+    backends::{Nginx, TestEnvironment, reaper},
     history::{self, Micros, Step},
 };
 
 /// Time limit for a server to listen, or to exit.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The port of a server that may listen on any free one.
+const ANY_PORT: u16 = 0;
 
 /// How to start a server: a program, its arguments and its environment variables. A rush adds
 /// variables of its own.
@@ -41,6 +47,9 @@ pub struct Program {
     environment: Vec<(&'static str, String)>,
 }
 
+/// How many VIPs are named in one request: its body is limited.
+const VIPS_AT_ONCE: usize = 500;
+
 /// The server processes of one rush.
 pub struct Servers {
     program: Program,
@@ -49,6 +58,7 @@ pub struct Servers {
     traced: bool,
     instances: Vec<Mutex<Instance>>,
     live: watch::Sender<Vec<SocketAddr>>,
+    nginx: Option<Nginx>,
     folder: PathBuf,
 }
 
@@ -136,7 +146,6 @@ impl Servers {
         let mut environment = environment.variables();
         environment.extend([
             ("HOST", "127.0.0.1".to_owned()),
-            ("PORT", "0".to_owned()),
             ("STRATEGY", strategy.to_owned()),
             ("WORK_MS", rush.work.as_millis().to_string()),
             ("OVERSOLD_ADMIN_TOKEN", admin_token.clone()),
@@ -155,16 +164,19 @@ impl Servers {
             traced: rush.traced,
             instances: vec![],
             live: watch::Sender::new(vec![]),
+            nginx: None,
             folder,
         };
-        let starting = (0..rush.instances).map(|number| servers.launch(number, 0));
+        let starting = (0..rush.instances).map(|number| servers.launch(number, 0, ANY_PORT));
         let instances = futures_util::future::try_join_all(starting).await?;
         for instance in &instances {
             ready(instance).await?;
         }
-        servers
-            .live
-            .send_replace(instances.iter().map(|instance| instance.address).collect());
+        let addresses: Vec<SocketAddr> = instances.iter().map(|instance| instance.address).collect();
+        if let Some(nginx) = &rush.nginx {
+            servers.nginx = Some(Nginx::start(nginx, &addresses).await?);
+        }
+        servers.live.send_replace(addresses);
         servers.instances = instances.into_iter().map(Mutex::new).collect();
         Ok(servers)
     }
@@ -174,21 +186,38 @@ impl Servers {
         self.live.subscribe()
     }
 
+    /// The addresses that buyers connect to: that of nginx, or those of the live instances.
+    pub(super) fn entry_points(&self) -> watch::Receiver<Vec<SocketAddr>> {
+        match &self.nginx {
+            Some(nginx) => watch::Sender::new(vec![nginx.address()]).subscribe(),
+            None => self.live(),
+        }
+    }
+
+    /// The nginx in front of the instances, if the rush has one.
+    pub fn nginx(&self) -> Option<&Nginx> {
+        self.nginx.as_ref()
+    }
+
+    /// Ends nginx. Returns the instance that it sent each request to; nothing without an nginx.
+    pub(super) async fn stop_nginx(&mut self) -> anyhow::Result<HashMap<u64, SocketAddr>> {
+        let Some(nginx) = self.nginx.take() else {
+            return Ok(HashMap::new());
+        };
+        nginx.stop().await?;
+        nginx.sent_to()
+    }
+
     /// Opens a sale as an administrator.
     ///
     /// # Errors
     /// Fails if the sale is open already or the server does not answer.
     pub async fn open_sale(&self, sale: SaleId, capacity: u32) -> anyhow::Result<()> {
-        let address = *self.live.borrow().first().context("no instance is running")?;
         let body = serde_json::to_vec(&api::NewSale {
             name: "the last tickets".to_owned(),
             capacity: capacity.into(),
         })?;
-        let request = Request::put(format!("/api/sales/{sale}"))
-            .header(header::CONTENT_TYPE, "application/json")
-            .header(header::AUTHORIZATION, format!("Bearer {}", self.admin_token))
-            .body(Full::from(body))?;
-        let answered = Connection::open(address).await?.send(request).await?;
+        let answered = self.as_admin(Request::put(format!("/api/sales/{sale}")), body).await?;
         ensure!(
             answered.status == StatusCode::CREATED,
             "opening the sale was answered with {}: {}",
@@ -196,6 +225,36 @@ impl Servers {
             String::from_utf8_lossy(&answered.body)
         );
         Ok(())
+    }
+
+    /// Names VIPs of a sale as an administrator.
+    ///
+    /// # Errors
+    /// Fails if a server does not answer, or has no priority.
+    pub async fn name_vips(&self, sale: SaleId, buyers: &[BuyerId]) -> anyhow::Result<()> {
+        for buyers in buyers.chunks(VIPS_AT_ONCE) {
+            let body = serde_json::to_vec(&api::NewVips {
+                buyer_ids: buyers.to_vec(),
+            })?;
+            let request = Request::post(format!("/api/sales/{sale}/vips"));
+            let answered = self.as_admin(request, body).await?;
+            ensure!(
+                answered.status == StatusCode::NO_CONTENT,
+                "naming VIPs was answered with {}: {}",
+                answered.status,
+                String::from_utf8_lossy(&answered.body)
+            );
+        }
+        Ok(())
+    }
+
+    async fn as_admin(&self, request: Builder, body: Vec<u8>) -> anyhow::Result<HttpResponse> {
+        let address = *self.live.borrow().first().context("no instance is running")?;
+        let request = request
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::AUTHORIZATION, format!("Bearer {}", self.admin_token))
+            .body(Full::from(body))?;
+        Connection::open(address).await?.send(request).await
     }
 
     /// The current or last address of an instance.
@@ -217,8 +276,19 @@ impl Servers {
         self.remove_from_live(instance.address);
         let status = instance.terminate().await?;
         let traces = std::mem::take(&mut instance.traces);
-        *instance = self.launch(number, traces.len()).await?;
+        // nginx knows an instance by its address.
+        let port = match self.nginx {
+            Some(_) => instance.address.port(),
+            None => ANY_PORT,
+        };
+        *instance = self.launch(number, traces.len(), port).await?;
         instance.traces.splice(0..0, traces);
+        if let Some(nginx) = &self.nginx {
+            ready(&instance).await?;
+            timeout(TIMEOUT, nginx.forwards_to(instance.address))
+                .await
+                .context("nginx does not use the new instance")??;
+        }
         self.live.send_modify(|live| live.push(instance.address));
         Ok(status)
     }
@@ -313,12 +383,13 @@ impl Servers {
         self.live.send_modify(|live| live.retain(|&other| other != address));
     }
 
-    async fn launch(&self, number: usize, generation: usize) -> anyhow::Result<Instance> {
+    async fn launch(&self, number: usize, generation: usize, port: u16) -> anyhow::Result<Instance> {
         let name = format!("instance-{}-{generation}", number + 1);
         let log = self.folder.join(format!("{name}.log"));
         let mut command = Command::from(reaper::command(&self.program.executable)?);
         command
             .args(&self.program.arguments)
+            .env("PORT", port.to_string())
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .envs(self.program.environment.iter().map(|(name, value)| (name, value)))
             .env("INSTANCE", (number + 1).to_string())
@@ -395,7 +466,20 @@ impl Steps {
     }
 }
 
-/// Waits until a server is ready; a consumer is ready once it has its partitions.
+/// Waits until a process is stopped (SIGSTOP).
+///
+/// # Errors
+/// Fails if it is no child of this process, or has exited.
+pub(crate) async fn until_stopped(pid: Pid) -> anyhow::Result<()> {
+    let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    while waitid(WaitId::Pid(pid), stopped)?.is_none() {
+        sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
+}
+
+/// Waits until a server is ready, or stopped at its breakpoint. A consumer is ready once it has its
+/// partitions.
 async fn ready(instance: &Instance) -> anyhow::Result<()> {
     let polling = async {
         loop {
@@ -407,7 +491,15 @@ async fn ready(instance: &Instance) -> anyhow::Result<()> {
             sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(TIMEOUT, polling)
+    let pid = instance.process.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+    let stopped = until_stopped(pid.context("it has exited already")?);
+    let ready_or_stopped = async {
+        tokio::select! {
+            ready = polling => ready,
+            stopped = stopped => stopped,
+        }
+    };
+    timeout(TIMEOUT, ready_or_stopped)
         .await
         .map_err(|_| anyhow!("after {TIMEOUT:?} the server is not ready\n{}", tail(&instance.log)))?
 }

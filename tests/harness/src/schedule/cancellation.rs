@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use box_office::{
-    BuyerId, Database, Improvements, Instrumentation, Order, Outcome, RequestKey, Reserve, ReserveError, SaleId, Steps,
-    Strategy, StrategyContext, StrategyMetrics, trace::now_monotonic_us,
+    BuyerId, Database, Improvements, Instrumentation, Order, Outcome, Priority, RequestKey, Reserve, ReserveError,
+    SaleId, Steps, Strategy, StrategyContext, StrategyMetrics, trace::now_monotonic_us,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use sqlx::PgPool;
@@ -175,6 +175,7 @@ async fn all_are_served(
         rows: Some(sold.rows),
         faults: vec![fault],
         payments: None,
+        decisions: None,
     };
     let verdict = judge(&history);
     ensure!(verdict.findings.is_empty(), "{verdict}");
@@ -211,6 +212,7 @@ pub(super) fn order(sale: SaleId, buyer: BuyerId) -> anyhow::Result<Order> {
         sale,
         buyer,
         key: RequestKey::try_from(format!("buyer-{buyer}"))?,
+        priority: Priority::Normal,
     })
 }
 

@@ -164,6 +164,7 @@ async fn hang_up(
         rows: Some(sold.rows),
         faults: vec![fault],
         payments: None,
+        decisions: None,
     };
     let verdict = judge(&history);
     ensure!(verdict.findings.is_empty(), "{verdict}");

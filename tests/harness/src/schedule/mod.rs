@@ -22,7 +22,7 @@ pub use trace::{Event, EventKind, Trace};
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::{anyhow, bail};
-use box_office::{BuyerId, Order, RequestKey, SaleId};
+use box_office::{BuyerId, Order, Priority, RequestKey, SaleId};
 use tokio::sync::Semaphore;
 
 use advance::TIMEOUT;
@@ -101,6 +101,7 @@ impl Schedule<'_> {
                 sale: self.sale,
                 buyer,
                 key: RequestKey::fresh(),
+                priority: Priority::Normal,
             },
             permits: Arc::new(Semaphore::new(0)),
         });
@@ -294,6 +295,7 @@ impl Schedule<'_> {
             rows: Some(sold.rows),
             faults: vec![],
             payments: None,
+            decisions: None,
         })
     }
 

@@ -157,6 +157,7 @@ pub(super) fn answer_of(result: Result<Outcome, ReserveError>) -> Answer {
             Refusal::KeyOfAnotherBuyer => Refused::KeyOfAnotherBuyer,
             Refusal::UnknownSale => Refused::UnknownSale,
             Refusal::Expired => Refused::Expired,
+            Refusal::NotVip => Refused::NotVip,
         }),
         Err(ReserveError::Indeterminate(_)) => Answer::Indeterminate,
         Err(ReserveError::RateLimited(_)) => Answer::Refused(Refused::RateLimited),

@@ -24,7 +24,7 @@ pub async fn contract(program: &Program, level: &Level, strategy: &str, rush: Ru
     let strategy = level
         .strategy(strategy)
         .unwrap_or_else(|| panic!("{} has no strategy {strategy:?}", level.name));
-    let declared = strategy.guarantee.on(rush.instances);
+    let declared = rush.improvements.promises(strategy.guarantee.on(rush.instances));
     assert!(
         declared == expected,
         "{}/{} declares another guarantee on {} instance(s) than the test's table says.\n  declared: {}\n  table:    {}",

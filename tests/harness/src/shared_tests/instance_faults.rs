@@ -4,7 +4,7 @@
 //! requests. The client records the instance of each request, and the exit status shows how an
 //! instance ended.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use box_office::{Invariant, Level, Strategy};
 
@@ -15,6 +15,9 @@ use crate::{
 
 /// The number of instances.
 const INSTANCES: usize = 3;
+
+/// One instance after another.
+pub const ROLLING_RESTART: [FaultKind; INSTANCES] = [FaultKind::Restart; INSTANCES];
 
 /// Buyers in a wave. Few enough that no request times out on the sale's lock, even on a slow
 /// machine; enough that some buyers whose instance is gone connect to its replacement.
@@ -36,7 +39,7 @@ pub async fn a_kill_leaves_only_what_was_in_flight_undecided(
     strategy: &Strategy,
     keeps: &[Invariant],
 ) {
-    kill(&rush(1, FaultKind::Kill), program, level, strategy, keeps).await;
+    kill(&rush_with_faults(&[FaultKind::Kill]), program, level, strategy, keeps).await;
 }
 
 /// The control run of [`a_kill_leaves_only_what_was_in_flight_undecided`], without any kill.
@@ -44,23 +47,12 @@ pub async fn a_kill_leaves_only_what_was_in_flight_undecided(
 /// # Panics
 /// Always panics: the fault did not strike.
 pub async fn nobody_is_killed(program: &Program, level: &Level, strategy: &Strategy) {
-    kill(&rush(0, FaultKind::Kill), program, level, strategy, &[]).await;
+    kill(&rush_with_faults(&[]), program, level, strategy, &[]).await;
 }
 
 async fn kill(rush: &Rush, program: &Program, level: &Level, strategy: &Strategy, keeps: &[Invariant]) {
-    let report = run(rush, program, level, strategy, keeps).await;
-    let struck = struck(&report, 1);
-
-    let (fault, killed) = struck[0];
-    assert!(
-        fault.fault.contains("signal: 9"),
-        "the fault did not strike: {}",
-        fault.fault
-    );
-    assert!(
-        in_flight(&report, fault, killed.address) > 0,
-        "the fault did not strike: nothing was in flight on the instance"
-    );
+    let report = strike(rush, &[FaultKind::Kill], program, level, strategy, keeps).await;
+    let (fault, killed) = (&report.history.faults[0], report.struck[0]);
     for request in indeterminate(&report) {
         assert!(
             request.sent_us <= fault.struck_us,
@@ -84,7 +76,7 @@ pub async fn a_rolling_restart_leaves_nobody_undecided(
     strategy: &Strategy,
     keeps: &[Invariant],
 ) {
-    restart(&rush(INSTANCES, FaultKind::Restart), program, level, strategy, keeps).await;
+    restart(&rush_with_faults(&ROLLING_RESTART), program, level, strategy, keeps).await;
 }
 
 /// The control run of [`a_rolling_restart_leaves_nobody_undecided`], without any restart.
@@ -92,25 +84,52 @@ pub async fn a_rolling_restart_leaves_nobody_undecided(
 /// # Panics
 /// Always panics: the fault did not strike.
 pub async fn nobody_is_replaced(program: &Program, level: &Level, strategy: &Strategy) {
-    restart(&rush(0, FaultKind::Restart), program, level, strategy, &[]).await;
+    restart(&rush_with_faults(&[]), program, level, strategy, &[]).await;
 }
 
 async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strategy, keeps: &[Invariant]) {
-    let report = run(rush, program, level, strategy, keeps).await;
+    let report = strike(rush, &ROLLING_RESTART, program, level, strategy, keeps).await;
+    if let Some(first) = indeterminate(&report).next() {
+        panic!(
+            "a request has an unknown outcome: an instance exited before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
+            report.sent_to[&first.request], report.struck, report.history.faults, report.verdict
+        );
+    }
+}
 
-    for (fault, replaced) in struck(&report, INSTANCES) {
+/// Runs a rush, and checks that these faults struck instances that had requests in flight, that a
+/// restarted instance had exited gracefully, and that its replacement served requests.
+///
+/// # Panics
+/// Panics if a fault did not strike, or an invariant of `keeps` is broken.
+pub async fn strike(
+    rush: &Rush,
+    faults: &[FaultKind],
+    program: &Program,
+    level: &Level,
+    strategy: &Strategy,
+    keeps: &[Invariant],
+) -> Report {
+    let report = run(rush, program, level, strategy, keeps).await;
+    for ((fault, struck), kind) in struck(&report, faults.len()).into_iter().zip(faults) {
+        let exit = match kind {
+            FaultKind::Kill => "signal: 9",
+            FaultKind::Restart => "exit status: 0",
+        };
         assert!(
-            fault.fault.contains("exit status: 0"),
-            "SIGTERM did not end it in peace: {}",
+            fault.fault.contains(exit),
+            "the fault did not strike: expected {exit}, got {}",
             fault.fault
         );
         assert!(
-            in_flight(&report, fault, replaced.address) > 0,
+            in_flight(&report, struck) > 0,
             "the fault did not strike: nothing was in flight on the instance: {}",
             fault.fault
         );
-        let healed_us = fault.healed_us.expect("it was replaced");
-        let came = replaced.replaced_by.expect("another took its place");
+        let (Some(healed_us), Some(came)) = (fault.healed_us, struck.replaced_by) else {
+            assert_eq!(*kind, FaultKind::Kill, "nothing replaced it: {}", fault.fault);
+            continue;
+        };
         let served = report.history.requests.iter().any(|request| {
             report.sent_to[&request.request] == came
                 && request.sent_us >= healed_us
@@ -118,12 +137,7 @@ async fn restart(rush: &Rush, program: &Program, level: &Level, strategy: &Strat
         });
         assert!(served, "the new instance served no request: {}", fault.fault);
     }
-    if let Some(first) = indeterminate(&report).next() {
-        panic!(
-            "a request has an unknown outcome: an instance exited before it had answered {first:?}, sent to {}\n{:?}\n{:?}\n{}",
-            report.sent_to[&first.request], report.struck, report.history.faults, report.verdict
-        );
-    }
+    report
 }
 
 /// A server without graceful shutdown: `executable` below a shell that kills it on SIGTERM instead
@@ -137,10 +151,15 @@ pub fn without_drain(executable: &str) -> Program {
         .argument(executable)
 }
 
-/// A rush with one wave of buyers, and one more after each fault. Every wave finds tickets, and the
-/// last exhausts them.
-fn rush(faults: usize, kind: FaultKind) -> Rush {
-    let waves = u32::try_from(faults + 1).expect("there are few faults");
+/// A rush on three instances, each of which one of these faults strikes, in their order. There is
+/// one wave of buyers, and one more after each fault. Every wave finds tickets, and the last
+/// exhausts them.
+///
+/// # Panics
+/// Panics if there are more faults than instances.
+pub fn rush_with_faults(faults: &[FaultKind]) -> Rush {
+    assert!(faults.len() <= INSTANCES, "one fault for each instance");
+    let waves = u32::try_from(faults.len() + 1).expect("there are few faults");
     let rush = Rush {
         capacity: WAVE * waves - WAVE / 2,
         buyers: WAVE * waves,
@@ -148,7 +167,7 @@ fn rush(faults: usize, kind: FaultKind) -> Rush {
         work: Duration::from_millis(3),
         ..Rush::default()
     };
-    (0..faults).fold(rush, |rush, instance| {
+    faults.iter().enumerate().fold(rush, |rush, (instance, &kind)| {
         rush.fault(PlannedFault {
             after_answers: AFTER_ANSWERS,
             instance,
@@ -179,14 +198,14 @@ fn struck(report: &Report, planned: usize) -> Vec<(&Fault, Struck)> {
     faults.iter().zip(report.struck.iter().copied()).collect()
 }
 
-/// The number of requests in flight on the instance when the fault struck.
-fn in_flight(report: &Report, fault: &Fault, instance: SocketAddr) -> usize {
+/// The number of requests in flight on the instance when it was signalled.
+fn in_flight(report: &Report, struck: Struck) -> usize {
     let requests = report.history.requests.iter();
     requests
         .filter(|request| {
-            report.sent_to[&request.request] == instance
-                && request.sent_us < fault.struck_us
-                && fault.struck_us < ended_us(request)
+            report.sent_to[&request.request] == struck.address
+                && request.sent_us < struck.signalled_us
+                && struck.signalled_us < ended_us(request)
         })
         .count()
 }

@@ -12,7 +12,8 @@ use box_office::{
 use harness::history::{
     Answer, Ending, Entry, History, Micros,
     Refused::{
-        self, AlreadyReserved, Cancelled, Declined, Expired, KeyOfAnotherBuyer, RateLimited, SoldOut, UnknownSale,
+        self, AlreadyReserved, Cancelled, Declined, Expired, KeyOfAnotherBuyer, NotVip, RateLimited, SoldOut,
+        UnknownSale,
     },
     Request, Row, Status,
 };
@@ -320,7 +321,7 @@ fn falsely_refused(history: &History) -> bool {
                 order.any(|other| at_us >= other.sent_us + expiry_us)
             }),
             Declined | Cancelled => may_be_unpaid(history, request),
-            RateLimited => true,
+            RateLimited | NotVip => true,
         };
         !(request.sent_us..=end_us).any(is_true_at)
     })

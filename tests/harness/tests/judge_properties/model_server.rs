@@ -185,5 +185,6 @@ fn history(
         rows: Some(rows),
         faults: vec![],
         payments: takes_payments.then_some(payments),
+        decisions: None,
     }
 }

@@ -21,8 +21,8 @@ use tokio::{
     task::{JoinSet, spawn_blocking},
 };
 
-use super::{super::tool, Lock};
-use crate::exit::ExitKind;
+use super::Lock;
+use crate::{commands::tool, exit::ExitKind};
 
 /// The line of a process that waits for the next round.
 const READY: &str = "ready";

@@ -42,7 +42,8 @@ pub(super) fn false_refusals(index: &HistoryIndex<'_>) -> Option<Found> {
                 Refused::UnknownSale => false,
                 Refused::Expired => index.may_have_expired(&order, ended_us),
                 Refused::Declined | Refused::Cancelled => index.may_have_ended_unpaid(request),
-                Refused::RateLimited => true,
+                // Neither says anything about the sale.
+                Refused::RateLimited | Refused::NotVip => true,
             };
             if !is_true {
                 cases.request(request, || {

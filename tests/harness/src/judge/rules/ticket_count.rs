@@ -63,11 +63,11 @@ pub(super) fn undersell(index: &HistoryIndex<'_>, tally: &Tally) -> Option<Found
     if (index.has_releases && !index.has_rows()) || !all_last_answers_final(index) {
         return None;
     }
-    // A buyer who only used another buyer's key, or did not get to the end in time, may go without.
+    // A buyer who only used another buyer's key, claimed a priority, or did not get to the end in time, may go without.
     // An order that is said to have expired before its time is no excuse, nor is one that is said to be
     // declined and never held a ticket.
     let goes_without = |order: &Order<'_>, request: &Request| match request.end() {
-        End::Refused(Refused::KeyOfAnotherBuyer) => true,
+        End::Refused(Refused::KeyOfAnotherBuyer | Refused::NotVip) => true,
         End::Refused(Refused::Declined | Refused::Cancelled) => index.may_have_ended_unpaid(request),
         End::Refused(Refused::Expired) => {
             let ended_us = request.ended_us();

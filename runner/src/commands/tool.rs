@@ -1,4 +1,4 @@
-//! External programs that `oversold bench` runs.
+//! External programs that commands run.
 
 use std::{fmt, path::PathBuf, process::Stdio};
 
@@ -21,19 +21,19 @@ impl fmt::Display for ToolMissing {
 impl std::error::Error for ToolMissing {}
 
 /// The file of a program, or how to install it.
-pub(super) fn needed(file: Option<PathBuf>, name: &'static str, install: &'static str) -> Result<PathBuf, ToolMissing> {
+pub(crate) fn needed(file: Option<PathBuf>, name: &'static str, install: &'static str) -> Result<PathBuf, ToolMissing> {
     file.ok_or(ToolMissing { name, install })
 }
 
 /// A command for this program. Its process ends when this one does.
-pub(super) fn command(file: &PathBuf) -> anyhow::Result<tokio::process::Command> {
+pub(crate) fn command(file: &PathBuf) -> anyhow::Result<tokio::process::Command> {
     let mut command = tokio::process::Command::from(reaper::command(file)?);
     command.stdin(Stdio::null()).kill_on_drop(true);
     Ok(command)
 }
 
 /// Runs a program to its end, and returns its standard output.
-pub(super) async fn output(command: &mut tokio::process::Command, name: &str) -> anyhow::Result<String> {
+pub(crate) async fn output(command: &mut tokio::process::Command, name: &str) -> anyhow::Result<String> {
     let output = command.output().await.with_context(|| format!("running {name}"))?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);

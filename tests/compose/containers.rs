@@ -1,0 +1,292 @@
+//! docker-compose.yml: each level comes up, a rush through nginx sells what its strategy promises, and nothing but volumes stays.
+//!
+//! It needs a Docker engine, Compose and the images of the stand, by name: `eval "$(infra/images/build.sh …)"` builds and names them.
+
+use std::{
+    env,
+    net::{Ipv4Addr, SocketAddr},
+    process::{Command, Output},
+    sync::Arc,
+    time::Duration,
+};
+
+use box_office::{Priority, api};
+use harness::{rush::Connection, until};
+use hyper::Request;
+use libtest_mimic::{Completion, Trial};
+use tokio::{sync::Barrier, task::JoinSet};
+
+use crate::{http::free_port, prometheus::value_of, repository};
+
+const BUYERS: i64 = 1000;
+const CAPACITY: usize = 100;
+
+/// How a rush through nginx ends.
+#[derive(Clone, Copy)]
+enum Promise {
+    /// More are told that they have a ticket than there are.
+    Oversells,
+    /// As many as there are.
+    SellsOut,
+}
+
+/// The strategies that are tried, and whether an instance is killed and another one drained in mid-rush.
+const STANDS: [(&str, &str, Promise, bool); 6] = [
+    ("lv1", "read-then-write", Promise::Oversells, false),
+    ("lv2", "mutex", Promise::Oversells, false),
+    ("lv2", "pessimistic", Promise::SellsOut, true),
+    ("lv3", "rlock", Promise::SellsOut, false),
+    ("lv4", "locked", Promise::SellsOut, false),
+    ("lv4", "single-writer", Promise::SellsOut, true),
+];
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let tests = STANDS.map(|(level, strategy, promise, faults)| {
+        Trial::ignorable_test(format!("containers::{level}_{strategy}"), move || {
+            if env::var_os("OVERSOLD_LEVELS_IMAGE").is_none() {
+                return Ok(Completion::ignored_with(
+                    "no images of the stand: infra/images/build.sh",
+                ));
+            }
+            tokio::runtime::Runtime::new()
+                .unwrap()
+                .block_on(sell(level, strategy, promise, faults));
+            Ok(Completion::Completed)
+        })
+    });
+    tests.into()
+}
+
+/// A stand in containers. It is removed when it is dropped.
+struct Stand {
+    project: String,
+    nginx: u16,
+    prometheus: u16,
+    token: &'static str,
+}
+
+impl Stand {
+    fn up(level: &str, strategy: &str) -> Self {
+        let stand = Self {
+            project: format!("oversold-stand-{level}-{strategy}"),
+            nginx: free_port(),
+            prometheus: free_port(),
+            token: "a-token-of-this-test",
+        };
+        let output = stand.run("infra/stand/compose.sh", &["up", level], strategy);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        stand
+    }
+
+    fn run(&self, program: &str, arguments: &[&str], strategy: &str) -> Output {
+        Command::new(repository().join(program))
+            .args(arguments)
+            .envs([
+                ("COMPOSE_PROJECT_NAME", self.project.as_str()),
+                ("STRATEGY", strategy),
+                ("GRAFANA", "no"),
+                // A ticket that comes back after the rush stays unsold.
+                ("PAYMENT_BEHAVIOUR", "approve"),
+                ("OVERSOLD_ADMIN_TOKEN", self.token),
+                ("OVERSOLD_POSTGRES_PASSWORD", "a-password-of-this-test"),
+                ("OVERSOLD_NGINX_PORT", self.nginx.to_string().as_str()),
+                ("OVERSOLD_PROMETHEUS_PORT", self.prometheus.to_string().as_str()),
+            ])
+            .output()
+            .unwrap()
+    }
+
+    /// Sends a signal to the container of a service.
+    fn signal(&self, service: &str, signal: &str) {
+        docker(&["kill", "--signal", signal, &self.container(service)]);
+    }
+
+    /// The code that the container of a service has exited with. `None`: it runs.
+    fn exit_code(&self, service: &str) -> Option<i32> {
+        let state = docker(&[
+            "inspect",
+            "--format",
+            "{{.State.Running}} {{.State.ExitCode}}",
+            &self.container(service),
+        ]);
+        let (running, code) = state.trim().split_once(' ').unwrap();
+        (running == "false").then(|| code.parse().unwrap())
+    }
+
+    fn container(&self, service: &str) -> String {
+        let (service, project) = (
+            format!("label=com.docker.compose.service={service}"),
+            format!("label=com.docker.compose.project={}", self.project),
+        );
+        let id = docker(&["ps", "--all", "--quiet", "--filter", &service, "--filter", &project]);
+        id.trim().to_owned()
+    }
+}
+
+impl Drop for Stand {
+    fn drop(&mut self) {
+        self.run("infra/stand/compose.sh", &["clean"], "");
+    }
+}
+
+fn docker(arguments: &[&str]) -> String {
+    let output = Command::new("docker").args(arguments).output().unwrap();
+    assert!(
+        output.status.success(),
+        "docker {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+async fn sell(level: &'static str, strategy: &'static str, promise: Promise, faults: bool) {
+    let stand = Stand::up(level, strategy);
+    let address: SocketAddr = (Ipv4Addr::LOCALHOST, stand.nginx).into();
+    let sale = serde_json::to_vec(&api::NewSale {
+        name: "the last tickets".to_owned(),
+        capacity: CAPACITY as i64,
+    });
+    let opening = Request::put("/api/sales/1")
+        .header("content-type", "application/json")
+        .header("authorization", format!("Bearer {}", stand.token))
+        .body(sale.unwrap().into())
+        .unwrap();
+    let opened = Connection::open(address).await.unwrap().send(opening).await.unwrap();
+    assert_eq!(opened.status.as_u16(), 201);
+    let watched = || value_of(stand.prometheus, r#"sum(up{job="oversold"})"#);
+    until("Prometheus to see three instances", async || watched() == Some(3.0)).await;
+
+    let gate = Arc::new(Barrier::new(BUYERS as usize + 1));
+    let mut buyers = JoinSet::new();
+    for buyer in 0..BUYERS {
+        let gate = Arc::clone(&gate);
+        buyers.spawn(async move {
+            let mut connection = Connection::open(address).await.unwrap();
+            gate.wait().await;
+            buy(&mut connection, address, buyer).await
+        });
+    }
+    gate.wait().await;
+    let (mut sold, mut answered) = (0, 0);
+    while let Some(has_ticket) = buyers.join_next().await {
+        sold += usize::from(has_ticket.unwrap());
+        answered += 1;
+        if faults && answered == BUYERS / 10 {
+            stand.signal(&format!("{level}-2"), "KILL");
+            stand.signal(&format!("{level}-3"), "TERM");
+        }
+    }
+    if faults {
+        until("two instances to be gone", async || {
+            let codes = ["2", "3"].map(|number| stand.exit_code(&format!("{level}-{number}")));
+            assert!(matches!(codes[0], None | Some(137)), "not killed: {codes:?}");
+            assert!(matches!(codes[1], None | Some(0)), "not drained: {codes:?}");
+            codes == [Some(137), Some(0)]
+        })
+        .await;
+    }
+    match promise {
+        Promise::Oversells => assert!(sold > CAPACITY, "{level}/{strategy} has sold {sold} of {CAPACITY}"),
+        Promise::SellsOut => assert_eq!(sold, CAPACITY, "{level}/{strategy}"),
+    }
+    let out = r#"max(sum by (instance) (oversold_sale_reservations{status="confirmed"}))"#;
+    until("Prometheus to know what was sold", async || {
+        value_of(stand.prometheus, out) == Some(sold as f64)
+    })
+    .await;
+    let alarmed = value_of(
+        stand.prometheus,
+        r#"count(ALERTS{alertname="Oversold",alertstate="firing"})"#,
+    );
+    assert!(
+        alarmed.is_none() || matches!(promise, Promise::Oversells),
+        "an alert about a sale that is right"
+    );
+
+    let down = stand.run("infra/stand/compose.sh", &["down"], strategy);
+    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    let project = format!("label=com.docker.compose.project={}", stand.project);
+    assert_eq!(
+        docker(&["ps", "--all", "--quiet", "--filter", &project]),
+        "",
+        "containers stay"
+    );
+    assert_eq!(
+        docker(&["network", "ls", "--quiet", "--filter", &project]),
+        "",
+        "a network stays"
+    );
+    assert_ne!(
+        docker(&["volume", "ls", "--quiet", "--filter", &project]),
+        "",
+        "`down` keeps the volumes"
+    );
+    let clean = stand.run("infra/stand/compose.sh", &["clean"], strategy);
+    assert!(clean.status.success(), "{}", String::from_utf8_lossy(&clean.stderr));
+    assert_eq!(
+        docker(&["volume", "ls", "--quiet", "--filter", &project]),
+        "",
+        "volumes stay"
+    );
+}
+
+/// Buys until the answer is final. Returns whether the buyer has a ticket.
+///
+/// Every answer but a 503 is final, and every one is an answer of the API: nginx shows nothing of its own.
+async fn buy(connection: &mut Connection, address: SocketAddr, buyer: i64) -> bool {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    let order = serde_json::to_vec(&api::NewReservation {
+        buyer_id: buyer,
+        priority: Priority::Normal,
+    })
+    .unwrap();
+    loop {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "buyer {buyer} has no final answer"
+        );
+        let request = Request::post("/api/sales/1/reservations")
+            .header("content-type", "application/json")
+            .header("idempotency-key", format!("buyer-{buyer}"))
+            .body(order.clone().into())
+            .unwrap();
+        let Ok(answered) = connection.send(request).await else {
+            *connection = Connection::open(address).await.unwrap();
+            continue;
+        };
+        match answered.status.as_u16() {
+            201 => return true,
+            409 => return false,
+            202 => {
+                let path = answered.headers["location"].to_str().unwrap().to_owned();
+                if let Some(has_ticket) = outcome(address, &path).await {
+                    return has_ticket;
+                }
+            }
+            503 => {
+                assert!(answered.headers.contains_key("retry-after"));
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            status => panic!("{status}: {}", String::from_utf8_lossy(&answered.body)),
+        }
+    }
+}
+
+/// The final state of an accepted order: whether it has a ticket. `None`: it takes too long.
+async fn outcome(address: SocketAddr, path: &str) -> Option<bool> {
+    for _ in 0..300 {
+        let request = Request::get(path).body(Vec::<u8>::new().into()).unwrap();
+        let answered = async { Connection::open(address).await?.send(request).await };
+        if let Ok(answered) = answered.await
+            && let Ok(reservation) = serde_json::from_slice::<api::Reservation>(&answered.body)
+        {
+            match reservation.status.as_str() {
+                "confirmed" => return Some(true),
+                "accepted" | "held" => {}
+                _ => return Some(false),
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    None
+}
