@@ -53,9 +53,13 @@ enough_memory() {
 write_env() {
     [ ! -e .env ] || return 0
     secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
+    token=$(secret)
+    password=$(secret)
+    [ ${#token} -eq 48 ] && [ ${#password} -eq 48 ] || fail "no secrets could be made from /dev/urandom"
     (
         umask 077
-        sed "s/^OVERSOLD_ADMIN_TOKEN=\$/&$(secret)/; s/^OVERSOLD_POSTGRES_PASSWORD=\$/&$(secret)/" .env.example >.env
+        sed "s/^OVERSOLD_ADMIN_TOKEN=\$/&$token/; s/^OVERSOLD_POSTGRES_PASSWORD=\$/&$password/" .env.example >.env.new
+        mv .env.new .env
     )
     say "wrote .env, with an admin token and a password for Postgres"
 }

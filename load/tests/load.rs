@@ -117,6 +117,8 @@ struct Accepted {
     number: usize,
     /// How an order that held a ticket has ended.
     ended: Option<&'static str>,
+    /// Why it was refused, once that was told.
+    refused: Option<Value>,
 }
 
 impl FakeServer {
@@ -139,6 +141,7 @@ impl FakeServer {
             confirmed,
             number,
             ended: None,
+            refused: None,
         };
         accepted.insert(id, order);
         let body = json!({"id": id, "sale_id": sale, "buyer_id": buyer, "status": "pending"});
@@ -208,10 +211,12 @@ async fn follow(State(server): State<Arc<FakeServer>>, Path(id): Path<Uuid>) -> 
         true => json!({"status": "confirmed"}),
         false => {
             let sold = server.sold.lock().expect("nobody panicked");
-            match sold.iter().find(|(owner, ..)| *owner == order.buyer) {
+            let earlier = sold.iter().find(|(owner, ..)| *owner == order.buyer);
+            let refused = || match earlier {
                 Some((.., earlier)) => json!({"status": "refused", "reason": "already-reserved", "earlier": earlier}),
                 None => json!({"status": "refused", "reason": "sold-out"}),
-            }
+            };
+            order.refused.get_or_insert_with(refused).clone()
         }
     };
     let mut body = json!({"id": id, "sale_id": 1, "buyer_id": order.buyer});

@@ -8,6 +8,7 @@ mod files;
 mod http;
 mod nginx;
 mod prometheus;
+mod refusals;
 
 use std::path::{Path, PathBuf};
 
@@ -35,6 +36,11 @@ fn main() {
             "compose_publishes_three_ports_and_no_secret",
             &[],
             files::compose_is_hardened,
+        ),
+        test(
+            "what_keeps_a_stand_from_starting_is_one_clear_line",
+            &[],
+            refusals::what_keeps_a_stand_from_starting_is_one_clear_line,
         ),
         test(
             "a_post_goes_to_another_instance_if_the_first_cannot_be_reached",

@@ -14,11 +14,7 @@ use harness::{
     judge::judge,
     rush::{Program, Rush, SALE},
     schedule::{Scenario, ScheduleRunner},
-    shared_tests::{
-        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-        instance_faults,
-        slow_clients::withstands_idle_and_slow_clients,
-    },
+    shared_tests::{http_contract, instance_faults, slow_clients},
     test_server::TestServer,
     until,
 };
@@ -300,17 +296,7 @@ async fn two_inserts_after_two_looks_are_two_rows_below_serializable(#[case] lev
 #[case::check_then_insert("check-then-insert")]
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
-    let strategy = strategy(name);
-    let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
-        .await
-        .unwrap();
-
-    sells_refuses_and_repeats(&server).await.unwrap();
-    refuses_bad_input(&server).await.unwrap();
-    let sale = server.sale(SALE).await.unwrap();
-    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    server.stop().await.unwrap();
+    http_contract::holds(&program(), &LEVEL, strategy(name)).await.unwrap();
 }
 
 #[tokio::test]
@@ -386,12 +372,7 @@ async fn a_rolling_restart_leaves_nobody_undecided() {
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
-    let strategy = strategy("read-then-write");
-    let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+    slow_clients::keep_nobody_waiting(&program(), &LEVEL, strategy("read-then-write"))
         .await
         .unwrap();
-    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
-    println!("they cost {kib} KiB");
-    server.stop().await.unwrap();
 }

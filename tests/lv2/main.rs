@@ -33,11 +33,7 @@ use harness::{
         Exploration, Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point,
         never_cancelled, never_disconnected,
     },
-    shared_tests::{
-        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-        instance_faults,
-        slow_clients::withstands_idle_and_slow_clients,
-    },
+    shared_tests::{http_contract, instance_faults, slow_clients},
     test_server::TestServer,
     until,
 };

@@ -15,11 +15,7 @@ use harness::{
     required,
     rush::{Program, Rush, SALE},
     schedule::{Scenario, ScheduleRunner, cancelled_after_every_poll, disconnected_at_every_point},
-    shared_tests::{
-        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-        instance_faults,
-        slow_clients::withstands_idle_and_slow_clients,
-    },
+    shared_tests::{http_contract, instance_faults, slow_clients},
     test_server::TestServer,
 };
 use lv3_redis_lock::{LEVEL, lock::Connections};
@@ -223,17 +219,7 @@ async fn a_buyer_who_hangs_up_anywhere_cuts_nothing(#[case] name: &str, #[case] 
 #[case::fenced("fenced")]
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
-    let strategy = strategy(name);
-    let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
-        .await
-        .unwrap();
-
-    sells_refuses_and_repeats(&server).await.unwrap();
-    refuses_bad_input(&server).await.unwrap();
-    let sale = server.sale(SALE).await.unwrap();
-    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    server.stop().await.unwrap();
+    http_contract::holds(&program(), &LEVEL, strategy(name)).await.unwrap();
 }
 
 #[tokio::test]
@@ -273,14 +259,9 @@ async fn without_redis_the_outcome_is_unknown_and_the_server_recovers_by_itself(
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
-    let strategy = strategy("rlock");
-    let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+    slow_clients::keep_nobody_waiting(&program(), &LEVEL, strategy("rlock"))
         .await
         .unwrap();
-    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
-    println!("they cost {kib} KiB");
-    server.stop().await.unwrap();
 }
 
 #[rstest]

@@ -11,17 +11,11 @@ use box_office::{
     KafkaConfig, Level, Promises, Strategy, points,
 };
 use harness::{
-    backends::TestEnvironment,
     contract,
     judge::Conclusion,
     required,
-    rush::{Program, Rush, SALE},
-    shared_tests::{
-        http_contract::{refuses_bad_input, sells_refuses_and_repeats},
-        instance_faults,
-        slow_clients::withstands_idle_and_slow_clients,
-    },
-    test_server::TestServer,
+    rush::{Program, Rush},
+    shared_tests::{http_contract, instance_faults, slow_clients},
     until,
 };
 use lv4_kafka::{LEVEL, pipeline::lag};
@@ -258,29 +252,14 @@ async fn a_rush_whose_orders_wait_for_ever_is_not_judged() {
 #[case::single_writer("single-writer")]
 #[tokio::test]
 async fn the_http_contract_holds(#[case] name: &str) {
-    let strategy = strategy(name);
-    let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
-        .await
-        .unwrap();
-
-    sells_refuses_and_repeats(&server).await.unwrap();
-    refuses_bad_input(&server).await.unwrap();
-    let sale = server.sale(SALE).await.unwrap();
-    assert_eq!((sale.stock, sale.reserved), (0, 2), "bad input sold something");
-    server.stop().await.unwrap();
+    http_contract::holds(&program(), &LEVEL, strategy(name)).await.unwrap();
 }
 
 #[tokio::test]
 async fn idle_slow_and_endless_clients_keep_nobody_waiting() {
-    let strategy = strategy("single-writer");
-    let environment = TestEnvironment::shared(strategy).await.unwrap();
-    let server = TestServer::start(&environment, &program(), &LEVEL, strategy)
+    slow_clients::keep_nobody_waiting(&program(), &LEVEL, strategy("single-writer"))
         .await
         .unwrap();
-    let kib = withstands_idle_and_slow_clients(&server).await.unwrap();
-    println!("they cost {kib} KiB");
-    server.stop().await.unwrap();
 }
 
 #[rstest]

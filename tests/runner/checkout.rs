@@ -40,20 +40,25 @@ fn no_file_gets_other_line_ends_from_a_system_that_converts_them() {
     assert!(fs::read(checkout.join(script)).unwrap().contains(&b'\r'));
 }
 
-/// The files with a carriage return.
+/// The text files with a carriage return.
 fn converted(checkout: &Path) -> Vec<PathBuf> {
     let listed = Command::new("git")
         .arg("-C")
         .arg(checkout)
-        .args(["ls-files", "-z"])
+        .args(["ls-files", "--eol", "-z"])
         .output()
         .unwrap();
     let listed = String::from_utf8(listed.stdout).unwrap();
-    let files = listed.split_terminator('\0').map(PathBuf::from);
-    let files: Vec<PathBuf> = files.collect();
+    // Such as `i/lf w/crlf attr/text=auto<tab>README.md`; of a binary file it is `w/-text`.
+    let files: Vec<(&str, &str)> = listed
+        .split_terminator('\0')
+        .map(|file| file.split_once('\t').unwrap())
+        .collect();
     assert!(files.len() > 100, "{files:?}");
-    let has_carriage_return = |file: &PathBuf| fs::read(checkout.join(file)).unwrap().contains(&b'\r');
-    files.into_iter().filter(has_carriage_return).collect()
+    let converted = files
+        .into_iter()
+        .filter(|(ends, _)| ends.contains("w/crlf") || ends.contains("w/mixed"));
+    converted.map(|(_, file)| file.into()).collect()
 }
 
 fn git(folder: &Path, words: &[&str], paths: &[&Path]) {

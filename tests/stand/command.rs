@@ -98,7 +98,10 @@ pub(crate) async fn the_stand_serves_until_ctrl_c_and_leaves_nothing() {
     let (services_file, _) = printed["services"].trim_start_matches("in ").split_once(": ").unwrap();
     let services = std::fs::read_to_string(services_file).unwrap();
     assert!(services.starts_with("export DATABASE_URL='postgres://"), "{services}");
-    assert!(!services.contains("statement-cache-capacity"), "psql refuses it: {services}");
+    assert!(
+        !services.contains("statement-cache-capacity"),
+        "psql refuses it: {services}"
+    );
 
     let sale = Request::put("/api/sales/1")
         .header(header::AUTHORIZATION, format!("Bearer {token}"))

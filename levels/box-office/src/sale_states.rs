@@ -3,11 +3,13 @@
 
 use std::time::Duration;
 
-use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
+use sqlx::{ConnectOptions, Connection as _, PgConnection, postgres::PgConnectOptions};
 use tokio::{
     sync::{Mutex, MutexGuard},
     time::timeout,
 };
+
+use crate::causes;
 
 /// How many sales are shown. Each is a few time series.
 const SALES: i64 = 10;
@@ -43,15 +45,27 @@ impl SaleStates {
 }
 
 impl Scrape<'_> {
-    /// The latest sales; none if the database does not answer in time.
-    pub(crate) async fn read(&mut self, options: &PgConnectOptions) -> Vec<SaleState> {
+    /// The latest sales.
+    ///
+    /// # Errors
+    /// Why they could not be read in time.
+    pub(crate) async fn read(&mut self, options: &PgConnectOptions) -> Result<Vec<SaleState>, String> {
         // A connection whose query fails or is cancelled is closed.
         let kept = self.0.take();
         let read = async {
             let mut connection = match kept {
                 Some(connection) => connection,
-                None => options.connect().await?,
+                None => {
+                    let name = options.get_application_name().unwrap_or_default();
+                    let named = options.clone().application_name(&format!("{name} metrics"));
+                    named.connect().await?
+                }
             };
+            let mut tx = connection.begin().await?;
+            // A query that nobody waits for any longer ends, too. `local`: a pooler has other clients on this connection.
+            sqlx::query("set local statement_timeout = '1s'")
+                .execute(&mut *tx)
+                .await?;
             // Two instances may read at once: `stock` and reservations are of one snapshot.
             let states = sqlx::query_as(
                 "select sale_id,
@@ -68,16 +82,18 @@ impl Scrape<'_> {
                   group by sale_id, capacity, stock, status",
             )
             .bind(SALES)
-            .fetch_all(&mut connection)
+            .fetch_all(&mut *tx)
             .await?;
+            tx.commit().await?;
             Ok::<_, sqlx::Error>((connection, states))
         };
         match timeout(TIMEOUT, read).await {
             Ok(Ok((connection, states))) => {
                 *self.0 = Some(connection);
-                states
+                Ok(states)
             }
-            _ => vec![],
+            Ok(Err(why)) => Err(causes(&why)),
+            Err(_) => Err(format!("no answer within {TIMEOUT:?}")),
         }
     }
 }

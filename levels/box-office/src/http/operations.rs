@@ -57,8 +57,11 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, P
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     // Held until the text is written: it must not show half of another scrape.
     let mut scrape = app.sales.scrape().await;
-    let sales = scrape.read(&app.database.pool().connect_options()).await;
-    app.metrics.set_sales(&sales);
+    let read = scrape.read(&app.database.pool().connect_options()).await;
+    if let Err(why) = &read {
+        app.causes.warn_text("the metrics show no sale", why);
+    }
+    app.metrics.set_sales(&read.unwrap_or_default());
     let text = app.metrics.text().expect("writing to a string cannot fail");
     drop(scrape);
     let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";

@@ -35,8 +35,12 @@
 //! Limits:
 //! - Who comes first is no longer who gets a ticket: that is what it is for. A VIP whose order is
 //!   accepted a moment later than the last batch is as late as anybody.
-//! - The bound counts what a consumer decides, of all its sales: a VIP of one sale may wait for an
-//!   order of another.
+//! - The bound is one for the sales of a partition number, which are decided together: a VIP of one
+//!   sale may wait for an order of another. Between partition numbers there is no turn within a
+//!   batch, of at most 200 messages: those of one number are decided before those of the next.
+//! - The group loses the offset of a VIP partition that had no order for a week, as it does not
+//!   subscribe to that topic. What is read is found by the database's offset; until the next VIP, the
+//!   lag is shown as the length of the partition, and with `ORDER_TTL_MS` a restart may be needed.
 //! - An instance without the setting decides no VIPs. If it owns the partition, they wait until one
 //!   with the setting does. And it compares the offset of the orders topic alone: if it is frozen,
 //!   VIPs that its successor decides do not fence it. So change the setting of all instances at

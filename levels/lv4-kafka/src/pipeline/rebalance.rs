@@ -19,6 +19,10 @@ use super::{ConsumedMessage, OrderPartition, priority::VipReader};
 /// How long after a commit the consumer checks that the group has the offset.
 const COMMIT_CHECK_DELAY: Duration = Duration::from_secs(1);
 
+/// How long a committed offset is left alone. A group that does not subscribe to a topic, as to that
+/// of the VIPs, loses its offsets there, a week after the last commit (`offsets.retention.minutes`).
+const COMMITS_KEPT_FOR: Duration = Duration::from_secs(60 * 60);
+
 /// Receives the group's rebalances, and keeps the assignment up to date.
 pub(super) struct RebalanceListener {
     joined: watch::Sender<bool>,
@@ -134,8 +138,8 @@ impl Assignment {
         if owned {
             self.processed.insert(partition, offset);
             self.rewound.remove(&partition);
-            self.check_commits_at
-                .get_or_insert_with(|| Instant::now() + COMMIT_CHECK_DELAY);
+            let soon = Instant::now() + COMMIT_CHECK_DELAY;
+            self.check_commits_at = Some(self.check_commits_at.map_or(soon, |due| due.min(soon)));
         }
         owned
     }
@@ -158,9 +162,9 @@ impl Assignment {
         self.check_commits_at
     }
 
-    /// Begins a check of the commits: none is due until the next commit.
+    /// Begins a check of the commits: the next one is due soon after the next commit, or in an hour.
     pub(super) fn begin_commit_check(&mut self) {
-        self.check_commits_at = None;
+        self.check_commits_at = (!self.processed.is_empty()).then(|| Instant::now() + COMMITS_KEPT_FOR);
     }
 }
 

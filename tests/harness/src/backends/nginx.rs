@@ -137,7 +137,10 @@ impl Nginx {
             let request = Request::get("/readyz").header("x-request-id", &id);
             connection.send(request.body(Full::default())?).await?;
             tokio::time::sleep(POLL_INTERVAL).await;
-            if self.forwarded()?.any(|(request, last)| request == id && last == instance) {
+            if self
+                .forwarded()?
+                .any(|(request, last)| request == id && last == instance)
+            {
                 break;
             }
         }

@@ -1,18 +1,36 @@
 //! The HTTP contract that all levels share, tested on a level's own server over real sockets.
 
 use anyhow::{Context, ensure};
-use box_office::{ProblemKind, SaleId, api};
+use box_office::{Level, ProblemKind, SaleId, Strategy, api};
 use hyper::{StatusCode, header};
 use uuid::Uuid;
 
-use crate::{rush::SALE, test_server::TestServer};
+use crate::{
+    backends::TestEnvironment,
+    rush::{Program, SALE},
+    test_server::TestServer,
+};
+
+/// Checks the contract on a server of this strategy.
+///
+/// # Errors
+/// Names the first deviation, or says why the server did not start or stop.
+pub async fn holds(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
+    let environment = TestEnvironment::shared(strategy).await?;
+    let server = TestServer::start(&environment, program, level, strategy).await?;
+    sells_refuses_and_repeats(&server).await?;
+    refuses_bad_input(&server).await?;
+    let sale = server.sale(SALE).await?;
+    ensure!((sale.stock, sale.reserved) == (0, 2), "bad input sold something");
+    server.stop().await
+}
 
 /// Checks what the contract requires of confirmations, refusals and repeats, at once or as the
 /// final state of an accepted order.
 ///
 /// # Errors
 /// Names the first deviation.
-pub async fn sells_refuses_and_repeats(server: &TestServer) -> anyhow::Result<()> {
+async fn sells_refuses_and_repeats(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         AlreadyReserved, KeyOfAnotherBuyer, SaleDiffers, SoldOut, Unauthorized, UnknownReservation, UnknownSale,
     };
@@ -110,7 +128,7 @@ async fn sells_elsewhere(server: &TestServer, here: &api::Reservation) -> anyhow
 ///
 /// # Errors
 /// Names the first wrong answer.
-pub async fn refuses_bad_input(server: &TestServer) -> anyhow::Result<()> {
+async fn refuses_bad_input(server: &TestServer) -> anyhow::Result<()> {
     use ProblemKind::{
         BodyTooLarge, InvalidBody, MalformedBody, MalformedKey, MalformedPath, MethodNotAllowed, NotFound,
         UnknownReservation,

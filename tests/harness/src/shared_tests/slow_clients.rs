@@ -4,7 +4,7 @@
 use std::{fs, net::SocketAddr, process::Command, time::Duration};
 
 use anyhow::{Context, ensure};
-use box_office::raise_open_files_limit;
+use box_office::{Level, Strategy, raise_open_files_limit};
 use futures_util::future::try_join_all;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -12,7 +12,11 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{rush::SALE, test_server::TestServer};
+use crate::{
+    backends::TestEnvironment,
+    rush::{Program, SALE},
+    test_server::TestServer,
+};
 
 /// Number of clients that connect and send nothing, or half of a request head.
 const IDLE: usize = 2_000;
@@ -33,6 +37,19 @@ const MOST_KIB_EACH: u64 = 32;
 /// Time limit of each operation.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Checks that idle, slow and endless clients of a server of this strategy keep nobody waiting, and
+/// prints what they cost.
+///
+/// # Errors
+/// Another client was not served, the memory exceeds its bound, or the server did not start or stop.
+pub async fn keep_nobody_waiting(program: &Program, level: &Level, strategy: &Strategy) -> anyhow::Result<()> {
+    let environment = TestEnvironment::shared(strategy).await?;
+    let server = TestServer::start(&environment, program, level, strategy).await?;
+    let kib = withstands_idle_and_slow_clients(&server).await?;
+    println!("they cost {kib} KiB");
+    server.stop().await
+}
+
 /// Keeps 2,000 idle connections and 50 slow bodies open, sends endless bodies, and buys tickets:
 /// other clients are served, and the memory of the process stays within a bound. The server
 /// eventually disconnects such clients; this check does not wait for that.
@@ -41,7 +58,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Fails if a client is not served or the process takes too much memory.
-pub async fn withstands_idle_and_slow_clients(server: &TestServer) -> anyhow::Result<u64> {
+async fn withstands_idle_and_slow_clients(server: &TestServer) -> anyhow::Result<u64> {
     raise_open_files_limit();
     let address = server.address();
     server.create_rush_sale(20).await?;

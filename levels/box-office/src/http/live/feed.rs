@@ -32,7 +32,11 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause before it tries again to reach the database.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// The maximum number of sales that are watched at once.
+/// The maximum number of watchers. The last state is copied for each, and one that reads slowly
+/// keeps its copy.
+const MOST_WATCHERS: usize = 1024;
+
+/// The maximum number of sales that are watched at once, besides the newest.
 const MOST_SALES: usize = 16;
 
 /// The watchers of a server, and the settings of its page.
@@ -102,10 +106,13 @@ impl LiveFeed {
 /// Watches a sale, `None` for the newest. The last frame, if there is one, counts as changed.
 ///
 /// # Errors
-/// [`ProblemKind::Overloaded`] if too many sales are watched.
+/// [`ProblemKind::Overloaded`] if there are too many watchers, or too many sales that are watched.
 pub(super) fn subscribe(app: &Arc<App>, sale: Option<SaleId>) -> Result<watch::Receiver<Option<Arc<Frame>>>, Problem> {
     let mut watched = app.live.watched();
-    if watched.sales.len() >= MOST_SALES && !watched.sales.contains_key(&sale) {
+    let watchers: usize = watched.sales.values().map(watch::Sender::receiver_count).sum();
+    // The newest sale is one more: whoever asks for many others keeps nobody from it.
+    let is_one_too_many = sale.is_some() && watched.sales.len() >= MOST_SALES && !watched.sales.contains_key(&sale);
+    if watchers >= MOST_WATCHERS || is_one_too_many {
         return Err(ProblemKind::Overloaded.into());
     }
     let frames = watched.sales.entry(sale).or_insert_with(|| watch::channel(None).0);

@@ -149,16 +149,19 @@ impl Reader {
                   group by 1, 2"
             ),
             list: format!(
-                "select buyer_id,
-                        status,
-                        {instance} as instance,
-                        (extract(epoch from changed_at) * 1000000)::bigint as taken_us,
-                        (extract(epoch from {released_at}) * 1000000)::bigint as released_us
-                   from reservation_now
-                  where sale_id = $1
-                    and (status in ('held', 'confirmed') or {released_at} is not null)
-                  order by changed_at, id
-                  limit $2"
+                "select buyer_id, status, instance, taken_us, released_us
+                   from (select id,
+                                buyer_id,
+                                status,
+                                {instance} as instance,
+                                (extract(epoch from changed_at) * 1000000)::bigint as taken_us,
+                                (extract(epoch from {released_at}) * 1000000)::bigint as released_us
+                           from reservation_now
+                          where sale_id = $1
+                            and (status in ('held', 'confirmed') or {released_at} is not null)
+                          order by changed_at desc, id desc
+                          limit $2) as latest
+                  order by taken_us, id"
             ),
         })
     }
