@@ -70,7 +70,7 @@ async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
     let (_joins, joined) = watch::channel(true);
     let (ends, end) = oneshot::channel::<()>();
     path.spawn_consumer(joined, async move { drop(end.await) });
-    path.ready().await.unwrap();
+    until("the server is ready", async || path.ready().await.is_ok()).await;
     drop(ends);
     until("the server is not ready", async || path.ready().await.is_err()).await;
     path.close().await;
