@@ -14,12 +14,12 @@ use std::{
 };
 
 use box_office::{Priority, api};
-use harness::{rush::Connection, until};
+use harness::{backends::free_port, rush::Connection, until};
 use hyper::Request;
 use libtest_mimic::{Completion, Trial};
 use tokio::{sync::Barrier, task::JoinSet};
 
-use crate::{http::free_port, prometheus::value_of, repository};
+use crate::{prometheus::value_of, repository};
 
 const BUYERS: i64 = 1000;
 const CAPACITY: usize = 100;
@@ -85,8 +85,8 @@ impl Stand {
     fn new(level: &str, strategy: &str) -> Self {
         Self {
             project: format!("oversold-stand-{level}-{strategy}"),
-            nginx: free_port(),
-            prometheus: free_port(),
+            nginx: free_port().unwrap(),
+            prometheus: free_port().unwrap(),
             token: "a-token-of-this-test",
         }
     }
@@ -174,6 +174,7 @@ fn docker(arguments: &[&str]) -> String {
 async fn sell(level: &'static str, strategy: &'static str, promise: Promise, faults: bool) {
     let stand = Stand::up(level, strategy);
     let address: SocketAddr = (Ipv4Addr::LOCALHOST, stand.nginx).into();
+    let prometheus: SocketAddr = (Ipv4Addr::LOCALHOST, stand.prometheus).into();
     let sale = serde_json::to_vec(&api::NewSale {
         name: "the last tickets".to_owned(),
         capacity: CAPACITY as i64,
@@ -185,8 +186,11 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
         .unwrap();
     let opened = Connection::open(address).await.unwrap().send(opening).await.unwrap();
     assert_eq!(opened.status.as_u16(), 201);
-    let watched = || value_of(stand.prometheus, r#"sum(up{job="oversold"})"#);
-    until("Prometheus to see three instances", async || watched() == Some(3.0)).await;
+    let watched = || value_of(prometheus, r#"sum(up{job="oversold"})"#);
+    until("Prometheus to see three instances", async || {
+        watched().await == Some(3.0)
+    })
+    .await;
 
     let gate = Arc::new(Barrier::new(BUYERS as usize + 1));
     let answers = Arc::new(AtomicUsize::new(0));
@@ -228,14 +232,14 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
     }
     let out = r#"max(sum by (instance) (oversold_sale_reservations{status="confirmed"}))"#;
     until("Prometheus to know what was sold", async || {
-        value_of(stand.prometheus, out) == Some(sold as f64)
+        value_of(prometheus, out).await == Some(sold as f64)
     })
     .await;
     let firing = r#"count(ALERTS{alertname="Oversold",alertstate="firing"})"#;
-    let alarmed = || value_of(stand.prometheus, firing);
+    let alarmed = || value_of(prometheus, firing);
     match promise {
-        Promise::Oversells => until("the alert to fire", async || alarmed() == Some(1.0)).await,
-        Promise::SellsOut => assert_eq!(alarmed(), None, "an alert about a sale that is right"),
+        Promise::Oversells => until("the alert to fire", async || alarmed().await == Some(1.0)).await,
+        Promise::SellsOut => assert_eq!(alarmed().await, None, "an alert about a sale that is right"),
     }
 
     let down = stand.run("infra/stand/compose.sh", &["down"], strategy);

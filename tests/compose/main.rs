@@ -5,15 +5,16 @@
 
 mod containers;
 mod files;
-mod http;
 mod nginx;
 mod prometheus;
 mod refusals;
+mod stub;
 
 use std::path::{Path, PathBuf};
 
-use harness::backends::on_path;
+use harness::backends::on_system_path;
 use libtest_mimic::{Arguments, Completion, Trial};
+use tokio::runtime::Runtime;
 
 fn main() {
     let mut tests = vec![
@@ -42,33 +43,33 @@ fn main() {
             &[],
             refusals::what_keeps_a_stand_from_starting_is_one_clear_line,
         ),
-        test(
+        async_test(
             "a_post_goes_to_another_instance_if_the_first_cannot_be_reached",
             &[NGINX],
             nginx::a_post_goes_to_another_instance_if_the_first_cannot_be_reached,
         ),
-        test(
+        async_test(
             "a_post_that_was_sent_is_not_repeated",
             &[NGINX],
             nginx::a_post_that_was_sent_is_not_repeated,
         ),
-        test(
+        async_test(
             "a_get_is_repeated_at_another_instance",
             &[NGINX],
             nginx::a_get_is_repeated_at_another_instance,
         ),
-        test(
+        async_test(
             "with_all_instances_down_the_answer_is_a_problem",
             &[NGINX],
             nginx::with_all_instances_down_the_answer_is_a_problem,
         ),
-        test("a_request_id_is_passed_on", &[NGINX], nginx::a_request_id_is_passed_on),
-        test(
+        async_test("a_request_id_is_passed_on", &[NGINX], nginx::a_request_id_is_passed_on),
+        async_test(
             "no_token_and_no_query_is_logged",
             &[NGINX],
             nginx::no_token_and_no_query_is_logged,
         ),
-        test(
+        async_test(
             "the_metrics_are_not_published",
             &[NGINX],
             nginx::the_metrics_are_not_published,
@@ -78,7 +79,7 @@ fn main() {
             &[PROMTOOL],
             prometheus::the_rules_and_their_tests_are_valid,
         ),
-        test(
+        async_test(
             "every_expression_returns_data_after_a_rush",
             &[PROMETHEUS, NODE_EXPORTER, POSTGRES_EXPORTER, REDIS_EXPORTER],
             prometheus::every_expression_returns_data_after_a_rush,
@@ -99,9 +100,9 @@ const POSTGRES_EXPORTER: &str = "prometheus-postgres-exporter";
 const REDIS_EXPORTER: &str = "prometheus-redis-exporter";
 
 /// A test that needs these programs.
-fn test(name: &str, programs: &'static [&str], run: fn()) -> Trial {
+fn test(name: &str, programs: &'static [&str], run: impl FnOnce() + Send + 'static) -> Trial {
     Trial::ignorable_test(name, move || {
-        if let Some(missing) = programs.iter().find(|name| program(name).is_none()) {
+        if let Some(missing) = programs.iter().find(|name| on_system_path(name).is_none()) {
             return Ok(Completion::ignored_with(format!(
                 "no {missing}: infra/test-tools.sh installs it"
             )));
@@ -111,9 +112,12 @@ fn test(name: &str, programs: &'static [&str], run: fn()) -> Trial {
     })
 }
 
-/// The path of a program; nginx is where only root looks for it.
-fn program(name: &str) -> Option<PathBuf> {
-    on_path(name).or_else(|| Some(Path::new("/usr/sbin").join(name)).filter(|path| path.exists()))
+fn async_test<F: Future<Output = ()>>(
+    name: &str,
+    programs: &'static [&str],
+    run: impl FnOnce() -> F + Send + 'static,
+) -> Trial {
+    test(name, programs, || Runtime::new().unwrap().block_on(run()))
 }
 
 fn repository() -> &'static Path {

@@ -1,141 +1,85 @@
 //! nginx with the stand's configuration, in front of servers that answer, die or are not there.
 
-use std::{
-    fs,
-    net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::unix::fs::PermissionsExt,
-    process::{Child, Command, Stdio},
-    thread,
-    time::{Duration, Instant},
-};
+use std::net::{Ipv4Addr, SocketAddr};
 
-use rustix::process::{Pid, Signal, geteuid, kill_process};
+use harness::{
+    backends::{Nginx, NginxSettings, free_port, on_system_path},
+    rush::{Connection, HttpResponse},
+    until,
+};
+use http_body_util::Full;
+use hyper::{Method, Request};
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::{
-    NGINX,
-    http::{Answer, Stub, ask, free_port, header},
-    program, stand,
+    NGINX, stand,
+    stub::{Stub, header},
 };
 
 const RESERVE: &str = "/api/sales/1/reservations";
 const EVENTS: &str = "/api/reservations/018f0000-0000-7000-8000-000000000000/events";
 
-/// A running nginx. It ends when it is dropped.
-struct Nginx {
-    process: Child,
-    port: u16,
-    folder: TempDir,
+async fn start(instances: &[SocketAddr]) -> Nginx {
+    let settings = NginxSettings {
+        executable: on_system_path(NGINX).unwrap(),
+        template: stand().join("nginx/nginx.conf.template"),
+        port: None,
+    };
+    Nginx::start(&settings, instances).await.unwrap()
 }
 
-impl Nginx {
-    fn start(instances: &[SocketAddr]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        // nginx's workers have another user than root.
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let (port, run) = (free_port(), folder.path().to_str().unwrap());
-        let servers: Vec<String> = instances
-            .iter()
-            .map(|instance| format!("server {instance} max_fails=1 fail_timeout=1s;"))
-            .collect();
-        let mut settings = fs::read_to_string(stand().join("nginx/nginx.conf.template")).unwrap();
-        for (name, value) in [
-            ("NGINX_LISTEN", format!("127.0.0.1:{port}")),
-            ("NGINX_UPSTREAMS", servers.join(" ")),
-            ("NGINX_RUN_DIR", run.to_owned()),
-            ("NGINX_ACCESS_LOG", format!("{run}/access.log")),
-            ("NGINX_ERROR_LOG", format!("{run}/error.log")),
-        ] {
-            settings = settings.replace(&format!("${{{name}}}"), &value);
-        }
-        assert!(
-            !settings.contains("${"),
-            "the template has a variable that nobody fills in"
-        );
-        let file = folder.path().join("nginx.conf");
-        fs::write(&file, settings).unwrap();
-        let mut command = Command::new(program(NGINX).unwrap());
-        command.arg("-c").arg(&file).stdin(Stdio::null()).stderr(Stdio::null());
-        if geteuid().is_root() {
-            command.args(["-g", "user root;"]);
-        }
-        let nginx = Self {
-            process: command.spawn().unwrap(),
-            port,
-            folder,
-        };
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            assert!(
-                Instant::now() < deadline,
-                "nginx does not listen: {}",
-                nginx.log("error.log")
-            );
-            thread::sleep(Duration::from_millis(10));
-        }
-        nginx
+/// Sends a request over a connection of its own.
+async fn ask(nginx: &Nginx, method: Method, path: &str, headers: &[(&str, &str)]) -> HttpResponse {
+    let mut request = Request::builder().method(method).uri(path);
+    for &(name, value) in headers {
+        request = request.header(name, value);
     }
-
-    fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
-        ask(self.port, method, path, headers)
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.process), signal).unwrap();
-    }
-
-    fn log(&self, name: &str) -> String {
-        fs::read_to_string(self.folder.path().join(name)).unwrap_or_default()
-    }
+    let mut connection = Connection::open(nginx.address()).await.unwrap();
+    connection.send(request.body(Full::default()).unwrap()).await.unwrap()
 }
 
-impl Drop for Nginx {
-    fn drop(&mut self) {
-        // It ends its workers, which SIGKILL would leave behind.
-        self.signal(Signal::TERM);
-        let _ = self.process.wait();
-    }
+fn text<'a>(answer: &'a HttpResponse, header: &str) -> Option<&'a str> {
+    answer.headers.get(header)?.to_str().ok()
 }
 
 /// An address at which nobody listens.
 fn nowhere() -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, free_port()).into()
+    (Ipv4Addr::LOCALHOST, free_port().unwrap()).into()
 }
 
 #[track_caller]
-fn assert_unavailable(answer: &Answer) {
-    assert_eq!(answer.status, 503, "{}", answer.head);
-    assert_eq!(answer.header("content-type"), Some("application/problem+json"));
-    assert_eq!(answer.header("retry-after"), Some("1"));
-    let problem: Value = serde_json::from_str(&answer.body).unwrap();
+fn assert_unavailable(answer: &HttpResponse) {
+    assert_eq!(answer.status, 503, "{:?}", answer.headers);
+    assert_eq!(text(answer, "content-type"), Some("application/problem+json"));
+    assert_eq!(text(answer, "retry-after"), Some("1"));
+    let problem: Value = serde_json::from_slice(&answer.body).unwrap();
     assert_eq!(problem["type"], "/problems/backend-away");
     assert_eq!(problem["status"], 503);
-    assert_eq!(problem["request_id"].as_str(), answer.header("x-request-id"));
+    assert_eq!(problem["request_id"].as_str(), text(answer, "x-request-id"));
 }
 
-pub(crate) fn a_post_goes_to_another_instance_if_the_first_cannot_be_reached() {
+pub(crate) async fn a_post_goes_to_another_instance_if_the_first_cannot_be_reached() {
     let willing = Stub::willing();
-    let nginx = Nginx::start(&[nowhere(), willing.address, nowhere()]);
+    let nginx = start(&[nowhere(), willing.address, nowhere()]).await;
     for _ in 0..20 {
-        assert_eq!(nginx.ask("POST", RESERVE, &[]).status, 200);
+        assert_eq!(ask(&nginx, Method::POST, RESERVE, &[]).await.status, 200);
     }
     assert_eq!(willing.requests().len(), 20);
 }
 
-pub(crate) fn a_post_that_was_sent_is_not_repeated() {
+pub(crate) async fn a_post_that_was_sent_is_not_repeated() {
     let dying = [Stub::dying(), Stub::dying()];
-    let nginx = Nginx::start(&[dying[0].address, dying[1].address]);
-    assert_unavailable(&nginx.ask("POST", RESERVE, &[("Idempotency-Key", "once")]));
+    let nginx = start(&[dying[0].address, dying[1].address]).await;
+    assert_unavailable(&ask(&nginx, Method::POST, RESERVE, &[("Idempotency-Key", "once")]).await);
     let sent: usize = dying.iter().map(|stub| stub.requests().len()).sum();
     assert_eq!(sent, 1, "it may have taken effect");
 }
 
-pub(crate) fn a_get_is_repeated_at_another_instance() {
+pub(crate) async fn a_get_is_repeated_at_another_instance() {
     let (dying, willing) = (Stub::dying(), Stub::willing());
-    let nginx = Nginx::start(&[dying.address, willing.address]);
+    let nginx = start(&[dying.address, willing.address]).await;
     for _ in 0..4 {
-        assert_eq!(nginx.ask("GET", "/api/sales/1", &[]).status, 200);
+        assert_eq!(ask(&nginx, Method::GET, "/api/sales/1", &[]).await.status, 200);
     }
     assert!(
         !dying.requests().is_empty(),
@@ -143,32 +87,32 @@ pub(crate) fn a_get_is_repeated_at_another_instance() {
     );
 }
 
-pub(crate) fn with_all_instances_down_the_answer_is_a_problem() {
-    let nginx = Nginx::start(&[nowhere(), nowhere(), nowhere()]);
-    for (method, path) in [("POST", RESERVE), ("GET", "/readyz"), ("GET", EVENTS)] {
+pub(crate) async fn with_all_instances_down_the_answer_is_a_problem() {
+    let nginx = start(&[nowhere(), nowhere(), nowhere()]).await;
+    for (method, path) in [(Method::POST, RESERVE), (Method::GET, "/readyz"), (Method::GET, EVENTS)] {
         // The second time nginx knows it already.
         for _ in 0..2 {
-            assert_unavailable(&nginx.ask(method, path, &[]));
+            assert_unavailable(&ask(&nginx, method.clone(), path, &[]).await);
         }
     }
     assert_eq!(
-        nginx.ask("GET", "/nginx-health", &[]).status,
+        ask(&nginx, Method::GET, "/nginx-health", &[]).await.status,
         200,
         "nginx itself is well"
     );
 }
 
-pub(crate) fn a_request_id_is_passed_on() {
+pub(crate) async fn a_request_id_is_passed_on() {
     let willing = Stub::willing();
-    let nginx = Nginx::start(&[willing.address]);
-    let received = |sent: &str| {
-        nginx.ask("GET", "/api/sales/1", &[("X-Request-Id", sent)]);
+    let nginx = start(&[willing.address]).await;
+    let received = async |sent: &str| {
+        ask(&nginx, Method::GET, "/api/sales/1", &[("X-Request-Id", sent)]).await;
         let head = willing.requests().pop().unwrap();
         header(&head, "x-request-id").unwrap().to_owned()
     };
-    assert_eq!(received("buyer-7/click-1"), "buyer-7/click-1");
+    assert_eq!(received("buyer-7/click-1").await, "buyer-7/click-1");
     for hostile in [r#"a"b"#, r"a\b", "a b", &"x".repeat(129)] {
-        let id = received(hostile);
+        let id = received(hostile).await;
         assert_eq!(
             id.len(),
             32,
@@ -176,36 +120,29 @@ pub(crate) fn a_request_id_is_passed_on() {
         );
     }
 
-    let down = Nginx::start(&[nowhere()]);
-    let answer = down.ask("POST", RESERVE, &[("X-Request-Id", "buyer-7")]);
+    let down = start(&[nowhere()]).await;
+    let answer = ask(&down, Method::POST, RESERVE, &[("X-Request-Id", "buyer-7")]).await;
     assert_unavailable(&answer);
-    assert_eq!(answer.header("x-request-id"), Some("buyer-7"));
+    assert_eq!(text(&answer, "x-request-id"), Some("buyer-7"));
 }
 
-pub(crate) fn no_token_and_no_query_is_logged() {
+pub(crate) async fn no_token_and_no_query_is_logged() {
     let willing = Stub::willing();
-    let nginx = Nginx::start(&[willing.address]);
-    nginx.ask(
-        "PUT",
-        "/api/sales/1?token=hunter2",
-        &[("Authorization", "Bearer hunter2")],
-    );
-    nginx.signal(Signal::QUIT);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !nginx.log("access.log").contains("/api/sales/1") {
-        assert!(Instant::now() < deadline, "nothing is logged");
-        thread::sleep(Duration::from_millis(10));
-    }
-    let log = nginx.log("access.log");
+    let nginx = start(&[willing.address]).await;
+    let secret = [("Authorization", "Bearer hunter2")];
+    ask(&nginx, Method::PUT, "/api/sales/1?token=hunter2", &secret).await;
+    let logged = || nginx.access_log().unwrap();
+    until("the request is logged", async || logged().contains("/api/sales/1")).await;
+    let log = logged();
     assert!(!log.contains("hunter2"), "{log}");
     let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
     assert_eq!(line["status"], 200);
     assert_eq!(line["upstream"], willing.address.to_string());
 }
 
-pub(crate) fn the_metrics_are_not_published() {
+pub(crate) async fn the_metrics_are_not_published() {
     let willing = Stub::willing();
-    let nginx = Nginx::start(&[willing.address]);
-    assert_eq!(nginx.ask("GET", "/metrics", &[]).status, 404);
+    let nginx = start(&[willing.address]).await;
+    assert_eq!(ask(&nginx, Method::GET, "/metrics", &[]).await.status, 404);
     assert!(willing.requests().is_empty());
 }

@@ -1,35 +1,32 @@
 //! The rules, and a real Prometheus that watches one server of each level during a rush.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use box_office::{Improvements, Level, Priority, Strategy, api};
 use harness::{
-    backends::TestEnvironment,
+    backends::{Prometheus, PrometheusSettings, TestEnvironment, free_port, on_system_path, reaper},
     payments::PaymentService,
-    rush::{Program, Rush, Servers},
+    rush::{Connection, Program, Rush, Servers},
     until,
 };
+use http_body_util::Full;
+use hyper::Request;
 use regex::Regex;
 use serde_json::Value;
-use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 use crate::{
-    NODE_EXPORTER, POSTGRES_EXPORTER, PROMETHEUS, PROMTOOL, REDIS_EXPORTER,
-    files::dashboard_expressions,
-    http::{ask, free_port},
-    program, stand,
+    NODE_EXPORTER, POSTGRES_EXPORTER, PROMETHEUS, PROMTOOL, REDIS_EXPORTER, files::dashboard_expressions, stand,
 };
 
 pub(crate) fn the_rules_and_their_tests_are_valid() {
     let promtool = |arguments: &[&str]| {
-        let output = Command::new(program(PROMTOOL).unwrap())
+        let output = Command::new(on_system_path(PROMTOOL).unwrap())
             .args(arguments)
             .current_dir(stand().join("prometheus"))
             .output()
@@ -50,7 +47,7 @@ struct Running(Child);
 
 impl Running {
     fn start(name: &str, arguments: &[String], variables: &[(&str, String)]) -> Self {
-        let mut command = Command::new(program(name).unwrap());
+        let mut command = reaper::command(on_system_path(name).unwrap()).unwrap();
         command
             .args(arguments)
             .envs(variables.iter().map(|(name, value)| (name, value)));
@@ -72,88 +69,33 @@ impl Drop for Running {
     }
 }
 
-/// A running Prometheus with the stand's configuration.
-struct Prometheus {
-    port: u16,
-    _folder: TempDir,
-    _process: Running,
+/// What the API of a Prometheus answers; null while it does not listen.
+async fn api_of(prometheus: SocketAddr, path: &str) -> Value {
+    let asked = async {
+        let mut connection = Connection::open(prometheus).await?;
+        let answered = connection.send(Request::get(path).body(Full::default())?).await?;
+        anyhow::Ok(serde_json::from_slice(&answered.body)?)
+    };
+    asked.await.unwrap_or(Value::Null)
 }
 
-impl Prometheus {
-    /// `targets` are the addresses of each job.
-    fn start(targets: &BTreeMap<&str, Vec<String>>) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let copy = |name: &str| {
-            let (from, to) = (stand().join("prometheus").join(name), folder.path().join(name));
-            fs::create_dir_all(to.parent().unwrap()).unwrap();
-            fs::copy(from, to).unwrap();
-        };
-        copy("prometheus.yml");
-        copy("rules/oversold.yml");
-        fs::create_dir(folder.path().join("targets")).unwrap();
-        let groups: Vec<Value> = targets
-            .iter()
-            .map(|(job, addresses)| serde_json::json!({ "targets": addresses, "labels": { "job": job } }))
-            .collect();
-        // JSON is YAML.
-        fs::write(
-            folder.path().join("targets/test.yml"),
-            serde_json::to_string(&groups).unwrap(),
-        )
-        .unwrap();
-        let port = free_port();
-        let arguments = [
-            format!("--config.file={}", folder.path().join("prometheus.yml").display()),
-            format!("--storage.tsdb.path={}", folder.path().join("data").display()),
-            format!("--web.listen-address=127.0.0.1:{port}"),
-        ];
-        Self {
-            port,
-            _process: Running::start(PROMETHEUS, &arguments, &[]),
-            _folder: folder,
-        }
-    }
-
-    /// What the API answers; null while it does not listen.
-    fn api(&self, path: &str) -> Value {
-        api_of(self.port, path)
-    }
-
-    /// The series that an expression returns, over the last minutes.
-    fn series(&self, expression: &str) -> Vec<Value> {
-        let expression = percent_encoded(&expression.replace("$__rate_interval", "10s"));
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_secs();
-        let answer = self.api(&format!(
-            "/api/v1/query_range?step=2&start={}&end={now}&query={expression}",
-            now - 180
-        ));
-        assert_eq!(answer["status"], "success", "{answer}");
-        answer["data"]["result"].as_array().unwrap().clone()
-    }
-
-    /// The value of an expression now, if it has one.
-    fn value(&self, expression: &str) -> Option<f64> {
-        value_of(self.port, expression)
-    }
-}
-
-pub(crate) fn api_of(port: u16, path: &str) -> Value {
-    if std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-        return Value::Null;
-    }
-    let body = ask(port, "GET", path, &[]).body;
-    // The body may come in chunks.
-    let json = &body[body.find('{').unwrap_or(0)..body.rfind('}').map_or(0, |end| end + 1)];
-    let json = Regex::new(r"\r\n[0-9a-f]+\r\n").unwrap().replace_all(json, "");
-    serde_json::from_str(&json).unwrap_or(Value::Null)
+/// The series that an expression returns, over the last minutes.
+async fn series(prometheus: SocketAddr, expression: &str) -> Vec<Value> {
+    let expression = percent_encoded(&expression.replace("$__rate_interval", "10s"));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let path = format!(
+        "/api/v1/query_range?step=2&start={}&end={now}&query={expression}",
+        now - 180
+    );
+    let answer = api_of(prometheus, &path).await;
+    assert_eq!(answer["status"], "success", "{answer}");
+    answer["data"]["result"].as_array().unwrap().clone()
 }
 
 /// The value of an expression now, if it has one.
-pub(crate) fn value_of(port: u16, expression: &str) -> Option<f64> {
-    let answer = api_of(port, &format!("/api/v1/query?query={}", percent_encoded(expression)));
+pub(crate) async fn value_of(prometheus: SocketAddr, expression: &str) -> Option<f64> {
+    let path = format!("/api/v1/query?query={}", percent_encoded(expression));
+    let answer = api_of(prometheus, &path).await;
     answer["data"]["result"][0]["value"][1].as_str()?.parse().ok()
 }
 
@@ -218,11 +160,11 @@ impl Watched {
                     priority: Priority::Normal,
                 })
                 .unwrap();
-                let request = hyper::Request::post(format!("/api/sales/{sale}/reservations"))
+                let request = Request::post(format!("/api/sales/{sale}/reservations"))
                     .header("content-type", "application/json")
                     .body(order.into())
                     .unwrap();
-                let mut connection = harness::rush::Connection::open(address).await.unwrap();
+                let mut connection = Connection::open(address).await.unwrap();
                 let answered = connection.send(request).await.unwrap();
                 assert!(answered.status.as_u16() != 500, "{}", answered.status);
             });
@@ -230,11 +172,7 @@ impl Watched {
     }
 }
 
-pub(crate) fn every_expression_returns_data_after_a_rush() {
-    tokio::runtime::Runtime::new().unwrap().block_on(watch_a_rush());
-}
-
-async fn watch_a_rush() {
+pub(crate) async fn every_expression_returns_data_after_a_rush() {
     let payments = Program::new(env!("CARGO_BIN_EXE_oversold"))
         .argument("payment-service")
         .argument("--behave")
@@ -258,10 +196,10 @@ async fn watch_a_rush() {
         Watched::start(&lv3_redis_lock::LEVEL, "rlock", 13, Improvements::default()).await,
         Watched::start(&lv4_kafka::LEVEL, "single-writer", 14, improvements).await,
     ];
-    let [node, postgres, redis] = [free_port(), free_port(), free_port()];
+    let [node, postgres, redis] = [(); 3].map(|()| SocketAddr::from((Ipv4Addr::LOCALHOST, free_port().unwrap())));
     let variables = watched[2].environment.variables();
     let url = |name: &str| variables.iter().find(|(found, _)| *found == name).unwrap().1.clone();
-    let listen = |port: u16| vec![format!("--web.listen-address=127.0.0.1:{port}")];
+    let listen = |address: SocketAddr| vec![format!("--web.listen-address={address}")];
     let _exporters = [
         Running::start(NODE_EXPORTER, &listen(node), &[]),
         Running::start(
@@ -271,15 +209,21 @@ async fn watch_a_rush() {
         ),
         Running::start(REDIS_EXPORTER, &listen(redis), &[("REDIS_ADDR", url("REDIS_URL"))]),
     ];
-    let local = |port: &u16| format!("127.0.0.1:{port}");
-    let prometheus = Prometheus::start(&BTreeMap::from([
-        ("oversold", watched.iter().map(|it| it.address().to_string()).collect()),
-        ("node", vec![local(&node)]),
-        ("postgres", vec![local(&postgres)]),
-        ("redis", vec![local(&redis)]),
-    ]));
+    let settings = PrometheusSettings {
+        executable: on_system_path(PROMETHEUS).unwrap(),
+        configuration: stand().join("prometheus"),
+        port: None,
+    };
+    let targets = [
+        ("oversold", watched.iter().map(Watched::address).collect()),
+        ("node", vec![node]),
+        ("postgres", vec![postgres]),
+        ("redis", vec![redis]),
+    ];
+    let running = Prometheus::start(&settings, &targets).await.unwrap();
+    let prometheus = running.address();
     until("every target to be up", async || {
-        prometheus.value("sum(up)") == Some(7.0)
+        value_of(prometheus, "sum(up)").await == Some(7.0)
     })
     .await;
 
@@ -290,7 +234,7 @@ async fn watch_a_rush() {
     }
     // LV.1 oversells, and it alone.
     let sales = async || {
-        let alerts = prometheus.api("/api/v1/alerts");
+        let alerts = api_of(prometheus, "/api/v1/alerts").await;
         let alerts = alerts["data"]["alerts"].as_array().cloned().unwrap_or_default();
         let firing = alerts.iter().filter(|alert| alert["state"] == "firing");
         let sale = |alert: &Value| {
@@ -309,18 +253,18 @@ async fn watch_a_rush() {
     .await;
     let paid = r#"oversold_sale_reservations{sale="14",status="confirmed"}"#;
     until("the orders of LV.4 to be paid for", async || {
-        prometheus.value(paid) > Some(20.0)
+        value_of(prometheus, paid).await > Some(20.0)
     })
     .await;
 
     let mut silent = vec![];
     for (panel, expression) in dashboard_expressions() {
-        if prometheus.series(&expression).is_empty() {
+        if series(prometheus, &expression).await.is_empty() {
             silent.push(format!("{panel}: {expression}"));
         }
     }
     // An alert returns data only while it fires: what it reads has to be there.
-    let rules = prometheus.api("/api/v1/rules");
+    let rules = api_of(prometheus, "/api/v1/rules").await;
     let metric = Regex::new(r"oversold_[a-z_]+").unwrap();
     let mut alerts = 0;
     for rule in rules["data"]["groups"]
@@ -331,13 +275,14 @@ async fn watch_a_rush() {
     {
         alerts += 1;
         for metric in metric.find_iter(rule["query"].as_str().unwrap()) {
-            if prometheus.series(metric.as_str()).is_empty() {
+            if series(prometheus, metric.as_str()).await.is_empty() {
                 silent.push(format!("alert {}: {}", rule["name"], metric.as_str()));
             }
         }
     }
     assert!(alerts >= 8, "Prometheus has read {alerts} alerts");
     assert!(silent.is_empty(), "these return nothing:\n{}", silent.join("\n"));
+    running.stop().await.unwrap();
     for it in watched {
         it.servers.stop().await.unwrap();
     }

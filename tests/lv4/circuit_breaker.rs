@@ -277,7 +277,6 @@ async fn rejected(server: &TestServer) -> i64 {
         .unwrap_or(0)
 }
 
-// ANCHOR: producer
 /// The broker answers, and stores no order: somebody has given the topic a limit that every message
 /// exceeds. The probes of readiness succeed. Without a circuit breaker every order is sent.
 #[rstest]
@@ -383,7 +382,6 @@ async fn while_kafka_stores_nothing_one_order_at_a_time_is_sent(
     }
     server.stop().await.unwrap();
 }
-// ANCHOR_END: producer
 
 /// The broker is frozen, then gone, and comes back. Both the circuit breaker and readiness notice,
 /// and both let the same instance go on.

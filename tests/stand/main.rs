@@ -8,11 +8,11 @@ mod command;
 mod events;
 mod faults;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use box_office::{Level, Strategy};
 use harness::{
-    backends::{NginxSettings, on_path},
+    backends::{NginxSettings, on_system_path},
     rush::Program,
 };
 use libtest_mimic::{Arguments, Completion, Trial};
@@ -90,7 +90,7 @@ fn main() {
 fn test<F: Future<Output = ()>>(name: &str, run: impl FnOnce() -> F + Send + 'static) -> Trial {
     Trial::ignorable_test(name, move || {
         for program in ["nginx", "prometheus"] {
-            if find(program).is_none() {
+            if on_system_path(program).is_none() {
                 return Ok(Completion::ignored_with(format!(
                     "needs {program}: infra/test-tools.sh"
                 )));
@@ -101,16 +101,10 @@ fn test<F: Future<Output = ()>>(name: &str, run: impl FnOnce() -> F + Send + 'st
     })
 }
 
-/// The file of a program, also in the folder that is not on every user's `PATH`.
-fn find(program: &str) -> Option<PathBuf> {
-    let besides = Path::new("/usr/sbin").join(program);
-    on_path(program).or_else(|| besides.is_file().then_some(besides))
-}
-
 fn nginx() -> NginxSettings {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     NginxSettings {
-        executable: find("nginx").unwrap(),
+        executable: on_system_path("nginx").unwrap(),
         template: root.join("infra/stand/nginx/nginx.conf.template"),
         port: None,
     }

@@ -13,8 +13,8 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use harness::{
     backends::{
-        Durability, NginxSettings, Prometheus, PrometheusSettings, Services, TestEnvironment, free_port, on_path,
-        reaper,
+        Durability, NginxSettings, Prometheus, PrometheusSettings, Services, TestEnvironment, free_port,
+        on_system_path, reaper,
     },
     payments::PaymentService,
     rush::{Rush, Servers},
@@ -80,7 +80,7 @@ pub(crate) async fn run(args: &StandArgs) -> anyhow::Result<ExitKind> {
         None => free_port()?,
     };
     let nginx = NginxSettings {
-        executable: tool::needed(program("nginx"), "nginx", INSTALL)?,
+        executable: tool::needed(on_system_path("nginx"), "nginx", INSTALL)?,
         template: folder.join("nginx/nginx.conf.template"),
         port: Some(site),
     };
@@ -97,7 +97,7 @@ pub(crate) async fn run(args: &StandArgs) -> anyhow::Result<ExitKind> {
         return signals.or_end(judged_rush(&rush, &selected)).await;
     }
     let prometheus = PrometheusSettings {
-        executable: tool::needed(program("prometheus"), "prometheus", INSTALL)?,
+        executable: tool::needed(on_system_path("prometheus"), "prometheus", INSTALL)?,
         configuration: folder.join("prometheus"),
         port: free("--prometheus-port", args.prometheus_port)?,
     };
@@ -130,11 +130,6 @@ fn selected(args: &StandArgs) -> anyhow::Result<SelectedStrategy> {
         args.level
     );
     SelectedStrategy::one(&format!("{}/{strategy}", args.level))
-}
-
-/// The file of a server's program. Debian keeps nginx in a folder that is not on every user's `PATH`.
-fn program(name: &str) -> Option<PathBuf> {
-    on_path(name).or_else(|| Some(Path::new("/usr/sbin").join(name)).filter(|file| file.is_file()))
 }
 
 /// Checks that nobody listens on a port, so that the message names it, and not the log of a server.
@@ -212,7 +207,7 @@ impl Stand {
         )
         .await?;
         let instances = servers.live().borrow().clone();
-        let prometheus = Prometheus::start(prometheus, &instances).await?;
+        let prometheus = Prometheus::start(prometheus, &[("oversold", instances)]).await?;
         let folder = reaper::folder("stand")?;
         let admin_token = folder.join("admin-token");
         write_private(&admin_token, servers.admin_token())?;

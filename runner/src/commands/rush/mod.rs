@@ -127,11 +127,9 @@ impl SaleArgs {
     /// # Errors
     /// Names the first that it does not support.
     pub(crate) fn check(&self, selected: &SelectedStrategy) -> anyhow::Result<()> {
-        let holds_tickets = selected.strategy.improvements.contains(&Improvement::Saga);
         ensure!(
-            self.payment_service()?.is_none() || holds_tickets,
-            "--payments is given, but {} holds no tickets; lv4/single-writer does",
-            selected.name(),
+            self.payment_service()?.is_none() || holds_tickets(selected),
+            no_tickets_are_held(&selected.name()),
         );
         Ok(self.improvements().check(selected.level, selected.strategy)?)
     }
@@ -191,10 +189,17 @@ pub(crate) async fn run(args: &RushArgs) -> anyhow::Result<ExitKind> {
     Ok(exits.into_iter().max().unwrap_or(ExitKind::AsPromised))
 }
 
+fn holds_tickets(selected: &SelectedStrategy) -> bool {
+    selected.strategy.improvements.contains(&Improvement::Saga)
+}
+
+fn no_tickets_are_held(name: &str) -> String {
+    format!("--payments is given, but {name} holds no tickets; lv4/single-writer does")
+}
+
 /// The strategies to run. Where payments are taken, those of a level that hold tickets.
 fn select(args: &RushArgs) -> anyhow::Result<Vec<SelectedStrategy>> {
     let takes_payments = args.sale.payment_service()?.is_some();
-    let holds_tickets = |selected: &SelectedStrategy| selected.strategy.improvements.contains(&Improvement::Saga);
     if args.levels.is_empty() {
         let mut selected = SelectedStrategy::all_main_strategies();
         selected.retain(|strategy| !takes_payments || holds_tickets(strategy));
@@ -204,10 +209,7 @@ fn select(args: &RushArgs) -> anyhow::Result<Vec<SelectedStrategy>> {
     for name in &args.levels {
         let mut named = SelectedStrategy::main_strategies(name)?;
         named.retain(|strategy| !takes_payments || holds_tickets(strategy));
-        ensure!(
-            !named.is_empty(),
-            "--payments is given, but {name} holds no tickets; lv4/single-writer does"
-        );
+        ensure!(!named.is_empty(), no_tickets_are_held(name));
         selected.append(&mut named);
     }
     Ok(selected)

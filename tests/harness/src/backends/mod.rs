@@ -41,7 +41,7 @@ use tokio::sync::OnceCell;
 
 pub use kafka::{Kafka, Prefix as KafkaPrefix, programs as kafka_programs};
 pub use managed_server::Private;
-pub use native::on_path;
+pub use native::{on_path, on_system_path};
 pub use nginx::{Nginx, NginxSettings};
 pub use postgres::{Database, Durability, Postgres, program as postgres_program};
 pub use prometheus::{Prometheus, PrometheusSettings};

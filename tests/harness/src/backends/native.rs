@@ -432,6 +432,12 @@ pub fn on_path(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
+/// Finds the program of a system service. Debian keeps some, such as nginx, in a folder that is not
+/// on every user's `PATH`.
+pub fn on_system_path(program: &str) -> Option<PathBuf> {
+    on_path(program).or_else(|| Some(Path::new("/usr/sbin").join(program)).filter(|file| file.is_file()))
+}
+
 /// The folders `parent/PREFIX*/SUFFIX`, highest version first.
 pub(super) fn versioned(parent: &str, prefix: &str, suffix: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(parent) else {

@@ -168,10 +168,18 @@ impl Nginx {
         Ok(numbered.collect())
     }
 
+    /// The access log: a JSON object for each request.
+    ///
+    /// # Errors
+    /// Fails if it cannot be read.
+    pub fn access_log(&self) -> anyhow::Result<String> {
+        Ok(fs::read_to_string(&self.access_log)?)
+    }
+
     /// The id of each request in the access log, and the instance that it was sent to last.
     fn forwarded(&self) -> anyhow::Result<impl Iterator<Item = (String, SocketAddr)>> {
         let mut forwarded = vec![];
-        for line in fs::read_to_string(&self.access_log)?.lines() {
+        for line in self.access_log()?.lines() {
             let Forwarded { request_id, upstream } =
                 serde_json::from_str(line).with_context(|| format!("the access log of nginx: {line}"))?;
             // A request that reached no instance has no address.

@@ -1,4 +1,4 @@
-//! Prometheus as a native process: it scrapes several instances.
+//! Prometheus as a native process.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     managed_server::{ManagedServer, http_probe},
@@ -35,23 +35,25 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts Prometheus, which scrapes these instances, and waits until it is ready.
+    /// Starts Prometheus, which scrapes these addresses of each job, and waits until it is ready.
     ///
     /// # Errors
     /// Fails, with the end of its log, if it does not start.
-    pub async fn start(settings: &PrometheusSettings, instances: &[SocketAddr]) -> anyhow::Result<Self> {
+    pub async fn start(settings: &PrometheusSettings, targets: &[(&str, Vec<SocketAddr>)]) -> anyhow::Result<Self> {
         let source = &settings.configuration;
         let home = Home::make(SERVICE, Memory::Never)?;
         let folder = home.folder().to_owned();
         copy_rules(source, &home)?;
-        let targets = folder.join("targets");
-        fs::create_dir(&targets)?;
-        home.chown_to_server_user(&targets)?;
-        let targets = targets.join("instances.yml");
+        let target_folder = folder.join("targets");
+        fs::create_dir(&target_folder)?;
+        home.chown_to_server_user(&target_folder)?;
+        let target_file = target_folder.join("targets.yml");
+        let groups = targets
+            .iter()
+            .map(|(job, addresses)| json!({ "targets": addresses, "labels": { "job": job } }));
         // JSON is YAML.
-        let instances = json!([{ "targets": instances, "labels": { "job": "oversold" } }]);
-        fs::write(&targets, instances.to_string())?;
-        home.chown_to_server_user(&targets)?;
+        fs::write(&target_file, Value::Array(groups.collect()).to_string())?;
+        home.chown_to_server_user(&target_file)?;
 
         let file = folder.join("prometheus.yml");
         fs::copy(source.join("prometheus.yml"), &file)
