@@ -111,7 +111,8 @@ pub(super) fn subscribe(app: &Arc<App>, sale: Option<SaleId>) -> Result<watch::R
     let mut watched = app.live.watched();
     let watchers: usize = watched.sales.values().map(watch::Sender::receiver_count).sum();
     // The newest sale is one more: whoever asks for many others keeps nobody from it.
-    let is_one_too_many = sale.is_some() && watched.sales.len() >= MOST_SALES && !watched.sales.contains_key(&sale);
+    let others = watched.sales.keys().flatten().count();
+    let is_one_too_many = sale.is_some() && others >= MOST_SALES && !watched.sales.contains_key(&sale);
     if watchers >= MOST_WATCHERS || is_one_too_many {
         return Err(ProblemKind::Overloaded.into());
     }
