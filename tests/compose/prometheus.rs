@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
+    num::NonZeroU32,
     process::{Child, Command, Stdio},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -182,6 +183,7 @@ pub(crate) async fn every_expression_returns_data_after_a_rush() {
         payment_url: Some(payments.url().parse().unwrap()),
         order_ttl: Some(Duration::from_secs(30)),
         circuit_breaker: true,
+        order_priority: NonZeroU32::new(4),
         ..Improvements::default()
     };
     let watched = [

@@ -7,15 +7,19 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
-use harness::backends::{TestEnvironment, on_path};
+use harness::{
+    backends::{NginxSettings, TestEnvironment, on_path, on_system_path},
+    rush::{Program, Rush, Servers},
+};
 use libtest_mimic::{Arguments, Completion, Trial};
 use lv1_race_condition::LEVEL;
-use tokio::runtime::Runtime;
+use tokio::{runtime::Runtime, task};
 
 /// The scenarios of `page.mjs`.
-const SCENARIOS: [&str; 11] = [
+const SCENARIOS: [&str; 12] = [
     "it fills and shows the oversell in red with its number",
     "it reconnects after its instance has died",
     "it is operable by keyboard alone",
@@ -25,9 +29,13 @@ const SCENARIOS: [&str; 11] = [
     "it says that the database is away and recovers",
     "it shows which instance has sold which ticket",
     "two strategies race beside each other",
+    THROUGH_NGINX,
     "it moves nothing for those who prefer it",
     "it can be shown on a phone a laptop and a projector in both themes",
 ];
+
+/// The scenario whose page comes through nginx, in front of three instances.
+const THROUGH_NGINX: &str = "through nginx it fills with the tickets of all instances";
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -39,7 +47,14 @@ fn main() {
                 Ok(tools) => tools,
                 Err(missing) => return Ok(Completion::ignored_with(missing)),
             };
-            run(scenario, &tools)?;
+            if scenario == THROUGH_NGINX {
+                let Some(nginx) = on_system_path("nginx") else {
+                    return Ok(Completion::ignored_with("no nginx: infra/test-tools.sh installs it"));
+                };
+                run_through_nginx(&tools, nginx)?;
+            } else {
+                run(scenario, &tools, &[])?;
+            }
             Ok(Completion::Completed)
         })
     });
@@ -78,7 +93,32 @@ fn tools() -> Result<Tools, &'static str> {
     })
 }
 
-fn run(scenario: &str, tools: &Tools) -> Result<(), String> {
+fn run_through_nginx(tools: &Tools, nginx: PathBuf) -> Result<(), String> {
+    let settings = NginxSettings {
+        executable: nginx,
+        template: root().join("infra/stand/nginx/nginx.conf.template"),
+        port: None,
+    };
+    let rush = Rush {
+        instances: 3,
+        nginx: Some(settings),
+        work: Duration::from_millis(2),
+        ..Rush::default()
+    };
+    let program = Program::new(env!("CARGO_BIN_EXE_lv1-race-condition"));
+    let strategy = LEVEL.strategy("read-then-write").unwrap();
+    Runtime::new().unwrap().block_on(async {
+        let environment = TestEnvironment::shared(strategy).await.unwrap();
+        let servers = Servers::start(&rush, &environment, &program, &LEVEL, strategy)
+            .await
+            .unwrap();
+        let site = format!("http://{}", servers.nginx().unwrap().address());
+        let site = [("SITE", site.as_str()), ("SITE_TOKEN", servers.admin_token())];
+        task::block_in_place(|| run(THROUGH_NGINX, tools, &site))
+    })
+}
+
+fn run(scenario: &str, tools: &Tools, site: &[(&str, &str)]) -> Result<(), String> {
     let runtime = Runtime::new().unwrap();
     let [own, other] = ["read-then-write", "check-then-decrement"].map(|name| {
         let strategy = LEVEL.strategy(name).unwrap();
@@ -92,6 +132,7 @@ fn run(scenario: &str, tools: &Tools) -> Result<(), String> {
         .env("OTHER_DATABASE_URL", other.database().url())
         .env("CHROMIUM", &tools.chromium)
         .env("TOOLS", &tools.modules)
+        .envs(site.iter().copied())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

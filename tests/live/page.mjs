@@ -3,7 +3,8 @@
  * scenario, with a database of its own, and ends it by closing its standard input.
  *
  * PROGRAM is the server, DATABASE_URL and OTHER_DATABASE_URL are two empty databases, CHROMIUM is the browser, TOOLS the folder with
- * node_modules. With SCREENSHOTS set, the book's pictures are written into that folder.
+ * node_modules. SITE is nginx in front of three servers, and SITE_TOKEN their admin token, for the one scenario that goes through it. With
+ * SCREENSHOTS set, the book's pictures are written into that folder.
  */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
@@ -14,7 +15,7 @@ import net from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
-const { CHROMIUM, DATABASE_URL, OTHER_DATABASE_URL, PROGRAM, SCREENSHOTS, TOOLS } = process.env;
+const { CHROMIUM, DATABASE_URL, OTHER_DATABASE_URL, PROGRAM, SCREENSHOTS, SITE, SITE_TOKEN, TOOLS } = process.env;
 const require = createRequire(join(TOOLS, "package.json"));
 const puppeteer = require("puppeteer-core");
 const axe = readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
@@ -64,8 +65,8 @@ async function ask(server, method, path, body, headers = {}) {
   return { status: response.status, text, json: () => JSON.parse(text) };
 }
 
-async function openSale(server, id, capacity = CAPACITY) {
-  const opened = await ask(server, "PUT", `/api/sales/${id}`, { name: "The last tickets", capacity }, { Authorization: `Bearer ${TOKEN}` });
+async function openSale(server, id, { capacity = CAPACITY, token = TOKEN } = {}) {
+  const opened = await ask(server, "PUT", `/api/sales/${id}`, { name: "The last tickets", capacity }, { Authorization: `Bearer ${token}` });
   assert.equal(opened.status, 201, opened.text);
 }
 
@@ -311,6 +312,21 @@ const scenarios = {
     const rows = await page.$$eval(".by li", rows => rows.map(row => [...row.querySelectorAll(".name, .n")].map(node => node.textContent)));
     assert.deepEqual(rows, [["a", "1"], ["b", "4"], ["c", "1"]]);
     assert.equal(await textOf(page, ".feed li"), "Ticket 6buyer 5, instance b");
+    return [page];
+  },
+
+  async "through nginx it fills with the tickets of all instances"(browser) {
+    const site = { url: SITE };
+    await openSale(site, 1, { token: SITE_TOKEN });
+    const page = await open(browser, `${SITE}/live`);
+    await shows(page, ".link", /Live, from instance [123]/);
+    const sold = await Promise.all(Array.from({ length: 30 }, (_, buyer) => reserve(site, 1, buyer)));
+    assert.deepEqual(sold.filter(({ status }) => status !== 201), []);
+    await shows(page, ".feed li", /buyer \d+, instance/);
+    await page.waitForFunction(() => document.querySelectorAll(".by li").length === 3, { timeout: TIMEOUT });
+    await startRush(page, { token: SITE_TOKEN });
+    await shows(page, ".said", /Every request is answered/);
+    await shows(page, ".verdict", /^Oversold by \d+$/);
     return [page];
   },
 

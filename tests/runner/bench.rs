@@ -36,6 +36,7 @@ fn main() {
             &[Tool::Pgbench],
             || drain("lv4/single-writer", 2000),
         ),
+        test("paid_sales_are_measured_beside_sales_without_payments", &[], paid),
     ];
     let mut arguments = Arguments::from_args();
     // A measurement takes all processors; the server of another one in parallel would not answer in time.
@@ -194,4 +195,26 @@ fn drain(strategy: &str, batch: u32) {
     );
     // The same rows without a decision are the ceiling.
     assert!(copy["ratio"]["most"].as_f64() < Some(1.0), "{results}");
+}
+
+/// Half of the buyers are declined: their tickets come back, and their orders end, too.
+fn paid() {
+    let mix = "approve=50,decline=50";
+    let (results, out) = bench(&["lv4/single-writer", "--drain", "200", "--payments", mix]);
+    assert_eq!(results["payments"], mix);
+    assert_eq!(
+        (&results["orders"], &results["rows_judged"]),
+        (&200.into(), &200.into())
+    );
+    // The payment service answers at once, so nobody is asked twice.
+    assert_eq!(results["charge_requests_each"]["median"], 1.0, "{results}");
+    assert_positive(
+        &[
+            &results["sales_a_second"],
+            &results["without_payments"],
+            &results["ratio"],
+        ],
+        &results,
+    );
+    assert!(out.contains("I11"), "{out}");
 }

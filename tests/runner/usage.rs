@@ -69,6 +69,8 @@ use crate::{command, err, out, oversold};
 #[case::more_for_one_than_for_all(&["serve", "lv4", "--rate-limit", "5", "--rate-limit-per-buyer", "6"], "RATE_LIMIT_PER_BUYER (--rate-limit-per-buyer) is 6, and RATE_LIMIT (--rate-limit) only 5 for all buyers")]
 #[case::the_price_of_an_improvement_elsewhere(&["bench", "lv2/mutex", "--rate-limit", "5"], "oversold: what an improvement costs is measured where LV.4 accepts orders")]
 #[case::orders_that_wait_elsewhere(&["bench", "lv2/mutex", "--drain", "100"], "only LV.4 has one: lv4/locked, lv4/single-writer")]
+#[case::payments_of_no_backlog(&["bench", "lv4/single-writer", "--payments", "approve"], "what payments cost is measured where a backlog is processed: add --drain")]
+#[case::payments_where_nothing_is_held(&["bench", "lv4/locked", "--drain", "--payments", "approve"], "--payments is given, but lv4/locked holds no tickets")]
 #[case::no_orders_that_wait(&["bench", "lv4", "--drain", "0"], "a number, 1 to 500000")]
 #[case::answers_that_wait_for_no_pool(&["bench", "lv4", "--pools", "1,2"], "those of LV.4 do not")]
 #[case::dead_letters_of_nobody(&["dead-letters"], "oversold: KAFKA_BOOTSTRAP_SERVERS (--kafka-bootstrap-servers) is not set; expected the addresses of Kafka brokers, such as localhost:9092")]

@@ -204,6 +204,42 @@ pub struct DrainRound {
     pub rows: usize,
 }
 
+/// `oversold bench lv4/single-writer --drain --payments`: a backlog of sales that are paid for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PaidThroughput {
+    /// Connections in the server's pool.
+    pub pool_size: u32,
+    /// Orders in the backlog.
+    pub orders: u32,
+    /// Consumers that processed it.
+    pub consumers: u32,
+    /// How the payment service treated the buyers: `approve=100`.
+    pub payments: String,
+    /// Orders per second that were held, charged, and confirmed or released, from the start of the server's process.
+    pub sales_a_second: MedianRange,
+    /// Orders decided per second without payments.
+    pub without_payments: MedianRange,
+    /// The first divided by the second, of rounds that took turns.
+    pub ratio: MedianRange,
+    /// Requests for a charge, repeats included, for each order.
+    pub charge_requests_each: MedianRange,
+    /// Reservation rows that were checked after the rounds.
+    pub rows_judged: usize,
+    /// Each round with payments.
+    pub rounds: Vec<PaidRound>,
+}
+
+/// One backlog of sales that are paid for.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct PaidRound {
+    /// From the start of the server's process until the last order was confirmed or released, in milliseconds.
+    pub took_ms: f64,
+    /// Requests for a charge, repeats included.
+    pub charge_requests: u64,
+    /// Reservation rows.
+    pub rows: usize,
+}
+
 /// `oversold bench lv3/… --lock`: LV.3's lock without contention.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UncontendedLock {

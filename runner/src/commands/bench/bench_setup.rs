@@ -7,7 +7,7 @@ use box_office::{Invariant, Strategy};
 use harness::{
     backends::{Database, Durability, Services, TestEnvironment},
     final_state,
-    history::{FORMAT_VERSION, Header, History},
+    history::{FORMAT_VERSION, Header, History, Payment},
     judge::judge,
     rush::{Program, Rush, SALE, Servers},
 };
@@ -123,7 +123,22 @@ impl BenchEnvironment {
     /// Counts the rows, and lists what is wrong with them: the invariants that rows alone can violate, confirmed reservations without a
     /// row, and a sale that sold out.
     pub(super) async fn check_rows(&self, database: &Database, confirmed: u64) -> anyhow::Result<(usize, Vec<String>)> {
-        const OF_ROWS: [Invariant; 3] = [Invariant::NoOversell, Invariant::Conservation, Invariant::NoDuplicate];
+        self.check_paid_rows(database, confirmed, None).await
+    }
+
+    /// The same of a sale with payments, with what the payment service has charged and refunded.
+    pub(super) async fn check_paid_rows(
+        &self,
+        database: &Database,
+        confirmed: u64,
+        payments: Option<Vec<Payment>>,
+    ) -> anyhow::Result<(usize, Vec<String>)> {
+        const OF_ROWS: [Invariant; 4] = [
+            Invariant::NoOversell,
+            Invariant::Conservation,
+            Invariant::NoDuplicate,
+            Invariant::PaidOnce,
+        ];
 
         let pool = database.pool(1).await?;
         let sold = final_state::read(&pool, SALE).await?;
@@ -142,7 +157,7 @@ impl BenchEnvironment {
             requests: vec![],
             rows: Some(sold.rows),
             faults: vec![],
-            payments: None,
+            payments,
             decisions: None,
         };
         let mut void: Vec<String> = judge(&history)

@@ -47,7 +47,7 @@ const CONNECTIONS: u64 = 128;
 /// Interval of the queries for the remaining stock, each of which reads one row.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// A consumer without progress for this long is considered stalled.
-const STALLED: Duration = Duration::from_secs(30);
+pub(super) const STALLED: Duration = Duration::from_secs(30);
 
 /// Measures how fast a backlog is processed; without a number, one of the default size.
 pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Option<u32>) -> anyhow::Result<ExitKind> {
@@ -105,6 +105,11 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs, orders: Op
     bench.finish(throughput, rounds, checked, void, json)
 }
 
+/// A server with one consumer.
+pub(super) fn with_consumer(program: &Program) -> Program {
+    program.clone().variable("KAFKA_CONSUMERS", "1")
+}
+
 /// `None` without statements for pgbench.
 fn batch_rate(batch: Option<u32>, ours: impl Iterator<Item = f64>, theirs: &[f64]) -> Option<BatchRate> {
     Some(BatchRate {
@@ -129,16 +134,8 @@ impl BenchEnvironment {
         orders: u32,
         void: &mut Vec<String>,
     ) -> anyhow::Result<(DrainRound, Vec<TableRows>)> {
-        let environment = self.test_environment().await?;
-        let with_consumer = self.program.clone().variable("KAFKA_CONSUMERS", "1");
-        // Topics and consumer group exist before it starts, as they do in production.
-        self.started(&with_consumer, &environment, pool).await?.0.stop().await?;
-        let without_consumer = without_consumers(self.program.clone());
-        let (servers, _) = self.started(&without_consumer, &environment, pool).await?;
-        servers.open_sale(SALE, STOCK).await?;
-        fill(&servers, orders).await?;
-        servers.stop().await?;
-
+        let with_consumer = with_consumer(&self.program);
+        let environment = self.backlog(&with_consumer, pool, orders).await?;
         let database = environment.database().pool(1).await?;
         let began = Instant::now();
         let ((servers, ready), took) = tokio::try_join!(
@@ -159,7 +156,20 @@ impl BenchEnvironment {
         Ok((round, written))
     }
 
-    async fn started(
+    /// A fresh database and fresh topics, with a backlog for a server of this program to process.
+    pub(super) async fn backlog(&self, program: &Program, pool: u32, orders: u32) -> anyhow::Result<TestEnvironment> {
+        let environment = self.test_environment().await?;
+        // Topics and consumer group exist before it starts, as they do in production.
+        self.started(program, &environment, pool).await?.0.stop().await?;
+        let without_consumers = without_consumers(self.program.clone());
+        let (servers, _) = self.started(&without_consumers, &environment, pool).await?;
+        servers.open_sale(SALE, STOCK).await?;
+        fill(&servers, orders).await?;
+        servers.stop().await?;
+        Ok(environment)
+    }
+
+    pub(super) async fn started(
         &self,
         program: &Program,
         environment: &TestEnvironment,
@@ -305,7 +315,7 @@ async fn fill(servers: &Servers, orders: u32) -> anyhow::Result<()> {
 }
 
 /// Waits until the last of the orders is decided, and returns the time since `began`. There is a ticket for each, so the stock shows it.
-async fn until_decided(database: &PgPool, orders: u32, began: Instant) -> anyhow::Result<Duration> {
+pub(super) async fn until_decided(database: &PgPool, orders: u32, began: Instant) -> anyhow::Result<Duration> {
     let (mut left, mut moved) = (i64::from(orders), Instant::now());
     loop {
         let stock: i64 = sqlx::query_scalar("select stock from sale where id = $1")

@@ -18,14 +18,13 @@ pub(super) async fn run(selected: SelectedStrategy, args: &BenchArgs) -> anyhow:
         args.json.is_none(),
         "--json has no place for what an improvement costs: leave it out"
     );
-    args.improvements.check(selected.level, selected.strategy)?;
     let wrk = Wrk::find()?;
     let mut signals = Signals::listen()?;
     let mut bench = signals.or_end(BenchEnvironment::new(selected, args, CLIENTS)).await?;
     bench.program = without_consumers(bench.program);
     let wrk = Wrk::new(wrk)?;
 
-    let settings = args.improvements.variables();
+    let settings = args.sale.given();
     let given: Vec<String> = settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let improved = settings
         .into_iter()

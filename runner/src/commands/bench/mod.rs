@@ -15,6 +15,8 @@ mod drain;
 mod improvements;
 #[cfg(feature = "lv3")]
 mod lock;
+#[cfg(feature = "lv4")]
+mod paid;
 mod pgbench;
 mod pools;
 #[cfg(feature = "lv4")]
@@ -31,10 +33,11 @@ use std::{
 };
 
 use anyhow::ensure;
-use box_office::{Improvements, Service, Settings};
+use box_office::{Service, Settings};
 use clap::Args;
 use comfy_table::{Table, presets};
 
+use super::rush::SaleArgs;
 use crate::{cli::number, exit::ExitKind, levels::SelectedStrategy};
 #[cfg(feature = "lv3")]
 pub(crate) use lock::waiters::{WaitersArgs, run as run_waiters};
@@ -78,7 +81,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "ORDERS", num_args = 0..=1, conflicts_with_all = ["pools", "lock", "waiters"], value_parser = number(1..=500_000))]
     drain: Option<Option<u32>>,
     #[command(flatten)]
-    improvements: Improvements,
+    sale: SaleArgs,
     /// Write the results, with machine, commit and settings, to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -94,12 +97,15 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<ExitKind> {
     if args.lock || args.waiters.is_some() {
         return bench_lock(selected, args).await;
     }
-    let improved = !args.improvements.variables().is_empty();
+    let takes_payments = args.sale.payment_service()?.is_some();
+    ensure!(!takes_payments || args.drain.is_some(), "{}", ONLY_DRAIN);
+    let improved = !takes_payments && !args.sale.given().is_empty();
     ensure!(
         !improved || selected.strategy.needs.contains(&Service::Kafka) && args.drain.is_none(),
         "{}",
         ONLY_ACCEPT
     );
+    args.sale.check(&selected)?;
     // Of orders that are accepted first and decided later, the two halves are measured apart.
     if selected.strategy.needs.contains(&Service::Kafka) {
         return bench_orders(selected, args).await;
@@ -118,10 +124,11 @@ async fn bench_orders(selected: SelectedStrategy, args: &BenchArgs) -> anyhow::R
         args.pools.is_empty(),
         "--pools is about answers that wait for the database, and those of LV.4 do not"
     );
-    match args.drain {
-        Some(orders) => drain::run(selected, args, orders).await,
-        None if !args.improvements.variables().is_empty() => improvements::run(selected, args).await,
-        None => accept::run(selected, args).await,
+    match (args.drain, args.sale.payment_service()?) {
+        (Some(orders), Some(service)) => paid::run(selected, args, orders, &service).await,
+        (Some(orders), None) => drain::run(selected, args, orders).await,
+        (None, _) if !args.sale.given().is_empty() => improvements::run(selected, args).await,
+        (None, _) => accept::run(selected, args).await,
     }
 }
 
@@ -133,6 +140,8 @@ async fn bench_orders(_selected: SelectedStrategy, _args: &BenchArgs) -> anyhow:
 
 const ONLY_ACCEPT: &str =
     "what an improvement costs is measured where LV.4 accepts orders: lv4/locked, lv4/single-writer, without --drain";
+
+const ONLY_DRAIN: &str = "what payments cost is measured where a backlog is processed: add --drain";
 
 const ONLY_LV4: &str =
     "--drain measures how fast a backlog of orders is processed, and only LV.4 has one: lv4/locked, lv4/single-writer";

@@ -109,6 +109,17 @@ impl SaleArgs {
         Ok(None)
     }
 
+    /// What was given besides the payment service: the servers' variables and their values.
+    pub(crate) fn given(&self) -> Vec<(&'static str, String)> {
+        self.improvements.variables()
+    }
+
+    /// How the payment service treats its buyers, if one runs beside the sale.
+    #[cfg(feature = "lv4")]
+    pub(crate) fn payments(&self) -> Option<String> {
+        self.payments.as_ref().map(Mix::to_string)
+    }
+
     /// What the servers are started with. The address of a payment service beside the rush is known once it runs.
     pub(crate) fn improvements(&self) -> Improvements {
         let improvements = self.improvements.clone();
