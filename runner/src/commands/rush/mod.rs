@@ -3,7 +3,6 @@
 mod table;
 
 use std::{
-    env,
     fs::{self, File},
     io::{BufWriter, IsTerminal, Write, stderr},
     num::NonZeroU32,
@@ -16,7 +15,6 @@ use box_office::{Improvement, Improvements, Invariant, Limits, Promise, Promises
 use clap::Args;
 use harness::{
     backends::{Durability, Services},
-    payments::with_short_holds,
     rush::{Program, Report, Rush},
 };
 use indicatif::ProgressBar;
@@ -103,7 +101,7 @@ impl SaleArgs {
     pub(crate) fn payment_service(&self) -> anyhow::Result<Option<Program>> {
         #[cfg(feature = "lv4")]
         if let Some(mix) = &self.payments {
-            let program = Program::new(env::current_exe()?).argument("payment-service");
+            let program = Program::new(std::env::current_exe()?).argument("payment-service");
             return Ok(Some(program.argument("--behave").argument(&mix.to_string())));
         }
         Ok(None)
@@ -125,7 +123,7 @@ impl SaleArgs {
         let improvements = self.improvements.clone();
         #[cfg(feature = "lv4")]
         if self.payments.is_some() {
-            return with_short_holds(Improvements {
+            return harness::payments::with_short_holds(Improvements {
                 payment_url: "http://127.0.0.1".parse().ok(),
                 ..improvements
             });
