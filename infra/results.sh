@@ -16,6 +16,7 @@ pools=(--pools 1,2,4,8,64 --seconds 1 --rounds 3)
 waiters=(--waiters 1000)
 locked_backlog=(--drain 3000 --rounds 3)
 backlog=(--drain 100000 --rounds 3)
+paid_backlog=(--drain 20000 --rounds 3)
 case ${1:-} in
 --list) list=yes ;;
 --try)
@@ -27,6 +28,7 @@ case ${1:-} in
     waiters=(--waiters 100 --rounds 1)
     locked_backlog=(--drain 100 --rounds 1)
     backlog=(--drain 2000 --rounds 1)
+    paid_backlog=(--drain 200 --rounds 1)
     ;;
 esac
 
@@ -69,4 +71,5 @@ for strategy in locked single-writer; do
 done
 measure lv4-drain-locked bench lv4/locked "${locked_backlog[@]}"
 measure lv4-drain-single-writer bench lv4/single-writer "${backlog[@]}"
+measure lv4-payments bench lv4/single-writer --payments approve=100 "${paid_backlog[@]}"
 [ -n "$list" ] || echo "=== $((SECONDS - began)) s: all measured ==="

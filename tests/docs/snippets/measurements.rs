@@ -79,6 +79,7 @@ fn made() -> Vec<Table> {
         Table::new("lv4-rush-once", ["lv4-rush-once"], tables::two_clocks),
         Table::new("lv4-accept", named("lv4-accept", &LV4), tables::accept),
         Table::new("lv4-drain", named("lv4-drain", &LV4), tables::drain),
+        Table::new("lv4-payments", ["lv4-payments"], tables::payments),
         Table::new(
             "road",
             [vec![ROAD.to_owned(), ROAD_3.to_owned()], sustained].concat(),

@@ -4,7 +4,8 @@ use harness::rush::Latency;
 use oversold::{
     results::{
         bench::{
-            AcceptThroughput, BenchResults, ContendedLock, DrainThroughput, PoolCurve, Throughput, UncontendedLock,
+            AcceptThroughput, BenchResults, ContendedLock, DrainThroughput, PaidThroughput, PoolCurve, Throughput,
+            UncontendedLock,
         },
         rush::{RushResults, StrategyResult},
     },
@@ -202,6 +203,27 @@ pub(super) fn drain(runs: &[BenchResults<DrainThroughput>]) -> String {
         table += &format!(
             "| `{}` | {} | {} | {pgbench} | {batch} | {copy} | {ratio} | {:.0} |\n",
             it.strategy, measured.orders, measured.orders_a_second, measured.most_mib
+        );
+    }
+    table
+}
+
+pub(super) fn payments(runs: &[BenchResults<PaidThroughput>]) -> String {
+    let mut table = "\
+| strategy | orders in the backlog | sold and paid/s: median (range) | decided/s without payments | ratio | requests for a charge, each |
+|---|--:|--:|--:|--:|--:|
+"
+    .to_owned();
+    for it in runs {
+        let measured = &it.measured;
+        table += &format!(
+            "| `{}` | {} | {} | {} | {:.2} | {:.2} |\n",
+            it.strategy,
+            measured.orders,
+            measured.sales_a_second,
+            measured.without_payments,
+            measured.ratio,
+            measured.charge_requests_each
         );
     }
     table
