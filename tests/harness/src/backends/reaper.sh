@@ -27,8 +27,8 @@ start_time() {
     fi
 }
 
-# Sends a signal to the process group of every registered process that is alive. Fails if there is
-# none.
+# Sends a signal to the process group of every registered process that is alive, and forgets those
+# that have ended. Fails if there is none.
 signal() {
     found=no
     for entry in "$2"/pids.closed/*; do
@@ -37,6 +37,8 @@ signal() {
         if [ -n "$start" ] && [ "$(start_time "$pid")" = "$start" ]; then
             found=yes
             [ "$1" = 0 ] || kill -s "$1" -- "-$pid"
+        else
+            rm -f "$entry"
         fi
     done
     [ "$found" = yes ]
@@ -79,6 +81,8 @@ clear_folder() {
     # From here on no process can register: one that has not done so fails and exits.
     [ ! -d "$1/pids" ] || mv "$1/pids" "$1/pids.closed"
     signal INT "$1"
+    # What a script has started in the background ignores SIGINT, and so does Java there.
+    signal TERM "$1"
     signal CONT "$1"
     tries=0
     while signal 0 "$1" && [ "$tries" -lt 50 ]; do

@@ -41,6 +41,12 @@ pub(crate) fn tests() -> Vec<Test> {
             a_process_that_ignores_the_signal_is_killed,
         ),
         of_one(
+            "a_process_that_ignores_ctrl_c_is_told_to_end",
+            Service::Postgres,
+            &[],
+            a_process_that_ignores_ctrl_c_is_told_to_end,
+        ),
+        of_one(
             "a_registry_stays_while_an_entry_of_it_does",
             Service::Postgres,
             &[],
@@ -162,6 +168,33 @@ fn a_process_that_ignores_the_signal_is_killed() {
     until("the stubborn process to end", || {
         processes().iter().all(|process| process.pid != pid)
     });
+}
+
+/// It is not killed: a service that is told may end in order.
+fn a_process_that_ignores_ctrl_c_is_told_to_end() {
+    let temp = tempfile::tempdir().unwrap();
+    let (registry, ready) = (temp.path().join("registry"), temp.path().join("ready"));
+    fs::create_dir_all(registry.join("pids")).unwrap();
+    let reaper = || {
+        let mut command = Command::new("sh");
+        command.arg(repository().join("tests/harness/src/backends/reaper.sh"));
+        command.stdin(Stdio::null());
+        command
+    };
+    let mut process = reaper()
+        .arg("run")
+        .arg(&registry)
+        .args(["kafka-1", "sh", "-c"])
+        .arg("trap '' INT; trap 'exit 7' TERM; : >\"$0\"; while :; do sleep 0.05; done")
+        .arg(&ready)
+        .process_group(0)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the process to ignore Ctrl-C", || ready.exists());
+    assert!(reaper().arg("clear").arg(&registry).status().unwrap().success());
+    assert_eq!(process.wait().unwrap().code(), Some(7));
+    assert!(!registry.exists());
 }
 
 /// `docker`, `rm` and `sleep` are stubs here that a file controls, so retries take no time.
