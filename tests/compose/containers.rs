@@ -17,7 +17,13 @@ use box_office::{Priority, api};
 use harness::{backends::free_port, rush::Connection, until};
 use hyper::Request;
 use libtest_mimic::{Completion, Trial};
-use tokio::{sync::Barrier, task::JoinSet};
+use tokio::{
+    sync::{
+        Barrier,
+        mpsc::{UnboundedSender, unbounded_channel},
+    },
+    task::JoinSet,
+};
 
 use crate::{prometheus::value_of, repository};
 
@@ -33,14 +39,16 @@ enum Promise {
     SellsOut,
 }
 
-/// The strategies that are tried, and whether an instance is killed and another one drained in mid-rush.
-const STANDS: [(&str, &str, Promise, bool); 6] = [
-    ("lv1", "read-then-write", Promise::Oversells, false),
-    ("lv2", "mutex", Promise::Oversells, false),
-    ("lv2", "pessimistic", Promise::SellsOut, true),
-    ("lv3", "rlock", Promise::SellsOut, false),
-    ("lv4", "locked", Promise::SellsOut, false),
-    ("lv4", "single-writer", Promise::SellsOut, true),
+/// The strategies that are tried. Of those with a number, an instance is killed and another one drained in mid-rush; it is the simulated
+/// work of a transaction in milliseconds, so that buyers still wait then.
+const STANDS: [(&str, &str, Promise, Option<u32>); 6] = [
+    ("lv1", "read-then-write", Promise::Oversells, None),
+    ("lv2", "mutex", Promise::Oversells, None),
+    ("lv2", "pessimistic", Promise::SellsOut, Some(2)),
+    ("lv3", "rlock", Promise::SellsOut, None),
+    ("lv4", "locked", Promise::SellsOut, None),
+    // A transaction of many orders, none of which is decided before it ends.
+    ("lv4", "single-writer", Promise::SellsOut, Some(1000)),
 ];
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -79,6 +87,7 @@ struct Stand {
     nginx: u16,
     prometheus: u16,
     token: &'static str,
+    work_ms: u32,
 }
 
 impl Stand {
@@ -88,11 +97,13 @@ impl Stand {
             nginx: free_port().unwrap(),
             prometheus: free_port().unwrap(),
             token: "a-token-of-this-test",
+            work_ms: 0,
         }
     }
 
-    fn up(level: &str, strategy: &str) -> Self {
-        let stand = Self::new(level, strategy);
+    fn up(level: &str, strategy: &str, work_ms: u32) -> Self {
+        let mut stand = Self::new(level, strategy);
+        stand.work_ms = work_ms;
         let output = stand.run("infra/stand/compose.sh", &["up", level], strategy);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         stand
@@ -109,6 +120,7 @@ impl Stand {
                 ("PAYMENT_BEHAVIOUR", "approve"),
                 ("OVERSOLD_ADMIN_TOKEN", self.token),
                 ("OVERSOLD_POSTGRES_PASSWORD", "a-password-of-this-test"),
+                ("WORK_MS", self.work_ms.to_string().as_str()),
                 ("OVERSOLD_NGINX_PORT", self.nginx.to_string().as_str()),
                 ("OVERSOLD_PROMETHEUS_PORT", self.prometheus.to_string().as_str()),
             ])
@@ -171,8 +183,8 @@ fn docker(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-async fn sell(level: &'static str, strategy: &'static str, promise: Promise, faults: bool) {
-    let stand = Stand::up(level, strategy);
+async fn sell(level: &'static str, strategy: &'static str, promise: Promise, faults: Option<u32>) {
+    let stand = Stand::up(level, strategy, faults.unwrap_or_default());
     let address: SocketAddr = (Ipv4Addr::LOCALHOST, stand.nginx).into();
     let prometheus: SocketAddr = (Ipv4Addr::LOCALHOST, stand.prometheus).into();
     let sale = serde_json::to_vec(&api::NewSale {
@@ -194,30 +206,33 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
 
     let gate = Arc::new(Barrier::new(BUYERS as usize + 1));
     let answers = Arc::new(AtomicUsize::new(0));
+    let (told, mut heard) = unbounded_channel();
     let mut buyers = JoinSet::new();
     for buyer in 0..BUYERS {
-        let (gate, answers) = (Arc::clone(&gate), Arc::clone(&answers));
+        let (gate, answers, told) = (Arc::clone(&gate), Arc::clone(&answers), told.clone());
         buyers.spawn(async move {
             let mut connection = Connection::open(address).await.unwrap();
             gate.wait().await;
-            let has_ticket = buy(&mut connection, address, buyer).await;
+            let has_ticket = buy(&mut connection, address, buyer, &told).await;
             answers.fetch_add(1, Ordering::Relaxed);
             has_ticket
         });
     }
     gate.wait().await;
-    let (mut sold, mut answered) = (0, 0);
+    if faults.is_some() {
+        for _ in 0..BUYERS / 10 {
+            heard.recv().await.unwrap();
+        }
+        stand.signal(&format!("{level}-2"), "KILL");
+        stand.signal(&format!("{level}-3"), "TERM");
+        let left = BUYERS as usize - answers.load(Ordering::Relaxed);
+        assert!(left > 0, "the fault did not strike: everybody had an answer");
+    }
+    let mut sold = 0;
     while let Some(has_ticket) = buyers.join_next().await {
         sold += usize::from(has_ticket.unwrap());
-        answered += 1;
-        if faults && answered == BUYERS / 10 {
-            stand.signal(&format!("{level}-2"), "KILL");
-            stand.signal(&format!("{level}-3"), "TERM");
-            let left = BUYERS as usize - answers.load(Ordering::Relaxed);
-            assert!(left > 0, "the fault did not strike: everybody had an answer");
-        }
     }
-    if faults {
+    if faults.is_some() {
         until("two instances to be gone", async || {
             let codes = ["2", "3"].map(|number| stand.exit_code(&format!("{level}-{number}")));
             assert!(matches!(codes[0], None | Some(137)), "not killed: {codes:?}");
@@ -271,8 +286,9 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
 
 /// Buys until the answer is final. Returns whether the buyer has a ticket.
 ///
-/// Every answer but a 503 is final, and every one is an answer of the API: nginx shows nothing of its own.
-async fn buy(connection: &mut Connection, address: SocketAddr, buyer: i64) -> bool {
+/// Every answer but a 503 is final or an order that was accepted, and every one is an answer of the API: nginx shows nothing of its own.
+/// `told` hears of each.
+async fn buy(connection: &mut Connection, address: SocketAddr, buyer: i64, told: &UnboundedSender<()>) -> bool {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     let order = serde_json::to_vec(&api::NewReservation {
         buyer_id: buyer,
@@ -293,6 +309,8 @@ async fn buy(connection: &mut Connection, address: SocketAddr, buyer: i64) -> bo
             *connection = Connection::open(address).await.unwrap();
             continue;
         };
+        // Nobody listens where nobody is killed.
+        let _ = told.send(());
         match answered.status.as_u16() {
             201 => return true,
             409 => return false,
