@@ -65,8 +65,8 @@ async function ask(server, method, path, body, headers = {}) {
   return { status: response.status, text, json: () => JSON.parse(text) };
 }
 
-async function openSale(server, id, { capacity = CAPACITY, token = TOKEN } = {}) {
-  const opened = await ask(server, "PUT", `/api/sales/${id}`, { name: "The last tickets", capacity }, { Authorization: `Bearer ${token}` });
+async function openSale(server, id, token = TOKEN) {
+  const opened = await ask(server, "PUT", `/api/sales/${id}`, { name: "The last tickets", capacity: CAPACITY }, { Authorization: `Bearer ${token}` });
   assert.equal(opened.status, 201, opened.text);
 }
 
@@ -317,7 +317,7 @@ const scenarios = {
 
   async "through nginx it fills with the tickets of all instances"(browser) {
     const site = { url: SITE };
-    await openSale(site, 1, { token: SITE_TOKEN });
+    await openSale(site, 1, SITE_TOKEN);
     const page = await open(browser, `${SITE}/live`);
     await shows(page, ".link", /Live, from instance [123]/);
     const sold = await Promise.all(Array.from({ length: 30 }, (_, buyer) => reserve(site, 1, buyer)));

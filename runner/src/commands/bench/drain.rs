@@ -128,7 +128,7 @@ fn copy_ceiling(ours: impl Iterator<Item = f64>, theirs: &[f64]) -> Option<CopyC
 
 impl BenchEnvironment {
     /// Fills a backlog, and lets one consumer process it. Returns what it has written as well.
-    async fn drain_round(
+    pub(super) async fn drain_round(
         &self,
         pool: u32,
         orders: u32,
@@ -315,7 +315,7 @@ async fn fill(servers: &Servers, orders: u32) -> anyhow::Result<()> {
 }
 
 /// Waits until the last of the orders is decided, and returns the time since `began`. There is a ticket for each, so the stock shows it.
-pub(super) async fn until_decided(database: &PgPool, orders: u32, began: Instant) -> anyhow::Result<Duration> {
+async fn until_decided(database: &PgPool, orders: u32, began: Instant) -> anyhow::Result<Duration> {
     let (mut left, mut moved) = (i64::from(orders), Instant::now());
     loop {
         let stock: i64 = sqlx::query_scalar("select stock from sale where id = $1")

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 use super::{
     BenchArgs, MeasurementTable,
     bench_setup::{BenchEnvironment, Rounds},
-    drain::{STALLED, until_decided, with_consumer},
+    drain::{STALLED, with_consumer},
     progress,
 };
 use crate::{
@@ -45,12 +45,13 @@ pub(super) async fn run(
     let mut signals = Signals::listen()?;
     let mut bench = signals.or_end(BenchEnvironment::new(selected, args, 0)).await?;
     bench.clients = 0;
-    let without = with_consumer(&bench.program);
     let with = args
         .sale
         .given()
         .into_iter()
-        .fold(without.clone(), |program, (name, value)| program.variable(name, value));
+        .fold(with_consumer(&bench.program), |program, (name, value)| {
+            program.variable(name, value)
+        });
 
     let (mut paid, mut unpaid, mut void) = (vec![], vec![], vec![]);
     let rounds = args.rounds.unwrap_or(3);
@@ -60,7 +61,8 @@ pub(super) async fn run(
                 progress(&format!("round {number} of {rounds}: {orders} sales with payments"));
                 paid.push(bench.paid_round(&with, service, args.pool, orders, &mut void).await?);
                 progress(&format!("round {number} of {rounds}: {orders} sales without payments"));
-                unpaid.push(bench.unpaid_round(&without, args.pool, orders, &mut void).await?);
+                let (round, _) = bench.drain_round(args.pool, orders, &mut void).await?;
+                unpaid.push(round);
             }
             Ok(())
         })
@@ -71,7 +73,7 @@ pub(super) async fn run(
 
     let a_second = |took_ms: f64| f64::from(orders) / (took_ms / 1e3);
     let with = || paid.iter().map(|round| a_second(round.took_ms));
-    let without = || unpaid.iter().map(|&took_ms| a_second(took_ms));
+    let without = || unpaid.iter().map(|round| a_second(round.took_ms));
     let none = "there was no round";
     let throughput = PaidThroughput {
         pool_size: args.pool,
@@ -122,28 +124,6 @@ impl BenchEnvironment {
             charge_requests,
             rows,
         })
-    }
-
-    /// The same without payments. Returns how long it took, in milliseconds.
-    async fn unpaid_round(
-        &self,
-        program: &Program,
-        pool: u32,
-        orders: u32,
-        void: &mut Vec<String>,
-    ) -> anyhow::Result<f64> {
-        let environment = self.backlog(program, pool, orders).await?;
-        let database = environment.database().pool(1).await?;
-        let began = Instant::now();
-        let ((servers, _), took) = tokio::try_join!(
-            self.started(program, &environment, pool),
-            until_decided(&database, orders, began)
-        )?;
-        servers.stop().await?;
-        database.close().await;
-        let (_, broken) = self.check_rows(environment.database(), orders.into()).await?;
-        void.extend(broken.into_iter().map(|reason| format!("without payments: {reason}")));
-        Ok(took.as_secs_f64() * 1e3)
     }
 }
 
