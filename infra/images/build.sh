@@ -22,6 +22,7 @@ say() { echo "build: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
 have() { docker image inspect "$1" >/dev/null 2>&1; }
+bytes() { docker image inspect --format '{{.Size}}' "$1"; }
 
 build_base() {
     ! have "$base" || return 0
@@ -87,6 +88,7 @@ build() {
         DOCKER_BUILDKIT=0 docker build --network host --label "oversold.made-from=$made_from" $arguments --tag "$image" "$context" >&2
         [ "$context" = "$1" ] || rm -rf "$context"
         trap - EXIT
+        say "$image: $((($(bytes "$image") - $(bytes "$base")) / 1048576)) MiB over its base"
     fi
     echo "export OVERSOLD_$(echo "$1" | tr '[:lower:]' '[:upper:]')_IMAGE=$image"
 }

@@ -256,6 +256,19 @@ impl Mutant {
             },
         }
     }
+
+    /// A mutant that was not compiled into the level. It cannot be opened.
+    pub const fn left_out(name: &'static str, summary: &'static str) -> Self {
+        Self {
+            name,
+            summary,
+            open: |_| {
+                Box::pin(async {
+                    bail!("this server was built without the mutants, with OVERSOLD_WITHOUT_MUTANTS set")
+                })
+            },
+        }
+    }
 }
 
 /// Creates the strategy `S` behind its trait.

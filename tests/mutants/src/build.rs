@@ -13,7 +13,8 @@ use crate::{
     refresh::{committed, git},
 };
 
-/// Set where a level is built again and again and its mutants are not opened: they are most of the build.
+/// Set where the mutants of a level are not opened: in the copies of the exercises, which are built again and again, and in the image.
+/// They are most of the build, and half of LV.4's program.
 pub const WITHOUT_MUTANTS: &str = "OVERSOLD_WITHOUT_MUTANTS";
 
 /// Generates the module `mutants` of a level from its folder of that name. The level includes it as
@@ -34,7 +35,7 @@ pub const WITHOUT_MUTANTS: &str = "OVERSOLD_WITHOUT_MUTANTS";
 /// reader who edits a strategy keeps its mutants. If that fails too, or more than the strategy has been
 /// edited, the mutant is a stub that cannot be opened. In both cases cargo prints a warning.
 ///
-/// With [`WITHOUT_MUTANTS`] in the environment every mutant is such a stub, and nothing is warned of.
+/// With [`WITHOUT_MUTANTS`] in the environment every mutant is a stub that says so, and nothing is warned of.
 ///
 /// # Errors
 /// A patch cannot be read, or a file cannot be written.
@@ -101,15 +102,17 @@ impl<'a> Level<'a> {
         } = mutant;
         let (module, constant) = (name.replace('-', "_"), name.replace('-', "_").to_uppercase());
         let description = format!("\"mutants/{name}\", {summary:?}");
-        let mutated = match env::var_os(WITHOUT_MUTANTS) {
-            Some(_) => None,
-            None => self.mutated(mutant),
-        };
-        let Some(mutated) = mutated else {
-            let stub = format!("box_office::Mutant::stale({description})");
-            return Ok(format!(
+        let stub = |constructor: &str| {
+            let stub = format!("box_office::Mutant::{constructor}({description})");
+            Ok(format!(
                 "/// {summary}\npub const {constant}: box_office::Mutant = {stub};\n"
-            ));
+            ))
+        };
+        if env::var_os(WITHOUT_MUTANTS).is_some() {
+            return stub("left_out");
+        }
+        let Some(mutated) = self.mutated(mutant) else {
+            return stub("stale");
         };
 
         let source = strategy.replace('-', "_");
