@@ -77,11 +77,26 @@ setting() {
     echo "${value:-$2}"
 }
 
+# Runs what starts containers, and shows what Compose says. Fails with one clear line if a port is taken.
+start() {
+    log=$(mktemp)
+    # The status of a pipe is that of tee.
+    code=$({ { "$@" 2>&1 && echo 0 >&3 || echo 1 >&3; } | tee "$log" >&2; } 3>&1)
+    port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]*\).*\(address already in use\|port is already allocated\).*/\1/p' "$log" | head -n 1)
+    rm -f "$log"
+    [ "$code" != 0 ] || return 0
+    [ -z "$port" ] || fail "port $port is taken. Stop what listens there, or choose another in .env (OVERSOLD_…_PORT)"
+    return 1
+}
+
 up() {
     find_compose
     if [ -z "$1" ]; then
         # Version 1 has no --wait.
-        if [ "$compose" = plugin ]; then compose up --detach --wait; else compose up --detach; fi
+        wait=
+        [ "$compose" = program ] || wait=--wait
+        # shellcheck disable=SC2086 # one word or none
+        start compose up --detach $wait || fail "they did not start. \`docker compose logs\` shows more"
         echo "export DATABASE_URL=postgres://oversold:oversold@127.0.0.1:$(setting OVERSOLD_POSTGRES_PORT 5432)/oversold"
         echo "export REDIS_URL=redis://127.0.0.1:$(setting OVERSOLD_REDIS_PORT 6379)/0"
         echo "export KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:$(setting OVERSOLD_KAFKA_PORT 9092)"
@@ -103,17 +118,11 @@ up() {
     fi
     # Of another level or strategy, which would serve beside this one.
     stop_levels
-    log=$(mktemp)
     # shellcheck disable=SC2086 # one word for each service
-    if ! stand --profile "$level" up --detach $services >"$log" 2>&1; then
-        port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]*\).*\(address already in use\|port is already allocated\).*/\1/p' "$log" | head -n 1)
-        [ -z "$port" ] || { rm -f "$log"; fail "port $port is taken. Stop what listens there, or choose another in .env (OVERSOLD_…_PORT)"; }
-        tail -n 5 "$log" >&2
-        rm -f "$log"
+    if ! start stand --profile "$level" up --detach $services; then
         stand --profile "$level" logs --no-color --tail 3 "$level-migrate" >&2
         fail "it did not start. \`docker compose --profile $level logs\` shows more"
     fi
-    rm -f "$log"
     for service in $services; do
         case $service in *-exporter) ;; *) wait_for "$service" ;; esac
     done
@@ -148,6 +157,11 @@ stop_levels() {
 case ${1:-} in
 up) up "${2:-}" ;;
 down) find_compose && all down --remove-orphans ;;
-clean) find_compose && all down --remove-orphans --volumes ;;
+clean)
+    find_compose
+    all down --remove-orphans --volumes
+    # The volume of the services alone is declared in the override.
+    compose down --volumes >/dev/null 2>&1
+    ;;
 *) echo "usage: $0 up [LEVEL] | down | clean" >&2; exit 2 ;;
 esac

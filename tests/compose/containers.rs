@@ -4,7 +4,7 @@
 
 use std::{
     env,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     process::{Command, Output},
     sync::{
         Arc,
@@ -13,10 +13,20 @@ use std::{
     time::Duration,
 };
 
-use box_office::{Priority, api};
-use harness::{backends::free_port, rush::Connection, until};
-use hyper::Request;
+use box_office::{BuyerId, Level, Priority, Strategy, api, trace::now_monotonic_us};
+use harness::{
+    backends::free_port,
+    final_state,
+    history::{Answer, Ending, FORMAT_VERSION, Fault, Header, History, Micros, Refused, Request},
+    judge::{Conclusion, Verdict, judge},
+    payments,
+    rush::{Classified, Connection, classify, final_state as ended},
+    until,
+};
+use hyper::Request as HttpRequest;
 use libtest_mimic::{Completion, Trial};
+use serde_json::Value;
+use sqlx::{PgPool, postgres::PgConnectOptions};
 use tokio::{
     sync::{
         Barrier,
@@ -27,39 +37,35 @@ use tokio::{
 
 use crate::{prometheus::value_of, repository};
 
-const BUYERS: i64 = 1000;
+const BUYERS: BuyerId = 1000;
 const CAPACITY: usize = 100;
+const SALE: i64 = 1;
+const PASSWORD: &str = "a-password-of-this-test";
 
-/// How a rush through nginx ends.
-#[derive(Clone, Copy)]
-enum Promise {
-    /// More are told that they have a ticket than there are.
-    Oversells,
-    /// As many as there are.
-    SellsOut,
-}
+/// The time that a buyer has for a final answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The strategies that are tried. Of those with a number, an instance is killed and another one drained in mid-rush; it is the simulated
 /// work of a transaction in milliseconds, so that buyers still wait then.
-const STANDS: [(&str, &str, Promise, Option<u32>); 6] = [
-    ("lv1", "read-then-write", Promise::Oversells, None),
-    ("lv2", "mutex", Promise::Oversells, None),
-    ("lv2", "pessimistic", Promise::SellsOut, Some(2)),
-    ("lv3", "rlock", Promise::SellsOut, None),
-    ("lv4", "locked", Promise::SellsOut, None),
+const STANDS: [(&Level, &str, Option<u32>); 6] = [
+    (&lv1_race_condition::LEVEL, "read-then-write", None),
+    (&lv2_db_lock::LEVEL, "mutex", None),
+    (&lv2_db_lock::LEVEL, "pessimistic", Some(20)),
+    (&lv3_redis_lock::LEVEL, "rlock", None),
+    (&lv4_kafka::LEVEL, "locked", None),
     // A transaction of many orders, none of which is decided before it ends.
-    ("lv4", "single-writer", Promise::SellsOut, Some(1000)),
+    (&lv4_kafka::LEVEL, "single-writer", Some(1000)),
 ];
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let tests = STANDS.map(|(level, strategy, promise, faults)| {
-        Trial::ignorable_test(format!("containers::{level}_{strategy}"), move || {
+    let tests = STANDS.map(|(level, strategy, faults)| {
+        Trial::ignorable_test(format!("containers::{}_{strategy}", level.name), move || {
             if !has_images() {
                 return Ok(no_images());
             }
             tokio::runtime::Runtime::new()
                 .unwrap()
-                .block_on(sell(level, strategy, promise, faults));
+                .block_on(sell(level, level.strategy(strategy).unwrap(), faults));
             Ok(Completion::Completed)
         })
     });
@@ -70,7 +76,14 @@ pub(crate) fn tests() -> Vec<Trial> {
         a_port_that_is_taken_is_one_clear_line();
         Ok(Completion::Completed)
     });
-    tests.into_iter().chain([taken]).collect()
+    let alone = Trial::ignorable_test("containers::the_services_alone", || {
+        if !has_images() {
+            return Ok(no_images());
+        }
+        the_services_alone();
+        Ok(Completion::Completed)
+    });
+    tests.into_iter().chain([taken, alone]).collect()
 }
 
 fn no_images() -> Completion {
@@ -119,18 +132,13 @@ impl Stand {
                 // A ticket that comes back after the rush stays unsold.
                 ("PAYMENT_BEHAVIOUR", "approve"),
                 ("OVERSOLD_ADMIN_TOKEN", self.token),
-                ("OVERSOLD_POSTGRES_PASSWORD", "a-password-of-this-test"),
+                ("OVERSOLD_POSTGRES_PASSWORD", PASSWORD),
                 ("WORK_MS", self.work_ms.to_string().as_str()),
                 ("OVERSOLD_NGINX_PORT", self.nginx.to_string().as_str()),
                 ("OVERSOLD_PROMETHEUS_PORT", self.prometheus.to_string().as_str()),
             ])
             .output()
             .unwrap()
-    }
-
-    /// Sends a signal to the container of a service.
-    fn signal(&self, service: &str, signal: &str) {
-        docker(&["kill", "--signal", signal, &self.container(service)]);
     }
 
     /// The code that the container of a service has exited with. `None`: it runs.
@@ -153,6 +161,54 @@ impl Stand {
         let id = docker(&["ps", "--all", "--quiet", "--filter", &service, "--filter", &project]);
         id.trim().to_owned()
     }
+
+    /// Where the container of a service is in the stand's network, which this machine reaches although nothing is published.
+    fn address(&self, service: &str) -> IpAddr {
+        let addresses = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+        let address = docker(&["inspect", "--format", addresses, &self.container(service)]);
+        address.trim().parse().unwrap()
+    }
+
+    /// The rows of the sale and the ledger of its payments, beside what the buyers were told.
+    async fn judge(&self, level: &Level, strategy: &Strategy, requests: Vec<Request>, faults: Vec<Fault>) -> Verdict {
+        let connect = PgConnectOptions::new()
+            .host(&self.address("postgres").to_string())
+            .username("oversold")
+            .password(PASSWORD)
+            .database(&format!("{}-{}", level.name, strategy.name));
+        let database = PgPool::connect_with(connect).await.unwrap();
+        let service = takes_payments(strategy).then(|| self.address("payment-service"));
+        let payments = match service {
+            Some(address) => {
+                payments::wait_until_settled(&database, PATIENCE).await.unwrap();
+                Some(payments::ledger((address, 8080).into()).await.unwrap())
+            }
+            None => None,
+        };
+        let sold = final_state::read(&database, SALE).await.unwrap();
+        database.close().await;
+        judge(&History {
+            header: Header {
+                version: FORMAT_VERSION,
+                strategy: format!("{}/{}", level.name, strategy.name),
+                sale: SALE,
+                capacity: CAPACITY as u64,
+                deadline_us: PATIENCE.as_micros() as Micros,
+                expiry_us: None,
+                stock: Some(sold.stock),
+            },
+            requests,
+            rows: Some(sold.rows),
+            faults,
+            payments,
+            decisions: sold.decisions,
+        })
+    }
+}
+
+/// The stand of this strategy has a payment service.
+fn takes_payments(strategy: &Strategy) -> bool {
+    strategy.name == "single-writer"
 }
 
 impl Drop for Stand {
@@ -183,15 +239,15 @@ fn docker(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-async fn sell(level: &'static str, strategy: &'static str, promise: Promise, faults: Option<u32>) {
-    let stand = Stand::up(level, strategy, faults.unwrap_or_default());
+async fn sell(level: &'static Level, strategy: &'static Strategy, work_ms: Option<u32>) {
+    let stand = Stand::up(level.name, strategy.name, work_ms.unwrap_or_default());
     let address: SocketAddr = (Ipv4Addr::LOCALHOST, stand.nginx).into();
     let prometheus: SocketAddr = (Ipv4Addr::LOCALHOST, stand.prometheus).into();
     let sale = serde_json::to_vec(&api::NewSale {
         name: "the last tickets".to_owned(),
         capacity: CAPACITY as i64,
     });
-    let opening = Request::put("/api/sales/1")
+    let opening = HttpRequest::put(format!("/api/sales/{SALE}"))
         .header("content-type", "application/json")
         .header("authorization", format!("Bearer {}", stand.token))
         .body(sale.unwrap().into())
@@ -204,46 +260,58 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
     })
     .await;
 
+    // Looked up before the rush: that takes as long as many a buyer waits.
+    let instances = [1, 2, 3].map(|number| stand.container(&format!("{}-{number}", level.name)));
     let gate = Arc::new(Barrier::new(BUYERS as usize + 1));
-    let answers = Arc::new(AtomicUsize::new(0));
+    let finished = Arc::new(AtomicUsize::new(0));
     let (told, mut heard) = unbounded_channel();
+    let started_us = now_monotonic_us();
     let mut buyers = JoinSet::new();
-    for buyer in 0..BUYERS {
-        let (gate, answers, told) = (Arc::clone(&gate), Arc::clone(&answers), told.clone());
+    for buyer in 1..=BUYERS {
+        let (gate, finished, told) = (Arc::clone(&gate), Arc::clone(&finished), told.clone());
         buyers.spawn(async move {
             let mut connection = Connection::open(address).await.unwrap();
             gate.wait().await;
-            let has_ticket = buy(&mut connection, address, buyer, &told).await;
-            answers.fetch_add(1, Ordering::Relaxed);
-            has_ticket
+            let requests = buy(&mut connection, address, buyer, started_us, &told).await;
+            finished.fetch_add(1, Ordering::Relaxed);
+            requests
         });
     }
     gate.wait().await;
-    if faults.is_some() {
-        for _ in 0..BUYERS / 10 {
+    let mut faults = vec![];
+    if work_ms.is_some() {
+        for _ in 0..CAPACITY / 5 {
             heard.recv().await.unwrap();
         }
-        stand.signal(&format!("{level}-2"), "KILL");
-        stand.signal(&format!("{level}-3"), "TERM");
-        let left = BUYERS as usize - answers.load(Ordering::Relaxed);
+        for (number, signal) in [(2, "KILL"), (3, "TERM")] {
+            docker(&["kill", "--signal", signal, &instances[number - 1]]);
+            faults.push(Fault {
+                fault: format!("SIG{signal} to instance {number}"),
+                struck_us: now_monotonic_us() - started_us,
+                healed_us: None,
+            });
+        }
+        let left = BUYERS as usize - finished.load(Ordering::Relaxed);
         assert!(left > 0, "the fault did not strike: everybody had an answer");
     }
-    let mut sold = 0;
-    while let Some(has_ticket) = buyers.join_next().await {
-        sold += usize::from(has_ticket.unwrap());
-    }
-    if faults.is_some() {
+    let requests: Vec<Request> = buyers.join_all().await.into_iter().flatten().collect();
+    if work_ms.is_some() {
         until("two instances to be gone", async || {
-            let codes = ["2", "3"].map(|number| stand.exit_code(&format!("{level}-{number}")));
+            let codes = ["2", "3"].map(|number| stand.exit_code(&format!("{}-{number}", level.name)));
             assert!(matches!(codes[0], None | Some(137)), "not killed: {codes:?}");
             assert!(matches!(codes[1], None | Some(0)), "not drained: {codes:?}");
             codes == [Some(137), Some(0)]
         })
         .await;
     }
-    match promise {
-        Promise::Oversells => assert!(sold > CAPACITY, "{level}/{strategy} has sold {sold} of {CAPACITY}"),
-        Promise::SellsOut => assert_eq!(sold, CAPACITY, "{level}/{strategy}"),
+    let sold = requests.iter().filter(|request| has_ticket(&request.answer)).count();
+    let verdict = stand.judge(level, strategy, requests, faults).await;
+    println!("{}/{}: {verdict}", level.name, strategy.name);
+    let promises = strategy.guarantee.multi_instance;
+    assert_eq!(verdict.conclude(&promises), Conclusion::AsPromised, "{verdict}");
+    let oversells = sold > CAPACITY;
+    if !oversells {
+        assert_eq!(sold, CAPACITY);
     }
     let out = r#"max(sum by (instance) (oversold_sale_reservations{status="confirmed"}))"#;
     until("Prometheus to know what was sold", async || {
@@ -252,12 +320,16 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
     .await;
     let firing = r#"count(ALERTS{alertname="Oversold",alertstate="firing"})"#;
     let alarmed = || value_of(prometheus, firing);
-    match promise {
-        Promise::Oversells => until("the alert to fire", async || alarmed().await == Some(1.0)).await,
-        Promise::SellsOut => assert_eq!(alarmed().await, None, "an alert about a sale that is right"),
+    if oversells {
+        until("the alert to fire", async || alarmed().await == Some(1.0)).await;
+    } else {
+        assert_eq!(alarmed().await, None, "an alert about a sale that is right");
+    }
+    if strategy.name == "mutex" {
+        a_rush_from_the_live_page_goes_through_nginx(&stand, address).await;
     }
 
-    let down = stand.run("infra/stand/compose.sh", &["down"], strategy);
+    let down = stand.run("infra/stand/compose.sh", &["down"], strategy.name);
     assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
     let project = format!("label=com.docker.compose.project={}", stand.project);
     assert_eq!(
@@ -275,7 +347,7 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
         "",
         "`down` keeps the volumes"
     );
-    let clean = stand.run("infra/stand/compose.sh", &["clean"], strategy);
+    let clean = stand.run("infra/stand/compose.sh", &["clean"], strategy.name);
     assert!(clean.status.success(), "{}", String::from_utf8_lossy(&clean.stderr));
     assert_eq!(
         docker(&["volume", "ls", "--quiet", "--filter", &project]),
@@ -284,64 +356,157 @@ async fn sell(level: &'static str, strategy: &'static str, promise: Promise, fau
     );
 }
 
-/// Buys until the answer is final. Returns whether the buyer has a ticket.
+/// One instance alone does not oversell with a mutex: the buyers of the live page have come to several.
+async fn a_rush_from_the_live_page_goes_through_nginx(stand: &Stand, address: SocketAddr) {
+    let rush = HttpRequest::post("/live/rush")
+        .header("content-type", "application/json")
+        .header("authorization", format!("Bearer {}", stand.token))
+        .body(format!(r#"{{"buyers": {BUYERS}, "clicks": 1, "capacity": {CAPACITY}}}"#).into())
+        .unwrap();
+    let progress = Connection::open(address).await.unwrap().send(rush).await.unwrap();
+    let progress = String::from_utf8(progress.body.to_vec()).unwrap();
+    let last: Value = serde_json::from_str(progress.lines().next_back().unwrap()).unwrap();
+    assert_eq!(
+        (&last["ended"], &last["error"]),
+        (&Value::Bool(true), &Value::Null),
+        "{last}"
+    );
+    assert!(last["confirmed"].as_u64() > Some(CAPACITY as u64), "{last}");
+}
+
+/// `up` without a level, the same where a port is taken, and `clean`.
+fn the_services_alone() {
+    let stand = Stand::new("the-services", "alone");
+    let ports =
+        ["POSTGRES", "REDIS", "KAFKA"].map(|service| (format!("OVERSOLD_{service}_PORT"), free_port().unwrap()));
+    let up = |ports: &[(String, u16)]| {
+        Command::new(repository().join("infra/stand/compose.sh"))
+            .arg("up")
+            .env("COMPOSE_PROJECT_NAME", &stand.project)
+            .envs(ports.iter().map(|(name, port)| (name, port.to_string())))
+            .output()
+            .unwrap()
+    };
+    let output = up(&ports);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8(output.stdout).unwrap();
+    for ((_, port), variable) in ports
+        .iter()
+        .zip(["DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS"])
+    {
+        let line = said
+            .lines()
+            .find(|line| line.starts_with(&format!("export {variable}=")));
+        assert!(line.unwrap().contains(&format!("127.0.0.1:{port}")), "{said}");
+    }
+    let clean = stand.run("infra/stand/compose.sh", &["clean"], "");
+    assert!(clean.status.success(), "{}", String::from_utf8_lossy(&clean.stderr));
+    let project = format!("label=com.docker.compose.project={}", stand.project);
+    assert_eq!(
+        docker(&["volume", "ls", "--quiet", "--filter", &project]),
+        "",
+        "volumes stay"
+    );
+
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let output = up(&[ports[0].clone(), (ports[1].0.clone(), port), ports[2].clone()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    let last = said.trim_end().lines().next_back().unwrap();
+    assert!(last.starts_with(&format!("stand: port {port} is taken.")), "{said}");
+}
+
+fn has_ticket(answer: &Answer) -> bool {
+    match answer {
+        Answer::Confirmed { .. } => true,
+        Answer::Accepted { ending, .. } => ending.as_ref().is_some_and(|ending| ending.refused.is_none()),
+        _ => false,
+    }
+}
+
+/// Buys until the answer is final. Returns every request.
 ///
-/// Every answer but a 503 is final or an order that was accepted, and every one is an answer of the API: nginx shows nothing of its own.
-/// `told` hears of each.
-async fn buy(connection: &mut Connection, address: SocketAddr, buyer: i64, told: &UnboundedSender<()>) -> bool {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+/// Every one of them is an answer of the API: nginx shows nothing of its own. `told` hears of each.
+async fn buy(
+    connection: &mut Connection,
+    address: SocketAddr,
+    buyer: BuyerId,
+    started_us: Micros,
+    told: &UnboundedSender<()>,
+) -> Vec<Request> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let key = format!("buyer-{buyer}");
     let order = serde_json::to_vec(&api::NewReservation {
         buyer_id: buyer,
         priority: Priority::Normal,
     })
     .unwrap();
+    let mut requests = vec![];
     loop {
         assert!(
             tokio::time::Instant::now() < deadline,
             "buyer {buyer} has no final answer"
         );
-        let request = Request::post("/api/sales/1/reservations")
+        let number = buyer as u64 + requests.len() as u64 * 1_000_000;
+        let request = HttpRequest::post(format!("/api/sales/{SALE}/reservations"))
             .header("content-type", "application/json")
-            .header("idempotency-key", format!("buyer-{buyer}"))
+            .header("idempotency-key", &key)
+            .header("x-request-id", number.to_string())
             .body(order.clone().into())
             .unwrap();
+        let mut sent = Request {
+            request: number,
+            buyer,
+            key: key.clone(),
+            sent_us: now_monotonic_us() - started_us,
+            answered_us: None,
+            answer: Answer::Indeterminate,
+            steps: vec![],
+        };
         let Ok(answered) = connection.send(request).await else {
+            requests.push(sent);
             *connection = Connection::open(address).await.unwrap();
             continue;
         };
+        sent.answered_us = Some(now_monotonic_us() - started_us);
         // Nobody listens where nobody is killed.
         let _ = told.send(());
-        match answered.status.as_u16() {
-            201 => return true,
-            409 => return false,
-            202 => {
-                let path = answered.headers["location"].to_str().unwrap().to_owned();
-                if let Some(has_ticket) = outcome(address, &path).await {
-                    return has_ticket;
+        sent.answer = match classify(&answered) {
+            Classified::Final(answer) => answer,
+            Classified::Accepted { reservation, location } => {
+                let refused = ending(address, &location).await;
+                Answer::Accepted {
+                    reservation,
+                    ending: refused.map(|refused| Ending {
+                        at_us: now_monotonic_us() - started_us,
+                        refused,
+                        changed_to: None,
+                    }),
                 }
             }
-            503 => {
-                assert!(answered.headers.contains_key("retry-after"));
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-            status => panic!("{status}: {}", String::from_utf8_lossy(&answered.body)),
+        };
+        assert!(!matches!(sent.answer, Answer::Unexpected { .. }), "{sent:?}");
+        let indeterminate = sent.answer == Answer::Indeterminate;
+        requests.push(sent);
+        if !indeterminate {
+            return requests;
         }
+        assert!(answered.headers.contains_key("retry-after"));
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-/// The final state of an accepted order: whether it has a ticket. `None`: it takes too long.
-async fn outcome(address: SocketAddr, path: &str) -> Option<bool> {
-    for _ in 0..300 {
-        let request = Request::get(path).body(Vec::<u8>::new().into()).unwrap();
+/// How an accepted order ended: the reason of a refusal, or that it has a ticket. `None`: it takes too long.
+#[expect(clippy::option_option, reason = "not ended, a ticket, a refusal")]
+async fn ending(address: SocketAddr, path: &str) -> Option<Option<Refused>> {
+    for _ in 0..PATIENCE.as_millis() / 200 {
+        let request = HttpRequest::get(path).body(Vec::<u8>::new().into()).unwrap();
         let answered = async { Connection::open(address).await?.send(request).await };
         if let Ok(answered) = answered.await
-            && let Ok(reservation) = serde_json::from_slice::<api::Reservation>(&answered.body)
+            && let Some(refused) = ended(&answered)
         {
-            match reservation.status.as_str() {
-                "confirmed" => return Some(true),
-                "accepted" | "held" => {}
-                _ => return Some(false),
-            }
+            return Some(refused);
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
