@@ -164,7 +164,32 @@ pub(crate) fn compose_is_hardened() {
         );
         assert!(read(repository().join(".env.example")).contains(&format!("\n{secret}=\n")));
     }
-    let pinned = Regex::new(r":-[^}]*:[^}]*\d[^}]*\}$").unwrap();
+    // A bound is inherited or the service's own; the images of the levels and of nginx have theirs in an anchor.
+    let services = compose
+        .split_once("\nservices:\n")
+        .unwrap()
+        .1
+        .split_once("\nvolumes:\n")
+        .unwrap()
+        .0;
+    let service = Regex::new(r"(?m)^  ([a-z0-9-]+):").unwrap();
+    let starts: Vec<_> = service
+        .captures_iter(services)
+        .map(|found| found.get(0).unwrap().start())
+        .collect();
+    let ends = starts[1..].iter().copied().chain([services.len()]);
+    for (start, end) in starts.iter().copied().zip(ends) {
+        let text = &services[start..end];
+        let inherits = ["*instance-", "*migrate", "*nginx", "*level"]
+            .iter()
+            .any(|anchor| text.contains(&format!("<<: {anchor}")));
+        for bound in ["<<: *hardened", "mem_limit: ", "cpus: "] {
+            assert!(inherits || text.contains(bound), "no `{bound}` in\n{text}");
+        }
+    }
+    let writable = compose.matches("read_only: false").count();
+    assert_eq!(writable, 1, "Kafka's image alone writes to its own folders");
+    let pinned = Regex::new(r":-[^}]*:v?\d+\.\d+\.?[^}]*\}$").unwrap();
     for image in all(r"(?m)^ +image: (.+)$", &compose) {
         assert!(
             pinned.is_match(&image) || image.contains("oversold/levels"),

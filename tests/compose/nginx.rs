@@ -133,8 +133,12 @@ pub(crate) async fn no_token_and_no_query_is_logged() {
     ask(&nginx, Method::PUT, "/api/sales/1?token=hunter2", &secret).await;
     let logged = || nginx.access_log().unwrap();
     until("the request is logged", async || logged().contains("/api/sales/1")).await;
+    // Whoever knows the id of a reservation may cancel it.
+    ask(&nginx, Method::GET, EVENTS, &[]).await;
+    until("the second request is logged", async || logged().lines().count() == 2).await;
     let log = logged();
     assert!(!log.contains("hunter2"), "{log}");
+    assert!(log.contains("\"/api/reservations/{id}/events\""), "{log}");
     let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
     assert_eq!(line["status"], 200);
     assert_eq!(line["upstream"], willing.address.to_string());
