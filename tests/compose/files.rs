@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use box_office::Level;
 use regex::Regex;
 use serde_json::Value;
 
@@ -113,6 +114,37 @@ pub(crate) fn every_dashboard_is_complete() {
         provisioned.contains("uid: prometheus"),
         "the data source that the panels name"
     );
+}
+
+/// "Where buyers wait" shows a first rush only if the metric of each step was there before it.
+pub(crate) fn every_step_is_in_the_table_of_its_level() {
+    let levels: [&Level; 4] = [
+        &lv1_race_condition::LEVEL,
+        &lv2_db_lock::LEVEL,
+        &lv3_redis_lock::LEVEL,
+        &lv4_kafka::LEVEL,
+    ];
+    for level in levels {
+        for strategy in level.strategies {
+            let source = read(repository().join(level.source(strategy)));
+            let reserve = match level.lag {
+                None => source.as_str(),
+                // The other steps in the file are those of consumers.
+                Some(_) => {
+                    let (_, from_reserve) = source.split_once("async fn reserve(").unwrap();
+                    from_reserve.split_once("\n    }\n").unwrap().0
+                }
+            };
+            let listed = strategy.steps.iter().map(|&step| step.to_owned());
+            assert_eq!(
+                listed.collect::<BTreeSet<_>>(),
+                all(r#"\.at\("([^"]+)"\)"#, reserve),
+                "the steps of {} in the table of {}, and in its source",
+                strategy.name,
+                level.name
+            );
+        }
+    }
 }
 
 /// A target that Prometheus cannot find is down, and its panels are empty.

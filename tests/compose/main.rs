@@ -29,6 +29,11 @@ fn main() {
             files::every_dashboard_is_complete,
         ),
         test(
+            "every_step_is_in_the_table_of_its_level",
+            &[],
+            files::every_step_is_in_the_table_of_its_level,
+        ),
+        test(
             "every_target_of_prometheus_is_a_service",
             &[],
             files::every_target_is_a_service,

@@ -157,6 +157,8 @@ pub struct Strategy {
     pub needs: &'static [Service],
     /// The improvements that it supports; each has a setting that switches it on.
     pub improvements: &'static [Improvement],
+    /// The scheduling points that a reservation can reach. Their metrics exist before the first buyer; those of a point that is not listed, from the first reservation that reaches it.
+    pub steps: &'static [&'static str],
     /// Creates it.
     pub open: fn(StrategyContext) -> Opening,
 }
@@ -186,6 +188,7 @@ impl Strategy {
             schema,
             needs: &[],
             improvements: &[],
+            steps: &[],
             open,
         }
     }
@@ -213,6 +216,11 @@ impl Strategy {
     /// The same strategy, which supports these improvements.
     pub const fn improvements(self, improvements: &'static [Improvement]) -> Self {
         Self { improvements, ..self }
+    }
+
+    /// The same strategy, whose reservations can reach these scheduling points.
+    pub const fn steps(self, steps: &'static [&'static str]) -> Self {
+        Self { steps, ..self }
     }
 
     /// Whether this is a mutant.

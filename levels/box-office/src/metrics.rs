@@ -2,11 +2,12 @@
 //! no metric.
 
 use std::{
-    fmt, mem,
+    fmt, iter, mem,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use axum::http::StatusCode;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text},
@@ -22,7 +23,7 @@ use prometheus_client::{
 use sqlx::PgPool;
 use tokio_util::task::TaskTracker;
 
-use crate::{Outcome, Priority, ProblemKind, ReserveError, Service, sale_states::SaleState};
+use crate::{Outcome, Priority, ProblemKind, ReserveError, Service, Strategy, sale_states::SaleState};
 
 /// Histogram buckets, up to the longest that a reservation can take.
 const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
@@ -33,6 +34,9 @@ const LATENCY_BUCKETS_SECONDS: [f64; 14] = [
 const QUEUE_BUCKETS_SECONDS: [f64; 13] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0,
 ];
+
+/// The method and the route that a buyer reserves a ticket with, as labels.
+const RESERVE: (&str, &str) = ("POST", "/api/sales/{id}/reservations");
 
 /// Histogram buckets for the messages of a batch.
 const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0];
@@ -378,20 +382,20 @@ struct ReservationLabels {
 impl Metrics {
     /// Registers all metrics.
     ///
-    /// `strategy` is such as `lv1/read-then-write`. The Kafka metrics of `strategy_metrics` are
-    /// registered only if `needs` has Kafka. `clients` tracks the open connections, `in_flight` the
-    /// running reservations.
+    /// `name` is that of the strategy, such as `lv1/read-then-write`. The Kafka metrics of
+    /// `strategy_metrics` are registered only if the strategy needs Kafka. `clients` tracks the open
+    /// connections, `in_flight` the running reservations.
     pub(crate) fn new(
-        strategy: &str,
+        name: &str,
         instance: &str,
+        strategy: &Strategy,
         strategy_metrics: StrategyMetrics,
-        needs: &[Service],
         database: PgPool,
         clients: TaskTracker,
         in_flight: TaskTracker,
     ) -> Self {
         let mut registry = Registry::with_prefix("oversold");
-        let server = [("strategy", strategy), ("instance_name", instance)];
+        let server = [("strategy", name), ("instance_name", instance)];
         registry.register(
             "server",
             "The strategy and the instance of this server",
@@ -412,18 +416,6 @@ impl Metrics {
         );
 
         let reservations = Family::<ReservationLabels, Counter>::default();
-        // From the start: an increase is not seen from nothing to the first one.
-        let first_answers: &[&str] = match needs.contains(&Service::Kafka) {
-            true => &["accepted", ProblemKind::Backlogged.name()],
-            false => &["confirmed"],
-        };
-        for answer in first_answers
-            .iter()
-            .copied()
-            .chain([ProblemKind::SoldOut, ProblemKind::Overloaded, ProblemKind::BackendAway].map(ProblemKind::name))
-        {
-            drop(reservations.get_or_create(&ReservationLabels { answer }));
-        }
         registry.register(
             "reservations",
             "Completed reservations, by answer",
@@ -436,6 +428,22 @@ impl Metrics {
             "Time that a reservation took from its last scheduling point, or its start, to this one",
             steps.clone(),
         );
+
+        let asynchronous = strategy.needs.contains(&Service::Kafka);
+        // From the start: Prometheus sees no increase from nothing to a first value, and a rush may
+        // be over between two scrapes.
+        for (answer, status) in answers_of_a_rush(asynchronous) {
+            let (method, route) = RESERVE;
+            drop(reservations.get_or_create(&ReservationLabels { answer }));
+            drop(responses.get_or_create(&ResponseLabels {
+                method,
+                route: route.to_owned(),
+                status: status.as_u16(),
+            }));
+        }
+        for &step in strategy.steps {
+            drop(steps.get_or_create(&StepLabels { step }));
+        }
 
         let sales = SaleGauges::default();
         registry.register("sale_capacity", "Tickets of a sale", sales.capacity.clone());
@@ -451,14 +459,13 @@ impl Metrics {
             "Retries after a conflict with a concurrent reservation",
             strategy_metrics.retries,
         );
-        if needs.contains(&Service::Redis) {
+        if strategy.needs.contains(&Service::Redis) {
             registry.register(
                 "leases_lost",
                 "Locks whose lease had ended before they were released",
                 strategy_metrics.lost_leases.0,
             );
         }
-        let asynchronous = needs.contains(&Service::Kafka);
         let lag = strategy_metrics.lag.clone();
         if asynchronous {
             registry.register(
@@ -629,6 +636,27 @@ impl Metrics {
         text::encode(&mut text, &self.registry)?;
         Ok(text)
     }
+}
+
+/// The answers that a valid order may get, each with its status.
+fn answers_of_a_rush(asynchronous: bool) -> impl Iterator<Item = (&'static str, StatusCode)> {
+    let (ticket, problems) = match asynchronous {
+        true => (
+            ("accepted", StatusCode::ACCEPTED),
+            [ProblemKind::Backlogged, ProblemKind::RateLimited].as_slice(),
+        ),
+        false => (
+            ("confirmed", StatusCode::CREATED),
+            [ProblemKind::AlreadyReserved].as_slice(),
+        ),
+    };
+    let problems = problems.iter().copied().chain([
+        ProblemKind::SoldOut,
+        ProblemKind::Overloaded,
+        ProblemKind::TimedOut,
+        ProblemKind::BackendAway,
+    ]);
+    iter::once(ticket).chain(problems.map(|problem| (problem.name(), problem.status())))
 }
 
 /// Gauges that are computed at each scrape.

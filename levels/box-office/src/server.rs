@@ -212,8 +212,8 @@ impl Server {
             metrics: Metrics::new(
                 &name,
                 &settings.instance,
+                strategy,
                 metrics,
-                strategy.needs,
                 database.pool().clone(),
                 connections.clone(),
                 reservations.clone(),

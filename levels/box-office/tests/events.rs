@@ -40,6 +40,7 @@ static ASYNCHRONOUS: Level = Level {
         schema: common::LEVEL.strategies[0].schema,
         needs: &[],
         improvements: &[],
+        steps: &[],
         open: |context| Box::pin(async { Ok(Box::new(Asynchronous { context }) as Box<dyn Reserve>) }),
     }],
     mutants: &[],

@@ -692,6 +692,33 @@ async fn metrics_count_events_and_no_label_holds_client_input() {
     );
 }
 
+/// Prometheus sees no increase from nothing to a first value, and the first rush may be over between
+/// two scrapes.
+#[tokio::test]
+async fn the_metrics_of_a_rush_are_zero_before_its_first_buyer() {
+    let server = environment().await;
+    for answer in [
+        "confirmed",
+        "sold-out",
+        "already-reserved",
+        "overloaded",
+        "timed-out",
+        "backend-away",
+    ] {
+        let line = format!(r#"oversold_reservations_total{{answer="{answer}"}}"#);
+        assert_eq!(metric(&server, &line).await, 0.0, "{line}");
+    }
+    for status in [201, 409, 503] {
+        let labels = format!(r#"method="POST",route="/api/sales/{{id}}/reservations",status="{status}""#);
+        let line = format!("oversold_http_request_duration_seconds_count{{{labels}}}");
+        assert_eq!(metric(&server, &line).await, 0.0, "{line}");
+    }
+    for step in ["asked", "committed"] {
+        let line = format!(r#"oversold_step_seconds_count{{step="{step}"}}"#);
+        assert_eq!(metric(&server, &line).await, 0.0, "{line}");
+    }
+}
+
 /// Also while every connection of the pool is taken: an operator looks when buyers wait.
 #[tokio::test]
 async fn metrics_show_the_latest_sales_as_the_database_has_them() {

@@ -54,12 +54,28 @@ pub static LEVEL: Level = Level {
             Promises::ALL_KEPT
                 .breaks(&[Invariant::NoDuplicate])
                 .leaves_open(&[Invariant::OneAnswer]),
-        )),
+        ))
+        .steps(&[
+            "transaction begun",
+            "earlier reservation looked up",
+            "decided to sell",
+            "stock written",
+            "reservation written",
+            "committed",
+        ]),
     ],
     mutants: &[],
 };
 
 /// A strategy with the defaults of this level.
 const fn strategy<S: Open>(name: &'static str, summary: &'static str) -> Strategy {
-    Strategy::new::<S>(name, summary, BARE)
+    Strategy::new::<S>(name, summary, BARE).steps(&[
+        "transaction begun",
+        "stock read",
+        "earlier reservation looked up",
+        "decided to sell",
+        "stock written",
+        "reservation written",
+        "committed",
+    ])
 }

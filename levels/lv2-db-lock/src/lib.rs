@@ -74,20 +74,56 @@ pub static LEVEL: Level = Level {
     lag: None,
     strategies: &[
         strategy::<mutex::Mutex>("mutex", "a lock in the process: right on one instance, wrong on two")
-            .guarantee(ONE_INSTANCE),
+            .guarantee(ONE_INSTANCE)
+            .steps(&[
+                "mutex taken",
+                "transaction begun",
+                "stock read",
+                "earlier reservation looked up",
+                "decided to sell",
+                "stock written",
+                "reservation written",
+                "committed",
+                "lock released",
+            ]),
         strategy::<pessimistic::Pessimistic>(
             "pessimistic",
             "lock the row with `for update`, then decide: one buyer after another",
-        ),
+        )
+        .steps(&[
+            "transaction begun",
+            "stock read",
+            "earlier reservation looked up",
+            "decided to sell",
+            "stock written",
+            "reservation written",
+            "committed",
+        ]),
         strategy::<optimistic::Optimistic>(
             "optimistic",
             "decide first, write only if the version is unchanged, else retry",
-        ),
+        )
+        .steps(&[
+            "transaction begun",
+            "stock and version read",
+            "earlier reservation looked up",
+            "decided to sell",
+            "overtaken",
+            "stock written",
+            "reservation written",
+            "committed",
+        ]),
         strategy::<conditional_update::ConditionalUpdate>(
             "conditional-update",
             "one statement takes the ticket and writes the reservation",
         )
-        .schema(GUARDED),
+        .schema(GUARDED)
+        .steps(&[
+            "committed",
+            "no ticket taken",
+            "a reservation was there first",
+            "earlier reservation looked up",
+        ]),
     ],
     mutants: &[
         mutant(mutants::MUTEX_DOES_NOTHING).guarantee(OVERSELLS),

@@ -70,7 +70,16 @@ pub static LEVEL: Level = Level {
             "fenced",
             "the same lock with a fencing token: the row rejects a stale holder",
         )
-        .schema(FENCED),
+        .schema(FENCED)
+        .steps(&[
+            "lock taken",
+            "stock read",
+            "earlier reservation looked up",
+            "decided to sell",
+            "write refused",
+            "reservation written",
+            "lock released",
+        ]),
     ],
     mutants: &[
         mutant(mutants::LOCK_PER_REQUEST).guarantee(OVERSELLS),
@@ -135,7 +144,19 @@ pub static LEVEL: Level = Level {
 
 /// A strategy with the defaults of this level.
 const fn strategy<S: Open>(name: &'static str, summary: &'static str) -> Strategy {
-    Strategy::new::<S>(name, summary, BARE).needs(&[Service::Redis])
+    Strategy::new::<S>(name, summary, BARE)
+        .needs(&[Service::Redis])
+        .steps(&[
+            "lock taken",
+            "transaction begun",
+            "stock read",
+            "earlier reservation looked up",
+            "decided to sell",
+            "stock written",
+            "reservation written",
+            "committed",
+            "lock released",
+        ])
 }
 
 /// A mutant with the defaults of this level.

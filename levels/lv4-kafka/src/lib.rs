@@ -421,6 +421,7 @@ const fn strategy<S: Open>(name: &'static str, summary: &'static str) -> Strateg
     Strategy::new::<S>(name, summary, BARE)
         .needs(&[Service::Redis, Service::Kafka])
         .improvements(IMPROVEMENTS)
+        .steps(&["order checked", "acknowledged"])
 }
 
 /// A mutant of `single-writer` with a mistake in an improvement that only this strategy has.

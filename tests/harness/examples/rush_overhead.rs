@@ -60,6 +60,7 @@ static LEVEL: Level = Level {
         },
         needs: &[],
         improvements: &[],
+        steps: &[],
         open: |_| Box::pin(async { anyhow::bail!("this server is a program of its own") }),
     }],
     mutants: &[],

@@ -212,6 +212,7 @@ const fn strategy(name: &'static str, promises: Promises) -> Strategy {
         },
         needs: &[],
         improvements: &[],
+        steps: &[],
         open: |_| Box::pin(async { anyhow::bail!("the stub is a program of its own") }),
     }
 }

@@ -43,6 +43,7 @@ pub(crate) static LEVEL: Level = Level {
             },
             needs: &[],
             improvements: &[],
+            steps: &["asked", "committed"],
             open: |context| Box::pin(async { Ok(Box::new(Scripted { context }) as Box<dyn Reserve>) }),
         },
         Strategy {
@@ -56,6 +57,7 @@ pub(crate) static LEVEL: Level = Level {
             },
             needs: &[],
             improvements: &[],
+            steps: &[],
             open: |_| Box::pin(async { anyhow::bail!("it was never alive") }),
         },
     ],
