@@ -320,7 +320,15 @@ pub(crate) struct Metrics {
     sales: SaleGauges,
 }
 
-/// The time from one scheduling point of a reservation to the next, by the point that was reached.
+/// The last step of a reservation that has a final answer, or that may be sent again: what comes
+/// after its last scheduling point.
+const ANSWERED: &str = "answered";
+
+/// The last step of every other reservation: it waited in vain, for what it had not reached.
+const OUTCOME_UNKNOWN: &str = "outcome unknown";
+
+/// The time from one scheduling point of a reservation to the next, by the point that was reached,
+/// and from the last one to the end.
 type StepTimes = Family<StepLabels, Histogram, fn() -> Histogram>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -328,7 +336,8 @@ struct StepLabels {
     step: &'static str,
 }
 
-/// Measures how long one reservation takes from each scheduling point to the next.
+/// Measures how long one reservation takes from each scheduling point to the next, and from the last
+/// one to its end.
 pub(crate) struct StepClock {
     times: StepTimes,
     last: Mutex<Instant>,
@@ -343,6 +352,14 @@ impl StepClock {
         self.times
             .get_or_create(&StepLabels { step })
             .observe(took.as_secs_f64());
+    }
+
+    /// The reservation has ended. `None`: it panicked.
+    pub(crate) fn ended(&self, result: Option<&Result<Outcome, ReserveError>>) {
+        self.reached(match result {
+            Some(Ok(_) | Err(ReserveError::Refused(_) | ReserveError::RateLimited(_))) => ANSWERED,
+            Some(Err(ReserveError::Indeterminate(_))) | None => OUTCOME_UNKNOWN,
+        });
     }
 }
 
@@ -425,7 +442,7 @@ impl Metrics {
         let steps = StepTimes::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS_SECONDS));
         registry.register(
             "step_seconds",
-            "Time that a reservation took from its last scheduling point, or its start, to this one",
+            "Time that a reservation took from its last scheduling point, or its start, to this one, or to its end",
             steps.clone(),
         );
 
@@ -441,7 +458,7 @@ impl Metrics {
                 status: status.as_u16(),
             }));
         }
-        for &step in strategy.steps {
+        for &step in strategy.steps.iter().chain(&[ANSWERED, OUTCOME_UNKNOWN]) {
             drop(steps.get_or_create(&StepLabels { step }));
         }
 

@@ -1,5 +1,6 @@
 //! Scheduling points: named places in a strategy at which a test can suspend a request and a trace
-//! is recorded. A server also measures how long its reservations take from each to the next.
+//! is recorded. A server also measures how long its reservations take from each to the next, and from
+//! the last to the answer.
 //!
 //! Without an observer, as in production, a scheduling point costs the update of a histogram.
 
@@ -12,7 +13,7 @@ use std::{
 
 use futures_util::future::{BoxFuture, Either};
 
-use crate::metrics::StepClock;
+use crate::{Outcome, ReserveError, metrics::StepClock};
 
 /// One arrival of a request at a scheduling point.
 #[derive(Clone, Debug)]
@@ -81,6 +82,13 @@ impl Steps {
                 saw: None,
                 place: Location::caller(),
             },
+        }
+    }
+
+    /// The reservation has ended. `None`: it panicked.
+    pub(crate) fn ended(&self, result: Option<&Result<Outcome, ReserveError>>) {
+        if let Some(clock) = &self.clock {
+            clock.ended(result);
         }
     }
 

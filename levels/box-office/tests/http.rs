@@ -669,6 +669,8 @@ async fn metrics_count_events_and_no_label_holds_client_input() {
         r#"oversold_reservations_total{answer="overloaded"} 1"#,
         r#"oversold_step_seconds_count{step="asked"} 4"#,
         r#"oversold_step_seconds_count{step="committed"} 1"#,
+        r#"oversold_step_seconds_count{step="answered"} 3"#,
+        r#"oversold_step_seconds_count{step="outcome unknown"} 1"#,
         r#"oversold_http_request_duration_seconds_count{method="POST",route="/api/sales/{id}/reservations",status="409"} 2"#,
         r#"oversold_http_request_duration_seconds_count{method="other",route="/api/sales/{id}",status="405"} 1"#,
         r#"oversold_http_request_duration_seconds_count{method="other",route="unknown",status="404"} 2"#,
@@ -713,10 +715,29 @@ async fn the_metrics_of_a_rush_are_zero_before_its_first_buyer() {
         let line = format!("oversold_http_request_duration_seconds_count{{{labels}}}");
         assert_eq!(metric(&server, &line).await, 0.0, "{line}");
     }
-    for step in ["asked", "committed"] {
+    for step in ["asked", "committed", "answered", "outcome unknown"] {
         let line = format!(r#"oversold_step_seconds_count{{step="{step}"}}"#);
         assert_eq!(metric(&server, &line).await, 0.0, "{line}");
     }
+}
+
+/// A step is measured when it is reached, and a buyer who waits in vain reaches none.
+#[tokio::test]
+async fn metrics_show_the_time_of_a_reservation_that_ends_between_two_steps() {
+    const WORK: Duration = Duration::from_millis(100);
+
+    let server = environment_with(|settings| settings.work = WORK).await;
+    for (buyer, key) in (1..).zip(["overloaded", "timed-out", "panic", "sold-out", "fine"]) {
+        reserve(server.address(), buyer, key).await;
+    }
+    let step = async |metric_of: &str, step: &str| {
+        let line = format!(r#"oversold_step_seconds_{metric_of}{{step="{step}"}}"#);
+        metric(&server, &line).await
+    };
+    assert_eq!(step("count", "outcome unknown").await, 3.0);
+    assert!(step("sum", "outcome unknown").await >= 3.0 * WORK.as_secs_f64());
+    assert_eq!(step("count", "answered").await, 2.0);
+    assert!(step("sum", "answered").await >= WORK.as_secs_f64());
 }
 
 /// Also while every connection of the pool is taken: an operator looks when buyers wait.

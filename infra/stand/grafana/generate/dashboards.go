@@ -70,14 +70,16 @@ func dashboards() map[string]func() (dashboard.Dashboard, error) {
 			}.build(),
 		}),
 		"2-waiting": on("waiting", "2. Where buyers wait", "Why a strategy is slow: which of its steps a buyer spends the time in.", of{
-			note("How to read this", "A reservation goes through the *steps* of its strategy; each is measured from the one before it, so a step that waits is long.\n\n"+
+			note("How to read this", "A reservation goes through the *steps* of its strategy; each is measured from the one before it, so a step that waits is long. Its end is a step, too.\n\n"+
 				"- `transaction begun`: it waited for a connection of the **pool**.\n"+
 				"- `stock read` in `pessimistic`: it waited for the **row lock**. `mutex taken`: for the mutex of this process. `lock taken` in LV.3: for the lock in **Redis**.\n"+
-				"- `acknowledged` in LV.4: it waited for Kafka. The **queue** behind it is the last panel: the buyer has an answer by then, and no ticket yet.\n\n"+
-				"`pessimistic` is slow because its row serves one transaction at a time. The few that have a connection wait in `stock read`; everybody else waits for the pool, in `transaction begun`. A larger pool only moves buyers from the second queue to the first."),
+				"- `acknowledged` in LV.4: it waited for Kafka. The **queue** behind it is the last panel: the buyer has an answer by then, and no ticket yet.\n"+
+				"- `outcome unknown`: it waited **in vain**, for a connection or a lock that it never got, or for a backend, and was answered 503. That is the time since the last step that it reached.\n"+
+				"- `answered`: what came after the last step, mostly next to nothing.\n\n"+
+				"`pessimistic` is slow because its row serves one transaction at a time. The few that have a connection wait in `stock read`; everybody else waits for the pool, in `transaction begun`, or in `outcome unknown` if that took too long. A larger pool only moves buyers from the second queue to the first."),
 			panel{
 				title: "Where the time goes", unit: "s", width: half, stacked: true,
-				about:   "Seconds of waiting per second, by step: as many buyers are in that step on average. The tallest area is the bottleneck.",
+				about:   "Seconds of waiting per second, by step: as many buyers are in that step on average. A wait counts when it ends. The tallest area is the bottleneck; outcome unknown is the time that they waited in vain.",
 				queries: []query{{`sum by (step) (rate(oversold_step_seconds_sum[$__rate_interval]))`, "{{step}}"}},
 			}.build(),
 			panel{

@@ -45,7 +45,7 @@ type query struct{ expr, legend string }
 
 // One that explains, in Markdown.
 func note(title, content string) cog.Builder[dashboard.Panel] {
-	return text.NewPanelBuilder().Title(title).Height(6).Span(full).Mode(text.TextModeMarkdown).Content(content)
+	return text.NewPanelBuilder().Title(title).Height(8).Span(full).Mode(text.TextModeMarkdown).Content(content)
 }
 
 var source = common.DataSourceRef{Type: cog.ToPtr("prometheus"), Uid: cog.ToPtr("prometheus")}

@@ -116,6 +116,7 @@ async fn reserve_detached(app: Arc<App>, request: RequestId, order: Order) -> Re
             .catch_unwind()
             .await;
         app.metrics.count_reservation(result.as_ref().ok());
+        steps.ended(result.as_ref().ok());
         result
     };
     match tracker.spawn(task.in_current_span()).await {
