@@ -1,7 +1,7 @@
 //! The consumers of a server: graceful shutdown, readiness, and the lag that it reports.
 
 use harness::{test_server::TestServer, until};
-use lv4_kafka::pipeline::{OrderPipeline, PARTITIONS, orders_topic};
+use lv4_kafka::pipeline::{OrderPipeline, PARTITIONS, Partitioning, orders_topic};
 use rdkafka::{
     admin::{AdminOptions, NewTopic, TopicReplication},
     consumer::Consumer,
@@ -56,7 +56,7 @@ async fn a_server_does_not_start_on_a_topic_with_another_number_of_partitions(#[
     })
     .await;
 
-    let opened = OrderPipeline::open(fixture.context().await).await;
+    let opened = OrderPipeline::open(fixture.context().await, Partitioning::BySale).await;
     let why = format!("{:#}", opened.err().expect("it does not open"));
     let expected = format!("{partitions} partitions, not {PARTITIONS}");
     assert!(why.contains(&expected), "{why}");
@@ -66,7 +66,9 @@ async fn a_server_does_not_start_on_a_topic_with_another_number_of_partitions(#[
 #[tokio::test]
 async fn a_server_is_not_ready_any_more_when_a_consumer_has_ended() {
     let fixture = Fixture::new("single-writer").await;
-    let path = OrderPipeline::open(fixture.context().await).await.unwrap();
+    let path = OrderPipeline::open(fixture.context().await, Partitioning::BySale)
+        .await
+        .unwrap();
     let (_joins, joined) = watch::channel(true);
     let (ends, end) = oneshot::channel::<()>();
     path.spawn_consumer(joined, async move { drop(end.await) });

@@ -37,6 +37,9 @@ const OLD: Duration = Duration::from_secs(40);
 const OLD_BUYERS: std::ops::RangeInclusive<i64> = 1..=5;
 const NEW_BUYERS: std::ops::RangeInclusive<i64> = 6..=10;
 
+/// A sale beside [`SALE`].
+const OTHER: i64 = 2;
+
 /// One more than there are new orders: every "sold out" is false.
 const TICKETS: u32 = 6;
 
@@ -215,6 +218,15 @@ async fn while_nothing_is_decided_no_order_is_accepted_that_would_expire(#[case]
     let refused = reserve(2).await;
     refused.is(ProblemKind::Backlogged).unwrap();
     assert!(retry_after(&refused.headers).is_some_and(|pause| pause >= Duration::from_secs(1)));
+
+    // Where the orders of another sale are, this instance learns from the first that it accepts.
+    acceptor.create_sale(OTHER, 100).await.unwrap();
+    let other = acceptor.reserve(OTHER, 1, Some("buyer-1")).await.unwrap();
+    if name == "locked" {
+        other.is(ProblemKind::Backlogged).unwrap(); // it may come behind the one that waits
+    } else {
+        assert_eq!(other.status, 202);
+    }
 
     let consumer = fixture.start_instance(&[("ORDER_TTL_MS", "500")]).await;
     fixture.wait_until_processed().await;

@@ -35,8 +35,8 @@ use uuid::Uuid;
 use crate::{
     decision_row::DecisionRow,
     pipeline::{
-        Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, PoisonMessage,
-        consumer_config,
+        Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPipeline, Partitioning,
+        PoisonMessage, consumer_config,
     },
     redis_lock::LockClient,
 };
@@ -60,7 +60,7 @@ pub struct Locked {
 impl Open for Locked {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
         let locks = LockClient::connect(&context).await?;
-        let pipeline = OrderPipeline::open(context).await?;
+        let pipeline = OrderPipeline::open(context, Partitioning::ByOrder).await?;
         let locked = Self { pipeline, locks };
         locked.start_consumers()?;
         Ok(locked)

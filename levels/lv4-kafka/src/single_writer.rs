@@ -52,7 +52,7 @@ use crate::{
     decision_row::DecisionRow,
     pipeline::{
         Admission, Backoff, ConsumedMessage, NOTIFY_CHANNEL, OrderConsumer, OrderMessage, OrderPartition,
-        OrderPipeline, PoisonMessage, consumer_config, notify_payloads,
+        OrderPipeline, Partitioning, PoisonMessage, consumer_config, notify_payloads,
     },
     saga::{self, Sagas},
 };
@@ -108,7 +108,7 @@ type Decision = (OrderMessage, Option<Refusal>);
 
 impl Open for SingleWriter {
     async fn open(context: StrategyContext) -> anyhow::Result<Self> {
-        let pipeline = OrderPipeline::open(context).await?;
+        let pipeline = OrderPipeline::open(context, Partitioning::BySale).await?;
         let sagas = Sagas::start(&pipeline)?;
         let writer = Self { pipeline, sagas };
         writer.start_consumers()?;

@@ -95,7 +95,7 @@ pub use reservation_ids::Ids;
 pub use topics::{
     OrderPartition, OrderTopics, PARTITIONS, consumer_group, dead_letter_topic, decided_topic, orders_topic, vips_topic,
 };
-pub use ttl::MessageTtl;
+pub use ttl::{MessageTtl, Partitioning};
 
 /// The timeout of a metadata request of a readiness check.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
@@ -143,7 +143,7 @@ impl OrderPipeline {
     /// # Errors
     /// If Kafka is not configured, Kafka or the database does not answer, or the topics cannot be
     /// created.
-    pub async fn open(context: StrategyContext) -> anyhow::Result<Arc<Self>> {
+    pub async fn open(context: StrategyContext, partitioning: Partitioning) -> anyhow::Result<Arc<Self>> {
         let kafka = context
             .kafka
             .clone()
@@ -164,7 +164,7 @@ impl OrderPipeline {
         let producer = OrderProducer::new(&kafka)?;
         let (ids, outbox) = (ids?, outbox?);
         let ttl = context.improvements.order_ttl;
-        let ttl = ttl.map(|ttl| Arc::new(MessageTtl::new(ttl, context.metrics.expired.clone())));
+        let ttl = ttl.map(|ttl| Arc::new(MessageTtl::new(ttl, partitioning, context.metrics.expired.clone())));
         let relay = TaskTracker::new();
         if let Some(metrics) = context.metrics.relay.clone() {
             let steps = context.instrumentation.steps("relay");

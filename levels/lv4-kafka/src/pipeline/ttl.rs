@@ -27,7 +27,10 @@
 //! `Retry-After` while that is longer than the TTL. A rate is only measured while there is a backlog,
 //! as an idle consumer shows none. While nothing is committed at all, the wait is at least as long
 //! as that has lasted. The estimate is that of the last sample, so the first instant of a rush is
-//! always accepted; what expires of it says so.
+//! always accepted; what expires of it says so. The orders of a sale wait in its partition, if all of
+//! them are in one. The broker's acknowledgement of the first tells the instance which, so until then
+//! they are accepted, too: refused because of another sale's backlog, they would never tell it. If they
+//! are spread over all partitions, the longest wait counts.
 //!
 //! Cost: one comparison for each order. The samples are those of the lag, about four within the TTL,
 //! and at most ten a second.
@@ -55,6 +58,15 @@ const MIN_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 /// The longest `Retry-After`: the estimate of a longer wait is worth little.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
+/// By what a strategy keys its messages: where the orders of a sale are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Partitioning {
+    /// By the sale: all its orders are in one partition.
+    BySale,
+    /// By the order: those of a sale are spread over all partitions.
+    ByOrder,
+}
+
 /// The time to live of orders, and the backpressure that follows from it.
 pub struct MessageTtl {
     ttl: Duration,
@@ -63,12 +75,12 @@ pub struct MessageTtl {
 }
 
 impl MessageTtl {
-    /// A time to live.
-    pub fn new(ttl: Duration, expired: ExpiredOrders) -> Self {
+    /// A time to live of orders that are partitioned like this.
+    pub fn new(ttl: Duration, partitioning: Partitioning, expired: ExpiredOrders) -> Self {
         Self {
             ttl,
             expired,
-            backlog: Mutex::default(),
+            backlog: Mutex::new(Backlog::new(partitioning)),
         }
     }
 
@@ -101,7 +113,7 @@ impl MessageTtl {
         }
     }
 
-    /// Remembers the number of the partition of a sale, if all its orders are in one.
+    /// Remembers the number of the partition of a sale whose orders are all in one.
     pub fn remember_partition(&self, sale: SaleId, number: i32) {
         self.backlog().partition_of.insert(sale, number);
     }
@@ -123,11 +135,11 @@ impl MessageTtl {
 
 /// The backlog of the topics of orders, as the broker has last told it. VIPs wait for their own: what
 /// the others cost them shows in the rate.
-#[derive(Default)]
 struct Backlog {
     partitions: BTreeMap<OrderPartition, PartitionBacklog>,
-    /// The number of the partition of each sale whose orders are all in one. A sale is opened by the admin, so
-    /// there are only so many.
+    partitioning: Partitioning,
+    /// The number of the partition of each sale, if all its orders are in one and the broker has told which:
+    /// when it acknowledged the first. A sale is opened by the admin, so there are only so many.
     partition_of: HashMap<SaleId, i32>,
 }
 
@@ -143,6 +155,14 @@ struct PartitionBacklog {
 }
 
 impl Backlog {
+    fn new(partitioning: Partitioning) -> Self {
+        Self {
+            partitions: BTreeMap::new(),
+            partitioning,
+            partition_of: HashMap::new(),
+        }
+    }
+
     fn sample(&mut self, offsets: &BTreeMap<OrderPartition, PartitionOffsets>, now: Instant) {
         self.partitions.retain(|partition, _| offsets.contains_key(partition));
         for (&partition, offsets) in offsets {
@@ -167,10 +187,13 @@ impl Backlog {
     // ANCHOR: wait
     /// How long an order that is accepted now is expected to wait for its decision.
     fn expected_wait(&self, sale: SaleId, priority: Priority, now: Instant) -> Duration {
-        let in_one = self.partition_of.get(&sale);
-        // Spread over all partitions, the order may come into any of them.
         let may_be_in = |partition: &OrderPartition| {
-            partition.priority == priority && in_one.is_none_or(|number| *number == partition.number)
+            partition.priority == priority
+                && match self.partitioning {
+                    // Not known until the broker has acknowledged an order of the sale: the first is accepted.
+                    Partitioning::BySale => self.partition_of.get(&sale) == Some(&partition.number),
+                    Partitioning::ByOrder => true,
+                }
         };
         let partitions = self.partitions.iter().filter(|(partition, _)| may_be_in(partition));
         let waits = partitions.map(|(_, backlog)| backlog.wait(now));
@@ -225,7 +248,7 @@ mod tests {
 
     /// A backlog after samples of one partition, one a second: committed offset and end.
     fn after(samples: &[(i64, i64)]) -> (Backlog, Instant) {
-        let mut backlog = Backlog::default();
+        let mut backlog = Backlog::new(Partitioning::ByOrder);
         let mut now = Instant::now();
         for &(committed, end) in samples {
             now += Duration::from_secs(1);
@@ -274,46 +297,52 @@ mod tests {
         assert_eq!(later.as_secs(), 10, "a broker that does not answer is no progress");
     }
 
+    /// Two partitions of two topics: in the first, the others wait 99 seconds, and VIPs one; in the second,
+    /// nothing waits.
+    fn busy_beside_idle(partitioning: Partitioning) -> (Backlog, Instant) {
+        let vip = OrderPartition {
+            priority: Priority::Vip,
+            ..NORMAL
+        };
+        let idle = OrderPartition { number: 1, ..NORMAL };
+        let mut backlog = Backlog::new(partitioning);
+        let mut now = Instant::now();
+        for samples in [[(0, 1000), (0, 200), (7, 7)], [(10, 1000), (100, 200), (7, 7)]] {
+            now += Duration::from_secs(1);
+            let offsets = [NORMAL, vip, idle].into_iter().zip(samples);
+            let offsets = offsets.map(|(partition, (committed, end))| (partition, PartitionOffsets { committed, end }));
+            backlog.sample(&offsets.collect(), now);
+        }
+        (backlog, now)
+    }
+
+    #[test]
+    fn an_order_that_may_come_into_any_partition_is_expected_to_wait_for_the_longest() {
+        let (backlog, now) = busy_beside_idle(Partitioning::ByOrder);
+        let wait = |priority| backlog.expected_wait(SALE, priority, now).as_secs();
+        assert_eq!(wait(Priority::Normal), 99);
+        assert_eq!(wait(Priority::Vip), 1, "a VIP does not wait with the others");
+    }
+
     #[test]
     fn a_sale_waits_for_its_own_partition_only() {
-        let mut backlog = Backlog::default();
-        let began = Instant::now();
-        for seconds in 0..2_i64 {
-            let offsets = BTreeMap::from([
-                (
-                    NORMAL,
-                    PartitionOffsets {
-                        committed: 10 * seconds,
-                        end: 1000,
-                    },
-                ),
-                (
-                    OrderPartition { number: 1, ..NORMAL },
-                    PartitionOffsets { committed: 7, end: 7 },
-                ),
-                (
-                    OrderPartition {
-                        priority: Priority::Vip,
-                        ..NORMAL
-                    },
-                    PartitionOffsets {
-                        committed: 100 * seconds,
-                        end: 200,
-                    },
-                ),
-            ]);
-            backlog.sample(&offsets, began + Duration::from_secs(seconds as u64));
+        let (mut backlog, now) = busy_beside_idle(Partitioning::BySale);
+        backlog.partition_of.extend([(SALE, 1), (2, 0)]);
+        let wait = |sale, priority| backlog.expected_wait(sale, priority, now).as_secs();
+        assert_eq!(wait(SALE, Priority::Normal), 0);
+        assert_eq!(wait(2, Priority::Normal), 99);
+        assert_eq!(wait(2, Priority::Vip), 1, "a VIP does not wait with the others");
+    }
+
+    /// Only an order that is accepted shows where those of its sale are: refused for the sake of another
+    /// sale's backlog, none would be, for as long as that lasts.
+    #[test]
+    fn a_sale_whose_partition_is_not_known_yet_does_not_wait_for_another_sale() {
+        let (mut backlog, now) = busy_beside_idle(Partitioning::BySale);
+        backlog.partition_of.insert(2, 0);
+        for priority in [Priority::Normal, Priority::Vip] {
+            assert_eq!(backlog.expected_wait(SALE, priority, now), Duration::ZERO);
         }
-        let now = began + Duration::from_secs(1);
-        let wait = |backlog: &Backlog, priority| backlog.expected_wait(SALE, priority, now).as_secs();
-        assert_eq!(wait(&backlog, Priority::Normal), 99, "it may come into any");
-        assert_eq!(
-            wait(&backlog, Priority::Vip),
-            1,
-            "and a VIP does not wait with the others"
-        );
-        backlog.partition_of.insert(SALE, 1);
-        assert_eq!(wait(&backlog, Priority::Normal), 0);
     }
 
     #[test]
