@@ -1,7 +1,10 @@
 //! Faults that strike a saga at its worst moment: a backend is away, the buyer cancels, the writer is
 //! busy or is fenced.
 
-use box_office::Invariant::{self, Conservation, NoOversell, NothingLost, PaidOnce, Progress};
+use box_office::{
+    Database,
+    Invariant::{self, Conservation, NoOversell, NothingLost, PaidOnce, Progress},
+};
 use harness::{
     backends::{self, Durability, Kafka, Postgres},
     history::{
@@ -9,9 +12,10 @@ use harness::{
         Entry::{Charge, Refund},
     },
     rush::SALE,
+    test_server::TestServer,
     until,
 };
-use lv4_kafka::pipeline::ReleaseCommand;
+use lv4_kafka::{pipeline::ReleaseCommand, saga::store};
 use rstest::rstest;
 use uuid::Uuid;
 
@@ -21,6 +25,16 @@ use super::{
 };
 
 impl Shop {
+    /// Starts an instance that is stopped (SIGSTOP) at this hit of a point, and waits until it is.
+    async fn start_stopped_at(&self, point: &str) -> TestServer {
+        let stopping = self.start_instance(&[("OVERSOLD_STOP_AT", point)]).await;
+        stopping
+            .wait_until_stopped(TIMEOUT)
+            .await
+            .expect("the fault did not strike");
+        stopping
+    }
+
     /// The buyer of a held order cancels it.
     async fn cancel(&self, order: Uuid) {
         let answer = self
@@ -53,6 +67,53 @@ impl Shop {
             .await
             .unwrap()
     }
+}
+
+/// An instance dies with a charge, or with a refund, that it has claimed. The claim lasts as long as the
+/// payment service may take to answer: not as long as that of a release, which waits for the broker.
+#[rstest]
+#[case::charge(false)]
+#[case::refund(true)]
+#[tokio::test]
+async fn what_a_dead_instance_was_to_ask_for_is_asked_for_soon(#[case] is_refund: bool) {
+    let hold = [("HOLD_MS", "600000"), ("PAYMENT_TIMEOUT_MS", "1000")];
+    let shop = Shop::open("single-writer", 1, &[], hold).await;
+    let order = shop.order(1).await;
+    let mut dying = shop.start_stopped_at("sagas claimed#1").await;
+    shop.fixture.history.record_fault("an instance is killed");
+    if is_refund {
+        kill_instance(&dying).await;
+        shop.cancel(order).await;
+        // No instance is left that has consumers: the test is the writer.
+        let mut tx = Database::from(shop.fixture.pool.clone()).begin().await.unwrap();
+        store::release(&mut tx, &[order]).await.unwrap();
+        tx.commit().await.unwrap();
+        dying = shop.start_stopped_at("sagas claimed#1").await;
+    }
+    let (state, due_in_ms): (String, i64) = sqlx::query_as(
+        "select state, (1000 * extract(epoch from due_at - clock_timestamp()))::bigint
+           from saga
+          where reservation_id = $1",
+    )
+    .bind(order)
+    .fetch_one(&shop.fixture.pool)
+    .await
+    .unwrap();
+    let (step, status) = match is_refund {
+        false => ("charging", "confirmed"),
+        true => ("released", "cancelled"),
+    };
+    assert_eq!(state, step, "the fault did not strike");
+    assert!(
+        due_in_ms <= 2000,
+        "due in {due_in_ms} ms: the timeout is 1000 ms, and the margin as much"
+    );
+    kill_instance(&dying).await;
+    let server = shop.start_instance(&[]).await;
+    shop.wait_for_status(order, status).await;
+    shop.fixture.history.record_recovery();
+    shop.judge(&[]).await;
+    server.stop().await.unwrap();
 }
 
 /// The money is taken, and Postgres is away when that is to be stored. So the outcome is lost, and the

@@ -75,7 +75,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// The interval at which the age of the oldest unknown outcome is reported.
 const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How much longer than the timeouts of its step a claim lasts.
+/// How much longer than the timeout of its step a claim lasts.
 const CLAIM_MARGIN: Duration = Duration::from_secs(1);
 
 /// How long a release may take until its command is sent again, the first time.
@@ -239,7 +239,11 @@ impl Worker {
         if limit == 0 {
             return vec![];
         }
-        let lease = self.sagas.settings.timeout.max(RELEASE_TIMEOUT) + CLAIM_MARGIN;
+        let timeout = match what {
+            Due::Charges | Due::Refunds => self.sagas.settings.timeout,
+            Due::Releases => RELEASE_TIMEOUT,
+        };
+        let lease = timeout + CLAIM_MARGIN;
         match store::claim(&self.pipeline.context.database, what, limit, lease).await {
             Ok(claimed) => {
                 if !claimed.is_empty() {
