@@ -9,7 +9,7 @@ use box_office::{
     ProblemKind, api, points,
 };
 use harness::{
-    assert_after_fault, contract,
+    assert_after_fault, assert_failure_mode, contract,
     history::Entry::{self, Charge, Refund},
     payments::unfinished,
     rush::{Answers, Program, Rush, SALE},
@@ -212,6 +212,42 @@ async fn whatever_the_payment_service_does_tickets_and_money_agree(#[case] insta
     );
     for (order, (behaviour, _, entries)) in orders.iter().zip(ENDINGS) {
         assert_eq!(shop.payments.entries(*order).await, entries, "{behaviour}");
+    }
+    for server in servers {
+        server.stop().await.unwrap();
+    }
+}
+
+/// Each payment takes a second, and three instances look for sagas that are due. A charge that one has
+/// claimed is not due for the others, and not for itself.
+#[rstest]
+#[case::single_writer("single-writer", true)]
+#[case::claim_claims_nothing("mutants/claim-claims-nothing", false)]
+#[tokio::test]
+async fn three_instances_ask_for_each_payment_once(#[case] name: &str, #[case] is_asked_once: bool) {
+    const ORDERS: u32 = 30;
+    let shop = Shop::open(name, ORDERS, &["--behave", "answer-late", "--late-ms", "1000"], PATIENT).await;
+    let mut orders = vec![];
+    for buyer in 1..=ORDERS {
+        orders.push(shop.order(buyer.into()).await);
+    }
+    let mut servers = vec![];
+    for _ in 0..3 {
+        servers.push(shop.start_instance(&[]).await);
+    }
+    for order in orders {
+        shop.wait_for_status(order, "confirmed").await;
+    }
+    // The keys keep the money right all the same.
+    shop.judge(&[]).await;
+    let calls = shop.payments.calls().await;
+    assert_eq!(
+        calls == u64::from(ORDERS),
+        is_asked_once,
+        "{name}: {calls} requests for {ORDERS} payments"
+    );
+    if !is_asked_once {
+        assert_failure_mode(shop.fixture.strategy, &[]);
     }
     for server in servers {
         server.stop().await.unwrap();

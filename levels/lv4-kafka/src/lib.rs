@@ -363,6 +363,13 @@ pub static LEVEL: Level = Level {
             }],
         ),
         single_writer_mutant(
+            mutants::CLAIM_CLAIMS_NOTHING,
+            &[FailureMode {
+                trigger: "a payment takes a moment: every instance asks for it again and again",
+                violates: &[],
+            }],
+        ),
+        single_writer_mutant(
             mutants::RELEASE_COMMANDED_ONCE,
             &[FailureMode {
                 trigger: "Kafka is away when a ticket is to be released",
