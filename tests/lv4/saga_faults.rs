@@ -4,6 +4,7 @@
 use box_office::{
     Database,
     Invariant::{self, Conservation, NoOversell, NothingLost, PaidOnce, Progress},
+    points,
 };
 use harness::{
     backends::{self, Durability, Kafka, Postgres},
@@ -113,6 +114,48 @@ async fn what_a_dead_instance_was_to_ask_for_is_asked_for_soon(#[case] is_refund
     shop.wait_for_status(order, status).await;
     shop.fixture.history.record_recovery();
     shop.judge(&[]).await;
+    server.stop().await.unwrap();
+}
+
+/// The buyer cancels when the money is taken and the answer is on its way. An instance dies at each step
+/// of the way back; another one takes it up.
+#[rstest]
+#[case::release_claimed_and_not_commanded("sagas claimed", 2)]
+#[case::release_commanded_and_not_stored("saga step taken", 1)]
+#[case::release_stored("saga step stored", 1)]
+#[case::the_release_is_not_committed(points::ROWS_WRITTEN, 2)]
+#[case::refund_claimed_and_not_asked_for("sagas claimed", 3)]
+#[case::refunded_and_not_stored("saga step taken", 2)]
+#[case::refund_stored("saga step stored", 2)]
+#[tokio::test]
+async fn a_cancelled_saga_outlives_the_instance_that_took_its_last_step(#[case] point: &str, #[case] hit: u32) {
+    let shop = Shop::open("single-writer", 1, &["--late-ms", "60000"], PATIENT).await;
+    shop.payments.behave(1, "answer-late").await;
+    let order = shop.order(1).await;
+    let dying = shop
+        .start_instance(&[("OVERSOLD_STOP_AT", &format!("{point}#{hit}"))])
+        .await;
+    until("the money is taken", async || {
+        shop.payments.entries(order).await == [Charge]
+    })
+    .await;
+    shop.cancel(order).await;
+    dying
+        .wait_until_stopped(TIMEOUT)
+        .await
+        .expect("the fault did not strike");
+    shop.fixture.history.record_fault("an instance is killed");
+    kill_instance(&dying).await;
+    // As if its claims had expired.
+    sqlx::query("update saga set due_at = clock_timestamp() where due_at is not null")
+        .execute(&shop.fixture.pool)
+        .await
+        .unwrap();
+    let server = shop.start_instance(&[]).await;
+    shop.wait_for_status(order, "cancelled").await;
+    shop.fixture.history.record_recovery();
+    shop.judge(&[]).await;
+    assert_eq!(shop.payments.entries(order).await, [Charge, Refund]);
     server.stop().await.unwrap();
 }
 

@@ -96,6 +96,7 @@ impl Optimistic {
         if let Some(earlier) = earlier {
             return Ok(Attempt::Sold(earlier.resolve(order)?));
         }
+        // The version need not be compared for this: in this level a stock never rises.
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
         }

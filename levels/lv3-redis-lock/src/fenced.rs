@@ -52,6 +52,7 @@ impl Fenced {
         .fetch_optional(&self.context.database)
         .await?;
         let mut stock = stock.ok_or(Refusal::UnknownSale)?;
+        // "Sold out" needs no fence: in this level a stock never rises.
         if stock > 0 {
             // Raises the fence before it reads the stock: from here on no holder of an earlier
             // token can write.
@@ -91,6 +92,7 @@ impl Fenced {
         if let Some(earlier) = earlier {
             return Ok(earlier.resolve(order)?);
         }
+        // Also true if it was read without the fence, as in this level a stock never rises.
         if stock <= 0 {
             return Err(Refusal::SoldOut.into());
         }

@@ -23,6 +23,10 @@
 //! is off publishes nothing, not even the orders that it decides itself, but any server on which it
 //! is on publishes those of all.
 //!
+//! Cost: one more message for each event, and for each round a transaction that is open until the
+//! broker has acknowledged its events. On every instance a connection, a producer, and a query at
+//! each poll, also while there is nothing to relay.
+//!
 //! C. Richardson, "Transactional outbox" and "Polling publisher"; Postgres manual, 9.27.8
 //! "Transaction ID and Snapshot Information Functions". Book: LV.4, "The outbox relay".
 
