@@ -303,23 +303,23 @@ impl Fixture {
         self.append_order_of_age(ids, buyer, Duration::ZERO).await
     }
 
-    /// Appends such an order of a VIP.
-    pub(crate) async fn append_vip_order(&self, ids: &Ids, buyer: i64) -> Uuid {
-        self.append_to(&vips_topic(&self.kafka()), ids, buyer, Duration::ZERO)
+    /// Appends such an order of a VIP to a partition.
+    pub(crate) async fn append_vip_order(&self, ids: &Ids, partition: i32, buyer: i64) -> Uuid {
+        self.append_to(&vips_topic(&self.kafka()), partition, ids, buyer, Duration::ZERO)
             .await
     }
 
     /// Appends such an order that was accepted this time ago.
     pub(crate) async fn append_order_of_age(&self, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
-        self.append_to(&orders_topic(&self.kafka()), ids, buyer, age).await
+        self.append_to(&orders_topic(&self.kafka()), 0, ids, buyer, age).await
     }
 
-    async fn append_to(&self, topic: &str, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
+    async fn append_to(&self, topic: &str, partition: i32, ids: &Ids, buyer: i64, age: Duration) -> Uuid {
         let order = order(SALE, buyer);
         let id = ids.for_order(&order);
         self.history.record_accepted_before(buyer, id, age);
         let message = OrderMessage::new(id, &order).to_bytes();
-        self.produce_sent_at(SystemTime::now() - age, topic, 0, &[&message])
+        self.produce_sent_at(SystemTime::now() - age, topic, partition, &[&message])
             .await
             .unwrap();
         id

@@ -36,8 +36,9 @@ use super::{
     },
     contract::{KEEPS, program, strategy},
     fixture::{
-        Expected::{self, Kept},
-        Fixture, LOST, OVERSOLD, TIMEOUT, kill_instance, metric,
+        self,
+        Expected::{self, Breaks, Kept},
+        Fixture, LOST, OBSERVATION_TIME, OVERSOLD, TIMEOUT, happens_within, kill_instance, metric,
     },
     payments::PROGRAM,
 };
@@ -380,6 +381,81 @@ async fn a_batch_of_vips_that_comes_too_late_writes_nothing(#[case] name: &str, 
 }
 // ANCHOR_END: fence
 
+/// Sells the last ticket to a VIP whose order is the next of its topic, as a consumer does that takes
+/// over the partition: in one transaction, which moves the offset of that topic only.
+async fn sell_last_ticket(fixture: &Fixture, order: Uuid, vip: i64) {
+    let mut tx = fixture.pool.begin().await.unwrap();
+    let recorded = sqlx::query(
+        "with moved as (
+            update partition_offset
+               set next_offset = next_offset + 1
+             where topic = $2
+         returning topic, partition, next_offset - 1 as log_offset
+         )
+         insert into decision (reservation_id, topic, partition, log_offset)
+            select $1, topic, partition, log_offset
+              from moved",
+    )
+    .bind(order)
+    .bind(vips_topic(&fixture.kafka()))
+    .execute(&mut *tx)
+    .await
+    .unwrap();
+    assert_eq!(recorded.rows_affected(), 1, "the fault did not strike");
+    let sold = sqlx::query("update sale set stock = 0 where stock = 1")
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    assert_eq!(sold.rows_affected(), 1, "the fault did not strike");
+    sqlx::query("insert into reservation (id, sale_id, buyer_id, request_key) values ($1, $2, $3, $4)")
+        .bind(order)
+        .bind(SALE)
+        .bind(vip)
+        .bind(fixture::order(SALE, vip).key.as_str())
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    sqlx::query("insert into outbox (reservation_id) values ($1)")
+        .bind(order)
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    tx.commit().await.unwrap();
+}
+
+/// The other way round: a consumer is frozen with somebody else's order for the last ticket, and the
+/// ticket is sold to a VIP. The offset of the orders topic is what it was. (The test plays the
+/// successor: an instance would read the order that waits as well, and move both offsets.)
+#[rstest]
+#[case::single_writer("single-writer", Kept)]
+#[case::orders_fenced_alone("mutants/orders-fenced-alone", OVERSOLD)]
+#[tokio::test]
+async fn a_batch_without_vips_that_comes_too_late_writes_nothing(#[case] name: &str, #[case] expected: Expected) {
+    let fixture = Fixture::new(name).await.with_priority();
+    let acceptor = acceptor(&fixture, 1, &[1]).await;
+    let mut orders = vec![fixture.accept(&acceptor, 2).await];
+    let stop = format!("{}#1", points::BATCH_DECIDED);
+    let consumer = fixture.start_instance(&[PRIORITY, ("OVERSOLD_STOP_AT", &stop)]).await;
+    consumer
+        .wait_until_stopped(TIMEOUT)
+        .await
+        .expect("the fault did not strike");
+    orders.push(accept_vip(&fixture, &acceptor, 1).await);
+    sell_last_ticket(&fixture, orders[1], 1).await;
+    assert_eq!(
+        fixture.rows().await,
+        1,
+        "the fault did not strike: its batch is committed"
+    );
+
+    consumer.resume().await.unwrap();
+    fixture.wait_until_processed().await;
+    fixture.assert_outcome(&consumer, &orders, expected).await;
+    for server in [consumer, acceptor] {
+        server.stop().await.unwrap();
+    }
+}
+
 /// The offsets of the two topics are compared with one row: no batch with other orders fits. (One of
 /// VIPs alone does: its comparison is the last.)
 #[tokio::test]
@@ -467,6 +543,53 @@ async fn vip_partitions_follow_the_others_when_instances_join_and_leave() {
     fixture.wait_until_processed().await;
     fixture.assert_outcome(&third, &orders, Kept).await;
     for server in [third, acceptor] {
+        server.stop().await.unwrap();
+    }
+}
+
+/// A partition changes hands, and its new owner is frozen with a VIP's order. The former owner must not
+/// read it any more.
+#[rstest]
+#[case::single_writer("single-writer", Kept)]
+#[case::vips_never_revoked("mutants/vips-never-revoked", Breaks(&[]))]
+#[tokio::test]
+async fn vips_of_a_partition_that_was_revoked_are_left_to_its_new_owner(
+    #[case] name: &str,
+    #[case] expected: Expected,
+) {
+    let fixture = Fixture::new(name).await.with_priority();
+    let acceptor = acceptor(&fixture, 1, &[1]).await;
+    let former = fixture.start_instance(&[PRIORITY]).await;
+    let before = fixture.group_members().await;
+    let owner = fixture
+        .start_instance(&[PRIORITY, ("OVERSOLD_STOP_AT", "batch taken#1")])
+        .await;
+    fixture.wait_until_shared_by(2).await;
+    let mut members = fixture.group_members().await;
+    members.retain(|member, _| !before.contains_key(member));
+    let moved = members.into_values().flatten().next();
+    let moved = moved.expect("the fault did not strike: no partition has changed hands");
+
+    let ids = fixture.ids().await;
+    let order = fixture.append_vip_order(&ids, moved, 1).await;
+    owner
+        .wait_until_stopped(TIMEOUT)
+        .await
+        .expect("the new owner does not read the VIPs of its partitions");
+    let decides = happens_within(OBSERVATION_TIME, async || fixture.rows().await > 0).await;
+    match expected {
+        Kept => assert!(!decides, "the former owner has decided it"),
+        Breaks(_) => {
+            assert!(decides, "the mistake of {name} was not seen");
+            assert_failure_mode(fixture.strategy, &[]);
+        }
+    }
+    owner.resume().await.unwrap();
+    fixture.wait_until_processed().await;
+    if expected == Kept {
+        fixture.assert_outcome(&owner, &[order], Kept).await;
+    }
+    for server in [former, owner, acceptor] {
         server.stop().await.unwrap();
     }
 }
@@ -564,7 +687,7 @@ async fn a_circuit_breaker_pauses_both_priorities() {
 
     postgres.stop().await.unwrap();
     orders.push(fixture.append_order(&ids, 4).await);
-    orders.push(fixture.append_vip_order(&ids, 2).await);
+    orders.push(fixture.append_vip_order(&ids, 0, 2).await);
     until("the consumer pauses", async || {
         metric(&server, "oversold_circuit_breaker_transitions_total").await > Some(0)
     })

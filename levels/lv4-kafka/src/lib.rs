@@ -356,6 +356,20 @@ pub static LEVEL: Level = Level {
             }],
         ),
         single_writer_mutant(
+            mutants::ORDERS_FENCED_ALONE,
+            &[FailureMode {
+                trigger: "with priority: a consumer without VIPs is frozen for longer than its session",
+                violates: OVERSOLD,
+            }],
+        ),
+        single_writer_mutant(
+            mutants::VIPS_NEVER_REVOKED,
+            &[FailureMode {
+                trigger: "with priority: a partition changes hands, and two instances read its VIPs",
+                violates: &[],
+            }],
+        ),
+        single_writer_mutant(
             mutants::RELEASE_BYPASSES_WRITER,
             &[FailureMode {
                 trigger: "a ticket comes back while the sale's writer sells another",
