@@ -355,6 +355,63 @@ async fn the_events_of_a_reservation_are_published_in_order(#[case] name: &str, 
     }
 }
 
+/// A reservation has two events, and the first is larger than a message may be. The second waits for
+/// it, and other reservations wait for neither. Once the first can be sent, both are published.
+#[rstest]
+#[case::single_writer("single-writer", Kept)]
+#[case::relay_sends_all_at_once("mutants/relay-sends-all-at-once", Breaks(&[]))]
+#[tokio::test]
+async fn no_event_overtakes_one_of_its_reservation_that_cannot_be_sent(#[case] name: &str, #[case] expected: Expected) {
+    let fixture = Fixture::new(name).await;
+    let relay = fixture.start_instance(&[RELAY, NO_CONSUMERS]).await;
+    let reservation = Uuid::new_v4();
+    let set_status = "update outbox set status = repeat('x', $2) where number = $1";
+    // All three become visible at once.
+    let mut tx = fixture.pool.begin().await.unwrap();
+    let first = append_event(&mut tx, reservation).await;
+    sqlx::query(set_status)
+        .bind(first)
+        .bind(2_000_000)
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    let second = append_event(&mut tx, reservation).await;
+    let other = append_event(&mut tx, Uuid::new_v4()).await;
+    tx.commit().await.unwrap();
+    until("the other event is marked", async || is_marked(&fixture, other).await).await;
+    // Each in a round of its own.
+    for _ in 0..2 {
+        let number = append(&fixture.pool).await;
+        until("the event is marked", async || is_marked(&fixture, number).await).await;
+    }
+    let published_by_now = numbers(&fixture).await;
+    let marked = (is_marked(&fixture, first).await, is_marked(&fixture, second).await);
+    assert!(!published_by_now.contains(&first), "the fault did not strike");
+    if let Breaks(_) = expected {
+        assert!(published_by_now.contains(&second), "the mistake of {name} was not seen");
+        assert_eq!(marked, (false, true));
+        assert_failure_mode(fixture.strategy, &[]);
+        kill_instance(&relay).await;
+        return;
+    }
+    assert!(!published_by_now.contains(&second), "{second} has overtaken {first}");
+    assert_eq!(marked, (false, false));
+
+    sqlx::query(set_status)
+        .bind(first)
+        .bind(9)
+        .execute(&fixture.pool)
+        .await
+        .unwrap();
+    let stored = wait_until_relayed(&fixture).await;
+    let events = published(&fixture).await;
+    let of_reservation = events.iter().filter(|event| event.reservation == reservation);
+    let of_reservation: Vec<i64> = of_reservation.map(|event| event.number).collect();
+    assert_eq!(of_reservation, [first, second]);
+    assert_eq!(numbers(&fixture).await, stored);
+    relay.stop().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_relay_whose_broker_was_away_catches_up() {
     let strategy = strategy("single-writer");

@@ -285,6 +285,12 @@ pub static LEVEL: Level = Level {
                 violates: &[],
             }]))
             .needs(&[Service::Kafka]),
+        mutant(mutants::RELAY_SENDS_ALL_AT_ONCE)
+            .guarantee(ANYWHERE.except(&[FailureMode {
+                trigger: "with the outbox relay: an event cannot be sent, and its reservation has another one",
+                violates: &[],
+            }]))
+            .needs(&[Service::Kafka]),
         single_writer_mutant(
             mutants::RELEASE_REPEATED,
             &[FailureMode {
