@@ -107,6 +107,12 @@ impl PaymentService {
         own.map(|payment| payment.entry).collect()
     }
 
+    /// The number of bytes that it has sent in answers that are floods.
+    async fn flooded(&self) -> u64 {
+        let answer = self.client.get(format!("{}/flooded", self.url)).send().await.unwrap();
+        answer.text().await.unwrap().parse().unwrap()
+    }
+
     /// The number of requests for a charge, repeats included.
     pub(crate) async fn calls(&self) -> u64 {
         self.running.calls().await.unwrap()
@@ -121,6 +127,10 @@ async fn spawn(ledger: &Path, address: &str, flags: &[&str]) -> harness::payment
         .fold(Program::new(PROGRAM), |program, argument| program.argument(argument));
     harness::payments::PaymentService::start(&program).await.unwrap()
 }
+
+/// More than a flood sends to a client that reads no more of it than an answer may have: that, and
+/// what the buffers of both sockets take.
+const FLOOD_LIMIT: u64 = 64 * 1024 * 1024;
 
 const RESERVATION: Uuid = Uuid::from_u128(7);
 
@@ -163,12 +173,14 @@ async fn the_payment_service_behaves_as_it_is_told_and_charges_a_key_once(
 }
 
 /// An answer that is none is an unknown outcome. It takes no more time than the timeout, and no more
-/// memory than an answer may have: of 10 MB the rest is not read.
+/// memory than an answer may have: of 10 MB the rest is not read. A flood never ends, so a client that
+/// reads it to its end would run into the timeout.
 #[rstest]
 #[case::garbage("garbage", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NotUnderstood(StatusCode::OK)))]
 #[case::twice("twice", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NotUnderstood(StatusCode::OK)))]
 #[case::fail("fail", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NotUnderstood(StatusCode::INTERNAL_SERVER_ERROR)))]
 #[case::huge("huge", |why: &UnknownOutcome| matches!(why, UnknownOutcome::TooLarge))]
+#[case::flood("flood", |why: &UnknownOutcome| matches!(why, UnknownOutcome::TooLarge))]
 #[case::endless("endless", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NoAnswer(why) if why.is_timeout()))]
 #[case::hang("hang", |why: &UnknownOutcome| matches!(why, UnknownOutcome::NoAnswer(why) if why.is_timeout()))]
 #[tokio::test]
@@ -184,6 +196,9 @@ async fn an_answer_that_is_none_is_an_unknown_outcome_bounded_in_time_and_memory
         .expect("it gives up in time");
     let why = answered.expect_err("the fault did not strike");
     assert!(is_expected(&why), "{why}");
+    let flooded = service.flooded().await;
+    assert_eq!(flooded > 0, behaviour == "flood", "the fault did not strike");
+    assert!(flooded < FLOOD_LIMIT, "{flooded} bytes were sent");
     // Another buyer's payment is not affected.
     let other = client.charge(Uuid::from_u128(8), 2).await.unwrap();
     assert_eq!(other, Charge::Approved);

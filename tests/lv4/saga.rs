@@ -171,7 +171,7 @@ async fn a_sale_with_payments_keeps_its_guarantee(#[case] instances: usize) {
 #[case::on_three(3)]
 #[tokio::test]
 async fn whatever_the_payment_service_does_tickets_and_money_agree(#[case] instances: usize) {
-    const ENDINGS: [(&str, &str, &[Entry]); 10] = [
+    const ENDINGS: [(&str, &str, &[Entry]); 11] = [
         ("approve", "confirmed", &[Charge]),
         ("decline", "declined", &[]),
         ("hang", "expired", &[]),
@@ -182,10 +182,11 @@ async fn whatever_the_payment_service_does_tickets_and_money_agree(#[case] insta
         ("garbage", "expired", &[Charge, Refund]),
         ("huge", "expired", &[Charge, Refund]),
         ("endless", "expired", &[Charge, Refund]),
+        ("flood", "expired", &[Charge, Refund]),
     ];
     // So long that who pays at once is in time on a busy machine; and so late that the holds have ended.
     let hold = [("HOLD_MS", "6000"), ("PAYMENT_TIMEOUT_MS", "500")];
-    let shop = Shop::open("single-writer", 10, &["--late-ms", "10000"], hold).await;
+    let shop = Shop::open("single-writer", 11, &["--late-ms", "10000"], hold).await;
     let mut orders = vec![];
     for (buyer, (behaviour, ..)) in (1..).zip(ENDINGS) {
         shop.payments.behave(buyer, behaviour).await;
@@ -200,15 +201,15 @@ async fn whatever_the_payment_service_does_tickets_and_money_agree(#[case] insta
     }
 
     // What came back is sold again.
-    for buyer in 21..=28 {
+    for buyer in 21..=29 {
         orders.push(shop.order(buyer).await);
     }
     shop.judge(&[]).await;
     let sale = shop.acceptor.sale(SALE).await.unwrap();
     assert_eq!(
         (sale.stock, sale.reserved),
-        (0, 10),
-        "3 were paid for at first, and 7 of 8 got what came back"
+        (0, 11),
+        "3 were paid for at first, and 8 of 9 got what came back"
     );
     for (order, (behaviour, _, entries)) in orders.iter().zip(ENDINGS) {
         assert_eq!(shop.payments.entries(*order).await, entries, "{behaviour}");

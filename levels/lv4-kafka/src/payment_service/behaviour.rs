@@ -29,8 +29,10 @@ pub enum Behaviour {
     Garbage,
     /// Takes the money, and answers with 10 MB.
     Huge,
-    /// Takes the money, and never ends its answer.
+    /// Takes the money, and never ends its answer: a byte at a time.
     Endless,
+    /// Takes the money, and never ends its answer: as fast as it is read.
+    Flood,
 }
 
 /// How often each behaviour is chosen, such as `approve=90,decline=8,hang=2`.

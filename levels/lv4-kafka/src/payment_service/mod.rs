@@ -7,7 +7,8 @@
 //!   arrives after it is declined. While the charge is being processed the answer is 409.
 //! - `PUT /behaviours/{buyer}` chooses how the charges of a buyer are treated. For all other buyers
 //!   `--behave` and `--seed` choose.
-//! - `GET /ledger` lists the charges and refunds; `GET /calls` counts the requests for a charge.
+//! - `GET /ledger` lists the charges and refunds; `GET /calls` counts the requests for a charge;
+//!   `GET /flooded` counts the bytes of the answers that are floods.
 //!
 //! With `--ledger` it keeps its promises about money as well as a bank's does: what it has taken or
 //! returned is in that file before it answers. It is a tool for tests and has no authentication.
@@ -22,7 +23,10 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     process,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -55,6 +59,9 @@ const DEATH: i32 = 9;
 /// The size of a huge answer, in bytes.
 const HUGE: usize = 10_000_000;
 
+/// What a flood sends again and again.
+static CHUNK: [u8; 64 * 1024] = [b' '; 64 * 1024];
+
 /// The arguments of the payment service.
 #[derive(Args)]
 pub struct PaymentServiceArgs {
@@ -79,6 +86,8 @@ struct Service {
     behaviours: Mutex<Behaviours>,
     ledger: Mutex<Ledger>,
     late: Duration,
+    /// The bytes that floods have sent.
+    flooded: AtomicU64,
 }
 
 /// The body of a charge and of a refund.
@@ -103,6 +112,7 @@ pub async fn serve(arguments: PaymentServiceArgs) -> anyhow::Result<()> {
         }),
         ledger: Mutex::new(ledger.unwrap_or_default()),
         late: Duration::from_millis(arguments.late_ms),
+        flooded: AtomicU64::new(0),
     });
     let router = Router::new()
         .route("/charges", post(charge))
@@ -110,6 +120,7 @@ pub async fn serve(arguments: PaymentServiceArgs) -> anyhow::Result<()> {
         .route("/behaviours/{buyer}", put(behave))
         .route("/ledger", get(list))
         .route("/calls", get(calls))
+        .route("/flooded", get(flooded))
         .with_state(service);
     let listener = TcpListener::bind(arguments.listen)
         .await
@@ -177,6 +188,14 @@ async fn charge(State(service): State<Arc<Service>>, headers: HeaderMap, Json(pa
             });
             Body::from_stream(slow).into_response()
         }
+        // The server asks for a chunk once the one before it is sent.
+        Behaviour::Flood => {
+            let chunks = stream::repeat_with(move || {
+                service.flooded.fetch_add(CHUNK.len() as u64, Relaxed);
+                Ok::<_, Infallible>(Bytes::from_static(&CHUNK))
+            });
+            Body::from_stream(chunks).into_response()
+        }
         _ => answer(entry),
     }
 }
@@ -205,6 +224,10 @@ async fn list(State(service): State<Arc<Service>>) -> Response {
 
 async fn calls(State(service): State<Arc<Service>>) -> String {
     service.ledger().calls.to_string()
+}
+
+async fn flooded(State(service): State<Arc<Service>>) -> String {
+    service.flooded.load(Relaxed).to_string()
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Option<&str> {
