@@ -135,6 +135,33 @@ async fn wait_until_relayed(fixture: &Fixture) -> BTreeSet<i64> {
     numbers.into_iter().collect()
 }
 
+/// Waits until every event of the outbox is relayed. Asserts that a reader of the topic sees all of
+/// them, those of each reservation in their order: it skips a number that is not above the last one
+/// of its reservation.
+pub(crate) async fn assert_all_published(fixture: &Fixture) {
+    wait_until_relayed(fixture).await;
+    let stored: Vec<(Uuid, i64)> = sqlx::query_as("select reservation_id, number from outbox order by number")
+        .fetch_all(&fixture.pool)
+        .await
+        .unwrap();
+    let mut expected: BTreeMap<Uuid, Vec<i64>> = BTreeMap::new();
+    for (reservation, number) in stored {
+        expected.entry(reservation).or_default().push(number);
+    }
+    let mut seen: BTreeMap<Uuid, Vec<i64>> = BTreeMap::new();
+    for event in published(fixture).await {
+        let of_one = seen.entry(event.reservation).or_default();
+        if of_one.last() < Some(&event.number) {
+            of_one.push(event.number);
+        }
+    }
+    for (reservation, numbers) in &expected {
+        let seen = seen.remove(reservation).unwrap_or_default();
+        assert_eq!(seen, *numbers, "the events of {reservation} that a reader sees");
+    }
+    assert!(seen.is_empty(), "published and not in the outbox: {seen:?}");
+}
+
 /// Stores an event of this reservation as a strategy does: the row first, then the event. Returns
 /// its number.
 async fn append_event(connection: &mut sqlx::PgConnection, reservation: Uuid) -> i64 {

@@ -10,7 +10,10 @@ use box_office::{
 };
 use harness::{
     assert_after_fault, assert_failure_mode, contract,
-    history::Entry::{self, Charge, Refund},
+    history::{
+        Entry::{self, Charge, Refund},
+        Status,
+    },
     payments::unfinished,
     rush::{Answers, Program, Rush, SALE},
     test_server::TestServer,
@@ -150,6 +153,11 @@ async fn a_sale_with_payments_keeps_its_guarantee(#[case] instances: usize) {
         ..Rush::for_strategy(strategy("single-writer")).instances(instances)
     };
     let report = contract(&program(), &LEVEL, "single-writer", rush, KEEPS).await;
+    // Of those who hold the first hundred tickets, about eighty pay, some of them at the second request.
+    // Nearly everybody else has been refused by then, so what comes back may stay unsold.
+    let rows = report.history.rows.iter().flatten();
+    let sold = rows.filter(|row| row.status == Status::Confirmed).count();
+    assert!(sold >= 50, "{sold} of 100 are sold");
     let Answers { declined, expired, .. } = report.answers;
     assert!(
         declined > 0 && expired > 0,

@@ -14,6 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::{
     fixture::{Fixture, TIMEOUT, assert_unreachable, happens_within, host_and_port, kill_instance, strategy},
+    outbox_relay::assert_all_published,
     saga::Shop,
 };
 
@@ -122,8 +123,8 @@ impl Soak {
     }
 }
 
-/// Every order that was accepted reaches exactly one final state, and every charge is a ticket or is
-/// refunded.
+/// Every order that was accepted reaches exactly one final state, every charge is a ticket or is
+/// refunded, nearly all tickets are sold in the end, and every event is published.
 #[tokio::test]
 async fn a_sale_outlives_one_fault_after_another() {
     let orders = env::var("OVERSOLD_SOAK_ORDERS").map_or(ORDERS, |orders| orders.parse().unwrap());
@@ -164,9 +165,15 @@ async fn a_sale_outlives_one_fault_after_another() {
         usize::try_from(sale.reserved).unwrap()
     );
     assert!(
+        10 * sale.reserved >= 9 * i64::from(capacity),
+        "{} sold of {capacity}, and more buyers than that would have paid",
+        sale.reserved
+    );
+    assert!(
         count(Entry::Refund) > 0,
         "nobody was refunded: the faults of the payments did not strike"
     );
+    assert_all_published(&shop.fixture).await;
     for instance in instances {
         instance.stop().await.unwrap();
     }
