@@ -114,7 +114,7 @@ func dashboards() map[string]func() (dashboard.Dashboard, error) {
 		"3-kafka": on("kafka", "3. Kafka", "The queue between the answer and the ticket (LV.4).", of{
 			panel{
 				title: "Lag by partition", width: half, stacked: true,
-				about:   "Orders that no consumer has committed. single-writer keeps a sale in one partition, so one sale is one line. It has to fall to 0 after the rush. With ORDER_PRIORITY the VIPs have a topic of their own.",
+				about: "Orders that no consumer has committed. single-writer keeps a sale in one partition, so one sale is one line. It has to fall to 0 after the rush. With ORDER_PRIORITY the VIPs have a topic of their own.",
 				queries: []query{
 					{`max by (partition) (oversold_consumer_lag)`, "partition {{partition}}"},
 					{`max by (partition) (oversold_vip_consumer_lag)`, "VIPs, partition {{partition}}"},
