@@ -221,7 +221,7 @@ pub(crate) fn compose_is_hardened() {
     }
     let writable = compose.matches("read_only: false").count();
     assert_eq!(writable, 1, "Kafka's image alone writes to its own folders");
-    let pinned = Regex::new(r":-[^}]*:v?\d+\.\d+\.?[^}]*\}$").unwrap();
+    let pinned = Regex::new(r":-[^}]*:[^}]*\d[^}]*\}$").unwrap();
     for image in all(r"(?m)^ +image: (.+)$", &compose) {
         assert!(
             pinned.is_match(&image) || image.contains("oversold/levels"),

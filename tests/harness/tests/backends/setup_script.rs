@@ -191,15 +191,16 @@ fn setup_says_that_kafkas_client_takes_no_space() {
 }
 
 fn the_image_is_the_same_everywhere(service: Service) {
-    let image_name = match service {
-        Service::Kafka => "apache/kafka-native:",
-        Service::Postgres => "postgres:",
-        Service::Redis => "redis:",
+    let name = match service {
+        Service::Kafka => "apache/kafka-native",
+        Service::Postgres => "postgres",
+        Service::Redis => "redis",
     };
-    let image = |file: &str| {
+    let tag = |file: &str, name: &str| {
         let content = fs::read_to_string(repository().join(file)).unwrap();
+        let image = format!("{name}:");
         let before = content
-            .match_indices(image_name)
+            .match_indices(&image)
             .map(|(at, found)| &content[at + found.len()..])
             .find(|tag| tag.starts_with(|c: char| c.is_ascii_digit()));
         let tag = before.unwrap_or_else(|| panic!("{file} names an image"));
@@ -208,7 +209,12 @@ fn the_image_is_the_same_everywhere(service: Service) {
             .unwrap();
         tag[..end].to_owned()
     };
-    let harness = image(&format!("tests/harness/src/backends/{}/docker.rs", service.name()));
-    assert_eq!(image("infra/setup.sh"), harness);
-    assert_eq!(image("docker-compose.yml"), harness);
+    let harness = tag(
+        &format!("tests/harness/src/backends/{}/docker.rs", service.name()),
+        name,
+    );
+    assert_eq!(tag("infra/setup.sh", name), harness);
+    // The same version, with a data folder that a volume can be mounted to.
+    let in_compose = name.trim_end_matches("-native");
+    assert_eq!(tag("docker-compose.yml", in_compose), harness);
 }
