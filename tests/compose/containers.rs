@@ -498,7 +498,6 @@ async fn buy(
 }
 
 /// How an accepted order ended: the reason of a refusal, or that it has a ticket. `None`: it takes too long.
-#[expect(clippy::option_option, reason = "not ended, a ticket, a refusal")]
 async fn ending(address: SocketAddr, path: &str) -> Option<Option<Refused>> {
     for _ in 0..PATIENCE.as_millis() / 200 {
         let request = HttpRequest::get(path).body(Vec::<u8>::new().into()).unwrap();
