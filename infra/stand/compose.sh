@@ -142,10 +142,10 @@ wait_for() {
     done
 }
 
-# Every profile: Compose ignores the containers of others.
+# Every profile, as Compose ignores the containers of others; and the override, which declares the volume of the services alone.
 all() {
     # shellcheck disable=SC2046 # one word for each
-    stand $(for level in $levels; do echo --profile "$level"; done) "$@"
+    compose $(for level in $levels; do echo --profile "$level"; done) "$@"
 }
 
 stop_levels() {
@@ -157,11 +157,6 @@ stop_levels() {
 case ${1:-} in
 up) up "${2:-}" ;;
 down) find_compose && all down --remove-orphans ;;
-clean)
-    find_compose
-    all down --remove-orphans --volumes
-    # The volume of the services alone is declared in the override.
-    compose down --volumes >/dev/null 2>&1
-    ;;
+clean) find_compose && all down --remove-orphans --volumes ;;
 *) echo "usage: $0 up [LEVEL] | down | clean" >&2; exit 2 ;;
 esac

@@ -87,6 +87,16 @@ impl Shop {
         }
     }
 
+    /// Starts an instance that is stopped (SIGSTOP) at this hit of a point, and waits until it is.
+    pub(crate) async fn start_stopped_at(&self, point: &str) -> TestServer {
+        let stopping = self.start_instance(&[("OVERSOLD_STOP_AT", point)]).await;
+        stopping
+            .wait_until_stopped(TIMEOUT)
+            .await
+            .expect("the fault did not strike");
+        stopping
+    }
+
     /// Starts an instance that decides orders.
     pub(crate) async fn start_instance(&self, settings: &[(&'static str, &str)]) -> TestServer {
         let url = ("PAYMENT_URL", self.payments.url.as_str());
@@ -398,13 +408,7 @@ async fn a_saga_outlives_the_instance_that_took_its_last_step(#[case] point: &st
     .await;
     shop.payments.behave(2, "decline").await;
     let orders = [shop.order(1).await, shop.order(2).await];
-    let dying = shop
-        .start_instance(&[("OVERSOLD_STOP_AT", &format!("{point}#1"))])
-        .await;
-    dying
-        .wait_until_stopped(TIMEOUT)
-        .await
-        .expect("the fault did not strike");
+    let dying = shop.start_stopped_at(&format!("{point}#1")).await;
     shop.fixture.history.record_fault("an instance is killed");
     kill_instance(&dying).await;
     let server = shop.start_instance(&[]).await;

@@ -116,14 +116,13 @@ impl World<'_> {
                     }
                 }
             }
-            Move::Serve => {
-                if let Some(call) = self.calls.iter_mut().find(|call| !call.is_served) {
-                    call.is_served = true;
-                    self.money.serve(&call.saga);
-                }
-            }
-            Move::Overtake => {
-                if let Some(call) = self.calls.iter_mut().rfind(|call| !call.is_served) {
+            Move::Serve | Move::Overtake => {
+                let mut unserved = self.calls.iter_mut().filter(|call| !call.is_served);
+                let call = match step {
+                    Move::Overtake => unserved.next_back(),
+                    _ => unserved.next(),
+                };
+                if let Some(call) = call {
                     call.is_served = true;
                     self.money.serve(&call.saga);
                 }
@@ -217,9 +216,8 @@ impl World<'_> {
 
 /// Whether something is made of a call before there is one: that does nothing, and is no order of its own.
 fn comes_too_early(order: &[Move]) -> bool {
-    let needs_a_call = |step: &&Move| matches!(step, Move::Serve | Move::Overtake | Move::Store | Move::Die);
-    let before = order.iter().take_while(|step| **step != Move::Claim);
-    before.filter(needs_a_call).count() > 0
+    let needs_a_call = |step: &Move| matches!(step, Move::Serve | Move::Overtake | Move::Store | Move::Die);
+    order.iter().take_while(|step| **step != Move::Claim).any(needs_a_call)
 }
 
 /// All different orders of these moves.

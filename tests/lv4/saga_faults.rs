@@ -13,7 +13,6 @@ use harness::{
         Entry::{Charge, Refund},
     },
     rush::SALE,
-    test_server::TestServer,
     until,
 };
 use lv4_kafka::{pipeline::ReleaseCommand, saga::store};
@@ -26,16 +25,6 @@ use super::{
 };
 
 impl Shop {
-    /// Starts an instance that is stopped (SIGSTOP) at this hit of a point, and waits until it is.
-    async fn start_stopped_at(&self, point: &str) -> TestServer {
-        let stopping = self.start_instance(&[("OVERSOLD_STOP_AT", point)]).await;
-        stopping
-            .wait_until_stopped(TIMEOUT)
-            .await
-            .expect("the fault did not strike");
-        stopping
-    }
-
     /// The buyer of a held order cancels it.
     async fn cancel(&self, order: Uuid) {
         let answer = self
@@ -176,11 +165,7 @@ async fn a_charge_is_made_once_though_postgres_is_away_when_it_is_to_be_stored(
     let hold = [("HOLD_MS", "600000"), ("PAYMENT_TIMEOUT_MS", "5000")];
     let shop = Shop::open_on(fixture, 1, &[], hold).await;
     let order = shop.order(1).await;
-    let server = shop.start_instance(&[("OVERSOLD_STOP_AT", "saga step taken#1")]).await;
-    server
-        .wait_until_stopped(TIMEOUT)
-        .await
-        .expect("the fault did not strike");
+    let server = shop.start_stopped_at("saga step taken#1").await;
     assert_eq!(shop.payments.entries(order).await, [Charge], "the fault did not strike");
     assert_eq!(shop.status(order).await, "held", "the fault did not strike");
     shop.fixture.history.record_fault("Postgres is away");
@@ -373,20 +358,11 @@ async fn a_fenced_consumer_and_its_successor_do_not_deadlock_over_a_release() {
         .unwrap();
 
     let next = shop.order(2).await;
-    let frozen_at = [("OVERSOLD_STOP_AT", "batch decided#1")];
-    let first = shop.start_instance(&frozen_at).await;
-    first
-        .wait_until_stopped(TIMEOUT)
-        .await
-        .expect("the fault did not strike");
+    let first = shop.start_stopped_at("batch decided#1").await;
     shop.fixture
         .produce_command(&ReleaseCommand::new(cancelled, SALE))
         .await;
-    let second = shop.start_instance(&frozen_at).await;
-    second
-        .wait_until_stopped(TIMEOUT)
-        .await
-        .expect("the fault did not strike");
+    let second = shop.start_stopped_at("batch decided#1").await;
     let locks_the_sale: bool = sqlx::query_scalar(
         "select exists (
              select from pg_locks

@@ -157,7 +157,8 @@ pub struct Strategy {
     pub needs: &'static [Service],
     /// The improvements that it supports; each has a setting that switches it on.
     pub improvements: &'static [Improvement],
-    /// The scheduling points that a reservation can reach. Their metrics exist before the first buyer; those of a point that is not listed, from the first reservation that reaches it.
+    /// The scheduling points that a reservation can reach. Their metrics exist before the first buyer;
+    /// those of a point that is not listed, from the first reservation that reaches it.
     pub steps: &'static [&'static str],
     /// Creates it.
     pub open: fn(StrategyContext) -> Opening,
